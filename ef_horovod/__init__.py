@@ -1,0 +1,71 @@
+"""Error-feedback gradient compression for Horovod and MPI: the core, in NumPy's manner.
+
+    >>> import ef_horovod as ef, numpy
+    >>> payload = ef.TopK(ratio=0.01).compress(numpy.random.default_rng(0).normal(size=10_000))
+    >>> payload.nbytes < 80_000 / 100
+    True
+
+Compressors and methods register themselves, and are attributes of this module by their names.
+Training scripts import `ef_horovod.torch`. This module needs NumPy only; frameworks, MPI and Numba
+are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ef_horovod import compressors as _compressors
+from ef_horovod import methods as _methods
+from ef_horovod import registry
+from ef_horovod.compressors.base import Compressor, Payload
+from ef_horovod.errors import (
+    CollectiveTimeoutError,
+    ConfigMismatchError,
+    EFHorovodError,
+    NonFiniteError,
+    PayloadError,
+    UnsupportedError,
+)
+from ef_horovod.keys import Key
+from ef_horovod.methods.base import Method
+from ef_horovod.simulation import Run, simulate
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time the registry answers
+    from ef_horovod.compressors.cast import Cast as Cast
+    from ef_horovod.compressors.identity import Identity as Identity
+    from ef_horovod.compressors.onebit import OneBit as OneBit
+    from ef_horovod.compressors.randomk import RandomK as RandomK
+    from ef_horovod.compressors.topk import TopK as TopK
+    from ef_horovod.methods.ef21 import EF21 as EF21
+    from ef_horovod.methods.error_feedback import ErrorFeedback as ErrorFeedback
+    from ef_horovod.methods.no_feedback import NoFeedback as NoFeedback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CollectiveTimeoutError",
+    "Compressor",
+    "ConfigMismatchError",
+    "EFHorovodError",
+    "Key",
+    "Method",
+    "NonFiniteError",
+    "Payload",
+    "PayloadError",
+    "Run",
+    "UnsupportedError",
+    "simulate",
+    *registry.COMPRESSORS,
+    *registry.METHODS,
+]
+
+
+def __getattr__(name: str) -> Any:
+    registered = registry.COMPRESSORS.get(name) or registry.METHODS.get(name)
+    if registered is None:
+        raise AttributeError(f"module 'ef_horovod' has no attribute {name!r}")
+    return registered
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,110 @@
+"""Run a long command with one line of progress, its full output going to a log.
+
+Standard library only: the launch scripts load this file by path, before any package is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+TAIL_LINES = 25
+
+
+class CommandFailed(RuntimeError):
+    """A command ended with a non-zero status; the message shows the end of its output."""
+
+
+class Ticker:
+    """One step on the screen: redrawn twice a second on a terminal, a few plain lines elsewhere."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.percent: int | None = None
+        self.started = time.monotonic()
+        self.live = sys.stdout.isatty()
+        self._next_plain = 10
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._redraw, daemon=True)
+
+    def __enter__(self) -> Ticker:
+        print(self.label + " ...", end="" if self.live else "\n", flush=True)
+        if self.live:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stop.set()
+        if self.live:
+            self._thread.join()
+        word = "done" if kind is None else "failed"
+        print(f"{self._clear()}{self.label}: {word} in {self.seconds:.0f} s", flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def update(self, percent: int) -> None:
+        """Show a new percentage; several make targets run at once, so it never goes back."""
+        self.percent = max(percent, self.percent or 0)
+        if not self.live and self.percent >= self._next_plain:
+            print(f"  {self.label}: {self.percent} % after {self.seconds:.0f} s", flush=True)
+            self._next_plain = self.percent // 10 * 10 + 10
+
+    def _redraw(self) -> None:
+        while not self._stop.wait(0.5):
+            percent = "" if self.percent is None else f" {self.percent} %"
+            print(f"{self._clear()}{self.label} ...{percent} {self.seconds:.0f} s", end="", flush=True)
+
+    def _clear(self) -> str:
+        return "\r\033[K" if self.live else ""
+
+
+def run_logged(
+    command: Sequence[str | os.PathLike[str]],
+    *,
+    label: str,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    percent_of: Callable[[str], int | None] = lambda line: None,
+) -> None:
+    """Run `command`, append all it prints to `log`, and show `label` with the time it takes.
+
+    Raises:
+        CommandFailed: it ended with a non-zero status.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tail: list[str] = []
+    with Ticker(label) as ticker, log.open("a", encoding="utf-8") as sink:
+        sink.write(f"\n$ {' '.join(map(str, command))}\n")
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                sink.write(line)
+                tail = [*tail[-TAIL_LINES + 1 :], line]
+                percent = percent_of(line)
+                if percent is not None:
+                    ticker.update(percent)
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        if status != 0:
+            raise CommandFailed(
+                f"{label}: the command ended with status {status}, expected 0; "
+                f"the whole output is in {log}, its last lines are:\n{''.join(tail)}"
+            )

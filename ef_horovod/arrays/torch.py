@@ -1,0 +1,203 @@
+"""The closed list of array functions, for torch tensors.
+
+CPU tensors go through `arrays/numpy.py` as views that share memory: one set of kernels, equal bits.
+Tensors of other devices use torch's own ops on the device; only payloads are copied to the host.
+Each device op can be tested without a device: `top_k.on_device(cpu_tensor, k)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+import ef_horovod.arrays.numpy as host
+from ef_horovod.arrays.numpy import Like
+
+_WORK = 1 << 22  # entries handled at once where a device op needs temporaries
+
+
+def _kernel(on_device: Callable[..., Any]) -> Callable[..., Any]:
+    """`on_device` for tensors off the CPU, the NumPy function of the same name on views else."""
+    on_host = getattr(host, on_device.__name__)
+
+    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.device.type != "cpu":
+            return on_device(x, *args, **kwargs)
+        views = [a.numpy() if isinstance(a, torch.Tensor) else a for a in args]
+        outs = {n: a.numpy() if isinstance(a, torch.Tensor) else a for n, a in kwargs.items()}
+        return on_host(x.numpy(), *views, **outs)
+
+    run.__name__ = on_device.__name__
+    run.__doc__ = on_host.__doc__
+    run.on_device = on_device  # type: ignore[attr-defined]
+    return run
+
+
+def like(x: torch.Tensor) -> Like:
+    """Shape, dtype and device of x, without keeping x alive."""
+    import ef_horovod.arrays.torch as xp
+
+    return Like(xp, tuple(x.shape), x.dtype, x.device)
+
+
+def is_float(x: torch.Tensor) -> bool:
+    """Whether x holds floating-point numbers, which alone can be compressed."""
+    return x.is_floating_point()
+
+
+def is_float64(x: torch.Tensor) -> bool:
+    """Whether x has more precision than the float32 that is sent."""
+    return x.dtype == torch.float64
+
+
+def flat_float32(x: torch.Tensor) -> torch.Tensor:
+    """x as contiguous float32[n]: a view where x already is one, else a copy."""
+    return x.detach().to(torch.float32).contiguous().view(-1)
+
+
+def restore(flat: torch.Tensor, target: Like) -> torch.Tensor:
+    """A flat float32[n] in the shape, dtype and device of `target`."""
+    return flat.view(target.shape).to(target.dtype)
+
+
+def zeros(length: int, device: Any = None) -> torch.Tensor:
+    """float32[length] of zeros."""
+    return torch.zeros(length, dtype=torch.float32, device=device)
+
+
+def empty(length: int, device: Any = None) -> torch.Tensor:
+    """float32[length], uninitialised."""
+    return torch.empty(length, dtype=torch.float32, device=device)
+
+
+def to_host(x: torch.Tensor) -> np.ndarray:
+    """x as a NumPy array, sharing memory on the CPU."""
+    return x.cpu().numpy()
+
+
+def from_host(values: np.ndarray, device: Any = None) -> torch.Tensor:
+    """A host array as a tensor on `device`, sharing memory on the CPU."""
+    return torch.from_numpy(values).to(device)
+
+
+@_kernel
+def fill(x: torch.Tensor, value: float) -> None:
+    x.fill_(value)
+
+
+@_kernel
+def assign(x: torch.Tensor, y: torch.Tensor) -> None:
+    x.copy_(y)
+
+
+@_kernel
+def divide(x: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
+    torch.div(x, divisor, out=out)
+
+
+@_kernel
+def add(x: torch.Tensor, y: torch.Tensor, weight: float = 1.0) -> None:
+    x.add_(y, alpha=weight)
+
+
+@_kernel
+def average(x: torch.Tensor, y: torch.Tensor, weight: float, out: torch.Tensor) -> None:
+    torch.mul(x, 1.0 - weight, out=out)
+    out.add_(y, alpha=weight)
+
+
+@_kernel
+def abs_sum(x: torch.Tensor) -> float:
+    return float(x.abs().sum(dtype=torch.float64))
+
+
+@_kernel
+def abs_max(x: torch.Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+@_kernel
+def squared_norm(x: torch.Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
+
+
+@_kernel
+def top_k(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    k = min(k, x.numel())
+    if k == 0:
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    # As integers, magnitudes sort like floats with infinity and NaN on top, as on the host.
+    order = x.view(torch.int32) & 0x7FFFFFFF
+    threshold = torch.topk(order, k, sorted=True).values[-1]
+    above = torch.nonzero(order > threshold).view(-1)
+    ties = torch.nonzero(order == threshold).view(-1)[: k - above.numel()]
+    indices = torch.cat([above, ties]).sort().values
+    return to_host(indices), to_host(x[indices])
+
+
+@_kernel
+def take(x: torch.Tensor, indices: np.ndarray) -> np.ndarray:
+    return to_host(x[from_host(indices, x.device)])
+
+
+@_kernel
+def scatter_add(x: torch.Tensor, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
+    # The indices differ from each other, so the order of additions does not matter.
+    x.index_add_(
+        0, from_host(indices, x.device), from_host(values, x.device).to(x.dtype), alpha=weight
+    )
+
+
+@_kernel
+def scatter_put(x: torch.Tensor, indices: np.ndarray, values: np.ndarray) -> None:
+    x[from_host(indices, x.device)] = from_host(values, x.device)
+
+
+@_kernel
+def pack_signs(x: torch.Tensor, scale: float, *, subtract: bool) -> np.ndarray:
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
+    packed = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
+    for start in range(0, x.numel(), _WORK):
+        part = x[start : start + _WORK]
+        positive = part >= 0
+        padded = torch.nn.functional.pad(positive, (0, -part.numel() % 8))
+        octets = padded.view(-1, 8) * weights  # [n / 8, 8]
+        packed[start // 8 : start // 8 + len(octets)] = octets.sum(1, dtype=torch.uint8)
+        if subtract:
+            part.sub_(torch.where(positive, scale, -scale).to(x.dtype))
+    return to_host(packed)
+
+
+@_kernel
+def add_signs(x: torch.Tensor, bits: np.ndarray, scale: float) -> None:
+    shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
+    packed = from_host(bits, x.device)
+    for start in range(0, x.numel(), _WORK):
+        part = x[start : start + _WORK]
+        octets = packed[start // 8 : (start + part.numel() + 7) // 8]
+        signs = ((octets.unsqueeze(1) >> shifts) & 1).view(-1)[: part.numel()]
+        part.add_(torch.where(signs.bool(), scale, -scale).to(x.dtype))
+
+
+@_kernel
+def narrow(x: torch.Tensor, kind: str, shift: int, *, subtract: bool) -> np.ndarray:
+    codes = torch.empty(x.numel(), dtype=torch.int16, device=x.device)
+    for start in range(0, x.numel(), _WORK):
+        part = x[start : start + _WORK]
+        scaled = (part.double() * 2.0**shift).float()
+        rounded = scaled.clamp(-host.LARGEST[kind], host.LARGEST[kind]).to(getattr(torch, kind))
+        codes[start : start + _WORK] = rounded.view(torch.int16)
+        if subtract:
+            part.sub_((rounded.double() * 2.0**-shift).float())
+    return to_host(codes).view(np.uint16)
+
+
+@_kernel
+def add_widened(x: torch.Tensor, codes: np.ndarray, kind: str, shift: int, weight: float) -> None:
+    half = from_host(codes.view(np.int16), x.device).view(getattr(torch, kind))
+    for start in range(0, x.numel(), _WORK):
+        wide = (half[start : start + _WORK].double() * 2.0**-shift).float()
+        x[start : start + _WORK].add_(wide, alpha=weight)

@@ -1,0 +1,338 @@
+"""Build stock Horovod for current frameworks: the recipe, a cache of wheels, and a check.
+
+Horovod 0.28.1 does not compile against current torch and TensorFlow as it is. None of the reasons
+needs a patch of Horovod; each is met from outside, by files that `write_recipe` puts in a folder:
+
+1. It asks for C++14, torch's headers need C++20: a CMake toolchain file appends the standard to
+   every compile.
+2. TensorFlow's headers include two third-party headers by a short name: their folders go on
+   CPLUS_INCLUDE_PATH.
+3. `xla_builder.h` has moved: a forwarding header of the old name goes on CPLUS_INCLUDE_PATH.
+4. The build must see the installed frameworks and an older setuptools: it runs in a throw-away
+   environment that has its own build tools and sees the user's packages through a .pth file, so
+   the user's own setuptools stays as it is.
+
+The wheel finds libmpi and the frameworks relative to its own place ($ORIGIN), so one wheel serves
+every environment with the same versions, wherever it lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from ef_horovod._horovod_check import check_horovod
+from ef_horovod._progress import run_logged
+from ef_horovod._toolkit import (
+    FRAMEWORKS,
+    HOROVOD_NAME,
+    BuildError,
+    Toolkit,
+    find_toolkit,
+    key_of,
+)
+
+__all__ = ["FRAMEWORKS", "HOROVOD", "BuildError", "Options", "build_horovod"]
+
+HOROVOD = "0.28.1"
+BUILD_TOOLS = ("setuptools<81", "wheel", "packaging", "cloudpickle", "psutil", "pyyaml", "cffi")
+CMAKE_OLDEST = (3, 21)  # the first that reads CMAKE_TOOLCHAIN_FILE from the environment
+BUILD_DISK_BYTES = 2 * 1000**3  # the object files and the two libraries with debug symbols
+
+TOOLCHAIN = """\
+set(CMAKE_CXX_COMPILE_OBJECT
+    "<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> -std=gnu++20 -o <OBJECT> -c <SOURCE>")
+# A library that no symbol needs would be recorded by its path in this environment.
+set(CMAKE_SHARED_LINKER_FLAGS_INIT "-Wl,--as-needed")
+set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
+"""
+XLA_OLD = "tensorflow/compiler/xla/client/xla_builder.h"
+XLA_NEW = "tensorflow/compiler/xla/hlo/builder/xla_builder.h"
+# These two lie in folders of their own, TensorFlow's headers name them without it.
+TENSORFLOW_EXTRA_INCLUDES = ("external/highwayhash", "external/farmhash_archive/src")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller of `build_horovod` may choose."""
+
+    frameworks: tuple[str, ...] = ()  # empty: all that are installed
+    cache: Path | None = None
+    rebuild: bool = False
+    jobs: int | None = None
+
+
+def build_horovod(options: Options, environment: Mapping[str, str] = os.environ) -> Path:
+    """Build (or take from the cache), install and check Horovod; returns the wheel.
+
+    Raises:
+        BuildError: something that the build needs is missing, or the result does not work.
+        CommandFailed: pip or the compiler failed; the message names the log.
+    """
+    require_pip()
+    toolkit = find_toolkit(options.frameworks, environment)
+    print(f"Horovod {HOROVOD} for {describe(toolkit)}", flush=True)
+    key = key_of(toolkit, HOROVOD, recipe_hash(), environment)
+    folder = (options.cache or default_cache(environment)) / folder_name(key)
+    with locked(folder.with_name(folder.name + ".lock")):
+        wheel = cached_wheel(folder)
+        if wheel is None or options.rebuild:
+            wheel = build_into(folder, toolkit, key, options.jobs, environment)
+        else:
+            print(f"taking the wheel from the cache: {wheel}", flush=True)
+    install(wheel, folder.with_name(folder.name + ".log"))
+    check_horovod(toolkit, environment)
+    return wheel
+
+
+def describe(toolkit: Toolkit) -> str:
+    parts = [f"{name} {version}" for name, version in toolkit.frameworks.items()]
+    mpi = toolkit.mpi
+    parts += [f"{mpi.name} {mpi.version}" if mpi else "Gloo only", toolkit.compiler]
+    return ", ".join(parts)
+
+
+def require_pip() -> None:
+    if util.find_spec("pip") is None:
+        raise BuildError(
+            f"pip is not installed in the environment of {sys.executable}, Horovod is built and "
+            "installed with it: add it with `python -m ensurepip`"
+        )
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def default_cache(environment: Mapping[str, str]) -> Path:
+    base = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ef_horovod"
+
+
+def folder_name(key: Mapping[str, str]) -> str:
+    """A name that people can read, made unique by a hash over the whole key."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    readable = [f"horovod-{key['horovod']}", key["python"].split("-x86")[0]]
+    readable += [
+        f"{name.removeprefix('framework ')}-{version}"
+        for name, version in key.items()
+        if name.startswith("framework ")
+    ]
+    return re.sub(r"[^\w.+-]", "", "_".join([*readable, digest]))
+
+
+def recipe_hash() -> str:
+    """Changes whenever the recipe does, so that no wheel of an older recipe is taken."""
+    text = "\n".join([TOOLCHAIN, XLA_OLD, XLA_NEW, *TENSORFLOW_EXTRA_INCLUDES, *rpath(None)])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def cached_wheel(folder: Path) -> Path | None:
+    return next(iter(sorted(folder.glob("*.whl"))), None)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time build one wheel; the others wait and then find it in the cache."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another process builds the same wheel, waiting for it", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def publish(wheel: Path, folder: Path, key: Mapping[str, str]) -> Path:
+    """Move a finished wheel into the cache: the folder appears complete or not at all."""
+    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    shutil.copy2(wheel, fresh)
+    (fresh / "key.json").write_text(json.dumps(key, indent=2) + "\n")
+    if folder.exists():  # --rebuild
+        old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
+        folder.rename(old / "wheel")
+        fresh.rename(folder)
+        shutil.rmtree(old)
+    else:
+        fresh.rename(folder)
+    folder.chmod(0o755)  # mkdtemp makes it private
+    return folder / wheel.name
+
+
+# --- the recipe --------------------------------------------------------------------------------
+
+
+def build_into(
+    folder: Path, toolkit: Toolkit, key: Mapping[str, str], jobs: int | None, env: Mapping[str, str]
+) -> Path:
+    """Build the wheel in a temporary folder and put it in the cache."""
+    log = folder.with_name(folder.name + ".log")
+    log.unlink(missing_ok=True)  # one build, one log
+    with tempfile.TemporaryDirectory(prefix="ef-horovod-") as name:
+        work = Path(name)
+        require_disk(work)
+        python = make_build_python(work / "python", log, needs_cmake(env))
+        write_recipe(work / "recipe", toolkit, env)
+        build_env = build_environment(work / "recipe", toolkit, python, jobs, env)
+        run_logged(
+            [python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
+            + ["--no-cache-dir", "--no-binary", "horovod", f"horovod=={HOROVOD}"]
+            + ["--wheel-dir", work / "wheel"],
+            label="building Horovod (4 to 10 minutes on 2 cores)",
+            log=log,
+            env=build_env,
+            percent_of=make_percentage,
+        )
+        return publish(next((work / "wheel").glob("horovod-*.whl")), folder, key)
+
+
+def require_disk(work: Path) -> None:
+    free = shutil.disk_usage(work).free
+    if free < BUILD_DISK_BYTES:
+        raise BuildError(
+            f"{work.parent} has {free / 1e9:.1f} GB free, building Horovod needs "
+            f"{BUILD_DISK_BYTES / 1e9:.0f} GB: free some, or set TMPDIR to a larger place"
+        )
+
+
+def make_percentage(line: str) -> int | None:
+    """The number in make's `[ 42%] Building ...`."""
+    match = re.match(r"\s*\[\s*(\d+)%\]", line)
+    return int(match.group(1)) if match else None
+
+
+def needs_cmake(environment: Mapping[str, str]) -> bool:
+    """Whether the CMake that Horovod would take is absent or too old for a toolchain variable."""
+    name = environment.get("HOROVOD_CMAKE", "cmake")
+    path = shutil.which(name, path=environment.get("PATH"))
+    if path is None:
+        return True
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"version (\d+)\.(\d+)", text)
+    return match is None or (int(match.group(1)), int(match.group(2))) < CMAKE_OLDEST
+
+
+def make_build_python(folder: Path, log: Path, with_cmake: bool) -> Path:
+    """A throw-away environment: build tools of its own, the user's packages behind them."""
+    run_logged(
+        [sys.executable, "-m", "venv", "--without-pip", folder], label="build environment", log=log
+    )
+    python = folder / "bin" / "python"
+    own = next(folder.glob("lib/python*/site-packages"))
+    seen = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (own / "packages_of_the_user.pth").write_text("\n".join(seen) + "\n")
+    tools = [*BUILD_TOOLS, *(["cmake<4", "make"] if with_cmake else [])]
+    run_logged(
+        [python, "-m", "pip", "install", "--quiet", "--ignore-installed", *tools],
+        label="build tools",
+        log=log,
+    )
+    return python
+
+
+def write_recipe(folder: Path, toolkit: Toolkit, environment: Mapping[str, str]) -> None:
+    """Write the toolchain file and the forwarding header."""
+    lines = [TOOLCHAIN, f'set(CMAKE_INSTALL_RPATH "{";".join(rpath(toolkit))}")\n']
+    if keeps_link_paths(toolkit, environment):
+        lines.append("set(CMAKE_INSTALL_RPATH_USE_LINK_PATH ON)\n")
+    if toolkit.mpi:
+        lines.append(f'set(MPI_CXX_COMPILER "{toolkit.mpi.compiler}" CACHE FILEPATH "")\n')
+    if environment.get("CMAKE_TOOLCHAIN_FILE"):
+        lines.append(f'include("{environment["CMAKE_TOOLCHAIN_FILE"]}")\n')
+    header = folder / "include" / XLA_OLD
+    header.parent.mkdir(parents=True)
+    header.write_text(f'#include "{XLA_NEW}"\n')
+    (folder / "toolchain.cmake").write_text("".join(lines))
+
+
+def rpath(toolkit: Toolkit | None) -> list[str]:
+    """Where the extension looks for libraries, relative to its own folder horovod/torch."""
+    places = ["$ORIGIN/../../torch/lib", "$ORIGIN/../../tensorflow"]
+    if toolkit and toolkit.mpi and toolkit.mpi.library_dir:
+        extension = Path(os.path.realpath(sysconfig.get_path("platlib"))) / "horovod" / "torch"
+        libraries = os.path.realpath(toolkit.mpi.library_dir)
+        places.insert(0, f"$ORIGIN/{os.path.relpath(libraries, extension)}")
+    return places
+
+
+def keeps_link_paths(toolkit: Toolkit, environment: Mapping[str, str]) -> bool:
+    """Whether libraries outside of the environment are linked (a system's MPI, NCCL, CUDA).
+
+    Only then are their absolute paths recorded too: from a wheel's environment they would point
+    into a place that another user of the cache does not have.
+    """
+    outside_mpi = toolkit.mpi is not None and toolkit.mpi.library_dir is None
+    return outside_mpi or any(name.startswith(("HOROVOD_GPU", "HOROVOD_NCCL")) for name in environment)
+
+
+def build_environment(
+    recipe: Path, toolkit: Toolkit, python: Path, jobs: int | None, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """Variables of the build; all that the user has set stays as it is."""
+    env = dict(environment)
+    first = [str(python.parent), *([str(toolkit.mpi.compiler.parent)] if toolkit.mpi else [])]
+    env["PATH"] = os.pathsep.join([*first, env.get("PATH", os.defpath)])
+    env["CMAKE_TOOLCHAIN_FILE"] = str(recipe / "toolchain.cmake")
+    include = [str(recipe / "include"), *tensorflow_includes(toolkit)]
+    include += [env["CPLUS_INCLUDE_PATH"]] if env.get("CPLUS_INCLUDE_PATH") else []
+    env["CPLUS_INCLUDE_PATH"] = os.pathsep.join(include)
+    env.setdefault("CMAKE_POLICY_VERSION_MINIMUM", "3.5")  # CMake 4 refuses the bundled Gloo's 2.8
+    if jobs or "MAKEFLAGS" not in env:
+        env["MAKEFLAGS"] = f"-j{jobs or os.cpu_count() or 1}"
+    for name, wanted in horovod_parts(toolkit).items():
+        if f"HOROVOD_WITH_{name}" not in env and f"HOROVOD_WITHOUT_{name}" not in env:
+            env[f"HOROVOD_{'WITH' if wanted else 'WITHOUT'}_{name}"] = "1"
+    env.setdefault("HOROVOD_CPU_OPERATIONS", "MPI" if toolkit.mpi else "GLOO")
+    return env
+
+
+def horovod_parts(toolkit: Toolkit) -> dict[str, bool]:
+    """Which of Horovod's parts to ask for, so that a missing one is an error and not left out."""
+    parts = {HOROVOD_NAME[name]: name in toolkit.frameworks for name in FRAMEWORKS}
+    return parts | {"MXNET": False, "MPI": toolkit.mpi is not None, "GLOO": True}
+
+
+def tensorflow_includes(toolkit: Toolkit) -> list[str]:
+    if "tensorflow" not in toolkit.frameworks:
+        return []
+    spec = util.find_spec("tensorflow")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    include = Path(spec.submodule_search_locations[0]) / "include"
+    return [str(include / extra) for extra in TENSORFLOW_EXTRA_INCLUDES]
+
+
+# --- installing --------------------------------------------------------------------------------
+
+
+def install(wheel: Path, log: Path) -> None:
+    """Install the wheel with what it needs at run time, unless this very wheel is in place."""
+    installed = installed_hash()
+    if installed == hashlib.sha256(wheel.read_bytes()).hexdigest():
+        return
+    pip = [sys.executable, "-m", "pip"]
+    if installed is not None:
+        run_logged([*pip, "uninstall", "--yes", "horovod"], label="removing Horovod", log=log)
+    run_logged([*pip, "install", "--quiet", wheel], label="installing Horovod", log=log)
+
+
+def installed_hash() -> str | None:
+    """SHA-256 of the wheel that Horovod was installed from, "" if unknown, None if not installed."""
+    try:
+        text = metadata.distribution("horovod").read_text("direct_url.json") or "{}"
+    except metadata.PackageNotFoundError:
+        return None
+    return str(json.loads(text).get("archive_info", {}).get("hash", "")).partition("=")[2]

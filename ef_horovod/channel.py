@@ -1,0 +1,223 @@
+"""One vector's way from gradient to direction, step after step: what every adapter runs on.
+
+A channel belongs to one bucket or parameter. A step has two halves, so that many channels can be
+under way at once and one bad gradient anywhere drops the whole step everywhere:
+
+    channel.start(step)            compress what lies in channel.gradient and send it
+    channel.arrived()              wait for the others; False: some rank asks to drop the step
+    direction = channel.commit()   or channel.drop(): states are as they were before start
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ef_horovod import exchange as exchanges
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import Payload
+from ef_horovod.errors import NonFiniteError
+from ef_horovod.keys import Key, tensor_id
+from ef_horovod.methods.base import Method
+from ef_horovod.transports.base import Transport
+
+
+@dataclass
+class ChannelStats:
+    """What a channel did so far; see `Channel.stats`."""
+
+    name: str
+    num_elements: int
+    method: str
+    exchange: str
+    steps: int = 0
+    skipped: int = 0  # steps dropped because some rank's gradient was not finite
+    dense_bytes_out: int = 0  # what a float32 ring allreduce would have sent
+    bytes_out: int = 0
+    bytes_in: int = 0
+    seconds_compress: float = 0.0
+    seconds_wait: float = 0.0
+    seconds_decompress: float = 0.0
+    relative_error: float = math.nan  # ||x - C(x)|| / ||x|| at the last step
+
+    @property
+    def ratio(self) -> float:
+        """Bytes sent over bytes that dense would have sent; smaller is better."""
+        return self.bytes_out / self.dense_bytes_out if self.dense_bytes_out else math.nan
+
+
+class Channel:
+    """Compressed exchange of one float32[d].
+
+    Args:
+        name: equal on all ranks, unique among the channels of a transport.
+        like: float32[d] whose framework and device the channel's arrays get.
+        method: error-feedback method.
+        transport: to the other ranks.
+        exchange: "auto" or one of `exchange.EXCHANGES`.
+        seed: of random compressors; equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        like: Array,
+        method: Method,
+        transport: Transport,
+        *,
+        exchange: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        xp, device = namespace(like), getattr(like, "device", None)
+        self.name, self.method = name, method
+        self.exchange = exchanges.choose(exchange, method)
+        self.gradient = xp.zeros(len(like), device)  # float32[d]: the caller fills it each step
+        self.worker, self.server = None, None
+        if self.exchange != "dense":
+            self.worker, self.server = method.init(self.gradient)
+        self._xp, self._transport, self._seed = xp, transport, seed
+        self._message: Payload | None = None
+        self._pushed: Any = None
+        self._finish: Callable[[], Any] | None = None
+        self._received: Any = None
+        self._stats = ChannelStats(name, len(like), repr(method), self.exchange)
+
+    def start(self, step: int) -> None:
+        """Compress `gradient` and start the exchange; overwrites `gradient`."""
+        assert self._finish is None, f"{self.name} was started twice"
+        if self.exchange == "dense":
+            with self._counted():
+                self._finish = self._transport.allreduce(self.name, self.gradient)
+            return
+        with self._timed("seconds_compress"):
+            key = Key(self._seed, step, tensor_id(self.name), self._transport.rank)
+            try:
+                self._message, self._pushed = self.method.push(self.worker, self.gradient, key)
+            except NonFiniteError:
+                self._message = self.method.compressor.skip(self.gradient)
+                self._pushed = None
+        with self._counted():
+            self._finish = exchanges.start(
+                self.exchange, self._transport, self.name, self._message
+            )
+
+    def arrived(self) -> bool:
+        """Wait for all ranks' messages; whether all of them are good."""
+        assert self._finish is not None, f"{self.name} was not started"
+        with self._timed("seconds_wait"), self._counted():
+            self._received = self._finish()
+        self._finish = None
+        if self.exchange == "dense":
+            return math.isfinite(self._xp.abs_max(self._received))
+        return not any(message.is_skip for message in self._received)
+
+    def commit(self) -> Array:
+        """Aggregate and take over the new states; the direction, float32[d], to read at once."""
+        with self._timed("seconds_decompress"):
+            if self.exchange == "dense":
+                direction = self._received
+                self._xp.divide(direction, self._transport.size, out=direction)
+            else:
+                aggregate, self.server = self.method.reduce(
+                    self.server, self._received, self._transport.size
+                )
+                before = self.worker
+                direction, self.worker = self.method.pull(self._pushed, aggregate)
+                self._spare(before)
+        self._received = self._pushed = None
+        self._stats.steps += 1
+        self._stats.dense_bytes_out += self._dense_bytes()
+        return direction
+
+    def drop(self) -> None:
+        """Forget the step: all states stay as they were before `start`."""
+        self._received = self._pushed = self._message = None
+        self._stats.skipped += 1
+
+    def stats(self) -> ChannelStats:
+        """Counters since the start; computes the error of the last step's compression.
+
+        Call it between steps: the error is found in memory that the next gradient overwrites.
+        """
+        if self._message is not None and not self._message.is_skip:
+            self._stats.relative_error = self._relative_error()
+        return self._stats
+
+    def _relative_error(self) -> float:
+        xp, lost = self._xp, self._lost
+        whole = xp.zeros(len(lost), getattr(lost, "device", None))
+        xp.assign(whole, lost)
+        assert self._message is not None
+        self._message.add_to(whole)
+        norm = xp.squared_norm(whole)
+        return math.sqrt(xp.squared_norm(lost) / norm) if norm > 0 else 0.0
+
+    def _spare(self, before: Any) -> None:
+        """If the worker's state took `gradient`'s memory, take over an array that it gave up."""
+        self._lost = self.gradient
+        held = [field for field in self.worker if field is not None]
+        if any(field is self.gradient for field in held):
+            given_up = [old for old in before if not any(old is field for field in held)]
+            self.gradient = given_up[0]
+
+    def _dense_bytes(self) -> int:
+        size = self._transport.size
+        return 2 * (size - 1) * 4 * self._stats.num_elements // size
+
+    @contextmanager
+    def _timed(self, counter: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - begin
+        setattr(self._stats, counter, getattr(self._stats, counter) + elapsed)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        transport, stats = self._transport, self._stats
+        sent, received = transport.bytes_sent, transport.bytes_received
+        yield
+        stats.bytes_out += transport.bytes_sent - sent
+        stats.bytes_in += transport.bytes_received - received
+
+
+def finish_step(channels: list[Channel]) -> list[Array] | None:
+    """Wait for all channels, then commit all, or drop all if any rank's gradient was not finite.
+
+    Returns:
+        The directions in the order of the channels, or None for a dropped step. All ranks get the
+        same answer, because it follows from what all of them received.
+    """
+    good = [channel.arrived() for channel in channels]  # wait for all, also after a bad one
+    if all(good):
+        return [channel.commit() for channel in channels]
+    for channel in channels:
+        channel.drop()
+    return None
+
+
+def total_stats(parts: list[ChannelStats]) -> ChannelStats:
+    """The sum over channels, as one row named "total"; its error is the root mean square."""
+    total = ChannelStats("total", 0, "", "")
+    for part in parts:
+        for counter in (
+            "num_elements",
+            "dense_bytes_out",
+            "bytes_out",
+            "bytes_in",
+            "seconds_compress",
+            "seconds_wait",
+            "seconds_decompress",
+        ):
+            setattr(total, counter, getattr(total, counter) + getattr(part, counter))
+        total.steps = max(total.steps, part.steps)
+        total.skipped = max(total.skipped, part.skipped)
+    errors = [part.relative_error for part in parts if not math.isnan(part.relative_error)]
+    if errors:
+        total.relative_error = float(np.sqrt(np.mean(np.square(errors))))
+    return total

@@ -1,0 +1,94 @@
+"""The `ef-horovod` command: one function per subcommand, each adds its own parser."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from ef_horovod._progress import CommandFailed
+from ef_horovod.build_horovod import FRAMEWORKS, BuildError, Options, build_horovod
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse `argv` (default: the process's own) and run one subcommand; returns its exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except (BuildError, CommandFailed) as error:
+        print(f"ef-horovod: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ef-horovod", description=__doc__.partition(":")[0])
+    parser.add_argument("--version", action="version", version=f"ef-horovod {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in COMMANDS:
+        add_command(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ef_horovod")
+    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH that was never installed
+        return "(not installed)"
+
+
+def _add_build_horovod(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "build-horovod",
+        help="build stock Horovod for the frameworks and the MPI of this environment",
+        description=(
+            "Builds the unpatched Horovod release for the torch, TensorFlow and MPI of the running "
+            "Python environment, keeps the wheel in a cache, installs it and checks the result "
+            "with a two-rank allreduce. Horovod's own build variables (HOROVOD_GPU_OPERATIONS, "
+            "HOROVOD_NCCL_HOME, HOROVOD_CUDA_HOME, HOROVOD_WITHOUT_*, ...) are passed through."
+        ),
+    )
+    parser.add_argument(
+        "--framework",
+        action="append",
+        choices=list(FRAMEWORKS),
+        help="build for this framework only (repeatable; default: all that are installed)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where wheels are kept (~/.cache/ef_horovod)"
+    )
+    parser.add_argument(
+        "--rebuild", action="store_true", help="build again even if the cache has a fitting wheel"
+    )
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="compile N files at a time")
+    parser.set_defaults(run=_run_build_horovod)
+
+
+def _run_build_horovod(arguments: argparse.Namespace) -> None:
+    build_horovod(
+        Options(
+            frameworks=tuple(arguments.framework or ()),
+            cache=arguments.cache,
+            rebuild=arguments.rebuild,
+            jobs=arguments.jobs,
+        )
+    )
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"received {text!r}, expected an integer of 1 or more")
+    return number
+
+
+COMMANDS = (_add_build_horovod,)
+
+if __name__ == "__main__":
+    sys.exit(main())

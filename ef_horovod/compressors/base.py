@@ -1,0 +1,270 @@
+"""What a compressor is: a frozen dataclass that turns a vector into a payload of fewer bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ef_horovod import registry, wire
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.numpy import Like
+from ef_horovod.errors import NonFiniteError, PayloadError
+from ef_horovod.keys import Key
+
+DEFAULT_KEY = Key()
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """Base of all compressors.
+
+    A subclass gives `body_nbytes`, `encode` and `accumulate`, states its properties as data
+    (`linear`, `unbiased`, `contraction`, `variance`) and lists `examples` for the contract tests.
+    x is a vector of d float32 numbers; other shapes are flattened, other float types converted.
+    """
+
+    wire_id: ClassVar[int]
+
+    @property
+    def linear(self) -> bool:
+        """Whether payloads of all ranks may be summed in flight, entry by entry."""
+        return False
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether E C(x) = x."""
+        return False
+
+    def contraction(self, d: int) -> float | None:
+        """delta in (0, 1] with E||C(x) - x||^2 <= (1 - delta) ||x||^2, or None if there is none."""
+        return None
+
+    def variance(self, d: int) -> float | None:
+        """omega with E||C(x) - x||^2 <= omega ||x||^2, for unbiased compressors, else None."""
+        return None
+
+    @classmethod
+    def examples(cls) -> tuple[Compressor, ...]:
+        """Instances for the contract tests, the docs table and the benchmarks."""
+        raise NotImplementedError(f"{cls.__name__} must list examples() for the contract tests")
+
+    def body_nbytes(self, d: int) -> int:
+        """Exact size of a body for d elements."""
+        raise NotImplementedError
+
+    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+        """The parts of a payload's body, on the host.
+
+        Args:
+            x: float32[d], flat; becomes x - C(x) in place if `residual`, else stays untouched.
+            key: what random draws depend on.
+
+        Raises:
+            NonFiniteError: through `require_finite`; x may be in any state then.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
+        """dense += weight * C(x), for dense float32[d]; checks the body before it writes."""
+        raise NotImplementedError
+
+    @classmethod
+    def summands(cls, body: np.ndarray) -> np.ndarray:
+        """The float32 part of a linear compressor's body, as a view: what may be summed."""
+        raise NotImplementedError
+
+    def nbytes(self, d: int) -> int:
+        """Exact size of a payload for d elements, in bytes."""
+        return wire.HEADER_NBYTES + self.body_nbytes(d)
+
+    def compress(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
+        """Compress x; pure: x stays untouched and the same x and key give the same bytes.
+
+        Args:
+            x: floating-point array of any shape, of NumPy or torch.
+            key: what random compressors draw from; a step must not reuse the last step's key.
+
+        Raises:
+            NonFiniteError: x has a NaN or an infinity.
+            TypeError: x is not a floating-point array of a supported framework.
+
+        Example:
+            >>> import ef_horovod as ef, numpy
+            >>> payload = ef.TopK(k=1).compress(numpy.array([1.0, -5.0, 2.0], dtype="float32"))
+            >>> payload.decompress()
+            array([ 0., -5.,  0.], dtype=float32)
+        """
+        xp = _float_namespace(x)
+        flat = xp.flat_float32(x)
+        return self._payload(self.encode(flat, key, residual=False), len(flat), xp.like(x))
+
+    def squeeze(self, x: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, Array]:
+        """Compress x and return what was lost as well: (payload, x - C(x)).
+
+        The residual may take x's memory: do not use x afterwards. It is float32, or float64 for a
+        float64 x, in x's shape.
+
+        Raises:
+            NonFiniteError: x has a NaN or an infinity; x is lost.
+            TypeError: x is not a floating-point array of a supported framework.
+
+        Example:
+            >>> import ef_horovod as ef, numpy
+            >>> ef.TopK(k=1).squeeze(numpy.array([1.0, -5.0, 2.0], dtype="float32"))[1]
+            array([1., 0., 2.], dtype=float32)
+        """
+        xp = _float_namespace(x)
+        if xp.is_float64(x):
+            payload = self.compress(x, key)
+            return payload, x - payload.decompress()
+        flat = xp.flat_float32(x)
+        payload = self._payload(self.encode(flat, key, residual=True), len(flat), xp.like(x))
+        return payload, flat.reshape(tuple(x.shape))
+
+    def skip(self, x: Array) -> Payload:
+        """A payload of the usual size for x that says only: drop this step on all ranks."""
+        d = int(np.prod(x.shape))
+        body = np.zeros(self.body_nbytes(d), np.uint8)
+        return self._payload((body,), d, namespace(x).like(x), flags=wire.SKIP)
+
+    def _payload(self, parts: tuple[np.ndarray, ...], d: int, like: Like, flags: int = 0) -> Payload:
+        if d > wire.MAX_ELEMENTS:
+            raise ValueError(
+                f"got {d} elements, expected at most {wire.MAX_ELEMENTS} in one payload; "
+                "compress the parts of a larger array one by one"
+            )
+        raw = [part.view(np.uint8) for part in parts]
+        header = wire.Header(self.wire_id, flags, sum(part.size for part in raw), d)
+        return Payload(np.concatenate([header.pack(), *raw]), like)
+
+
+class Payload:
+    """A compressed vector, as the bytes that go on the wire.
+
+    `bytes(payload)` are exactly these bytes and `payload.nbytes` is their number.
+    """
+
+    def __init__(self, data: np.ndarray, like: Like | None = None) -> None:
+        self.data = data  # uint8[nbytes]: header and body
+        self.header = wire.read_header(data)
+        self._like = like
+        self._body = data[wire.HEADER_NBYTES :]
+        kind = registry.compressor_of(self.header.kind)
+        if kind is None or self.header.body_nbytes != self._body.size:
+            raise PayloadError(
+                f"payload of kind {self.header.kind} has {self._body.size} bytes of body, expected "
+                f"a registered kind and {self.header.body_nbytes} bytes; import the module that "
+                "defines the compressor on all ranks, or look for damage on the way"
+            )
+        self.kind = kind
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview | np.ndarray) -> Payload:
+        """Read a payload that came over a wire; it decompresses to a flat NumPy float32 array.
+
+        Raises:
+            PayloadError: the bytes are not a payload. Damage inside the body shows, as the same
+                error, when the payload is decompressed.
+
+        Example:
+            >>> import ef_horovod as ef, numpy
+            >>> sent = bytes(ef.OneBit().compress(numpy.array([1.0, -3.0])))
+            >>> ef.Payload.from_bytes(sent).decompress()
+            array([ 2., -2.], dtype=float32)
+        """
+        return cls(np.frombuffer(data, np.uint8))
+
+    @property
+    def nbytes(self) -> int:
+        """Size on the wire, header included."""
+        return int(self.data.size)
+
+    @property
+    def num_elements(self) -> int:
+        """Length of the compressed vector."""
+        return self.header.num_elements
+
+    @property
+    def is_skip(self) -> bool:
+        """Whether the sender asks all ranks to drop this step."""
+        return bool(self.header.flags & wire.SKIP)
+
+    def as_skip(self) -> Payload:
+        """A payload of the same kind and size that says only: drop this step."""
+        header = self.header._replace(flags=wire.SKIP)
+        body = np.zeros(self._body.size, np.uint8)
+        return Payload(np.concatenate([header.pack(), body]), self._like)
+
+    def __bytes__(self) -> bytes:
+        return self.data.tobytes()
+
+    def __repr__(self) -> str:
+        return f"<{self.kind.__name__} payload: {self.num_elements} elements, {self.nbytes} bytes>"
+
+    def decompress(self) -> Array:
+        """C(x): same framework, shape, dtype and device as the x that was compressed here."""
+        like = self._like
+        if like is None:
+            import ef_horovod.arrays.numpy as xp
+
+            flat = xp.zeros(self.num_elements)
+            self.add_to(flat)
+            return flat
+        flat = like.xp.zeros(self.num_elements, like.device)
+        self.add_to(flat)
+        return like.xp.restore(flat, like)
+
+    def add_to(self, dense: Array, weight: float = 1.0) -> None:
+        """dense += weight * C(x), without building C(x) where it is sparse.
+
+        Args:
+            dense: float32[d], contiguous.
+
+        Raises:
+            PayloadError: the body is malformed; dense is untouched then.
+            ValueError: dense has another length, dtype or layout.
+        """
+        if tuple(dense.shape) != (self.num_elements,) or not str(dense.dtype).endswith("float32"):
+            raise ValueError(
+                f"got a dense array of shape {tuple(dense.shape)} and dtype {dense.dtype}, "
+                f"expected float32[{self.num_elements}]; flatten or convert it first"
+            )
+        if self.is_skip:
+            raise PayloadError(
+                "got a payload that asks to drop the step, expected one with numbers; check "
+                "is_skip on the payloads of all ranks before using any of them"
+            )
+        self.kind.accumulate(self._body, dense, weight)
+
+    def summands(self) -> np.ndarray:
+        """The float32 numbers of a linear compressor's payload, as a view that may be summed into.
+
+        After an allreduce over this view, the payload stands for the sum over all ranks.
+        """
+        return self.kind.summands(self._body)
+
+
+def require_finite(number: Any, compressor: Compressor) -> None:
+    """Raise unless `number` (a sum, a maximum, the kept values) is finite.
+
+    Raises:
+        NonFiniteError: it is not.
+    """
+    if not np.all(np.isfinite(number)):
+        raise NonFiniteError(
+            f"{compressor} got a vector with a NaN or an infinity, expected finite numbers; "
+            "skip this step, or lower the learning rate or loss scale"
+        )
+
+
+def _float_namespace(x: Array) -> Any:
+    xp = namespace(x)
+    if not xp.is_float(x):
+        raise TypeError(
+            f"got an array of {x.dtype}, expected a floating-point one; integers have no gradient "
+            "to compress, so convert it first if that is meant"
+        )
+    return xp

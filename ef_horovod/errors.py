@@ -1,0 +1,27 @@
+"""Every error of the library, so that callers can catch one base class."""
+
+from __future__ import annotations
+
+
+class EFHorovodError(Exception):
+    """Base class of the errors that ef_horovod raises on purpose."""
+
+
+class PayloadError(EFHorovodError, ValueError):
+    """A payload is malformed: wrong magic, length, counts or an index out of bounds."""
+
+
+class NonFiniteError(EFHorovodError, FloatingPointError):
+    """A NaN or an infinity was about to be compressed."""
+
+
+class ConfigMismatchError(EFHorovodError, RuntimeError):
+    """Two ranks disagree about the compression config, the parameter names or their shapes."""
+
+
+class UnsupportedError(EFHorovodError, TypeError):
+    """A combination that cannot work; the message names the way out."""
+
+
+class CollectiveTimeoutError(EFHorovodError, TimeoutError):
+    """A wait for other ranks went past its limit; the message names the rank and the collective."""

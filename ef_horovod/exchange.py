@@ -1,0 +1,94 @@
+"""How the messages of all ranks meet.
+
+    gather  every rank gets every message: for any compressor; the cost grows with the ranks
+    reduce  values are summed in flight: for linear compressors; the cost does not grow
+    dense   an allreduce of the gradient itself, without payloads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ef_horovod.compressors.base import Payload
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import PayloadError, UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.transports.base import Transport
+
+EXCHANGES = ("auto", "gather", "reduce", "dense")
+
+
+def choose(exchange: str, method: Method) -> str:
+    """The exchange to use, from facts that are equal on all ranks.
+
+    Args:
+        exchange: one of EXCHANGES; "auto" takes "dense" for no compression at all, "reduce" for
+            linear compressors and "gather" for the others.
+        method: the method that the messages belong to.
+
+    Raises:
+        ValueError: no such exchange.
+        UnsupportedError: the method's compressor cannot travel that way.
+    """
+    uncompressed = method == NoFeedback(Identity())
+    linear = method.compressor.linear
+    if exchange == "auto":
+        return "dense" if uncompressed else "reduce" if linear else "gather"
+    if exchange not in EXCHANGES:
+        raise ValueError(f"got exchange={exchange!r}, expected one of {EXCHANGES}; pick one")
+    if exchange == "reduce" and not linear:
+        raise UnsupportedError(
+            f"got exchange='reduce' with {method.compressor}, expected a linear compressor, for "
+            "payloads of others cannot be summed; use exchange='gather' or 'auto'"
+        )
+    if exchange == "dense" and not uncompressed:
+        raise UnsupportedError(
+            f"got exchange='dense' with {method}, expected NoFeedback(Identity()), for a dense "
+            "exchange compresses nothing; use exchange='auto'"
+        )
+    return exchange
+
+
+def start(
+    exchange: str, transport: Transport, name: str, payload: Payload
+) -> Callable[[], list[Payload]]:
+    """Send a payload on its way by "gather" or "reduce".
+
+    Returns:
+        A function that waits and gives one payload for each rank in rank order, or a single one
+        that stands for their sum. If any rank asked to drop the step, at least one `is_skip`.
+    """
+    if exchange == "reduce":
+        return _start_reduce(transport, name, payload)
+    finish = transport.allgather(name, payload.data)
+    return lambda: [_checked(data, rank, payload, name) for rank, data in enumerate(finish())]
+
+
+def _start_reduce(transport: Transport, name: str, payload: Payload) -> Callable[[], list[Payload]]:
+    summed = Payload(payload.data.copy())
+    values = summed.summands()
+    if payload.is_skip:
+        values.fill(np.nan)  # there is no room for a flag, but a NaN survives every sum
+    finish = transport.allreduce(name, values)
+
+    def wait() -> list[Payload]:
+        total = finish()
+        if not np.all(np.isfinite(total)):
+            return [payload.as_skip()]
+        values[:] = total
+        return [summed]
+
+    return wait
+
+
+def _checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:
+    received = Payload(data)
+    if received.kind is not own.kind or received.num_elements != own.num_elements:
+        raise PayloadError(
+            f"rank {rank} sent {received} in '{name}', expected one like {own}; "
+            "use the same config and the same model on all ranks"
+        )
+    return received

@@ -1,0 +1,101 @@
+"""What a method is: two pure halves around the wire, one for workers and one for the aggregator.
+
+    push    worker      gradient -> message
+    reduce  aggregator  messages of all workers -> aggregate
+    pull    worker      aggregate -> direction, which the optimizer gets in place of the gradient
+
+With a gather or reduce exchange every rank runs `reduce` itself on its own replica of the server
+state; with a parameter server, the server does. So a method is written once for all of them.
+
+Ownership, so that nothing is copied on the step path and a step can still be dropped:
+
+- `push` may overwrite `gradient` and leaves x - C(x) in it (x is what it compressed), but changes
+  no array of `state`: whoever wants to drop the step keeps the old state and is where it was.
+- `reduce` and `pull` commit: they may change the arrays of the states that they are given, and the
+  returned aggregate and direction are valid until the next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.keys import Key
+
+State = Any  # a NamedTuple of each method's own
+
+
+class MeanState(NamedTuple):
+    """The aggregator's state of methods without memory there: room for the mean."""
+
+    mean: Array  # float32[d]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods; single-pass ones without a memory at the aggregator inherit `reduce`.
+
+    Args:
+        compressor: what messages are made with.
+
+    Raises:
+        UnsupportedError: something else than a compressor was given.
+    """
+
+    compressor: Compressor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.compressor, Compressor):
+            raise UnsupportedError(
+                f"{type(self).__name__} got {self.compressor!r}, expected a compressor; "
+                f"write for example {type(self).__name__}(TopK(ratio=0.01))"
+            )
+
+    @classmethod
+    def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
+        """Instances with the given compressor, for the contract tests."""
+        return (cls(compressor),)
+
+    def init(self, x: Array) -> tuple[State, State]:
+        """States of a worker and of the aggregator, for vectors like x: float32[d]."""
+        raise NotImplementedError
+
+    def push(
+        self, state: State, gradient: Array, key: Key = DEFAULT_KEY
+    ) -> tuple[Payload, State]:
+        """Compress what this worker has to say.
+
+        Args:
+            state: the worker's.
+            gradient: float32[d], overwritten with what the compressor lost.
+            key: what random compressors draw from.
+
+        Raises:
+            NonFiniteError: the vector to compress has a NaN or an infinity; state is as it was.
+        """
+        raise NotImplementedError
+
+    def reduce(
+        self, server: State, messages: Sequence[Payload], workers: int
+    ) -> tuple[Array, State]:
+        """Mean over workers of what the messages say.
+
+        Args:
+            server: the aggregator's state.
+            messages: one for each worker in rank order, or a single one that stands for their sum.
+            workers: number of workers.
+        """
+        xp = namespace(server.mean)
+        xp.fill(server.mean, 0.0)
+        for message in messages:
+            message.add_to(server.mean)
+        xp.divide(server.mean, workers, out=server.mean)
+        return server.mean, server
+
+    def pull(self, state: State, aggregate: Array) -> tuple[Array, State]:
+        """Turn the aggregate into the direction; commits the worker's state."""
+        return aggregate, state

@@ -1,0 +1,50 @@
+"""The classic: what compression lost is added to the next gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import DEFAULT_KEY, Payload
+from ef_horovod.keys import Key
+from ef_horovod.methods.base import MeanState, Method
+from ef_horovod.registry import register_method
+
+
+class ErrorFeedbackState(NamedTuple):
+    """A worker's error memory, in units of the gradient."""
+
+    error: Array  # float32[d]
+
+
+@register_method
+@dataclass(frozen=True)
+class ErrorFeedback(Method):
+    """p = g + e; send C(p); e = p - C(p); direction = mean_i C(p_i).
+
+    The error is kept in gradient units, so the sum of all that was sent plus the error is the sum
+    of all gradients, and with a constant learning rate the virtual iterate x - lr mean_i e_i takes
+    plain SGD steps. One vector of memory on each rank.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> ef.ErrorFeedback(ef.OneBit())
+        ErrorFeedback(compressor=OneBit())
+
+    References:
+        Seide et al.: 1-Bit Stochastic Gradient Descent (Interspeech 2014). Stich, Cordonnier,
+        Jaggi: Sparsified SGD with Memory (NeurIPS 2018), Algorithm 1. Karimireddy et al.: Error
+        Feedback Fixes SignSGD (ICML 2019), Algorithm 2 (both with the step size inside the error).
+    """
+
+    def init(self, x: Array) -> tuple[ErrorFeedbackState, MeanState]:
+        xp, device = namespace(x), getattr(x, "device", None)
+        return ErrorFeedbackState(xp.zeros(len(x), device)), MeanState(xp.zeros(len(x), device))
+
+    def push(
+        self, state: ErrorFeedbackState, gradient: Array, key: Key = DEFAULT_KEY
+    ) -> tuple[Payload, ErrorFeedbackState]:
+        namespace(gradient).add(gradient, state.error)
+        message, residual = self.compressor.squeeze(gradient, key)
+        return message, ErrorFeedbackState(error=residual)

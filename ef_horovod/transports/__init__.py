@@ -1,0 +1,1 @@
+"""Transports move uint8 buffers and sum float32 arrays between ranks, under explicit names."""

@@ -1,0 +1,86 @@
+"""What every transport offers, and how bytes are counted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ef_horovod.arrays import Array
+from ef_horovod.errors import UnsupportedError
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+
+class Transport(ABC):
+    """Collectives among `size` ranks, started at once and waited for later.
+
+    A collective is matched by its name: equal on all ranks, used for one collective at a time.
+    Each method returns a function that waits for the result. No wait is longer than `timeout`.
+
+    Args:
+        rank: of this process, from 0.
+        size: number of ranks.
+        timeout: limit of every wait, in seconds.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+        if not timeout > 0:
+            raise ValueError(f"got timeout={timeout}, expected a positive number of seconds")
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.bytes_sent = 0  # by this rank, as the algorithms below would put on a network
+        self.bytes_received = 0
+
+    @abstractmethod
+    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+        """Collect every rank's buffer.
+
+        Args:
+            name: of the collective.
+            data: uint8[m], m >= 1; m may differ between ranks but is cheapest when it does not.
+
+        Returns:
+            A function that waits and gives uint8 arrays in rank order, to read only.
+        """
+
+    @abstractmethod
+    def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
+        """Sum over ranks.
+
+        Args:
+            name: of the collective.
+            values: float32[m] or float64[m]; may be overwritten with the result.
+
+        Returns:
+            A function that waits and gives the sum, equal to the last bit on all ranks.
+
+        Raises:
+            UnsupportedError: 16-bit or integer values, whose sums overflow or are not defined.
+        """
+
+    def barrier(self, name: str) -> None:
+        """Wait until all ranks are here."""
+        self.allgather(name, np.zeros(1, np.uint8))()
+
+    def _count_allgather(self, nbytes_each: list[int]) -> None:
+        """Every rank's buffer has to reach every other rank."""
+        own = nbytes_each[self.rank]
+        self.bytes_sent += own * (self.size - 1)
+        self.bytes_received += sum(nbytes_each) - own
+
+    def _count_allreduce(self, nbytes: int) -> None:
+        """What a ring (and any other bandwidth-optimal algorithm) sends: 2 (n - 1) / n of it."""
+        share = 2 * (self.size - 1) * nbytes // self.size
+        self.bytes_sent += share
+        self.bytes_received += share
+
+
+def require_summable(values: Any) -> None:
+    """Raise unless an array may be summed over ranks: float32 or float64."""
+    if not str(values.dtype).endswith(("float32", "float64")):
+        raise UnsupportedError(
+            f"got {values.dtype} values to sum, expected float32 or float64: MPI adds 16-bit floats "
+            "wrongly or not at all; convert them first, or gather them as bytes"
+        )

@@ -1,0 +1,101 @@
+"""All ranks in one process: for simulations, and for tests of what runs over the others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from ef_horovod.errors import CollectiveTimeoutError
+from ef_horovod.transports.base import DEFAULT_TIMEOUT_SECONDS, Transport, require_summable
+
+
+class LocalTransport(Transport):
+    """One of several endpoints that `local_group` makes; usable from one thread or from many.
+
+    Example:
+        >>> import numpy
+        >>> a, b = local_group(2)
+        >>> wait = a.allreduce("sum", numpy.array([1.0], dtype="float32"))
+        >>> _ = b.allreduce("sum", numpy.array([2.0], dtype="float32"))
+        >>> wait()
+        array([3.], dtype=float32)
+    """
+
+    def __init__(self, rank: int, mailbox: _Mailbox, timeout: float) -> None:
+        super().__init__(rank, mailbox.size, timeout)
+        self._mailbox = mailbox
+
+    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+        collect = self._deposit(f"allgather.{name}", np.array(data, np.uint8))
+
+        def finish() -> list[np.ndarray]:
+            parts = collect()
+            self._count_allgather([part.size for part in parts])
+            return parts
+
+        return finish
+
+    def allreduce(self, name: str, values: np.ndarray) -> Callable[[], np.ndarray]:
+        require_summable(values)
+        collect = self._deposit(f"allreduce.{name}", np.array(values))
+        self._count_allreduce(values.nbytes)
+
+        def finish() -> np.ndarray:
+            first, *others = collect()
+            total = first.copy()
+            for part in others:  # in rank order, so that all ranks get the same bits
+                total += part
+            return total
+
+        return finish
+
+    def _deposit(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+        entry = self._mailbox.deposit(name, self.rank, data)
+
+        def collect() -> list[np.ndarray]:
+            if not entry.complete.wait(self.timeout):
+                missing = sorted(set(range(self.size)) - set(entry.parts))
+                raise CollectiveTimeoutError(
+                    f"rank {self.rank} waited {self.timeout:g} s in '{name}' for ranks {missing}; "
+                    "see why they did not get there, or raise timeout="
+                )
+            return [entry.parts[rank] for rank in range(self.size)]
+
+        return collect
+
+
+def local_group(size: int, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> list[LocalTransport]:
+    """`size` endpoints that exchange among each other inside this process."""
+    if size < 1:
+        raise ValueError(f"got {size} workers, expected at least 1")
+    mailbox = _Mailbox(size)
+    return [LocalTransport(rank, mailbox, timeout) for rank in range(size)]
+
+
+class _Entry:
+    def __init__(self) -> None:
+        self.parts: dict[int, np.ndarray] = {}
+        self.complete = threading.Event()
+
+
+class _Mailbox:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lock = threading.Lock()
+        self._open: dict[str, _Entry] = {}
+
+    def deposit(self, name: str, rank: int, data: np.ndarray) -> _Entry:
+        with self._lock:
+            entry = self._open.setdefault(name, _Entry())
+            if rank in entry.parts:
+                raise ValueError(
+                    f"rank {rank} started '{name}' twice, expected once until all ranks have; "
+                    "give every collective in flight a name of its own"
+                )
+            entry.parts[rank] = data
+            if len(entry.parts) == self.size:
+                del self._open[name]
+                entry.complete.set()
+            return entry
