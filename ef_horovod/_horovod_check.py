@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ef_horovod._openmpi import set_prefix
@@ -74,10 +74,10 @@ def require_parts(report: str, toolkit: Toolkit) -> None:
         )
 
 
-def _run(command: list[str | Path], env: Mapping[str, str]) -> str:
+def _run(command: Sequence[object], env: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(
-            command,
+            [str(word) for word in command],
             env=dict(env),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -99,7 +99,7 @@ def _run(command: list[str | Path], env: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def _shown(command: list[str | Path]) -> str:
+def _shown(command: Sequence[object]) -> str:
     """The command without the text of a program given with -c."""
     words = [str(word) for word in command]
     return " ".join("..." if "\n" in word else word for word in words)

