@@ -161,9 +161,11 @@ class Channel:
     def _spare(self, before: Any) -> None:
         """If the worker's state took `gradient`'s memory, take over an array that it gave up."""
         self._lost = self.gradient
-        held = [field for field in self.worker if field is not None]
-        if any(field is self.gradient for field in held):
-            given_up = [old for old in before if not any(old is field for field in held)]
+        # Memory is compared, not identity: a residual is mostly a view of what was compressed.
+        address = self._xp.address
+        taken = {address(field) for field in self.worker if hasattr(field, "shape")}
+        if len(self.gradient) and address(self.gradient) in taken:
+            given_up = [x for x in before if hasattr(x, "shape") and address(x) not in taken]
             self.gradient = given_up[0]
 
     def _dense_bytes(self) -> int:

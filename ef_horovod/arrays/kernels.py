@@ -23,7 +23,7 @@ def add(x, y, weight):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def abs_sum(x):  # type: ignore[no-untyped-def]
-    """Sum of |x_i| as float64, in a fixed order; not finite if any x_i is not."""
+    """Sum of |x_i| as float64, in a fixed order; not finite if an x_i is not, or all are huge."""
     total = 0.0
     lanes = np.zeros(_LANES, np.float32)
     whole = x.size - x.size % _LANES
@@ -35,6 +35,15 @@ def abs_sum(x):  # type: ignore[no-untyped-def]
         for j in range(_LANES):
             total += np.float64(lanes[j])
     for i in range(whole, x.size):
+        total += np.float64(abs(x[i]))
+    return total
+
+
+@njit(cache=True, nogil=True)
+def abs_sum_wide(x):  # type: ignore[no-untyped-def]
+    """abs_sum in float64 throughout: slower, not finite only if an x_i is not."""
+    total = 0.0
+    for i in range(x.size):
         total += np.float64(abs(x[i]))
     return total
 

@@ -63,6 +63,11 @@ def empty(length: int, device: Any = None) -> np.ndarray:
     return np.empty(length, np.float32)
 
 
+def address(x: np.ndarray) -> int:
+    """Where x's memory starts: equal for an array and a view of all of it."""
+    return x.ctypes.data
+
+
 def fill(x: np.ndarray, value: float) -> None:
     """x = value."""
     x.fill(value)
@@ -91,7 +96,9 @@ def average(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray) -> Non
 
 def abs_sum(x: np.ndarray) -> float:
     """Sum of magnitudes, in float64; not finite if an entry is not."""
-    return float(_kernels().abs_sum(x))
+    total = float(_kernels().abs_sum(x))
+    # Sums of numbers near the largest float32 overflow: such vectors are read once more.
+    return total if math.isfinite(total) else float(_kernels().abs_sum_wide(x))
 
 
 def abs_max(x: np.ndarray) -> float:

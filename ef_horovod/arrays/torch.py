@@ -80,7 +80,14 @@ def to_host(x: torch.Tensor) -> np.ndarray:
 
 def from_host(values: np.ndarray, device: Any = None) -> torch.Tensor:
     """A host array as a tensor on `device`, sharing memory on the CPU."""
+    if not values.flags.writeable:  # received bytes; torch has no read-only tensors
+        values = values.copy()
     return torch.from_numpy(values).to(device)
+
+
+def address(x: torch.Tensor) -> int:
+    """Where x's memory starts: equal for a tensor and a view of all of it."""
+    return x.data_ptr()
 
 
 @_kernel
