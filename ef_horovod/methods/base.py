@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
@@ -47,6 +47,9 @@ class Method:
     """
 
     compressor: Compressor
+
+    # Fields of the states that hold nothing between steps: checkpoints leave them out.
+    scratch: ClassVar[frozenset[str]] = frozenset({"mean"})
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
@@ -61,6 +61,7 @@ class EF21(Method):
     """
 
     momentum: float | None = None
+    scratch: ClassVar[frozenset[str]] = frozenset({"mean", "next_velocity", "pending"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

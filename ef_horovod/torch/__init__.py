@@ -1,0 +1,35 @@
+"""Error feedback for PyTorch on stock Horovod.
+
+    import horovod.torch as hvd
+    import ef_horovod.torch as ef
+
+    hvd.init()
+    optimizer = ef.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(),
+                                        compression=ef.EF21(ef.TopK(ratio=0.01)))
+
+All of the core (`ef.TopK`, `ef.EF21`, `ef.simulate`, ...) is reachable from here too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ef_horovod as _core
+from ef_horovod.torch.compression import Compression
+from ef_horovod.torch.optimizer import DistributedOptimizer
+from ef_horovod.torch.policy import small_or_vector
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from ef_horovod import *  # noqa: F403
+
+__all__ = ["Compression", "DistributedOptimizer", "small_or_vector", *_core.__all__]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _core.__all__:
+        raise AttributeError(f"module 'ef_horovod.torch' has no attribute {name!r}")
+    return getattr(_core, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

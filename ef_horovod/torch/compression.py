@@ -1,0 +1,155 @@
+"""`ef.Compression`: any compressor and method through stock `hvd.DistributedOptimizer`.
+
+Horovod hands each gradient to `compress`, allreduces what comes back and hands the result to
+`decompress`. Here `compress` starts the real exchange under the parameter's name, from the hook, so
+it overlaps with backward, and gives Horovod a single number to reduce. Its price against
+`ef.DistributedOptimizer` is one collective and one such allreduce for each parameter, no buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ef_horovod.channel import Channel, ChannelStats, finish_step, total_stats
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.guard import require_same_config
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.torch.policy import DensePolicy, require_method, small_or_vector
+from ef_horovod.transports.horovod_torch import HorovodTorchTransport
+
+
+class Compression:
+    """An instance for the `compression=` argument of `hvd.DistributedOptimizer`.
+
+    Parameters that the policy keeps dense travel in a named allreduce each, which Horovod fuses.
+    If any rank's gradient is not finite, all ranks keep their memories, and the optimizer's next
+    step changes nothing. `op=hvd.Adasum` and sparse gradients are not supported.
+
+    Args:
+        method: error-feedback method with its compressor.
+        named_parameters: `model.named_parameters()`, as given to Horovod.
+        dense: `dense(name, parameter)` says which parameters stay uncompressed.
+        exchange: "auto", "gather" or "reduce".
+        seed: of random compressors.
+        process_set: the one given to Horovod.
+        timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
+
+    Raises:
+        UnsupportedError: `method` is not a method, with what to write.
+
+    Example:
+        optimizer = hvd.DistributedOptimizer(
+            optimizer, model.named_parameters(),
+            compression=ef.Compression(ef.EF21(ef.TopK(0.01)), model.named_parameters()))
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        named_parameters: Iterable[tuple[str, torch.Tensor]],
+        *,
+        dense: DensePolicy = small_or_vector,
+        exchange: str = "auto",
+        seed: int = 0,
+        process_set: Any = None,
+        timeout: float | None = None,
+    ) -> None:
+        method = require_method(method)
+        self._transport = HorovodTorchTransport("ef.stock", process_set, timeout)
+        self._step = 0
+        self._config_checked = False
+        self._under_way: dict[str, Channel] = {}
+        self._directions: dict[str, torch.Tensor] | None = None
+        self._skip_hook: Any = None
+        self._parameters = {n: p for n, p in named_parameters if p.requires_grad}
+        self._channels: dict[str, Channel] = {}
+        for name, parameter in self._parameters.items():
+            plain = dense(name, parameter)
+            self._channels[name] = Channel(
+                name,
+                torch.empty(parameter.numel(), device=parameter.device),
+                NoFeedback(Identity()) if plain else method,
+                self._transport,
+                exchange="dense" if plain else exchange,
+                seed=seed,
+            )
+        self._facts = [f"exchange={exchange!r}, seed={seed}"] + [
+            f"parameter '{name}' of shape {tuple(p.shape)} by {self._channels[name].method!r}"
+            for name, p in self._parameters.items()
+        ]
+
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
+        """Called by Horovod for each gradient; starts its exchange."""
+        name = self._name_of(tensor)
+        if not self._config_checked:
+            require_same_config(self._transport, self._facts)
+            self._config_checked = True
+        channel = self._channels[name]
+        channel.gradient.view(tensor.shape).copy_(tensor)
+        channel.start(self._step)
+        self._under_way[name] = channel
+        # Horovod wants one tensor to allreduce: a 1, which comes back as 1 for Average, n for Sum.
+        return torch.ones(1, device=tensor.device), (name, tensor)
+
+    def decompress(self, tensor: torch.Tensor, ctx: tuple[str, torch.Tensor]) -> torch.Tensor:
+        """Called by Horovod for each parameter once all of them have been compressed."""
+        name, gradient = ctx
+        if self._directions is None:
+            self._finish()
+        assert self._directions is not None
+        direction = self._directions.pop(name)
+        if not self._directions:
+            self._directions = None
+        return gradient.copy_(direction.view(gradient.shape)).mul_(tensor.round())
+
+    def stats(self) -> list[ChannelStats]:
+        """One row for each parameter and a last one with the total; call it between steps."""
+        rows = [channel.stats() for channel in self._channels.values()]
+        return [*rows, total_stats(rows)]
+
+    def _finish(self) -> None:
+        """Wait for all channels of this step; commit all of them or none."""
+        if self._skip_hook is not None:
+            self._skip_hook.remove()
+            self._skip_hook = None
+        channels = list(self._under_way.values())
+        directions = finish_step(channels)
+        if directions is None:
+            self._skip_next_step()
+            nothing = torch.tensor(float("nan"))
+            directions = [nothing.expand(len(c.gradient)) for c in channels]
+        else:
+            self._step += 1
+        self._directions = dict(zip(self._under_way, directions, strict=True))
+        self._under_way = {}
+
+    def _skip_next_step(self) -> None:
+        """Take our gradients away from the optimizer that is about to step.
+
+        An optimizer leaves parameters without gradient alone, their momentum and weight decay too.
+        """
+        ours = set(self._parameters.values())
+
+        def remove_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in ours.intersection(group["params"]):
+                    parameter.grad = None
+
+        self._skip_hook = register_optimizer_step_pre_hook(remove_gradients)
+
+    def _name_of(self, tensor: torch.Tensor) -> str:
+        for name, parameter in self._parameters.items():
+            if parameter.grad is tensor:
+                return name
+        raise UnsupportedError(
+            f"got a tensor of shape {tuple(tensor.shape)} to compress that is no gradient of the "
+            "named parameters, expected one, with the dense gradients and op=Average of "
+            "hvd.DistributedOptimizer; pass the same model.named_parameters() to both, "
+            "without Adasum and sparse gradients"
+        )

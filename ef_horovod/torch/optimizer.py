@@ -1,0 +1,252 @@
+"""`ef.DistributedOptimizer`: Horovod's, with compression in place of dense allreduces."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from ef_horovod.channel import ChannelStats
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.torch.policy import DensePolicy, name_parameters, require_method, small_or_vector
+from ef_horovod.torch.reducer import Options, Reducer
+from ef_horovod.transports.horovod_torch import HorovodTorchTransport
+
+_instances = itertools.count()
+
+
+def DistributedOptimizer(  # noqa: N802 - Horovod's name
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
+    compression: Method = NoFeedback(Identity()),  # noqa: B008 - frozen
+    backward_passes_per_step: int = 1,
+    op: Any = hvd.Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: Any = None,
+    sparse_as_dense: bool = False,
+    process_set: Any = None,
+    *,
+    dense: DensePolicy = small_or_vector,
+    exchange: str = "auto",
+    bucket_bytes: int = 25 * 2**20,
+    seed: int = 0,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    overlap: bool = True,
+    timeout: float | None = None,
+) -> Any:
+    """Wrap an optimizer so that its gradients are averaged over all ranks, compressed.
+
+    The first ten keywords are those of `hvd.DistributedOptimizer`. The result is an instance of
+    the wrapped optimizer's class with the same state and parameter groups; with a single rank it
+    is the plain optimizer. `synchronize()`, `skip_synchronize()` and
+    `set_backward_passes_per_step()` work as in Horovod, `zero_grad(set_to_none=...)` too. New are
+    `stats()`, `step_skipped` and `compression_state_dict()` / `load_compression_state_dict()`:
+    error memories belong to a rank, so every rank saves and loads its own.
+
+    If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks: parameters
+    and memories stay as they were, gradients become NaN, `step_skipped` is True.
+
+    Args:
+        optimizer: any torch optimizer that needs one gradient a step.
+        named_parameters: `model.named_parameters()`; names must be equal on all ranks.
+        compression: error-feedback method with its compressor, such as EF21(TopK(ratio=0.01)).
+        backward_passes_per_step: micro-batches whose gradients are summed before an exchange.
+        op: `hvd.Average` or `hvd.Sum`.
+        gradient_predivide_factor: 1.0; sums are float32 here and need no help.
+        num_groups, groups: not needed, buckets take their place.
+        sparse_as_dense: densify sparse gradients; they raise otherwise.
+        process_set: Horovod process set to average over; default all ranks.
+        dense: `dense(name, parameter)` says which parameters stay uncompressed (they share one
+            allreduce); default `small_or_vector`.
+        exchange: "auto", "gather" (any compressor) or "reduce" (linear ones).
+        bucket_bytes: parameters are packed into buckets of about this many bytes of float32; each
+            is compressed as one vector and sent in one collective, during backward.
+        seed: of random compressors.
+        grad_scaler: the scaler, if one is used, so that memories stay in unscaled units.
+        overlap: send buckets during backward (False: all of them in `synchronize`).
+        timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
+
+    Raises:
+        UnsupportedError: a combination that cannot work, with the way out.
+        ValueError: names missing or doubled, or a number out of range.
+
+    Example:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = ef.DistributedOptimizer(optimizer, model.named_parameters(),
+                                            compression=ef.ErrorFeedback(ef.OneBit()))
+    """
+    _refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
+    if backward_passes_per_step < 1:
+        raise ValueError(
+            f"got backward_passes_per_step={backward_passes_per_step}, expected at least 1"
+        )
+    options = Options(
+        method=require_method(compression),
+        dense=dense,
+        exchange=exchange,
+        bucket_bytes=bucket_bytes,
+        passes=backward_passes_per_step,
+        seed=seed,
+        average=op == hvd.Average,
+        sparse_as_dense=sparse_as_dense,
+        overlap=overlap,
+    )
+    named = name_parameters(named_parameters, optimizer.param_groups)
+    process_set = process_set or hvd.global_process_set
+    wrapped = _rebuild(optimizer)
+    prefix = f"ef{next(_instances)}"  # wrap optimizers in the same order on all ranks
+    if process_set.included() and process_set.size() > 1:
+        transport = HorovodTorchTransport(prefix, process_set, timeout)
+        trainable = [(name, p) for name, p in named if p.requires_grad]
+        frozen = [(name, p) for name, p in named if not p.requires_grad]
+        loss_scale = grad_scaler.get_scale if grad_scaler is not None else lambda: 1.0
+        wrapped._reducer = Reducer(trainable, frozen, options, transport, loss_scale)
+    return wrapped
+
+
+class _Distributed:
+    """The methods that a wrapped optimizer's class gets on top of the user's class `_base`.
+
+    They go into the class itself and not into a base of it, under Horovod's module name, because
+    `hvd.broadcast_optimizer_state` takes `super(type(optimizer), optimizer).step` for the plain
+    step of such an optimizer.
+    """
+
+    _base: type[torch.optim.Optimizer]
+    _reducer: Reducer | None
+
+    def synchronize(self) -> None:
+        """Finish the exchange: `p.grad` becomes the average, ready to be clipped."""
+        if self._reducer is not None:
+            self.step_skipped = not self._reducer.finish()
+        self._synchronized = True
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """`step()` inside does not synchronize, for code that called `synchronize()` itself."""
+        self._should_synchronize = False
+        try:
+            yield
+        finally:
+            self._should_synchronize = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Synchronize unless that was done, then step; not if the step was dropped."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        fresh = self._reducer is not None and self._reducer.under_way
+        if self._should_synchronize and (fresh or not self._synchronized):
+            self.synchronize()
+        elif fresh:
+            raise RuntimeError(
+                "step() inside skip_synchronize() has gradients that are under way to other ranks, "
+                "expected averaged ones; call synchronize() first"
+            )
+        self._synchronized = False
+        if self.step_skipped:
+            return loss
+        stepped = self._base.step(self)  # type: ignore[arg-type, call-arg]
+        return loss if closure is not None else stepped
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; raises while gradients are under way."""
+        if self._reducer is not None and self._reducer.under_way:
+            raise RuntimeError(
+                "zero_grad() was called between backward() and step(), expected it before "
+                "backward() or after step(); the gradients are under way to other ranks"
+            )
+        self._base.zero_grad(self, set_to_none)  # type: ignore[arg-type]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the new parameters would not be averaged."""
+        raise UnsupportedError(
+            "got a new parameter group for a wrapped optimizer, expected none, for its gradients "
+            "would not be averaged; add it to the optimizer before wrapping"
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch: learning rates, momenta and the like, which are equal on all ranks."""
+        self._synchronized = False
+        if self._reducer is not None:
+            self._reducer.reset_passes()
+        self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Accumulate another number of micro-batches from the next step on."""
+        if self._reducer is not None:
+            self._reducer.set_passes(passes)
+
+    def stats(self) -> list[ChannelStats]:
+        """One row for each bucket and a last one with the total; empty with a single rank.
+
+        Bytes, relative compression error of the last step, and seconds spent compressing, waiting
+        and decompressing. Call it between steps.
+        """
+        return self._reducer.stats() if self._reducer is not None else []
+
+    def compression_state_dict(self) -> dict[str, Any]:
+        """This rank's error memories by parameter name; save one file a rank."""
+        return self._reducer.state_dict() if self._reducer is not None else {}
+
+    def load_compression_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `compression_state_dict` returned on this rank."""
+        if self._reducer is not None:
+            self._reducer.load_state_dict(state)
+
+
+def _rebuild(optimizer: torch.optim.Optimizer) -> Any:
+    """The optimizer under a class of its own; state and parameter groups are shared with it."""
+    base = type(optimizer)
+    members = {name: m for name, m in vars(_Distributed).items() if name not in _NOT_MEMBERS}
+    cls = type(base.__name__, (base,), {**members, "_base": base, "__module__": hvd.optimizer.__name__})
+    wrapped = object.__new__(cls)
+    wrapped.__dict__.update(optimizer.__dict__)
+    # A scheduler made earlier has put a wrapped `step` into the instance: it would hide ours.
+    wrapped.__dict__.pop("step", None)
+    wrapped._reducer = None
+    wrapped._synchronized = False
+    wrapped._should_synchronize = True
+    wrapped.step_skipped = False
+    return wrapped
+
+
+_NOT_MEMBERS = ("__dict__", "__weakref__", "__annotations__", "__module__", "__doc__")
+
+
+def _refuse_unsupported(
+    optimizer: Any, op: Any, gradient_predivide_factor: float, num_groups: int, groups: Any
+) -> None:
+    if op not in (hvd.Average, hvd.Sum):
+        raise UnsupportedError(
+            f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense vectors; "
+            "use hvd.DistributedOptimizer without compression for it"
+        )
+    if gradient_predivide_factor != 1.0:
+        raise UnsupportedError(
+            f"got gradient_predivide_factor={gradient_predivide_factor}, expected 1.0, for sums "
+            "are float32 here and do not overflow; leave it out"
+        )
+    if num_groups or groups is not None:
+        raise UnsupportedError(
+            f"got groups={groups or num_groups!r}, expected none, for buckets take their place; "
+            "leave it out and set bucket_bytes"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "got LBFGS, expected an optimizer that needs one gradient a step; use SGD or Adam"
+        )
+    if hasattr(optimizer, "_allreduce_grad_async") or hasattr(optimizer, "_reducer"):
+        raise UnsupportedError(
+            "got an optimizer that is wrapped already, expected a plain torch optimizer; "
+            "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer"
+        )

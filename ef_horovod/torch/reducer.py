@@ -1,0 +1,244 @@
+"""From gradient hooks to averaged gradients: one step of all buckets.
+
+A bucket's exchange starts as soon as the last of its gradients exists, while backward goes on.
+Nothing of a step is committed before all buckets have arrived, so that a NaN on any rank drops the
+whole step on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ef_horovod.channel import Channel, ChannelStats, finish_step, total_stats
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.guard import require_same_config
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.torch.buckets import Bucket, Slot, plan_buckets
+from ef_horovod.torch.policy import DensePolicy
+from ef_horovod.torch.state import load_memories, save_memories
+from ef_horovod.transports.base import Transport
+
+_NO_LIMIT = 1 << 62
+_UNCOMPRESSED = NoFeedback(Identity())
+
+Named = list[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How gradients are reduced; equal on all ranks.
+
+    Args:
+        method: for the compressed buckets.
+        dense: policy that says which parameters stay uncompressed; they share one allreduce.
+        exchange: "auto", "gather" or "reduce".
+        bucket_bytes: size of a compressed bucket in bytes of float32.
+        passes: backward passes that are accumulated before an exchange.
+        seed: of random compressors.
+        average: deliver means over ranks, or sums.
+        sparse_as_dense: whether sparse gradients are densified; they raise otherwise.
+        overlap: start exchanges during backward, or all of them in `finish`.
+    """
+
+    method: Method
+    dense: DensePolicy
+    exchange: str
+    bucket_bytes: int
+    passes: int
+    seed: int
+    average: bool
+    sparse_as_dense: bool
+    overlap: bool
+
+
+class Reducer:
+    """Averages gradients over ranks, compressed; hooks itself to the parameters.
+
+    Args:
+        trainable: parameters with their names, equal on all ranks.
+        frozen: parameters that must not start to require a gradient.
+        options: see there.
+        transport: to the other ranks.
+        loss_scale: asked once a step for what gradients are multiplied by; memories stay in
+            unscaled units.
+    """
+
+    def __init__(
+        self,
+        trainable: Named,
+        frozen: Named,
+        options: Options,
+        transport: Transport,
+        loss_scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        self.options, self.transport = options, transport
+        self.step = 0  # number of the next step; a dropped step's number is used again
+        self._frozen = frozen
+        self._read_loss_scale, self._loss_scale = loss_scale, 1.0
+        self._config_checked = False
+        self._sparse: set[torch.Tensor] = set()  # densified in this step
+        self.buckets = self._make_buckets(trainable)
+        self._place = {slot.parameter: (b, slot) for b in self.buckets for slot in b.slots}
+        self.reset_passes()
+        for parameter in self._place:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether gradients of a step have been taken that `finish` has not delivered."""
+        return any(bucket.filled for bucket in self.buckets)
+
+    def reset_passes(self) -> None:
+        """Count backward passes from the start."""
+        self._passes_left = dict.fromkeys(self._place, self.options.passes)
+
+    def set_passes(self, passes: int) -> None:
+        """Accumulate another number of backward passes, from the next step on."""
+        self.options = replace(self.options, passes=passes)
+        self.reset_passes()
+
+    def finish(self) -> bool:
+        """Send what is not yet under way, wait, and put the directions into `p.grad`.
+
+        Returns:
+            Whether the step is good. If some rank's gradient was not finite, all ranks return
+            False, memories are as before, and all gradients are NaN so that nobody uses them.
+        """
+        self._require_frozen()
+        for bucket in self.buckets:
+            if not bucket.started:
+                self._fill_rest(bucket)
+                self._start(bucket)
+        directions = finish_step([bucket.channel for bucket in self.buckets])
+        factor = self._loss_scale * (1 if self.options.average else self.transport.size)
+        for i, bucket in enumerate(self.buckets):
+            bucket.deliver(directions[i] if directions else None, factor)
+        for parameter in self._sparse:
+            parameter.grad = parameter.grad.to_sparse() if parameter.grad is not None else None
+        self._sparse.clear()
+        self.reset_passes()
+        self.step += directions is not None
+        return directions is not None
+
+    def stats(self) -> list[ChannelStats]:
+        """One row a bucket and a total; call it between steps."""
+        rows = [bucket.channel.stats() for bucket in self.buckets]
+        return [*rows, total_stats(rows)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memories."""
+        return {
+            "step": self.step,
+            "rank": self.transport.rank,
+            "size": self.transport.size,
+            "compression": repr(self.options.method),
+            "parameters": save_memories(self.buckets),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned on this rank of an equal job.
+
+        Raises:
+            ValueError: another rank, number of ranks, method or model.
+        """
+        mine = {
+            "rank": self.transport.rank,
+            "size": self.transport.size,
+            "compression": repr(self.options.method),
+        }
+        for fact, expected in mine.items():
+            if state[fact] != expected:
+                raise ValueError(
+                    f"got a compression state of {fact} {state[fact]!r}, expected {expected!r}; "
+                    "load each rank's own file into an equal job, or start without it"
+                )
+        load_memories(self.buckets, state["parameters"])
+        self.step = state["step"]
+
+    def _make_buckets(self, trainable: Named) -> list[Bucket]:
+        options = self.options
+        small = [(name, p) for name, p in trainable if options.dense(name, p)]
+        large = [(name, p) for name, p in trainable if not options.dense(name, p)]
+        buckets = []
+        for kind, named, method, exchange, limit in (
+            ("dense", small, _UNCOMPRESSED, "dense", _NO_LIMIT),
+            ("bucket", large, options.method, options.exchange, options.bucket_bytes),
+        ):
+            for i, slots in enumerate(plan_buckets(named, limit)):
+                like = torch.empty(slots[-1].stop, device=slots[0].parameter.device)
+                channel = Channel(
+                    f"{kind}.{i}",
+                    like,
+                    method,
+                    self.transport,
+                    exchange=exchange,
+                    seed=options.seed,
+                )
+                buckets.append(Bucket(channel, slots))
+        return buckets
+
+    def _on_gradient(self, parameter: torch.Tensor) -> None:
+        self._passes_left[parameter] -= 1
+        if self._passes_left[parameter] < 0:
+            raise RuntimeError(
+                f"got more than {self.options.passes} backward passes before step(), expected "
+                f"{self.options.passes}; raise backward_passes_per_step to accumulate gradients"
+            )
+        if self._passes_left[parameter] > 0:
+            return
+        bucket, slot = self._place[parameter]
+        self._fill(bucket, slot)
+        if self.options.overlap and len(bucket.filled) == len(bucket.slots):
+            self._start(bucket)
+
+    def _fill_rest(self, bucket: Bucket) -> None:
+        """What no hook has brought: parameters without a gradient, or with fewer passes."""
+        for slot in bucket.slots:
+            if slot.parameter not in bucket.filled:
+                self._fill(bucket, slot)
+
+    def _fill(self, bucket: Bucket, slot: Slot) -> None:
+        gradient = slot.parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            if not self.options.sparse_as_dense:
+                raise UnsupportedError(
+                    f"the gradient of '{slot.name}' is sparse, expected a dense one; pass "
+                    "sparse_as_dense=True, or build the embedding with sparse=False"
+                )
+            slot.parameter.grad = gradient.to_dense()
+            self._sparse.add(slot.parameter)
+        if not self.under_way:
+            self._loss_scale = self._read_loss_scale()
+        bucket.fill(slot, self._loss_scale)
+
+    def _start(self, bucket: Bucket) -> None:
+        if not self._config_checked:
+            require_same_config(self.transport, self._describe())
+            self._config_checked = True
+        bucket.start(self.step)
+
+    def _describe(self) -> list[str]:
+        options = self.options
+        return [
+            f"compression {options.method!r}",
+            f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
+            f"backward_passes_per_step={options.passes}",
+        ] + [
+            f"parameter '{slot.name}' of shape {tuple(slot.parameter.shape)} in {b.channel.name}"
+            for b in self.buckets
+            for slot in b.slots
+        ]
+
+    def _require_frozen(self) -> None:
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise UnsupportedError(
+                    f"parameter '{name}' requires a gradient now but did not when the optimizer "
+                    "was wrapped, expected no change; wrap the optimizer again after unfreezing"
+                )

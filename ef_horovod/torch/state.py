@@ -1,0 +1,64 @@
+"""Error memories as a state dict: by parameter name, for one rank, whatever the buckets are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ef_horovod.torch.buckets import Bucket
+
+
+def save_memories(buckets: Sequence[Bucket]) -> dict[str, dict[str, Any]]:
+    """{parameter name: {"worker.error": tensor, ...}}; tensors are copies."""
+    parameters: dict[str, dict[str, Any]] = {}
+    for bucket in buckets:
+        for half, field, value in _memories(bucket):
+            for slot in bucket.slots:
+                part = value[slot.start : slot.stop].clone() if _is_vector(value) else value
+                parameters.setdefault(slot.name, {})[f"{half}.{field}"] = part
+    return parameters
+
+
+def load_memories(buckets: Sequence[Bucket], parameters: dict[str, dict[str, Any]]) -> None:
+    """Take over what `save_memories` returned for the same parameters.
+
+    Raises:
+        ValueError: other parameters, sizes or memories; nothing was changed then.
+    """
+    mine = save_memories(buckets)
+    if _sizes(parameters) != _sizes(mine):
+        raise ValueError(
+            f"got memories of {len(parameters)} parameters whose names, sizes or kinds differ from "
+            f"the {len(mine)} here; load them into the same model with the same compression"
+        )
+    for bucket in buckets:
+        for half, field, value in list(_memories(bucket)):
+            parts = [parameters[slot.name][f"{half}.{field}"] for slot in bucket.slots]
+            if _is_vector(value):
+                value.copy_(torch.cat(parts))
+            else:
+                held = getattr(bucket.channel, half)
+                setattr(bucket.channel, half, held._replace(**{field: parts[0]}))
+
+
+def _memories(bucket: Bucket) -> Iterator[tuple[str, str, Any]]:
+    """(half, field, value) of all that a bucket's channel remembers between steps."""
+    channel = bucket.channel
+    for half in ("worker", "server"):
+        held = getattr(channel, half)
+        for field, value in held._asdict().items() if held is not None else ():
+            if value is not None and field not in channel.method.scratch:
+                yield half, field, value
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _sizes(parameters: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {field: v.numel() if _is_vector(v) else None for field, v in fields.items()}
+        for name, fields in parameters.items()
+    }
