@@ -5,6 +5,7 @@ Standard library only: the launch scripts load this file by path, before any pac
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-TAIL_LINES = 25
+TAIL_LINES = 15
+ERROR_LINES = 10
+ERROR = re.compile(r"CMake Error|error:|undefined reference|No space left|Killed", re.IGNORECASE)
 
 
 class CommandFailed(RuntimeError):
@@ -66,6 +69,23 @@ class Ticker:
         return "\r\033[K" if self.live else ""
 
 
+class Excerpt:
+    """The few lines of a long output that say what went wrong: the first errors, the last lines."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.tail: list[str] = []
+
+    def add(self, line: str) -> None:
+        if ERROR.search(line) and len(self.errors) < ERROR_LINES:
+            self.errors.append(line)
+        self.tail = [*self.tail[-TAIL_LINES + 1 :], line]
+
+    def text(self) -> str:
+        earlier = [line for line in self.errors if line not in self.tail]
+        return "".join([*earlier, "...\n", *self.tail] if earlier else self.tail)
+
+
 def run_logged(
     command: Sequence[object],
     *,
@@ -81,7 +101,7 @@ def run_logged(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [str(word) for word in command]
-    tail: list[str] = []
+    excerpt = Excerpt()
     with Ticker(label) as ticker, log.open("a", encoding="utf-8") as sink:
         sink.write(f"\n$ {' '.join(words)}\n")
         process = subprocess.Popen(
@@ -97,7 +117,7 @@ def run_logged(
         try:
             for line in process.stdout:
                 sink.write(line)
-                tail = [*tail[-TAIL_LINES + 1 :], line]
+                excerpt.add(line)
                 percent = percent_of(line)
                 if percent is not None:
                     ticker.update(percent)
@@ -108,5 +128,5 @@ def run_logged(
         if status != 0:
             raise CommandFailed(
                 f"{label}: the command ended with status {status}, expected 0; "
-                f"the whole output is in {log}, its last lines are:\n{''.join(tail)}"
+                f"the whole output is in {log}, the lines that matter are:\n{excerpt.text()}"
             )

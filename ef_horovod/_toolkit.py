@@ -6,6 +6,7 @@ their libraries, so versions come from package metadata and the rest is asked in
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -32,6 +33,7 @@ FRAMEWORKS = {
         "tf-nightly-cpu",
     ),
 }
+USUAL_CUDA_HOME = "/usr/local/cuda"
 HOROVOD_NAME = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW"}  # as in HOROVOD_WITH_PYTORCH
 
 # Variables that change what is compiled; the others (HOROVOD_CYCLE_TIME, ...) act at run time.
@@ -64,6 +66,8 @@ class Toolkit:
     torch_abi: str  # "cxx11", "pre-cxx11" or "" without torch
     mpi: Mpi | None
     compiler: str  # "g++ 12"
+    cuda: str = ""  # the CUDA toolkit that Horovod is compiled with, "" for CPU tensors only
+    hides_cuda: bool = False  # torch has CUDA, but there is no toolkit to compile with
 
 
 def find_toolkit(chosen: tuple[str, ...], environment: Mapping[str, str]) -> Toolkit:
@@ -77,7 +81,12 @@ def find_toolkit(chosen: tuple[str, ...], environment: Mapping[str, str]) -> Too
     require_headers(Path(sysconfig.get_path("include")))
     frameworks = find_frameworks(chosen, environment)
     mpi = None if environment.get("HOROVOD_WITHOUT_MPI") == "1" else find_mpi(environment)
-    return Toolkit(frameworks, torch_abi() if "torch" in frameworks else "", mpi, compiler)
+    if "torch" not in frameworks:
+        return Toolkit(frameworks, "", mpi, compiler)
+    facts = torch_facts(environment)
+    frameworks["torch"] = facts["version"]  # with the local tag, which metadata may lack
+    cuda, hides_cuda = choose_cuda(facts, environment)
+    return Toolkit(frameworks, facts["abi"], mpi, compiler, cuda, hides_cuda)
 
 
 def find_compiler(environment: Mapping[str, str]) -> str:
@@ -149,10 +158,44 @@ def framework_version(name: str) -> str:
     return _output([sys.executable, "-c", f"import {name}; print({name}.__version__)"], os.environ)
 
 
-def torch_abi() -> str:
-    code = "import torch; print(torch.compiled_with_cxx11_abi())"
-    answer = _output([sys.executable, "-c", code], os.environ)
-    return "cxx11" if answer.endswith("True") else "pre-cxx11"
+def torch_facts(environment: Mapping[str, str]) -> dict[str, str]:
+    """What only torch itself can tell: version, C++ ABI, and where it would compile with CUDA."""
+    code = (
+        "import json, torch; from torch.utils.cpp_extension import CUDA_HOME as home\n"
+        "abi = 'cxx11' if torch.compiled_with_cxx11_abi() else 'pre-cxx11'\n"
+        "cuda = (torch.version.cuda and home) or ''\n"
+        "print(json.dumps({'version': torch.__version__, 'abi': abi, 'cuda home': cuda}))"
+    )
+    lines = _output([sys.executable, "-c", code], environment).splitlines()
+    if not lines:
+        raise BuildError(
+            f"`import torch` fails in {sys.executable}, Horovod is compiled against it: see why "
+            "with `python -c 'import torch'`, or choose `--framework tensorflow`"
+        )
+    return dict(json.loads(lines[-1]))
+
+
+def choose_cuda(facts: Mapping[str, str], environment: Mapping[str, str]) -> tuple[str, bool]:
+    """The toolkit to compile with, and whether to hide torch's CUDA because there is none.
+
+    Horovod asks for a whole toolkit as soon as torch has CUDA and a trace of one is found, and
+    then looks beside nvcc, which may be a wrapper elsewhere: so the place is found here and given
+    by name. Who asks for GPU operations is never second-guessed.
+    """
+    named = environment.get("HOROVOD_CUDA_HOME", "")
+    if named or any(name.startswith("HOROVOD_GPU") for name in environment):
+        return named or facts["cuda home"], False
+    if not facts["cuda home"]:
+        return "", False
+    complete = [home for home in (facts["cuda home"], USUAL_CUDA_HOME) if is_cuda_toolkit(home)]
+    return (complete[0], False) if complete else ("", True)
+
+
+def is_cuda_toolkit(home: str) -> bool:
+    """Whether both the headers and the run-time library are there; a lone nvcc is not enough."""
+    return all(
+        any(Path(home).glob(pattern)) for pattern in ("include/cuda_runtime.h", "lib*/libcudart*")
+    )
 
 
 def find_mpi(environment: Mapping[str, str]) -> Mpi:
@@ -196,6 +239,8 @@ def key_of(
         "mpi": f"{mpi.name} {mpi.version}" if mpi else "none",
         "compiler": toolkit.compiler,
     }
+    if toolkit.cuda:
+        key["cuda"] = toolkit.cuda
     if mpi and mpi.library_dir is None:
         key["mpi compiler"] = str(mpi.compiler)  # a system's MPI is linked by its own path
     key |= {f"framework {name}": version for name, version in toolkit.frameworks.items()}

@@ -59,6 +59,29 @@ set(CMAKE_CXX_COMPILE_OBJECT
 set(CMAKE_SHARED_LINKER_FLAGS_INIT "-Wl,--as-needed")
 set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
 """
+# torch's own helper then reports a CPU build, so nothing asks for the CUDA toolkit.
+HIDE_CUDA = """\
+import sys
+from importlib.machinery import PathFinder
+
+
+class WithoutCuda:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "torch.version":
+            return None
+        spec = PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (run(module), setattr(module, "cuda", None))
+        return spec
+
+
+sys.meta_path.insert(0, WithoutCuda)
+"""
+NO_CUDA_TOOLKIT = (
+    "note: torch has CUDA, no complete CUDA toolkit was found, so this Horovod takes CPU tensors "
+    "only: for GPUs install the toolkit, set CUDA_HOME and HOROVOD_GPU_OPERATIONS=NCCL"
+)
 XLA_OLD = "tensorflow/compiler/xla/client/xla_builder.h"
 XLA_NEW = "tensorflow/compiler/xla/hlo/builder/xla_builder.h"
 # These two lie in folders of their own, TensorFlow's headers name them without it.
@@ -85,6 +108,8 @@ def build_horovod(options: Options, environment: Mapping[str, str] = os.environ)
     require_pip()
     toolkit = find_toolkit(options.frameworks, environment)
     print(f"Horovod {HOROVOD} for {describe(toolkit)}", flush=True)
+    if toolkit.hides_cuda:
+        print(NO_CUDA_TOOLKIT, flush=True)
     key = key_of(toolkit, HOROVOD, recipe_hash(), environment)
     folder = (options.cache or default_cache(environment)) / folder_name(key)
     with locked(folder.with_name(folder.name + ".lock")):
@@ -184,7 +209,7 @@ def build_into(
     with tempfile.TemporaryDirectory(prefix="ef-horovod-") as name:
         work = Path(name)
         require_disk(work)
-        python = make_build_python(work / "python", log, needs_cmake(env))
+        python = make_build_python(work / "python", toolkit, log, needs_cmake(env))
         write_recipe(work / "recipe", toolkit, env)
         build_env = build_environment(work / "recipe", toolkit, python, jobs, env)
         wheel = [python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
@@ -225,7 +250,7 @@ def needs_cmake(environment: Mapping[str, str]) -> bool:
     return match is None or (int(match.group(1)), int(match.group(2))) < CMAKE_OLDEST
 
 
-def make_build_python(folder: Path, log: Path, with_cmake: bool) -> Path:
+def make_build_python(folder: Path, toolkit: Toolkit, log: Path, with_cmake: bool) -> Path:
     """A throw-away environment: build tools of its own, the user's packages behind them."""
     run_logged(
         [sys.executable, "-m", "venv", "--without-pip", folder], label="build environment", log=log
@@ -234,6 +259,8 @@ def make_build_python(folder: Path, log: Path, with_cmake: bool) -> Path:
     own = next(folder.glob("lib/python*/site-packages"))
     seen = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (own / "packages_of_the_user.pth").write_text("\n".join(seen) + "\n")
+    if toolkit.hides_cuda:
+        (own / "sitecustomize.py").write_text(HIDE_CUDA)
     tools = [*BUILD_TOOLS, *(["cmake<4"] if with_cmake else [])]
     run_logged(
         [python, "-m", "pip", "install", "--quiet", "--ignore-installed", *tools],
@@ -294,6 +321,9 @@ def build_environment(
     env.setdefault("CMAKE_POLICY_VERSION_MINIMUM", "3.5")  # CMake 4 refuses the bundled Gloo's 2.8
     if jobs or "MAKEFLAGS" not in env:
         env["MAKEFLAGS"] = f"-j{jobs or os.cpu_count() or 1}"
+    for name in ("CUDA_HOME", "CUDAToolkit_ROOT", "HOROVOD_CUDA_HOME"):  # torch's, CMake's, its own
+        if toolkit.cuda:
+            env.setdefault(name, toolkit.cuda)
     for name, wanted in horovod_parts(toolkit).items():
         if f"HOROVOD_WITH_{name}" not in env and f"HOROVOD_WITHOUT_{name}" not in env:
             env[f"HOROVOD_{'WITH' if wanted else 'WITHOUT'}_{name}"] = "1"

@@ -35,6 +35,7 @@ def folder(toolkit: Toolkit = BOTH, horovod: str = "0.28.1", recipe: str = "r", 
         {"frameworks": {"torch": "2.13.0+cpu", "tensorflow": "2.22.0"}},
         {"frameworks": {"torch": "2.13.0+cpu"}},
         {"torch_abi": "pre-cxx11"},
+        {"cuda": "/usr/local/cuda"},
         {"compiler": "g++ 13"},
         {"compiler": "clang++ 12"},
         {"mpi": None},
@@ -139,6 +140,51 @@ def test_a_chosen_framework_that_is_missing_is_named(monkeypatch):
 def test_a_framework_can_be_ruled_out_with_horovods_own_variable(monkeypatch):
     monkeypatch.setattr(_toolkit, "framework_version", {"torch": "2", "tensorflow": "3"}.get)
     assert _toolkit.find_frameworks((), {"HOROVOD_WITHOUT_TENSORFLOW": "1"}) == {"torch": "2"}
+
+
+def test_torch_facts_name_the_abi_and_a_broken_torch_is_said(monkeypatch):
+    facts = {"version": "2.13.0+cpu", "abi": "cxx11", "cuda home": ""}
+    monkeypatch.setattr(_toolkit, "_output", lambda *_: "a warning\n" + json.dumps(facts))
+    assert _toolkit.torch_facts({}) == facts
+    monkeypatch.setattr(_toolkit, "_output", lambda *_: "")
+    with pytest.raises(BuildError, match="`import torch` fails .*--framework tensorflow"):
+        _toolkit.torch_facts({})
+
+
+def test_a_lone_nvcc_is_no_cuda_toolkit(tmp_path, monkeypatch):
+    monkeypatch.setattr(_toolkit, "USUAL_CUDA_HOME", str(tmp_path / "usual"))
+    facts = {"cuda home": str(tmp_path)}
+    assert _toolkit.choose_cuda({"cuda home": ""}, {}) == ("", False)
+    assert _toolkit.choose_cuda(facts, {}) == ("", True)
+    assert _toolkit.choose_cuda(facts, {"HOROVOD_GPU_OPERATIONS": "NCCL"}) == (str(tmp_path), False)
+    assert _toolkit.choose_cuda(facts, {"HOROVOD_CUDA_HOME": "/cuda"}) == ("/cuda", False)
+
+
+@pytest.mark.parametrize("place", [".", "usual"])
+def test_a_whole_cuda_toolkit_is_compiled_with(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(_toolkit, "USUAL_CUDA_HOME", str(tmp_path / "usual"))
+    home = tmp_path / place
+    for file in ("include/cuda_runtime.h", "lib64/libcudart.so"):
+        assert _toolkit.choose_cuda({"cuda home": str(tmp_path)}, {}) == ("", True)
+        (home / file).parent.mkdir(parents=True)
+        (home / file).touch()
+    assert _toolkit.choose_cuda({"cuda home": str(tmp_path)}, {}) == (str(home), False)
+    env = make_environment(dataclasses.replace(BOTH, cuda=str(home)), CUDA_HOME="/mine")
+    assert env["CUDAToolkit_ROOT"] == env["HOROVOD_CUDA_HOME"] == str(home)
+    assert env["CUDA_HOME"] == "/mine"
+
+
+def test_torchs_cuda_is_hidden_by_the_build_environment(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("from torch.version import cuda")
+    (tmp_path / "torch" / "version.py").write_text("cuda = '13.0'")
+    code = "import torch; print(torch.cuda)"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for hidden, answer in ((False, "13.0\n"), (True, "None\n")):
+        if hidden:
+            (tmp_path / "sitecustomize.py").write_text(build_horovod.HIDE_CUDA)
+        command = [sys.executable, "-c", code]
+        assert subprocess.check_output(command, env=env, text=True) == answer
 
 
 def test_no_mpi(monkeypatch, tmp_path):
@@ -334,9 +380,12 @@ def test_opal_prefix_is_set_for_the_wheel_only(monkeypatch):
 
 def test_a_failed_command_shows_its_last_lines_and_its_log(tmp_path):
     log = tmp_path / "log"
-    code = "import sys; [print('line', i) for i in range(100)]; sys.exit(3)"
+    code = (
+        "import sys; print('x.cc: error: y'); [print('line', i) for i in range(100)]; sys.exit(3)"
+    )
     with pytest.raises(CommandFailed, match="status 3, expected 0") as caught:
         run_logged([sys.executable, "-c", code], label="work", log=log)
+    assert "x.cc: error: y\n...\n" in str(caught.value)
     assert "line 99" in str(caught.value)
     assert "line 10\n" not in str(caught.value)
     assert str(log) in str(caught.value)
