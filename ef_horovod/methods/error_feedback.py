@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors.base import DEFAULT_KEY, Payload
+from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import MeanState, Method
 from ef_horovod.registry import register_method
@@ -27,6 +27,10 @@ class ErrorFeedback(Method):
     of all gradients, and with a constant learning rate the virtual iterate x - lr mean_i e_i takes
     plain SGD steps. One vector of memory on each rank.
 
+    Raises:
+        ValueError: an unbiased compressor whose error can be larger than what it compresses; the
+            memory would grow without bound.
+
     Example:
         >>> import ef_horovod as ef
         >>> ef.ErrorFeedback(ef.OneBit())
@@ -38,6 +42,19 @@ class ErrorFeedback(Method):
         Feedback Fixes SignSGD (ICML 2019), Algorithm 2 (both with the step size inside the error).
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _amplifies(self.compressor):
+            raise ValueError(
+                f"ErrorFeedback got {self.compressor}, whose error can be larger than what it "
+                "compresses, expected one that keeps the error smaller; take RandomK(scale="
+                "'contractive') and the like, or NoFeedback for unbiased compressors"
+            )
+
+    @classmethod
+    def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
+        return () if _amplifies(compressor) else (cls(compressor),)
+
     def init(self, x: Array) -> tuple[ErrorFeedbackState, MeanState]:
         xp, device = namespace(x), getattr(x, "device", None)
         return ErrorFeedbackState(xp.zeros(len(x), device)), MeanState(xp.zeros(len(x), device))
@@ -48,3 +65,9 @@ class ErrorFeedback(Method):
         namespace(gradient).add(gradient, state.error)
         message, residual = self.compressor.squeeze(gradient, key)
         return message, ErrorFeedbackState(error=residual)
+
+
+def _amplifies(compressor: Compressor) -> bool:
+    """Unbiased with omega >= 1 at some usual length: e_t would grow like omega**t."""
+    variance = compressor.variance(1000)
+    return compressor.contraction(1000) is None and variance is not None and variance >= 1

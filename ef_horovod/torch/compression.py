@@ -66,7 +66,8 @@ class Compression:
         self._config_checked = False
         self._under_way: dict[str, Channel] = {}
         self._directions: dict[str, torch.Tensor] | None = None
-        self._skip_hook: Any = None
+        self._dropped = False  # the last step was, and no optimizer has asked for it yet
+        self._step_hook: Any = None
         self._parameters = {n: p for n, p in named_parameters if p.requires_grad}
         self._channels: dict[str, Channel] = {}
         for name, parameter in self._parameters.items():
@@ -115,13 +116,11 @@ class Compression:
 
     def _finish(self) -> None:
         """Wait for all channels of this step; commit all of them or none."""
-        if self._skip_hook is not None:
-            self._skip_hook.remove()
-            self._skip_hook = None
         channels = list(self._under_way.values())
         directions = finish_step(channels)
+        self._dropped = directions is None
         if directions is None:
-            self._skip_next_step()
+            self._watch_steps()
             nothing = torch.tensor(float("nan"))
             directions = [nothing.expand(len(c.gradient)) for c in channels]
         else:
@@ -129,19 +128,25 @@ class Compression:
         self._directions = dict(zip(self._under_way, directions, strict=True))
         self._under_way = {}
 
-    def _skip_next_step(self) -> None:
-        """Take our gradients away from the optimizer that is about to step.
+    def _watch_steps(self) -> None:
+        """Have torch tell us when an optimizer steps, from the first dropped step on."""
+        if self._step_hook is None:
+            self._step_hook = register_optimizer_step_pre_hook(self._before_any_step)
 
-        An optimizer leaves parameters without gradient alone, their momentum and weight decay too.
+    def _before_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Take the gradients of a dropped step away from the optimizer that would use them.
+
+        Optimizers leave parameters without gradient alone, their momentum and weight decay too.
+        Horovod's own `step` comes by here as well, before it synchronizes: then gradients of the
+        next step are under way, and there is nothing to do.
         """
+        if not self._dropped or self._under_way:
+            return
         ours = set(self._parameters.values())
-
-        def remove_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            for group in optimizer.param_groups:
-                for parameter in ours.intersection(group["params"]):
-                    parameter.grad = None
-
-        self._skip_hook = register_optimizer_step_pre_hook(remove_gradients)
+        for group in optimizer.param_groups:
+            for parameter in ours.intersection(group["params"]):
+                parameter.grad = None
+                self._dropped = False
 
     def _name_of(self, tensor: torch.Tensor) -> str:
         for name, parameter in self._parameters.items():
