@@ -240,7 +240,7 @@ def key_of(
         "compiler": toolkit.compiler,
     }
     if toolkit.cuda:
-        key["cuda"] = toolkit.cuda
+        key["cuda"] = os.path.realpath(toolkit.cuda)  # /usr/local/cuda is a link to a version
     if mpi and mpi.library_dir is None:
         key["mpi compiler"] = str(mpi.compiler)  # a system's MPI is linked by its own path
     key |= {f"framework {name}": version for name, version in toolkit.frameworks.items()}
