@@ -1,0 +1,52 @@
+"""Checks of decoding: bytes may be cut or changed on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ef_horovod.compressors.base import Compressor, Payload
+from ef_horovod.errors import PayloadError
+from ef_horovod.testing.tools import KEY, require
+from ef_horovod.wire import HEADER_NBYTES
+
+
+def check_damage(compressor: Compressor) -> None:
+    """Cut or changed bytes are decoded or refused as PayloadError; nothing is written outside."""
+    rng = np.random.default_rng(5)
+    for d in (0, 1, 9, 300):
+        sent = bytes(compressor.compress(rng.normal(size=d).astype(np.float32), KEY))
+        cuts = range(len(sent)) if len(sent) < 200 else rng.integers(len(sent), size=200)
+        for length in cuts:
+            error = _decode(compressor, sent[:length], d)
+            require(error is not None, compressor, f"decodes {length} of {len(sent)} bytes")
+        require(_decode(compressor, sent + b"\0", d) is not None, compressor, "decodes spare bytes")
+        for _ in range(600):
+            damaged = bytearray(sent)
+            first = 0 if rng.random() < 0.3 else HEADER_NBYTES  # mostly the compressor's own part
+            for _ in range(rng.integers(1, 4) if len(sent) > first else 0):
+                # Counts and bounds stand first, so damage is densest there.
+                place = first + int((len(sent) - first) * rng.random() ** 3)
+                damaged[place] = rng.integers(256)
+            _decode(compressor, bytes(damaged), d)
+
+
+def _decode(compressor: Compressor, data: bytes, d: int) -> PayloadError | None:
+    """Decode bytes between two guards; the PayloadError that this raised, if any."""
+    room = np.full(d + 4096, 7, np.float32)
+    dense = room[2048 : 2048 + d]
+    try:
+        payload = Payload.from_bytes(data)
+        if payload.num_elements != d or payload.kind is not type(compressor):
+            return PayloadError("the receiver expects another length or another compressor")
+        with np.errstate(all="ignore"):  # damaged numbers may overflow
+            payload.add_to(dense)
+    except PayloadError as error:
+        require(np.all(dense == 7), compressor, "writes before it refuses a damaged payload")
+        return error
+    except Exception as error:
+        message = f"raises {error!r} for damaged bytes, expected PayloadError: {data.hex()}"
+        raise AssertionError(f"{compressor!r} {message}") from error
+    finally:
+        outside = np.concatenate([room[:2048], room[2048 + d :]])
+        require(np.all(outside == 7), compressor, "writes outside for damaged bytes")
+    return None

@@ -1,0 +1,67 @@
+"""What the checks share: inputs, conversions between frameworks, and the way to fail."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import Compressor
+from ef_horovod.keys import Key
+
+LENGTHS = (0, 1, 7, 8, 9, 4099)
+KEY = Key(seed=11, step=5, tensor=3, rank=1)
+LARGEST = float(np.finfo(np.float32).max)
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+ROUNDING = 2.0**-21  # a few roundings to float32
+
+
+def require(condition: Any, compressor: Compressor, message: str) -> None:
+    if not condition:  # not `assert`: the checks also hold under python -O
+        raise AssertionError(f"{compressor!r} {message}")
+
+
+def vectors(d: int) -> Iterator[np.ndarray]:
+    """float32[d] of the kinds that compressors get wrong: spread, ties, tiny and huge numbers."""
+    rng = np.random.default_rng(d)
+    yield rng.normal(size=d).astype(np.float32)
+    yield (rng.normal(size=d) ** 5).astype(np.float32)  # a few entries hold most of the norm
+    yield rng.integers(-2, 3, size=d).astype(np.float32)  # ties, and zeros of one sign
+    yield np.where(np.arange(d) % 3, np.float32(-0.0), np.float32(1.5))  # zeros of the other
+    yield (np.arange(d) == d // 2).astype(np.float32)
+    yield (rng.normal(size=d) * 1e-43).astype(np.float32)  # denormals
+    yield (rng.normal(size=d) * 1e30).astype(np.float32)
+
+
+def is_deterministic(compressor: Compressor, x: np.ndarray) -> bool:
+    """Whether the key does not matter for x."""
+    sent = {bytes(compressor.compress(x, Key(seed=s, step=s, rank=s))) for s in range(8)}
+    return len(sent) == 1
+
+
+def array_of(framework: str, x: np.ndarray) -> Array:
+    """A framework's array with a copy of x, keeping its shape."""
+    x = np.array(x, order="C")
+    xp = importlib.import_module(f"ef_horovod.arrays.{framework}")
+    return xp.from_host(x, None)
+
+
+def cast(x: Array, dtype: str) -> Array:
+    if isinstance(x, np.ndarray):
+        return x.astype(dtype)
+    return x.to(getattr(importlib.import_module("torch"), dtype))
+
+
+def host(x: Array) -> np.ndarray:
+    return namespace(x).to_host(x)
+
+
+def bits(x: Array) -> bytes:
+    return host(x).tobytes()
+
+
+def norm(x: np.ndarray) -> float:
+    return float(np.linalg.norm(x.astype(float)))
