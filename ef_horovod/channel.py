@@ -163,6 +163,7 @@ class Channel:
         self._lost = self.gradient
         # Memory is compared, not identity: a residual is mostly a view of what was compressed.
         address = self._xp.address
+        assert self.worker is not None
         taken = {address(field) for field in self.worker if hasattr(field, "shape")}
         if len(self.gradient) and address(self.gradient) in taken:
             given_up = [x for x in before if hasattr(x, "shape") and address(x) not in taken]

@@ -90,7 +90,8 @@ class RandomK(Compressor):
         seed = key.draw(shared=self.shared)
         indices = _draw_indices(seed, k, d)
         values = xp.take(x, indices)
-        sent = values * np.float32(d / k) if self.unbiased and k else values
+        with np.errstate(over="ignore"):  # refused below
+            sent = values * np.float32(d / k) if self.unbiased and k else values
         require_finite(sent, self)
         if residual:
             xp.scatter_put(x, indices, values - sent)
