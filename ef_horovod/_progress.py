@@ -5,7 +5,10 @@ Standard library only: the launch scripts load this file by path, before any pac
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -112,6 +115,7 @@ def run_logged(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,  # so that its compilers can be ended together with it
         )
         assert process.stdout is not None
         try:
@@ -123,7 +127,9 @@ def run_logged(
                     ticker.update(percent)
             status = process.wait()
         except BaseException:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
             raise
         if status != 0:
             raise CommandFailed(

@@ -8,9 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import metadata, util
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -390,6 +392,25 @@ def test_a_failed_command_shows_its_last_lines_and_its_log(tmp_path):
     assert "line 10\n" not in str(caught.value)
     assert str(log) in str(caught.value)
     assert "line 10\n" in log.read_text()
+
+
+def test_an_interrupted_command_ends_with_all_its_children(tmp_path):
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    script = "sleep 60 & echo $! > child; echo started; wait"
+    with pytest.raises(KeyboardInterrupt):
+        run_logged(
+            ["sh", "-c", f"cd {tmp_path}; {script}"],
+            label="work",
+            log=tmp_path / "log",
+            percent_of=interrupt,
+        )
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != "zombie":
+        assert time.monotonic() < deadline, f"process {child} still runs, expected it to be gone"
+        time.sleep(0.05)
 
 
 def test_the_command_passes_its_options_on(monkeypatch):
