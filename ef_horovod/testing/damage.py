@@ -7,7 +7,7 @@ import numpy as np
 from ef_horovod.compressors.base import Compressor, Payload
 from ef_horovod.errors import PayloadError
 from ef_horovod.testing.tools import KEY, require
-from ef_horovod.wire import HEADER_NBYTES
+from ef_horovod.wire import HEADER_NBYTES, Header
 
 
 def check_damage(compressor: Compressor) -> None:
@@ -19,15 +19,26 @@ def check_damage(compressor: Compressor) -> None:
         for length in cuts:
             error = _decode(compressor, sent[:length], d)
             require(error is not None, compressor, f"decodes {length} of {len(sent)} bytes")
-        require(_decode(compressor, sent + b"\0", d) is not None, compressor, "decodes spare bytes")
+        for length in (*cuts, len(sent) + 1, len(sent) + 8):
+            if length >= HEADER_NBYTES:  # a header that fits, so that the compressor has to notice
+                body = sent[HEADER_NBYTES:length].ljust(length - HEADER_NBYTES, b"\0")
+                header = Header(type(compressor).wire_id, 0, len(body), d)
+                error = length == len(sent) or _decode(compressor, bytes(header.pack()) + body, d)
+                message = f"decodes {len(body)} bytes, expected {len(sent) - HEADER_NBYTES}"
+                require(error, compressor, message)
         for _ in range(600):
-            damaged = bytearray(sent)
-            first = 0 if rng.random() < 0.3 else HEADER_NBYTES  # mostly the compressor's own part
-            for _ in range(rng.integers(1, 4) if len(sent) > first else 0):
-                # Counts and bounds stand first, so damage is densest there.
-                place = first + int((len(sent) - first) * rng.random() ** 3)
-                damaged[place] = rng.integers(256)
-            _decode(compressor, bytes(damaged), d)
+            _decode(compressor, _damaged(sent, rng), d)
+
+
+def _damaged(sent: bytes, rng: np.random.Generator) -> bytes:
+    """A payload with up to three bytes changed."""
+    damaged = bytearray(sent)
+    first = 0 if rng.random() < 0.3 else HEADER_NBYTES  # mostly the compressor's own part
+    for _ in range(rng.integers(1, 4) if len(sent) > first else 0):
+        # Counts and bounds stand first, so damage is densest there.
+        place = first + int((len(sent) - first) * rng.random() ** 3)
+        damaged[place] = rng.integers(256)
+    return bytes(damaged)
 
 
 def _decode(compressor: Compressor, data: bytes, d: int) -> PayloadError | None:
