@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ef_horovod import compressors as _compressors
-from ef_horovod import methods as _methods
-from ef_horovod import registry
+from ef_horovod import (
+    compressors,  # noqa: F401 - registers them
+    methods,  # noqa: F401 - registers them
+    registry,
+)
 from ef_horovod.compressors.base import Compressor, Payload
 from ef_horovod.errors import (
     CollectiveTimeoutError,

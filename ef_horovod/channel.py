@@ -103,9 +103,7 @@ class Channel:
                 self._message = self.method.compressor.skip(self.gradient)
                 self._pushed = None
         with self._counted():
-            self._finish = exchanges.start(
-                self.exchange, self._transport, self.name, self._message
-            )
+            self._finish = exchanges.start(self.exchange, self._transport, self.name, self._message)
 
     def arrived(self) -> bool:
         """Wait for all ranks' messages; whether all of them are good."""

@@ -1,8 +1,8 @@
 """How the messages of all ranks meet.
 
-    gather  every rank gets every message: for any compressor; the cost grows with the ranks
-    reduce  values are summed in flight: for linear compressors; the cost does not grow
-    dense   an allreduce of the gradient itself, without payloads
+gather  every rank gets every message: for any compressor; the cost grows with the ranks
+reduce  values are summed in flight: for linear compressors; the cost does not grow
+dense   an allreduce of the gradient itself, without payloads
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def namespace(x: Array) -> ModuleType:
         >>> namespace(numpy.zeros(3)).__name__
         'ef_horovod.arrays.numpy'
     """
-    return _namespace_of(type(x))
+    return _namespace_of(type(x))  # type: ignore[arg-type, unused-ignore]
 
 
 @cache

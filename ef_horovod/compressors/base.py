@@ -130,7 +130,9 @@ class Compressor:
         body = np.zeros(self.body_nbytes(d), np.uint8)
         return self._payload((body,), d, namespace(x).like(x), flags=wire.SKIP)
 
-    def _payload(self, parts: tuple[np.ndarray, ...], d: int, like: Like, flags: int = 0) -> Payload:
+    def _payload(
+        self, parts: tuple[np.ndarray, ...], d: int, like: Like, flags: int = 0
+    ) -> Payload:
         if d > wire.MAX_ELEMENTS:
             raise ValueError(
                 f"got {d} elements, expected at most {wire.MAX_ELEMENTS} in one payload; "

@@ -56,9 +56,7 @@ class TopK(Compressor):
         if self.ratio is not None:
             require_ratio("TopK", self.ratio)
         elif self.k is not None and self.k < 1:
-            raise ValueError(
-                f"TopK got k={self.k}, expected at least 1; use ratio= for a fraction of the entries"
-            )
+            raise ValueError(f"TopK got k={self.k}, expected at least 1; use ratio= for a fraction")
 
     def contraction(self, d: int) -> float:
         return kept(self.ratio, self.k, d) / max(d, 1)
@@ -92,6 +90,4 @@ class TopK(Compressor):
         code = fields.array("u1", indices_nbytes(k, len(dense)))
         values = fields.array("<f4", k)
         fields.end()
-        namespace(dense).scatter_add(
-            dense, decode_indices(code, k, len(dense)), values, weight
-        )
+        namespace(dense).scatter_add(dense, decode_indices(code, k, len(dense)), values, weight)

@@ -67,9 +67,7 @@ class Method:
         """States of a worker and of the aggregator, for vectors like x: float32[d]."""
         raise NotImplementedError
 
-    def push(
-        self, state: State, gradient: Array, key: Key = DEFAULT_KEY
-    ) -> tuple[Payload, State]:
+    def push(self, state: State, gradient: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, State]:
         """Compress what this worker has to say.
 
         Args:

@@ -8,6 +8,7 @@ it overlaps with backward, and gives Horovod a single number to reduce. Its pric
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,8 +21,12 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.torch.buckets import Bucket, Slot
 from ef_horovod.torch.policy import DensePolicy, require_method, small_or_vector
+from ef_horovod.torch.state import load_state, save_state
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
+
+_instances = itertools.count()
 
 
 class Compression:
@@ -60,19 +65,20 @@ class Compression:
         process_set: Any = None,
         timeout: float | None = None,
     ) -> None:
-        method = require_method(method)
-        self._transport = HorovodTorchTransport("ef.stock", process_set, timeout)
+        self._method = method = require_method(method)
+        self._transport = HorovodTorchTransport(f"ef.stock{next(_instances)}", process_set, timeout)
         self._step = 0
         self._config_checked = False
-        self._under_way: dict[str, Channel] = {}
+        self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was, and no optimizer has asked for it yet
         self._step_hook: Any = None
         self._parameters = {n: p for n, p in named_parameters if p.requires_grad}
-        self._channels: dict[str, Channel] = {}
+        self._order, self._next_place = list(reversed(self._parameters)), 0
+        self._buckets: dict[str, Bucket] = {}
         for name, parameter in self._parameters.items():
             plain = dense(name, parameter)
-            self._channels[name] = Channel(
+            channel = Channel(
                 name,
                 torch.empty(parameter.numel(), device=parameter.device),
                 NoFeedback(Identity()) if plain else method,
@@ -80,9 +86,12 @@ class Compression:
                 exchange="dense" if plain else exchange,
                 seed=seed,
             )
+            slots = [Slot(name, parameter, 0, parameter.numel())]
+            self._buckets[name] = Bucket(channel, slots)
         self._facts = [f"exchange={exchange!r}, seed={seed}"] + [
-            f"parameter '{name}' of shape {tuple(p.shape)} by {self._channels[name].method!r}"
-            for name, p in self._parameters.items()
+            f"parameter '{name}' of shape {tuple(slot.parameter.shape)} by {b.channel.method!r}"
+            for name, b in self._buckets.items()
+            for slot in b.slots
         ]
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
@@ -91,10 +100,10 @@ class Compression:
         if not self._config_checked:
             require_same_config(self._transport, self._facts)
             self._config_checked = True
-        channel = self._channels[name]
-        channel.gradient.view(tensor.shape).copy_(tensor)
-        channel.start(self._step)
-        self._under_way[name] = channel
+        bucket = self._buckets[name]
+        bucket.fill(bucket.slots[0], loss_scale=1.0)
+        bucket.channel.start(self._step)
+        self._under_way[name] = bucket
         # Horovod wants one tensor to allreduce: a 1, which comes back as 1 for Average, n for Sum.
         return torch.ones(1, device=tensor.device), (name, tensor)
 
@@ -111,12 +120,27 @@ class Compression:
 
     def stats(self) -> list[ChannelStats]:
         """One row for each parameter and a last one with the total; call it between steps."""
-        rows = [channel.stats() for channel in self._channels.values()]
+        rows = [bucket.channel.stats() for bucket in self._buckets.values()]
         return [*rows, total_stats(rows)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's error memories by parameter name; save one file a rank."""
+        return save_state(
+            list(self._buckets.values()), self._step, repr(self._method), self._transport
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned on this rank of an equal job.
+
+        Raises:
+            ValueError: another rank, number of ranks, method or model.
+        """
+        buckets = list(self._buckets.values())
+        self._step = load_state(state, buckets, repr(self._method), self._transport)
 
     def _finish(self) -> None:
         """Wait for all channels of this step; commit all of them or none."""
-        channels = list(self._under_way.values())
+        channels = [bucket.channel for bucket in self._under_way.values()]
         directions = finish_step(channels)
         self._dropped = directions is None
         if directions is None:
@@ -149,8 +173,12 @@ class Compression:
                 self._dropped = False
 
     def _name_of(self, tensor: torch.Tensor) -> str:
-        for name, parameter in self._parameters.items():
-            if parameter.grad is tensor:
+        # Gradients come in much the same order each step: look behind the last one first.
+        for offset in range(len(self._order)):
+            place = (self._next_place + offset) % len(self._order)
+            name = self._order[place]
+            if self._parameters[name].grad is tensor:
+                self._next_place = place + 1
                 return name
         raise UnsupportedError(
             f"got a tensor of shape {tuple(tensor.shape)} to compress that is no gradient of the "

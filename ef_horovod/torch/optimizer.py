@@ -22,7 +22,7 @@ from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 _instances = itertools.count()
 
 
-def DistributedOptimizer(  # noqa: N802 - Horovod's name
+def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
     compression: Method = NoFeedback(Identity()),  # noqa: B008 - frozen
@@ -155,7 +155,7 @@ class _Distributed:
         self._synchronized = False
         if self.step_skipped:
             return loss
-        stepped = self._base.step(self)  # type: ignore[arg-type, call-arg]
+        stepped = self._base.step(self)  # type: ignore[call-overload]
         return loss if closure is not None else stepped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -208,8 +208,8 @@ def _rebuild(optimizer: torch.optim.Optimizer) -> Any:
     """The optimizer under a class of its own; state and parameter groups are shared with it."""
     base = type(optimizer)
     members = {name: m for name, m in vars(_Distributed).items() if name not in _NOT_MEMBERS}
-    cls = type(base.__name__, (base,), {**members, "_base": base, "__module__": hvd.optimizer.__name__})
-    wrapped = object.__new__(cls)
+    members |= {"_base": base, "__module__": hvd.optimizer.__name__}
+    wrapped: Any = object.__new__(type(base.__name__, (base,), members))
     wrapped.__dict__.update(optimizer.__dict__)
     # A scheduler made earlier has put a wrapped `step` into the instance: it would hide ours.
     wrapped.__dict__.pop("step", None)

@@ -63,5 +63,5 @@ def require_method(compression: Any) -> Method:
     if isinstance(compression, Compressor):
         way_out = f"wrap it: ErrorFeedback({compression}) or EF21({compression})"
     else:
-        way_out = "write for example EF21(TopK(ratio=0.01)), or NoFeedback(Cast('float16')) for fp16"
+        way_out = "write EF21(TopK(ratio=0.01)), or NoFeedback(Cast('float16')) for fp16"
     raise UnsupportedError(f"got compression={compression!r}, expected a method; {way_out}")

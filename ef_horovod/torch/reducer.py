@@ -21,7 +21,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.torch.buckets import Bucket, Slot, plan_buckets
 from ef_horovod.torch.policy import DensePolicy
-from ef_horovod.torch.state import load_memories, save_memories
+from ef_horovod.torch.state import load_state, save_state
 from ef_horovod.transports.base import Transport
 
 _NO_LIMIT = 1 << 62
@@ -133,33 +133,11 @@ class Reducer:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memories."""
-        return {
-            "step": self.step,
-            "rank": self.transport.rank,
-            "size": self.transport.size,
-            "compression": repr(self.options.method),
-            "parameters": save_memories(self.buckets),
-        }
+        return save_state(self.buckets, self.step, repr(self.options.method), self.transport)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned on this rank of an equal job.
-
-        Raises:
-            ValueError: another rank, number of ranks, method or model.
-        """
-        mine = {
-            "rank": self.transport.rank,
-            "size": self.transport.size,
-            "compression": repr(self.options.method),
-        }
-        for fact, expected in mine.items():
-            if state[fact] != expected:
-                raise ValueError(
-                    f"got a compression state of {fact} {state[fact]!r}, expected {expected!r}; "
-                    "load each rank's own file into an equal job, or start without it"
-                )
-        load_memories(self.buckets, state["parameters"])
-        self.step = state["step"]
+        """Take over what `state_dict` returned on this rank of an equal job."""
+        self.step = load_state(state, self.buckets, repr(self.options.method), self.transport)
 
     def _make_buckets(self, trainable: Named) -> list[Bucket]:
         options = self.options

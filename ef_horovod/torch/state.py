@@ -8,6 +8,34 @@ from typing import Any
 import torch
 
 from ef_horovod.torch.buckets import Bucket
+from ef_horovod.transports.base import Transport
+
+
+def save_state(
+    buckets: Sequence[Bucket], step: int, compression: str, transport: Transport
+) -> dict[str, Any]:
+    """One rank's memories and what they belong to."""
+    facts = {"compression": compression, "rank": transport.rank, "size": transport.size}
+    return {**facts, "step": step, "parameters": save_memories(buckets)}
+
+
+def load_state(
+    state: dict[str, Any], buckets: Sequence[Bucket], compression: str, transport: Transport
+) -> int:
+    """Take over what `save_state` returned on this rank of an equal job; its step.
+
+    Raises:
+        ValueError: another rank, number of ranks, method or model; nothing was changed then.
+    """
+    facts = {"compression": compression, "rank": transport.rank, "size": transport.size}
+    for fact, expected in facts.items():
+        if state.get(fact) != expected:
+            raise ValueError(
+                f"got a compression state of {fact} {state.get(fact)!r}, expected {expected!r}; "
+                "load each rank's own file into an equal job, or start without it"
+            )
+    load_memories(buckets, state["parameters"])
+    return int(state["step"])
 
 
 def save_memories(buckets: Sequence[Bucket]) -> dict[str, dict[str, Any]]:

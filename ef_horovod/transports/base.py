@@ -81,6 +81,6 @@ def require_summable(values: Any) -> None:
     """Raise unless an array may be summed over ranks: float32 or float64."""
     if not str(values.dtype).endswith(("float32", "float64")):
         raise UnsupportedError(
-            f"got {values.dtype} values to sum, expected float32 or float64: MPI adds 16-bit floats "
-            "wrongly or not at all; convert them first, or gather them as bytes"
+            f"got {values.dtype} values to sum, expected float32 or float64: MPI adds 16-bit "
+            "floats wrongly or not at all; convert them first, or gather them as bytes"
         )

@@ -33,9 +33,7 @@ class MPITransport(Transport):
 
     def __init__(self, comm: Any = None, timeout: float | None = None) -> None:
         self._comm = (comm or MPI.COMM_WORLD).Dup()
-        super().__init__(
-            self._comm.Get_rank(), self._comm.Get_size(), timeout or default_timeout()
-        )
+        super().__init__(self._comm.Get_rank(), self._comm.Get_size(), timeout or default_timeout())
         self._names: dict[int, str] = {}
         self._under_way: set[str] = set()
 

@@ -42,7 +42,9 @@ def mpirun(
     ranks: int, program: str, out: Path, *arguments: str, **options: Any
 ) -> list[dict[str, Any]]:
     """Run a program under mpirun; what each rank wrote with `report`."""
-    return _run([str(_BIN / "mpirun"), "-np", str(ranks)], ranks, program, out, arguments, **options)
+    return _run(
+        [str(_BIN / "mpirun"), "-np", str(ranks)], ranks, program, out, arguments, **options
+    )
 
 
 def _run(
