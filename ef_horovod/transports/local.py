@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.base import DEFAULT_TIMEOUT_SECONDS, Transport, require_summable
 
@@ -37,17 +38,18 @@ class LocalTransport(Transport):
 
         return finish
 
-    def allreduce(self, name: str, values: np.ndarray) -> Callable[[], np.ndarray]:
+    def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
-        collect = self._deposit(f"allreduce.{name}", np.array(values))
+        xp, device = namespace(values), getattr(values, "device", None)
+        collect = self._deposit(f"allreduce.{name}", np.array(xp.to_host(values)))
         self._count_allreduce(values.nbytes)
 
-        def finish() -> np.ndarray:
+        def finish() -> Array:
             first, *others = collect()
             total = first.copy()
             for part in others:  # in rank order, so that all ranks get the same bits
                 total += part
-            return total
+            return xp.from_host(total, device)
 
         return finish
 
