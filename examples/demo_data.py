@@ -1,0 +1,74 @@
+"""Images for the demo: scikit-learn's digits, or CIFAR-10 archives that you name."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+DATA_HELP = """\
+a folder with cifar10_train.npz and cifar10_test.npz (default: the 1797 images of handwritten
+digits that come with scikit-learn). Get CIFAR-10 from https://www.cs.toronto.edu/~kriz/cifar.html
+or as images from any mirror, and save each part by
+numpy.savez(file, jpeg=..., offset=..., label=...): `jpeg` uint8, all images as JPEG or PNG files
+one after the other; `offset` int64[n + 1], where each starts; `label` uint8[n]"""
+
+
+class Images(NamedTuple):
+    """Images with their classes."""
+
+    x: torch.Tensor  # float32[n, channels, height, width], about zero mean and unit variance
+    y: torch.Tensor  # int64[n]
+
+
+def load(data: Path | None, limit: int | None, rank: int, size: int) -> tuple[Images, Images]:
+    """This rank's share of the training images, and all test images.
+
+    Args:
+        data: folder of the CIFAR-10 archives, None for the digits.
+        limit: take the first so many training images only.
+        rank, size: every size-th training image belongs to this rank; all ranks get equally many.
+    """
+    if data is None:
+        x, y = _digits()
+        order = np.random.default_rng(0).permutation(len(y))
+        test, train = order[:600], order[600:][:limit]
+        mine = _share(train, rank, size)
+        return _images(x[mine], y[mine]), _images(x[test], y[test])
+    train_file, test_file = data / "cifar10_train.npz", data / "cifar10_test.npz"
+    for file in (train_file, test_file):
+        if not file.is_file():
+            raise SystemExit(f"error: --data {data} has no {file.name}; see --help for its format")
+    return _archive(train_file, limit, rank, size), _archive(test_file, None, 0, 1)
+
+
+def _share(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
+    return indices[rank::size][: len(indices) // size]
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images[:, None] / 16.0, digits.target  # 8 x 8 pixels of 0 to 16
+
+
+def _archive(file: Path, limit: int | None, rank: int, size: int) -> Images:
+    from PIL import Image
+
+    with np.load(file) as archive:
+        jpeg, offset, label = archive["jpeg"], archive["offset"], archive["label"]
+    mine = _share(np.arange(len(label))[:limit], rank, size)
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes())).convert("RGB"))
+        for i in mine
+    ]
+    return _images(np.stack(pixels).transpose(0, 3, 1, 2) / 255.0, label[mine])
+
+
+def _images(x: np.ndarray, y: np.ndarray) -> Images:
+    # One mean and deviation for all, the same on all ranks: those of the digits, near CIFAR's.
+    return Images(torch.tensor((x - 0.35) / 0.35, dtype=torch.float32), torch.tensor(y).long())
