@@ -1,0 +1,100 @@
+"""Accumulation, clipping, loss scaling, checkpoints and the like, as training loops use them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from launching import horovodrun
+
+pytestmark = pytest.mark.parallel
+
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return horovodrun(2, "features.py", tmp_path_factory.mktemp("features"))
+
+
+def test_two_half_batches_are_one_batch(results: Results) -> None:
+    assert results[0]["accumulation"] < 1e-6
+
+
+def test_a_backward_pass_too_many_raises(results: Results) -> None:
+    for result in results:
+        assert "raise backward_passes_per_step" in result["too_many_passes"]
+
+
+def test_clipping_sees_the_average(results: Results) -> None:
+    first, second = (result["clipping"] for result in results)
+    assert first["norms"] == second["norms"]
+    assert min(first["norms"]) > 0.011, "nothing was clipped"
+    assert first["clipped"] == pytest.approx(0.01, rel=1e-3)
+    assert "call synchronize() first" in first["unsynchronized"]
+
+
+def test_memories_are_free_of_the_loss_scale(results: Results) -> None:
+    for result in results:
+        scaling = result["loss_scaling"]
+        assert scaling["difference"] == 0.0  # scales are powers of two
+        assert len(set(scaling["scales"])) == 3, "the scale did not change"
+        assert scaling["skipped"] == 1, "the overflow on rank 1 was not noticed on both"
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(results: Results) -> None:
+    for result in results:
+        assert result["checkpoint"]["whole"] == result["checkpoint"]["again"]
+        assert "expected 'ErrorFeedback(compressor=OneBit())'" in result["checkpoint"]["method"]
+        assert "of rank 99, expected" in result["checkpoint"]["rank"]
+
+
+def test_a_layer_that_one_rank_uses_is_averaged(results: Results) -> None:
+    assert results[0]["unused_parameters"]["end"] == results[1]["unused_parameters"]["end"]
+    for result in results:
+        assert "'3.weight' requires a gradient now" in result["unused_parameters"]["unfrozen"]
+
+
+def test_sparse_gradients_are_densified_or_refused(results: Results) -> None:
+    sparse = results[0]["sparse_gradients"]
+    assert sparse["difference"] < 1e-5 < sparse["moved"]
+    assert sparse["end"] == results[1]["sparse_gradients"]["end"]
+    assert "pass sparse_as_dense=True" in sparse["error"]
+
+
+def test_state_restored_on_one_rank_is_broadcast(results: Results) -> None:
+    first, second = (result["restored_on_one_rank"] for result in results)
+    assert first["is_sgd"]
+    assert first["end"] == second["end"]
+
+
+@pytest.mark.parametrize(
+    ("what", "way_out"),
+    [
+        ("adasum", "use hvd.DistributedOptimizer"),
+        ("groups", "set bucket_bytes"),
+        ("predivide", "leave it out"),
+        ("compressor", "wrap it: ErrorFeedback(TopK"),
+        ("horovod's", "NoFeedback(Cast('float16'))"),
+        ("twice", "wrap it once"),
+        ("unnamed", "pass model.named_parameters()"),
+        ("reduce", "use exchange='gather' or 'auto'"),
+        ("new group", "before wrapping"),
+        ("lbfgs", "use SGD or Adam"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_way_out(
+    what: str, way_out: str, results: Results
+) -> None:
+    for result in results:
+        assert way_out in result["refused"][what]
+
+
+def test_statistics_say_what_was_sent(results: Results) -> None:
+    facts = results[0]["statistics"]
+    assert facts["names"] == ["bucket.0", "dense.0", "total"]
+    payload, elements = facts["payload"], facts["elements"]
+    assert facts["bytes"] == [4 * payload, 4 * payload, 4 * 4 * elements]  # 4 steps, 2 ranks
+    assert 0 < facts["error"] < 1
+    assert all(seconds > 0 for seconds in facts["seconds"])
+    assert facts["lr"] == 0.025, "the scheduler did not reach the wrapped optimizer"

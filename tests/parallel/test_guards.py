@@ -1,0 +1,49 @@
+"""Ranks that disagree, a gradient that is not finite, a rank that is missing: never silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import horovodrun
+
+pytestmark = pytest.mark.parallel
+
+@pytest.fixture(scope="module", params=["ef", "stock"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return horovodrun(3, "guards.py", tmp_path_factory.mktemp("guards"), request.param)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "first", "second"),
+    [
+        ("another_compressor", "ratio=0.01", "ratio=0.02"),
+        ("another_shape", "60", "61"),
+        ("another_name", "'a.", "'b."),
+    ],
+)
+def test_ranks_that_disagree_are_told_on_every_rank(
+    scenario: str, first: str, second: str, results: Any
+) -> None:
+    for result in results:
+        error = result[scenario]
+        assert error.startswith("ConfigMismatchError: rank 0 has ")
+        here, _, there = error.partition("rank 1 has")
+        assert first in here and second in there
+
+
+def test_a_gradient_that_is_not_finite_drops_the_step_on_all_ranks(results: Any) -> None:
+    for result in results:
+        step = result["not_finite"]
+        assert step["kept"] == [True, True], "parameters, momentum or memories changed"
+        assert step["skipped"] == 2
+        assert step["after"] != step["before"], "training did not go on"
+        assert step["after"] == results[0]["not_finite"]["after"]
+
+
+def test_a_wait_ends_with_a_message(results: Any) -> None:
+    for rank in (0, 2):
+        seconds, _, error = results[rank]["missing_rank"].partition(" ")
+        assert 3.0 <= float(seconds) < 6.0
+        assert error.startswith(f"CollectiveTimeoutError: rank {rank} of 3 waited 3 s in 'ef")

@@ -1,0 +1,29 @@
+"""Without compression, both adapters are plain Horovod to float32 rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import horovodrun
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.mark.parametrize(("ranks", "gloo"), [(2, False), (3, False), (2, True)])
+def test_identity_is_plain_horovod(ranks: int, gloo: bool, tmp_path: Path) -> None:
+    result = horovodrun(ranks, "identity.py", tmp_path, gloo=gloo)[0]
+    for name in ("ef dense", "ef reduce", "ef gather", "ef late", "stock dense", "stock reduce"):
+        np.testing.assert_allclose(
+            result["horovod"], result[name], rtol=2e-4, atol=2e-6, err_msg=name
+        )
+    np.testing.assert_allclose(result["horovod sum"], result["ef sum"], rtol=2e-4, atol=2e-6)
+    distance = np.linalg.norm(np.subtract(result["horovod"], result["horovod sum"]))
+    assert distance > 0.1, "Sum and Average ended in the same place: the check above shows nothing"
+
+
+def test_both_adapters_run_one_algorithm(tmp_path: Path) -> None:
+    """With a bucket for each parameter, both compress the same vectors under the same rules."""
+    result = horovodrun(2, "identity.py", tmp_path)[0]
+    np.testing.assert_array_equal(result["onebit sum, ef"], result["onebit sum, stock"])
