@@ -1,0 +1,66 @@
+"""The mpi4py transport under mpirun."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from launching import mpirun
+
+pytestmark = pytest.mark.parallel
+
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return mpirun(request.param, "mpi_ranks.py", tmp_path_factory.mktemp("mpi"))
+
+
+def test_buffers_of_unequal_sizes_are_gathered_in_rank_order(results: Results) -> None:
+    expected = [list(range(3 * rank + 1)) for rank in range(len(results))]
+    for result in results:
+        assert result["unequal_sizes"] == expected
+
+
+def test_collectives_are_matched_by_name_not_by_order(results: Results) -> None:
+    for result in results:
+        for i in range(4):
+            expected = [[10 * rank + i] * 5 for rank in range(len(results))]
+            assert result["any_order"][f"x{i}"] == expected
+
+
+def test_sums_are_right_and_equal_on_all_ranks(results: Results) -> None:
+    for result in results:
+        for length, total in result["sums"].items():
+            assert total["error"] < 1e-5
+            assert total["bytes"] == results[0]["sums"][length]["bytes"]
+
+
+def test_a_channel_over_mpi_is_the_simulation(results: Results) -> None:
+    for result in results:
+        for method, end in result["training"].items():
+            assert end["same"], method
+            assert end["bytes"][0] == end["bytes"][1]
+
+
+def test_what_mpi_would_get_wrong_is_refused(results: Results) -> None:
+    for result in results:
+        assert "expected float32 or float64" in result["refused"]["float16"]
+        assert "started 'twice' twice" in result["refused"]["twice"]
+
+
+def test_a_missing_rank_is_named_in_time(results: Results) -> None:
+    last = len(results) - 1
+    for rank, result in enumerate(results[:-1]):
+        missing = result["missing_rank"]
+        assert 3.0 <= missing["seconds"] < 5.0  # two waits of 1.5 s
+        assert f"rank {rank} waited 1.5 s in 'late' for ranks [{last}]" in missing["gather"]
+        assert "waited 1.5 s in 'sum' for ranks" in missing["reduce"]
+
+
+def test_disagreement_names_both_ranks(results: Results) -> None:
+    if len(results) < 3:  # rank 2 is the first that disagrees
+        assert all("disagreement" not in result for result in results)
+    for result in results if len(results) > 2 else []:
+        assert "rank 0 has mine 0 and rank 2 has mine 1" in result["disagreement"]
