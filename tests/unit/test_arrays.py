@@ -1,0 +1,258 @@
+"""Array functions: top-k against a sort, and every device op of torch against the host kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import ef_horovod.arrays.numpy as host
+import ef_horovod.arrays.torch as device
+from ef_horovod.arrays import namespace
+
+LARGE = 300_000  # beyond the length from which top_k samples
+
+
+def oracle(x, k):
+    """Largest magnitudes first, lower index first among equals; as ascending indices."""
+    order = np.lexsort((np.arange(x.size), -np.abs(x.astype(np.float64))))
+    return np.sort(order[:k])
+
+
+def assert_top_k(x, k, top_k=host.top_k):
+    x = np.asarray(x, np.float32)
+    before = x.copy()
+    indices, values = top_k(x, k)
+    assert indices.dtype == np.int64
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(indices, oracle(x, k))
+    assert values.tobytes() == x[indices].tobytes()
+    assert x.tobytes() == before.tobytes()
+
+
+def adversaries():
+    """Vectors that mislead a strided sample or crowd one bin of the histogram."""
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=LARGE)
+    spikes = normal * 1e-3
+    spikes[:: LARGE // (1 << 15)] = 100 + np.arange(spikes[:: LARGE // (1 << 15)].size)
+    hidden = np.ones(LARGE)
+    hidden[1 :: LARGE // (1 << 15)] = 50 + np.arange(hidden[1 :: LARGE // (1 << 15)].size) % 7
+    return {
+        "normal": normal,
+        "heavy tails": normal**7,
+        "spikes where the sample looks": spikes,
+        "spikes where it does not look": hidden,
+        "all equal": np.full(LARGE, -3.0),
+        "zeros": np.zeros(LARGE),
+        "two values": rng.choice([1.0, -2.0], LARGE),
+        "one bin": 1 + rng.random(LARGE) * 2.0**-6,
+        "few different from zero": np.where(rng.random(LARGE) < 1e-4, normal, 0.0),
+        "denormals": normal * 1e-43,
+        "ascending": np.arange(LARGE),
+        "descending": np.arange(LARGE)[::-1],
+        "whole range": 10.0 ** rng.uniform(-44, 38, LARGE),
+        "ties": rng.integers(-9, 10, LARGE),
+    }
+
+
+@pytest.mark.parametrize("kind", adversaries())
+@pytest.mark.parametrize("k", [1, 300, 3000, 60_000, LARGE - 1, LARGE])
+def test_top_k_of_a_long_vector(kind, k):
+    assert_top_k(adversaries()[kind], k)
+
+
+small = arrays(
+    np.float32,
+    st.integers(0, 40),
+    elements=st.one_of(st.floats(allow_nan=False, width=32), st.sampled_from([1, -1, 0.0, -0.0])),
+)
+
+
+@given(x=small, k=st.integers(0, 50))
+def test_top_k_of_any_short_vector(x, k):
+    assert_top_k(x, min(k, x.size))
+    assert_top_k(x, min(k, x.size), on_cpu_tensor(device.top_k.on_device))
+    np.testing.assert_array_equal(host.top_k(x, k)[0], host.top_k(x, min(k, x.size))[0])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("length", [5, 1000, LARGE])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_top_k_shows_what_is_not_finite(on_device, length, bad):
+    top_k = on_cpu_tensor(device.top_k.on_device) if on_device else host.top_k
+    x = np.random.default_rng(1).normal(size=length).astype(np.float32)
+    for count in (1, 3, length // 2, length):
+        x[-count:] = bad
+        for k in (1, 2, length // 3):
+            indices, values = top_k(x, k)
+            assert indices.size == k
+            assert not np.isfinite(values).all()
+
+
+def test_top_k_falls_back_where_the_sample_misleads(monkeypatch):
+    called = []
+    exact = host._candidates_by_histogram
+    monkeypatch.setattr(
+        host, "_candidates_by_histogram", lambda *args: called.append(1) or exact(*args)
+    )
+    assert_top_k(adversaries()["normal"], 3000)
+    assert not called
+    assert_top_k(adversaries()["spikes where it does not look"], 3000)
+    assert called
+
+
+def on_cpu_tensor(function):
+    """A device op as a function of NumPy arrays that share memory with its tensors."""
+
+    def run(x, *args, **kwargs):
+        args = [torch.from_numpy(a) if is_vector(a) else a for a in args]
+        kwargs = {n: torch.from_numpy(a) if is_vector(a) else a for n, a in kwargs.items()}
+        return function(torch.from_numpy(x), *args, **kwargs)
+
+    def is_vector(a):
+        return isinstance(a, np.ndarray) and function.__name__ in (
+            "assign",
+            "add",
+            "average",
+            "divide",
+        )
+
+    return run
+
+
+rng = np.random.default_rng(2)
+BITS = rng.integers(0, 256, 1251).astype(np.uint8)
+Y = rng.normal(size=10_001).astype(np.float32)
+INDICES = np.sort(rng.choice(10_001, 500, replace=False))
+VALUES = Y[:500] * 3
+CODES = (Y * 1000).astype(np.float16).view(np.uint16)
+CALLS = {
+    "fill": [(2.5,)],
+    "assign": [(Y,)],
+    "divide": [(3,), (4,)],
+    "add": [(Y,), (Y, -1.0), (Y, 0.5)],
+    "average": [(Y, 0.25), (Y, 1.0)],
+    "abs_sum": [()],
+    "abs_max": [()],
+    "squared_norm": [()],
+    "top_k": [(1,), (100,), (10_001,)],
+    "take": [(INDICES,)],
+    "scatter_add": [(INDICES, VALUES, 1.0), (INDICES, VALUES, -0.5)],
+    "scatter_put": [(INDICES, VALUES)],
+    "pack_signs": [(0.75, {"subtract": True}), (0.75, {"subtract": False})],
+    "add_signs": [(BITS, 0.75)],
+    "narrow": [
+        (kind, shift, {"subtract": subtract})
+        for kind in ("float16", "bfloat16")
+        for shift in (-100, 0, 7)
+        for subtract in (True, False)
+    ],
+    "add_widened": [
+        (CODES, kind, shift, weight)
+        for kind in ("float16", "bfloat16")
+        for shift in (-3, 0, 20)
+        for weight in (1.0, -0.5)
+    ],
+}
+IN_ANOTHER_ORDER = ("abs_sum", "squared_norm")  # sums: equal up to rounding
+DEVICE_OPS = {name for name in vars(device) if hasattr(getattr(device, name), "on_device")}
+
+
+def test_every_device_op_is_tested():
+    assert set(CALLS) == DEVICE_OPS
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [(name, call) for name, calls in CALLS.items() for call in calls]
+)
+@pytest.mark.parametrize("length", [10_001, 1, 0])
+@pytest.mark.parametrize("work", [1 << 22, 1 << 10], ids=["whole", "chunks"])
+def test_device_op_equals_host_kernel(name, call, length, work, monkeypatch):
+    """On CPU tensors, a device op returns and writes the same bits as the host kernel."""
+    monkeypatch.setattr(device, "_WORK", work)
+    x = (np.random.default_rng(3).normal(size=length) * 100).astype(np.float32)
+    x[::5] = 0.0
+    x[1::50] *= 1e-40
+    *args, options = call if call and isinstance(call[-1], dict) else (*call, {})
+    args = [fit(a, length) for a in args]
+    xs = [x.copy(), x.copy()]
+    results = []
+    for own, function in zip(
+        xs, (getattr(host, name), on_cpu_tensor(getattr(device, name).on_device)), strict=True
+    ):
+        out = {"out": own} if name in ("divide", "average") else {}
+        results.append(function(own, *args, **options, **out))
+    assert xs[0].tobytes() == xs[1].tobytes()
+    if name in IN_ANOTHER_ORDER:
+        assert results[0] == pytest.approx(results[1], rel=1e-6)
+        return
+    for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in results], strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def fit(argument, length):
+    """Arrays cut to what belongs to x of another length."""
+    if argument is INDICES or argument is VALUES:
+        fitting = length and np.searchsorted(INDICES, length)
+        return argument[:fitting]
+    if argument is BITS:
+        return argument[: (length + 7) // 8]
+    return argument[:length] if isinstance(argument, np.ndarray) else argument
+
+
+def test_torch_functions_on_cpu_run_the_host_kernels_in_place():
+    x = torch.arange(6, dtype=torch.float32)
+    device.add(x, torch.ones(6), 2.0)
+    device.divide(x, 2.0, out=x)
+    assert x.tolist() == [1, 1.5, 2, 2.5, 3, 3.5]
+    assert device.address(x) == device.address(x.view(2, 3)) != device.address(x.clone())
+    assert device.top_k(x, 2)[0].tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("value", [3.4e38, -3.4e38, 1e-45])
+def test_abs_sum_of_extremes(value):
+    x = np.full(5000, value, np.float32)
+    assert host.abs_sum(x) == pytest.approx(5000 * abs(float(x[0])), rel=1e-6)
+    x[77] = np.nan
+    assert not np.isfinite(host.abs_sum(x))
+    x[77] = np.inf
+    assert not np.isfinite(host.abs_sum(x))
+
+
+def test_received_bytes_are_not_shared_with_tensors():
+    received = np.frombuffer(np.ones(3, np.float32).tobytes(), np.float32)
+    tensor = device.from_host(received)
+    tensor += 1
+    assert received.tolist() == [1, 1, 1]
+    own = np.ones(3, np.float32)
+    assert device.address(device.from_host(own)) == host.address(own)
+
+
+@pytest.mark.parametrize("d", [0, 1, 2, 3, 10, 1000])
+def test_random_indices_are_a_sample_without_replacement(d):
+    from ef_horovod.arrays import kernels
+
+    seen = np.zeros(d)
+    for seed in range(200):
+        out = np.empty(-(-d // 3), np.int64)
+        kernels.random_indices(np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64), d, out)
+        assert len(set(out.tolist())) == out.size
+        seen[out] += 1
+    if d >= 10:  # each index is in a third of the samples
+        share = -(-d // 3) / d
+        assert np.abs(seen / 200 - share).max() < 6 * np.sqrt(share * (1 - share) / 200)
+
+
+def test_namespace_of_subclasses_and_others():
+    class Tagged(np.ndarray):
+        pass
+
+    assert namespace(np.zeros(1).view(Tagged)) is host
+    assert namespace(torch.nn.Parameter(torch.zeros(1))) is device
+    for other in ([1.0], 1.0, np.float32(1)):
+        with pytest.raises(TypeError, match="expected a NumPy array or a torch tensor"):
+            namespace(other)

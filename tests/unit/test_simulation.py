@@ -1,0 +1,118 @@
+"""simulate: real payloads among workers in this process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import ef_horovod as ef
+
+TARGETS = np.random.default_rng(0).normal(size=(4, 30))
+SOME = [
+    ef.NoFeedback(ef.Identity()),
+    ef.EF21(ef.Identity()),
+    ef.ErrorFeedback(ef.OneBit()),
+    ef.EF21(ef.TopK(k=3)),
+    ef.EF21(ef.RandomK(0.2)),
+    ef.ErrorFeedback(ef.RandomK(0.2, shared=False)),
+]
+
+
+def quadratic(worker, x, step):
+    target = TARGETS[worker]
+    return x - (torch.from_numpy(target).to(x.dtype) if torch.is_tensor(x) else target)
+
+
+def run(method, x0=None, **changes):
+    options = {"workers": 4, "steps": 400, "step_size": 0.1} | changes
+    return ef.simulate(method, quadratic, np.zeros(30) if x0 is None else x0, **options)
+
+
+@pytest.mark.parametrize("method", SOME, ids=repr)
+def test_finds_the_minimum_of_a_sum_of_quadratics(method):
+    """With a decaying step, so that 1-bit feedback, which stalls at the step's size, ends too."""
+    result = run(method, step_size=lambda t: 2 / (t + 20), steps=3000)
+    np.testing.assert_allclose(result.x, TARGETS.mean(0), atol=0.03)
+    assert len(result.history) == 3000
+
+
+@pytest.mark.parametrize("method", SOME, ids=repr)
+def test_numpy_and_torch_take_the_same_steps(method):
+    a = run(method, np.ones(30, np.float32), steps=40)
+    b = run(method, torch.ones(30), steps=40)
+    assert isinstance(b.x, torch.Tensor)
+    np.testing.assert_allclose(a.x, b.x.numpy(), atol=1e-6)
+    assert a.bytes_sent == b.bytes_sent
+
+
+def test_a_seed_repeats_and_another_seed_does_not():
+    method = ef.ErrorFeedback(ef.RandomK(0.2))
+    first, again, other = (run(method, steps=20, seed=seed).x for seed in (3, 3, 4))
+    assert first.tobytes() == again.tobytes()
+    assert first.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(30,), (5, 6), (2, 3, 5)])
+@pytest.mark.parametrize("size", [0.1, np.float64(0.1), lambda t: np.float64(0.1)])
+def test_x_keeps_its_shape_and_dtype_and_x0_stays(dtype, shape, size):
+    x0 = np.ones(shape, dtype)
+    result = ef.simulate(
+        ef.EF21(ef.TopK(k=3)), lambda i, x, t: x, x0, workers=2, steps=3, step_size=size
+    )
+    assert result.x.shape == shape
+    assert result.x.dtype == dtype
+    assert np.all(x0 == 1)
+    assert not np.all(result.x == 1)
+
+
+def test_bytes_of_a_gather_and_of_a_sum():
+    compressor = ef.TopK(k=3)
+    result = run(ef.EF21(compressor), steps=7)
+    assert result.bytes_sent == 7 * 3 * compressor.nbytes(30)
+    assert [entry["bytes_sent"] for entry in result.history] == [
+        (t + 1) * 3 * compressor.nbytes(30) for t in range(7)
+    ]
+    ring = 2 * 3 * (4 * 30) // 4  # 2 (n - 1) / n of the float32 values
+    assert run(ef.NoFeedback(ef.Identity()), steps=7).bytes_sent == 7 * ring
+    assert run(ef.EF21(ef.TopK(k=3)), steps=7, workers=1).bytes_sent == 0
+
+
+def test_gather_and_sum_agree():
+    method = ef.ErrorFeedback(ef.RandomK(0.3))
+    a, b = (run(method, exchange=exchange, steps=50) for exchange in ("gather", "reduce"))
+    np.testing.assert_allclose(a.x, b.x, atol=1e-5)
+    assert a.bytes_sent > b.bytes_sent
+
+
+def test_observations_go_to_the_history():
+    result = run(SOME[1], steps=3, observe=lambda x: {"norm": float(np.linalg.norm(x))})
+    assert [entry["step"] for entry in result.history] == [0, 1, 2]
+    assert result.history[-1]["norm"] == float(np.linalg.norm(result.x))
+
+
+def test_states_are_returned():
+    result = run(ef.EF21(ef.TopK(k=3)), steps=300)
+    for state, target in zip(result.states, TARGETS, strict=True):
+        np.testing.assert_allclose(state.tracked, result.x - target, atol=0.05)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_gradient_names_worker_and_step(bad):
+    def gradient(worker, x, step):
+        return x + (bad if (worker, step) == (2, 5) else 1.0)
+
+    with pytest.raises(ef.NonFiniteError, match="worker 2, step 5"):
+        ef.simulate(SOME[3], gradient, np.zeros(9), workers=4, steps=9, step_size=0.1)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ef.UnsupportedError, match=r"write for example EF21\(TopK"):
+        run(ef.TopK(k=3))
+    with pytest.raises(ValueError, match=r"has shape \(2,\), expected \(3,\)"):
+        ef.simulate(SOME[1], lambda i, x, t: x[:2], np.zeros(3), workers=1, steps=1, step_size=0.1)
+    with pytest.raises(ValueError, match="at least 1"):
+        run(SOME[1], workers=0)
+    with pytest.raises(TypeError, match="NumPy array or a torch tensor"):
+        run(SOME[1], x0=[0.0] * 30)
