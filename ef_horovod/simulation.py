@@ -68,11 +68,11 @@ def simulate(
 
     Example:
         >>> import ef_horovod as ef, numpy
-        >>> targets = numpy.array([[1.0, 2.0], [3.0, -2.0]])
+        >>> targets = numpy.array([[1.0, 2.0], [3.0, -4.0]])
         >>> run = ef.simulate(ef.EF21(ef.TopK(k=1)), lambda i, x, t: x - targets[i],
         ...                   numpy.zeros(2), workers=2, steps=200, step_size=0.3)
         >>> run.x.round(3)
-        array([ 2., -0.])
+        array([ 2., -1.])
     """
     if not isinstance(method, Method):
         raise UnsupportedError(
@@ -103,7 +103,8 @@ def simulate(
         pulled = [method.pull(state, aggregate) for state in pushed]
         states = [state for _, state in pulled]
         direction = xp.restore(pulled[0][0], like)
-        x = x - (step_size(step) if callable(step_size) else step_size) * direction
+        # A Python float, for a NumPy one would make a float32 x a float64 one.
+        x = x - float(step_size(step) if callable(step_size) else step_size) * direction
         run.bytes_sent = endpoints[0].bytes_sent
         entry = {
             "step": step,

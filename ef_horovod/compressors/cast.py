@@ -40,7 +40,7 @@ class Cast(Compressor):
     Example:
         >>> import ef_horovod as ef, numpy
         >>> ef.Cast("float16").compress(numpy.array([1e-9, -1e-9])).decompress()
-        array([ 9.99933506e-10, -9.99933506e-10])
+        array([ 1.00044417e-09, -1.00044417e-09])
     """
 
     dtype: Literal["float16", "bfloat16"]
