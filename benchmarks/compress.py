@@ -1,0 +1,241 @@
+"""What compression costs on one thread, next to plain torch ops and to a bare pass over memory.
+
+    python benchmarks/compress.py                   25 M float32, top 1 % and 1 bit
+    python benchmarks/compress.py --check           exit code 1 if a limit is missed
+    python benchmarks/compress.py --n 1000000 --repeat 20 --json times.json
+
+A step of error feedback adds the error to the gradient, compresses and keeps what was lost. All
+contenders take turns, so that a slow moment of the machine meets each of them; medians are shown.
+"""
+
+from __future__ import annotations
+
+import os
+
+# One thread: these are read when the libraries below are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["NUMBA_NUM_THREADS"] = "1"
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import ef_horovod as ef
+from ef_horovod import wire
+
+RATIO = 0.01
+BASE, TORCH_TOP_K, TORCH_ONE_BIT = (
+    "numpy add + copy",
+    "torch ops: top-k step",
+    "torch ops: 1-bit step",
+)
+TOP_K, ONE_BIT = "ErrorFeedback(TopK(0.01))", "ErrorFeedback(OneBit())"
+LIMITS = [  # what, at most this many times the time of what
+    (TOP_K, 1 / 8, TORCH_TOP_K),
+    (TOP_K, 4, BASE),
+    (ONE_BIT, 1 / 3, TORCH_ONE_BIT),
+]
+Step = Callable[[], None]
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--n", type=int, default=25_000_000, help="entries (default: 25 million)")
+    parser.add_argument("--repeat", type=int, default=9, help="rounds to take medians of")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
+    parser.add_argument("--check", action="store_true", help="fail if a limit is missed")
+    return parser.parse_args(words)
+
+
+class Feedback:
+    """Steps of a method; `gradient` is overwritten by each and refilled before the next."""
+
+    def __init__(self, method: ef.Method, gradient: np.ndarray) -> None:
+        self.method, self.gradient = method, gradient
+        self.worker, self.server = method.init(gradient)
+        self.spare = np.empty_like(gradient)
+
+    def refill(self, source: np.ndarray) -> None:
+        if np.shares_memory(self.worker[0], self.gradient):  # it took the gradient's memory
+            self.gradient, self.spare = self.spare, self.gradient
+        np.copyto(self.gradient, source)
+
+    def step(self) -> None:
+        given_up = self.worker[0]
+        self.message, self.worker = self.method.push(self.worker, self.gradient)
+        self.spare = given_up if self.worker[0] is not given_up else self.spare
+
+    def settle(self) -> None:
+        """Untimed: what the rest of a step does to the states."""
+        aggregate, self.server = self.method.reduce(self.server, [self.message], 1)
+        _, self.worker = self.method.pull(self.worker, aggregate)
+
+
+class Bare:
+    """The least that error feedback can do to memory: add once, write once."""
+
+    def __init__(self, gradient: np.ndarray) -> None:
+        self.gradient, self.error = gradient, np.zeros_like(gradient)
+        self.out = np.zeros_like(gradient)
+
+    def refill(self, source: np.ndarray) -> None:
+        self.error.fill(0.0)
+
+    def step(self) -> None:
+        np.add(self.gradient, self.error, out=self.error)
+        np.copyto(self.out, self.error)
+
+    def settle(self) -> None:
+        pass
+
+
+class TorchTopK:
+    """The same step as it is written in torch: add, abs, topk, gather, zero."""
+
+    def __init__(self, gradient: np.ndarray) -> None:
+        self.gradient = torch.from_numpy(gradient)
+        self.error = torch.zeros(len(gradient))
+
+    def refill(self, source: np.ndarray) -> None:
+        self.gradient.copy_(torch.from_numpy(source))
+
+    def step(self) -> None:
+        total = self.error.add_(self.gradient)
+        k = max(1, int(RATIO * len(total)))
+        indices = torch.topk(total.abs(), k, sorted=False).indices
+        self.message = (indices, total[indices])
+        total[indices] = 0.0
+
+    def settle(self) -> None:
+        pass
+
+
+class TorchOneBit(TorchTopK):
+    """The same step as it is written in torch: add, abs, mean, compare, pack, subtract."""
+
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+
+    def step(self) -> None:
+        total = self.error.add_(self.gradient)
+        scale = total.abs().mean()
+        positive = total >= 0
+        padded = torch.nn.functional.pad(positive, (0, -len(total) % 8))
+        bits = (padded.view(-1, 8) * self.weights).sum(1, dtype=torch.uint8)
+        total.sub_(torch.where(positive, scale, -scale))
+        self.message = (scale, bits)
+
+
+def measure_steps(n: int, repeat: int) -> dict[str, list[float]]:
+    """Seconds of each contender's steps, in turns, after two rounds of warming up."""
+    source = np.random.default_rng(0).normal(size=n).astype(np.float32)
+    contenders = {
+        BASE: Bare(source.copy()),
+        TORCH_TOP_K: TorchTopK(source.copy()),
+        TOP_K: Feedback(ef.ErrorFeedback(ef.TopK(RATIO)), source.copy()),
+        "EF21(TopK(0.01))": Feedback(ef.EF21(ef.TopK(RATIO)), source.copy()),
+        TORCH_ONE_BIT: TorchOneBit(source.copy()),
+        ONE_BIT: Feedback(ef.ErrorFeedback(ef.OneBit()), source.copy()),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-2, repeat):
+        source = np.roll(source, 1_234_567)  # other entries grow large at each step
+        for name, contender in contenders.items():
+            contender.refill(source)
+            seconds = clock(contender.step)
+            contender.settle()
+            if turn >= 0:
+                times[name].append(seconds)
+    return times
+
+
+def measure_parts(n: int, repeat: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of decoding and of index coding, and the number of indices."""
+    x = np.random.default_rng(1).normal(size=n).astype(np.float32)
+    top_k, one_bit = ef.TopK(RATIO).compress(x), ef.OneBit().compress(x)
+    indices = np.flatnonzero(top_k.decompress())
+    code = wire.encode_indices(indices, n)
+    parts: dict[str, Step] = {
+        "add_to of TopK": lambda: top_k.add_to(x),
+        "add_to of OneBit": lambda: one_bit.add_to(x),
+        "encode indices": lambda: void(wire.encode_indices(indices, n)),
+        "decode indices": lambda: void(wire.decode_indices(code, len(indices), n)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(-1, repeat):
+        for name, part in parts.items():
+            seconds = clock(part)
+            if turn >= 0:
+                times[name].append(seconds)
+    return times, len(indices)
+
+
+def clock(step: Step) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def void(_: object) -> None:
+    """Drop a result, so that a call of it is a step."""
+
+
+def show(steps: dict[str, float], parts: dict[str, float], n: int, indices: int) -> None:
+    print(f"{n:,} float32, one thread, medians\n")
+    print(
+        f"{'step: accumulate, compress, residual':38}{'ms':>9}{'ns/element':>12}{'of add+copy':>13}"
+    )
+    for name, seconds in steps.items():
+        print(
+            f"{name:38}{1e3 * seconds:9.1f}{1e9 * seconds / n:12.2f}{seconds / steps[BASE]:13.2f}"
+        )
+    print(f"\n{'part':38}{'ms':>9}{'ns/element':>12}{'ns/index':>13}")
+    for name, seconds in parts.items():
+        per_index = f"{1e9 * seconds / indices:13.2f}" if "OneBit" not in name else ""
+        print(f"{name:38}{1e3 * seconds:9.1f}{1e9 * seconds / n:12.2f}{per_index}")
+
+
+def hold_limits(steps: dict[str, float]) -> bool:
+    """Print each limit and whether it holds; whether all do."""
+    print()
+    missed = 0
+    for name, limit, reference in LIMITS:
+        ratio = steps[name] / steps[reference]
+        missed += ratio > limit
+        word = "MISSED" if ratio > limit else "holds"
+        print(f"{word:7} {name} takes {ratio:.3f} of {reference}, at most {limit:.3f} allowed")
+    return not missed
+
+
+def main(words: list[str]) -> int:
+    options = parse(words)
+    torch.set_num_threads(1)
+    all_steps = measure_steps(options.n, options.repeat)
+    all_parts, indices = measure_parts(options.n, options.repeat)
+    steps = {name: statistics.median(times) for name, times in all_steps.items()}
+    parts = {name: statistics.median(times) for name, times in all_parts.items()}
+    show(steps, parts, options.n, indices)
+    held = hold_limits(steps)
+    if options.json:
+        report = {
+            "n": options.n,
+            "indices": indices,
+            "seconds": all_steps | all_parts,
+            "held": held,
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if options.check and not held else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
