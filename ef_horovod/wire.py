@@ -17,6 +17,7 @@ MAGIC = 0xEF
 VERSION = 1
 SKIP = 1  # flag: the sender's gradient was not finite; all ranks drop this step
 MAX_ELEMENTS = 2**31 - 1  # collectives count with C ints; larger models travel in several buckets
+MAX_NBYTES = 2**31 - 1  # of a payload, for the same reason
 
 _HEADER = struct.Struct("<BBBBIQ")
 HEADER_NBYTES = _HEADER.size

@@ -133,9 +133,10 @@ class Compressor:
     def _payload(
         self, parts: tuple[np.ndarray, ...], d: int, like: Like, flags: int = 0
     ) -> Payload:
-        if d > wire.MAX_ELEMENTS:
+        if d > wire.MAX_ELEMENTS or self.nbytes(d) > wire.MAX_NBYTES:
             raise ValueError(
-                f"got {d} elements, expected at most {wire.MAX_ELEMENTS} in one payload; "
+                f"got {d} elements, which take {self.nbytes(d)} bytes, expected at most "
+                f"{wire.MAX_ELEMENTS} elements and {wire.MAX_NBYTES} bytes in one payload; "
                 "compress the parts of a larger array one by one"
             )
         raw = [part.view(np.uint8) for part in parts]

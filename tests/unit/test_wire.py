@@ -97,6 +97,14 @@ def test_short_header_and_spare_bytes_are_refused():
         ef.Payload.from_bytes(sent + b"\0")
 
 
+@pytest.mark.parametrize("limit", ["MAX_ELEMENTS", "MAX_NBYTES"])
+def test_arrays_too_large_for_one_payload_are_refused(monkeypatch, limit):
+    monkeypatch.setattr(wire, limit, 40)
+    assert ef.Identity().compress(np.zeros(6)).nbytes == 40
+    with pytest.raises(ValueError, match="compress the parts of a larger array one by one"):
+        ef.Identity().compress(np.zeros(41))
+
+
 def test_fields_read_from_left_to_right():
     fields = wire.Fields(np.arange(11, dtype=np.uint8), "Test")
     assert fields.array("u1", 3).tolist() == [0, 1, 2]
