@@ -1,4 +1,4 @@
-"""Twenty workers in one process, without Horovod: what does a method need to reach the optimum?
+"""Ten workers in one process, without Horovod: what does a method need to reach the optimum?
 
     python examples/numpy_simulate.py
 
@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 import ef_horovod as ef
 
-WORKERS, STEPS = 20, 3000
+WORKERS, STEPS = 10, 1500
 
 digits = load_digits()
 order = np.argsort(digits.target, kind="stable")[: 1797 // WORKERS * WORKERS]
