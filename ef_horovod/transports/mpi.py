@@ -12,11 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
+from ef_horovod import _openmpi
 from ef_horovod.arrays import Array
 from ef_horovod.transports.base import Transport, require_summable
 from ef_horovod.transports.waiting import default_timeout, wait_until
+
+_openmpi.set_prefix()  # importing MPI initialises it
+from mpi4py import MPI  # noqa: E402
 
 _MAX_TAG = (1 << 30) - 1
 

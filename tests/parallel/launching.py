@@ -47,6 +47,11 @@ def mpirun(
     )
 
 
+def alone(program: str, out: Path, *arguments: str, **options: Any) -> dict[str, Any]:
+    """Run a program as a plain Python process, without a launcher."""
+    return _run([], 1, program, out, arguments, **options)[0]
+
+
 def _run(
     launcher: list[str],
     ranks: int,

@@ -23,7 +23,9 @@ def test_the_kernel_counts_the_same_bytes(method: str, tmp_path: Path) -> None:
     library = sum(result["library"] for result in results)
     # Both ranks share the device; Horovod's control traffic flows in every cycle, used or not.
     kernel, control = results[0]["kernel"], results[0]["control"]
-    print(f"{method}: library {library:,} B, kernel {kernel:,.0f} B, of these control {control:,.0f}")
+    print(
+        f"{method}: library {library:,} B, kernel {kernel:,.0f} B, of these control {control:,.0f}"
+    )
     assert kernel - control == pytest.approx(library, rel=0.05)
     assert control < 0.25 * kernel, "control traffic hides what is measured"
     dense = 4 * results[0]["elements"] * results[0]["steps"] * len(results)

@@ -220,9 +220,7 @@ def refused():
         "unnamed": error_of(lambda: ef.DistributedOptimizer(sgd, [], compression=METHOD)),
         "reduce": error_of(lambda: wrapped(build_model(), exchange="reduce")),
         "new group": error_of(lambda: optimizer.add_param_group({"params": [torch.ones(1)]})),
-        "lbfgs": error_of(
-            lambda: ef.DistributedOptimizer(torch.optim.LBFGS(model.parameters()))
-        ),
+        "lbfgs": error_of(lambda: ef.DistributedOptimizer(torch.optim.LBFGS(model.parameters()))),
     }
 
 
