@@ -56,11 +56,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, metavar="N", help="use N training images only")
     parser.add_argument("--methods", nargs="+", choices=ROWS, default=DEFAULT_ROWS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=25, help="(%(default)s)")
+    parser.add_argument("--epochs", type=int, default=30, help="(%(default)s)")
     parser.add_argument(
         "--batch", type=int, default=16, help="images a step on a rank (%(default)s)"
     )
-    parser.add_argument("--lr", type=float, default=0.05, help="highest step size (%(default)s)")
+    parser.add_argument("--lr", type=float, default=0.04, help="highest step size (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-results"), metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="1 seed, 2 epochs: does it run?")
     arguments = parser.parse_args()
@@ -97,7 +97,7 @@ def run(
     torch.manual_seed(seed)
     model = make_model(train)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    plain = torch.optim.SGD(model.parameters(), lr=arguments.lr, momentum=0.9, weight_decay=1e-4)
+    plain = torch.optim.SGD(model.parameters(), lr=arguments.lr, momentum=0.9, weight_decay=5e-4)
     optimizer, sent = distribute(ROWS[key], plain, model)
     batches = shuffled_batches(len(train.y), arguments.batch, arguments.epochs, seed)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
