@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -95,6 +96,27 @@ def test_short_header_and_spare_bytes_are_refused():
         ef.Payload.from_bytes(sent[:15])
     with pytest.raises(ef.PayloadError, match="37 bytes of body, expected"):
         ef.Payload.from_bytes(sent + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "message"),
+    [
+        (5, struct.pack("<fB", math.inf, 0), "scale inf, expected a finite number"),
+        (5, struct.pack("<fB", math.nan, 0), "scale nan"),
+        (5, struct.pack("<fB", -1.0, 0), "scale -1.0"),
+        (2, struct.pack("<i3H", 164 << 1, 0, 0, 0), "shift 164, expected at most 163"),
+        (2, struct.pack("<i3H", -164 << 1, 0, 0, 0), "shift -164"),
+        (3, struct.pack("<I", 4) + bytes(4 * 4 + 1), "4 entries, expected at most 3"),
+        (4, struct.pack("<QII", 1, 4, 0) + bytes(4 * 4), "4 values, expected at most 3"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused(kind, body, message):
+    """Bodies of a fitting length, which only a look at their fields tells apart from good ones."""
+    data = wire.Header(kind, 0, len(body), 3).pack().tobytes() + body
+    payload, dense = ef.Payload.from_bytes(data), np.ones(3, np.float32)
+    with pytest.raises(ef.PayloadError, match=message):
+        payload.add_to(dense)
+    assert dense.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("limit", ["MAX_ELEMENTS", "MAX_NBYTES"])
