@@ -98,7 +98,7 @@ def notes(results: Sequence[Result], description: str) -> str:
     if results[0].bytes_kernel is None:
         return text + "The kernel's counter is not available here."
     return text + (
-        "`kernel counted` is what the loopback device transmitted meanwhile, by its own counter, "
+        "`kernel counted` is what the loopback device transmitted meanwhile, for all processes and "
         "with TCP headers. In it is Horovod's control traffic, at most what is shown beside it: "
         "that was measured while idle, and a busy Horovod negotiates less often."
     )

@@ -56,11 +56,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, metavar="N", help="use N training images only")
     parser.add_argument("--methods", nargs="+", choices=ROWS, default=DEFAULT_ROWS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=30, help="(%(default)s)")
+    parser.add_argument("--epochs", type=int, default=40, help="(%(default)s)")
     parser.add_argument(
         "--batch", type=int, default=16, help="images a step on a rank (%(default)s)"
     )
-    parser.add_argument("--lr", type=float, default=0.04, help="highest step size (%(default)s)")
+    parser.add_argument("--lr", type=float, default=0.03, help="highest step size (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-results"), metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="1 seed, 2 epochs: does it run?")
     arguments = parser.parse_args()
