@@ -10,6 +10,7 @@ import numpy as np
 
 from ef_horovod import exchange as exchanges
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method
@@ -81,25 +82,21 @@ def simulate(
     xp = namespace(x0)
     like = xp.like(x0)
     flat = xp.flat_float32(x0)
-    x = x0 * 1  # a copy in x0's own precision
+    x = xp.detached(x0) * 1  # a copy, should gradient() change x in place
     endpoints = local_group(workers)
     kind = exchanges.choose(exchange, method)
+    kind = "reduce" if kind == "dense" else kind  # the same sum, of payloads
     inits = [method.init(flat) for _ in range(workers)]
     states, server = [worker for worker, _ in inits], inits[0][1]
     run = Run(x)
     for step in range(steps):
         waits, pushed = [], []
-        for i in range(workers):
+        for i, endpoint in enumerate(endpoints):
             g = _gradient(xp, gradient, i, x, step, tuple(like.shape))
-            try:
-                message, state = method.push(states[i], g, Key(seed, step, 0, i))
-            except NonFiniteError as error:
-                raise NonFiniteError(f"worker {i}, step {step}: {error}") from None
+            message, state = _push(method, states[i], g, Key(seed, step, 0, i))
+            waits.append(exchanges.start(kind, endpoint, f"step{step}", message))
             pushed.append(state)
-            how = "reduce" if kind == "dense" else kind
-            waits.append(exchanges.start(how, endpoints[i], f"step{step}", message))
-        messages = waits[0]()
-        aggregate, server = method.reduce(server, messages, workers)
+        aggregate, server = method.reduce(server, waits[0](), workers)
         pulled = [method.pull(state, aggregate) for state in pushed]
         states = [state for _, state in pulled]
         direction = xp.restore(pulled[0][0], like)
@@ -114,6 +111,13 @@ def simulate(
         run.history.append(entry | (observe(x) if observe else {}))
     run.x, run.states = x, states
     return run
+
+
+def _push(method: Method, state: Any, gradient: Array, key: Key) -> tuple[Payload, Any]:
+    try:
+        return method.push(state, gradient, key)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"worker {key.rank}, step {key.step}: {error}") from None
 
 
 def _gradient(

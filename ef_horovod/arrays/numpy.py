@@ -42,10 +42,19 @@ def is_float64(x: np.ndarray) -> bool:
     return x.dtype == np.float64
 
 
-def flat_float32(x: np.ndarray) -> np.ndarray:
-    """x as contiguous float32[n]: a view where x already is one, else a copy."""
+def detached(x: np.ndarray) -> np.ndarray:
+    """x itself, outside of any automatic differentiation."""
+    return x
+
+
+def flat_float32(x: np.ndarray, *, writable: bool = False) -> np.ndarray:
+    """x as contiguous float32[n]: a view where x already is one, else a copy.
+
+    With `writable`, also a copy where x is read-only.
+    """
     with np.errstate(over="ignore"):  # an overflow becomes inf and is refused by the compressor
-        return np.ascontiguousarray(x, dtype=np.float32).reshape(-1)
+        flat = np.ascontiguousarray(x, dtype=np.float32).reshape(-1)
+    return flat.copy() if writable and not flat.flags.writeable else flat
 
 
 def restore(flat: np.ndarray, target: Like) -> np.ndarray:

@@ -53,7 +53,12 @@ def is_float64(x: torch.Tensor) -> bool:
     return x.dtype == torch.float64
 
 
-def flat_float32(x: torch.Tensor) -> torch.Tensor:
+def detached(x: torch.Tensor) -> torch.Tensor:
+    """x itself, outside of any automatic differentiation."""
+    return x.detach()
+
+
+def flat_float32(x: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
     """x as contiguous float32[n]: a view where x already is one, else a copy."""
     return x.detach().to(torch.float32).contiguous().view(-1)
 

@@ -119,8 +119,8 @@ class Compressor:
         xp = _float_namespace(x)
         if xp.is_float64(x):
             payload = self.compress(x, key)
-            return payload, x - payload.decompress()
-        flat = xp.flat_float32(x)
+            return payload, xp.detached(x) - payload.decompress()
+        flat = xp.flat_float32(x, writable=True)
         payload = self._payload(self.encode(flat, key, residual=True), len(flat), xp.like(x))
         return payload, flat.reshape(tuple(x.shape))
 

@@ -100,13 +100,13 @@ class RandomK(Compressor):
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         fields = Fields(body, cls.__name__)
-        seed, k, _ = fields.unpack(_LAYOUT)
+        seed, k, reserved = fields.unpack(_LAYOUT)
         values = fields.array("<f4", k)
         fields.end()
-        if k > len(dense):
+        if k > len(dense) or reserved:
             raise PayloadError(
-                f"RandomK payload has {k} values, expected at most {len(dense)}; "
-                "it was damaged on the way"
+                f"RandomK payload has {k} values and a reserved word of {reserved}, expected at "
+                f"most {len(dense)} and 0; it was damaged on the way"
             )
         namespace(dense).scatter_add(dense, _draw_indices(seed, k, len(dense)), values, weight)
 

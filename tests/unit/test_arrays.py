@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.torch as device
 from ef_horovod.arrays import namespace
@@ -256,3 +257,18 @@ def test_namespace_of_subclasses_and_others():
     for other in ([1.0], 1.0, np.float32(1)):
         with pytest.raises(TypeError, match="expected a NumPy array or a torch tensor"):
             namespace(other)
+
+
+def test_squeeze_copies_what_is_read_only() -> None:
+    x = np.array([1.0, -5.0, 2.0], np.float32)
+    x.flags.writeable = False
+    _, residual = ef.TopK(k=1).squeeze(x)
+    np.testing.assert_array_equal(x, [1.0, -5.0, 2.0])
+    np.testing.assert_array_equal(residual, [1.0, 0.0, 2.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squeeze_leaves_the_autograd_graph(dtype: torch.dtype) -> None:
+    x = torch.tensor([1.0, -5.0, 2.0], dtype=dtype, requires_grad=True)
+    _, residual = ef.TopK(k=1).squeeze(x)
+    assert not residual.requires_grad
