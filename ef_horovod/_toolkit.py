@@ -133,7 +133,9 @@ def find_frameworks(chosen: tuple[str, ...], environment: Mapping[str, str]) -> 
         for name in FRAMEWORKS
         if environment.get(f"HOROVOD_WITHOUT_{HOROVOD_NAME[name]}") != "1"
     )
-    versions = {name: version for name in wanted if (version := framework_version(name))}
+    # In one order, however they were chosen: the cached wheel's name comes from it.
+    in_order = [name for name in FRAMEWORKS if name in wanted]
+    versions = {name: version for name in in_order if (version := framework_version(name))}
     missing = [name for name in chosen if name not in versions]
     if missing or not versions:
         names = " and ".join(missing) if missing else "neither torch nor tensorflow"

@@ -144,6 +144,12 @@ def test_a_framework_can_be_ruled_out_with_horovods_own_variable(monkeypatch):
     assert _toolkit.find_frameworks((), {"HOROVOD_WITHOUT_TENSORFLOW": "1"}) == {"torch": "2"}
 
 
+def test_frameworks_come_in_one_order(monkeypatch):
+    monkeypatch.setattr(_toolkit, "framework_version", {"torch": "2", "tensorflow": "3"}.get)
+    for chosen in (("torch", "tensorflow"), ("tensorflow", "torch"), ()):
+        assert list(_toolkit.find_frameworks(chosen, {})) == ["torch", "tensorflow"]
+
+
 def test_torch_facts_name_the_abi_and_a_broken_torch_is_said(monkeypatch):
     facts = {"version": "2.13.0+cpu", "abi": "cxx11", "cuda home": ""}
     monkeypatch.setattr(_toolkit, "_output", lambda *_: "a warning\n" + json.dumps(facts))
