@@ -29,9 +29,9 @@ class HorovodTorchTransport(Transport):
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
     ) -> None:
         self._process_set = process_set or hvd.global_process_set
-        super().__init__(
-            self._process_set.rank(), self._process_set.size(), timeout or default_timeout()
-        )
+        # Horovod never asks a rank outside the set to take part, but it may make the object.
+        rank = self._process_set.rank() if self._process_set.included() else -1
+        super().__init__(rank, self._process_set.size(), timeout or default_timeout())
         self._prefix = prefix
 
     def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
