@@ -34,6 +34,7 @@ def main() -> None:
     train(alone, torch.optim.SGD(alone.parameters(), lr=0.05), batches(hvd.rank()), 10)
     ends["alone"] = digest(alone)
     report(hvd.rank(), ends)
+    hvd.barrier()  # a rank that ends early shuts Horovod down for all
 
 
 main()
