@@ -80,7 +80,8 @@ def describe(arguments: argparse.Namespace, train: Images, test: Images, steps: 
     )
 
 
-def make_model(train: Images) -> nn.Module:
+def make_model(train: Images, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     return small_cnn(channels=train.x.shape[1], height=train.x.shape[2])
 
 
@@ -94,8 +95,7 @@ def run(
     bar: Any,
 ) -> Result:
     """Train a network by one method, test it, and say what was sent."""
-    torch.manual_seed(seed)
-    model = make_model(train)
+    model = make_model(train, seed)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     plain = torch.optim.SGD(model.parameters(), lr=arguments.lr, momentum=0.9, weight_decay=5e-4)
     optimizer, sent = distribute(ROWS[key], plain, model)
