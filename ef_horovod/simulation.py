@@ -64,7 +64,7 @@ def simulate(
         observe: called with each new x; what it returns goes to the history.
 
     Raises:
-        NonFiniteError: a gradient has a NaN or an infinity; names the worker and the step.
+        NonFiniteError: a gradient, or the sum of them, is not finite; names the step.
         ValueError, TypeError: arguments out of range or a gradient of another shape.
 
     Example:
@@ -96,7 +96,13 @@ def simulate(
             message, state = _push(method, states[i], g, Key(seed, step, 0, i))
             waits.append(exchanges.start(kind, endpoint, f"step{step}", message))
             pushed.append(state)
-        aggregate, server = method.reduce(server, waits[0](), workers)
+        messages = waits[0]()
+        if any(message.is_skip for message in messages):
+            raise NonFiniteError(
+                f"step {step}: the workers' messages have no finite sum, expected finite numbers; "
+                "lower step_size"
+            )
+        aggregate, server = method.reduce(server, messages, workers)
         pulled = [method.pull(state, aggregate) for state in pushed]
         states = [state for _, state in pulled]
         direction = xp.restore(pulled[0][0], like)

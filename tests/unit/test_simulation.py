@@ -116,3 +116,17 @@ def test_wrong_arguments_are_refused():
         run(SOME[1], workers=0)
     with pytest.raises(TypeError, match="NumPy array or a torch tensor"):
         run(SOME[1], x0=[0.0] * 30)
+
+
+def test_divergence_is_a_non_finite_error_for_linear_methods_too() -> None:
+    """Finite messages can have an infinite sum; nobody asked to drop a step then."""
+    huge = np.full(3, 3e38, np.float32)
+    with pytest.raises(ef.NonFiniteError, match=r"step 0: .* lower step_size"):
+        ef.simulate(
+            ef.NoFeedback(ef.Identity()),
+            lambda worker, x, step: huge,
+            np.zeros(3, np.float32),
+            workers=2,
+            steps=1,
+            step_size=0.1,
+        )
