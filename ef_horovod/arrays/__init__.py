@@ -1,9 +1,9 @@
 """Which framework an array belongs to, found without importing any.
 
 `namespace(x)` returns the module with the closed list of functions that compressors and methods
-may use: `arrays/numpy.py` or `arrays/torch.py`. They hold the only framework knowledge below the
-adapters. Kernels work on flat, contiguous float32 arrays; what goes to or comes from the wire
-(indices, kept values, packed bits) lies in NumPy arrays on the host.
+may use: `arrays/numpy.py`, `arrays/torch.py`, `arrays/tensorflow.py`. They hold the only framework
+knowledge below the adapters. Kernels work on flat, contiguous float32 arrays; what goes to or comes
+from the wire (indices, kept values, packed bits) lies in NumPy arrays on the host.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-Array = Any  # numpy.ndarray or torch.Tensor
-_SUPPORTED = ("numpy", "torch")
+Array = Any  # numpy.ndarray, torch.Tensor or tensorflow.Tensor
+_SUPPORTED = ("numpy", "torch", "tensorflow")
 
 
 def namespace(x: Array) -> ModuleType:
@@ -41,6 +41,6 @@ def _namespace_of(kind: type) -> ModuleType:
         if framework in _SUPPORTED and base.__name__ in ("ndarray", "Tensor"):
             return importlib.import_module(f"ef_horovod.arrays.{framework}")
     raise TypeError(
-        f"got {kind.__module__}.{kind.__qualname__}, expected a NumPy array or a torch tensor; "
-        "convert it first, for example with numpy.asarray(x, dtype='float32')"
+        f"got {kind.__module__}.{kind.__qualname__}, expected a NumPy array, a torch or a "
+        "TensorFlow tensor; convert it first, for example with numpy.asarray(x, dtype='float32')"
     )

@@ -131,24 +131,18 @@ def scatter_put(x, indices, values):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def pack_signs(x, scale, subtract, out):  # type: ignore[no-untyped-def]
-    """Bit j of out[i] is x[8i + j] >= 0; if subtract, x -= +-scale in the same pass."""
+def pack_signs(x, out):  # type: ignore[no-untyped-def]
+    """Bit j of out[i] is x[8i + j] >= 0."""
     whole = x.size // 8
     for i in range(whole):
         byte = 0
         for j in range(8):
             byte |= (x[8 * i + j] >= 0) << j
         out[i] = byte
-        if subtract:
-            for j in range(8):
-                value = x[8 * i + j]
-                x[8 * i + j] = value - (scale if value >= 0 else -scale)
     if whole < out.size:
         byte = 0
         for i in range(8 * whole, x.size):
             byte |= (x[i] >= 0) << (i - 8 * whole)
-            if subtract:
-                x[i] -= scale if x[i] >= 0 else -scale
         out[whole] = byte
 
 
@@ -162,6 +156,16 @@ def add_signs(x, bits, scale):  # type: ignore[no-untyped-def]
             x[8 * i + j] += scale if (byte >> j) & 1 else -scale
     for i in range(8 * whole, x.size):
         x[i] += scale if (bits[whole] >> (i - 8 * whole)) & 1 else -scale
+
+
+@njit(cache=True, nogil=True)
+def split_signs(x, scale, out):  # type: ignore[no-untyped-def]
+    """pack_signs, and x becomes x -+ scale, in one pass over memory."""
+    for start in range(0, x.size, _BLOCK):  # a block stays in the cache
+        part = x[start : start + _BLOCK]
+        bits = out[start // 8 : (start + _BLOCK) // 8]
+        pack_signs(part, bits)
+        add_signs(part, bits, -scale)
 
 
 @njit(cache=True, nogil=True)

@@ -57,6 +57,11 @@ def flat_float32(x: np.ndarray, *, writable: bool = False) -> np.ndarray:
     return flat.copy() if writable and not flat.flags.writeable else flat
 
 
+def shaped(flat: np.ndarray, target: Like) -> np.ndarray:
+    """A flat float32[n] in the shape of `target`."""
+    return flat.reshape(target.shape)
+
+
 def restore(flat: np.ndarray, target: Like) -> np.ndarray:
     """A flat float32[n] in the shape and dtype of `target`."""
     return flat.reshape(target.shape).astype(target.dtype, copy=False)
@@ -211,7 +216,10 @@ def pack_signs(x: np.ndarray, scale: float, *, subtract: bool) -> np.ndarray:
     With `subtract`, x becomes x -+ scale in the same pass over memory.
     """
     out = np.empty((x.size + 7) // 8, np.uint8)
-    _kernels().pack_signs(x, np.float32(scale), subtract, out)
+    if subtract:
+        _kernels().split_signs(x, np.float32(scale), out)
+    else:
+        _kernels().pack_signs(x, out)
     return out
 
 

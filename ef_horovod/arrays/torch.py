@@ -63,6 +63,11 @@ def flat_float32(x: torch.Tensor, *, writable: bool = False) -> torch.Tensor:
     return x.detach().to(torch.float32).contiguous().view(-1)
 
 
+def shaped(flat: torch.Tensor, target: Like) -> torch.Tensor:
+    """A flat float32[n] in the shape of `target`."""
+    return flat.view(target.shape)
+
+
 def restore(flat: torch.Tensor, target: Like) -> torch.Tensor:
     """A flat float32[n] in the shape, dtype and device of `target`."""
     return flat.view(target.shape).to(target.dtype)

@@ -122,7 +122,7 @@ class Compressor:
             return payload, xp.detached(x) - payload.decompress()
         flat = xp.flat_float32(x, writable=True)
         payload = self._payload(self.encode(flat, key, residual=True), len(flat), xp.like(x))
-        return payload, flat.reshape(tuple(x.shape))
+        return payload, xp.shaped(flat, xp.like(x))
 
     def skip(self, x: Array) -> Payload:
         """A payload of the usual size for x that says only: drop this step on all ranks."""

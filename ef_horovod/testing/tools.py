@@ -52,6 +52,8 @@ def array_of(framework: str, x: np.ndarray) -> Array:
 def cast(x: Array, dtype: str) -> Array:
     if isinstance(x, np.ndarray):
         return x.astype(dtype)
+    if type(x).__module__.startswith("tensorflow"):
+        return importlib.import_module("tensorflow").cast(x, dtype)
     return x.to(getattr(importlib.import_module("torch"), dtype))
 
 

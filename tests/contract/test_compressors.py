@@ -17,7 +17,7 @@ from ef_horovod import registry
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.testing import check_compressor, check_vector
 
-FRAMEWORKS = ("numpy", "torch")
+FRAMEWORKS = ("numpy", "torch", "tensorflow")
 EXAMPLES = [example for cls in registry.COMPRESSORS.values() for example in cls.examples()]
 HALF_RANGE = float(np.finfo(np.float32).max) / 2
 entries = st.one_of(
@@ -89,7 +89,7 @@ def test_contraction_holds_where_the_scale_is_extreme(compressor, d):
 def test_integers_and_lists_are_refused(compressor):
     with pytest.raises(TypeError, match="floating-point"):
         compressor.compress(np.arange(5))
-    with pytest.raises(TypeError, match="NumPy array or a torch tensor"):
+    with pytest.raises(TypeError, match="NumPy array, a torch or a TensorFlow tensor"):
         compressor.compress([1.0, 2.0])
 
 

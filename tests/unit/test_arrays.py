@@ -255,7 +255,9 @@ def test_namespace_of_subclasses_and_others():
     assert namespace(np.zeros(1).view(Tagged)) is host
     assert namespace(torch.nn.Parameter(torch.zeros(1))) is device
     for other in ([1.0], 1.0, np.float32(1)):
-        with pytest.raises(TypeError, match="expected a NumPy array or a torch tensor"):
+        with pytest.raises(
+            TypeError, match="expected a NumPy array, a torch or a TensorFlow tensor"
+        ):
             namespace(other)
 
 

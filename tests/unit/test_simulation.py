@@ -114,7 +114,7 @@ def test_wrong_arguments_are_refused():
         ef.simulate(SOME[1], lambda i, x, t: x[:2], np.zeros(3), workers=1, steps=1, step_size=0.1)
     with pytest.raises(ValueError, match="at least 1"):
         run(SOME[1], workers=0)
-    with pytest.raises(TypeError, match="NumPy array or a torch tensor"):
+    with pytest.raises(TypeError, match="NumPy array, a torch or a TensorFlow tensor"):
         run(SOME[1], x0=[0.0] * 30)
 
 
