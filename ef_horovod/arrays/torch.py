@@ -92,7 +92,7 @@ def from_host(values: np.ndarray, device: Any = None) -> torch.Tensor:
     """A host array as a tensor on `device`, sharing memory on the CPU."""
     if not values.flags.writeable:  # received bytes; torch has no read-only tensors
         values = values.copy()
-    return torch.from_numpy(values if values.flags.writeable else values.copy()).to(device)
+    return torch.from_numpy(values).to(device)
 
 
 def address(x: torch.Tensor) -> int:

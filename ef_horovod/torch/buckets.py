@@ -49,7 +49,7 @@ class Bucket:
 
     def __init__(self, channel: Channel, slots: list[Slot]) -> None:
         self.channel, self.slots = channel, slots
-        self.filled: set[torch.Tensor] = set()
+        self.filled: dict[torch.Tensor, tuple[torch.Tensor | None, int]] = {}  # as of when
         self.started = False
 
     def fill(self, slot: Slot, loss_scale: float) -> None:
@@ -59,10 +59,10 @@ class Bucket:
         if gradient is None:
             target.zero_()
         elif loss_scale == 1.0:
-            target.copy_(gradient)
+            target.copy_(gradient.detach())
         else:
-            target.copy_(gradient).div_(loss_scale)
-        self.filled.add(slot.parameter)
+            target.copy_(gradient.detach()).div_(loss_scale)
+        self.filled[slot.parameter] = _now(gradient)
 
     def start(self, step: int) -> None:
         """Send the bucket."""
@@ -70,16 +70,33 @@ class Bucket:
         self.channel.start(step)
 
     def deliver(self, direction: torch.Tensor | None, factor: float) -> None:
-        """Give each parameter its part of direction * factor as gradient, NaN if there is none."""
+        """Give each parameter its part of direction * factor as gradient, NaN if there is none.
+
+        Raises:
+            RuntimeError: a gradient was changed after it had been taken; the change would be lost.
+        """
+        taken, self.filled, self.started = self.filled, {}, False
         for slot in self.slots:
+            if not _same(taken[slot.parameter], _now(slot.parameter.grad)):
+                raise RuntimeError(
+                    f"the gradient of '{slot.name}' was changed between backward() and step(), "
+                    "expected it as backward() left it, for it was on its way to other ranks; call "
+                    "synchronize(), then change it, then step() inside skip_synchronize()"
+                )
             if slot.parameter.grad is None:
                 slot.parameter.grad = torch.zeros_like(slot.parameter)
             gradient = slot.parameter.grad
             if direction is None:
                 gradient.fill_(float("nan"))
                 continue
-            gradient.copy_(direction[slot.start : slot.stop].view(slot.parameter.shape))
-            if factor != 1.0:
-                gradient.mul_(factor)
-        self.filled.clear()
-        self.started = False
+            part = direction[slot.start : slot.stop].view(slot.parameter.shape)
+            gradient.copy_(part if factor == 1.0 else part * factor)  # scaled before it is rounded
+
+
+def _now(gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """A gradient and how often it was changed in place."""
+    return gradient, 0 if gradient is None else gradient._version
+
+
+def _same(before: tuple[torch.Tensor | None, int], after: tuple[torch.Tensor | None, int]) -> bool:
+    return before[0] is after[0] and before[1] == after[1]

@@ -22,7 +22,13 @@ from ef_horovod.guard import require_same_config
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.torch.buckets import Bucket, Slot
-from ef_horovod.torch.policy import DensePolicy, require_method, small_or_vector
+from ef_horovod.torch.policy import (
+    DensePolicy,
+    refuse_elastic,
+    require_distinct,
+    require_method,
+    small_or_vector,
+)
 from ef_horovod.torch.state import load_state, save_state
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
@@ -43,10 +49,13 @@ class Compression:
         exchange: "auto", "gather" or "reduce".
         seed: of random compressors.
         process_set: the one given to Horovod.
-        timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
+        timeout: seconds that a wait of ours may take; default $EF_HOROVOD_TIMEOUT or 300. After
+            the first step Horovod itself waits before it asks us, without a limit unless
+            HOROVOD_STALL_SHUTDOWN_TIME_SECONDS is set.
 
     Raises:
-        UnsupportedError: `method` is not a method, with what to write.
+        UnsupportedError: `method` is not a method, or the job is elastic, with the way out.
+        ValueError: a name or parameter occurs twice.
 
     Example:
         optimizer = hvd.DistributedOptimizer(
@@ -65,6 +74,7 @@ class Compression:
         process_set: Any = None,
         timeout: float | None = None,
     ) -> None:
+        refuse_elastic()
         self._method = method = require_method(method)
         self._transport = HorovodTorchTransport(f"ef.stock{next(_instances)}", process_set, timeout)
         self._step = 0
@@ -73,7 +83,8 @@ class Compression:
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was, and no optimizer has asked for it yet
         self._step_hook: Any = None
-        self._parameters = {n: p for n, p in named_parameters if p.requires_grad}
+        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+        self._parameters = dict(require_distinct(trainable))
         self._order, self._next_place = list(reversed(self._parameters)), 0
         self._buckets: dict[str, Bucket] = {}
         for name, parameter in self._parameters.items():
@@ -116,7 +127,7 @@ class Compression:
         direction = self._directions.pop(name)
         if not self._directions:
             self._directions = None
-        return gradient.copy_(direction.view(gradient.shape)).mul_(tensor.round())
+        return gradient.copy_(direction.view(gradient.shape)).mul_(tensor.round()[0])
 
     def stats(self) -> list[ChannelStats]:
         """One row for each parameter and a last one with the total; call it between steps."""

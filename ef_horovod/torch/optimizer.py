@@ -15,7 +15,13 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.torch.policy import DensePolicy, name_parameters, require_method, small_or_vector
+from ef_horovod.torch.policy import (
+    DensePolicy,
+    name_parameters,
+    refuse_elastic,
+    require_method,
+    small_or_vector,
+)
 from ef_horovod.torch.reducer import Options, Reducer
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
@@ -98,6 +104,7 @@ def DistributedOptimizer(
         average=op == hvd.Average,
         sparse_as_dense=sparse_as_dense,
         overlap=overlap,
+        scaled=grad_scaler is not None and grad_scaler.is_enabled(),
     )
     named = name_parameters(named_parameters, optimizer.param_groups)
     process_set = process_set or hvd.global_process_set
@@ -122,10 +129,14 @@ class _Distributed:
 
     _base: type[torch.optim.Optimizer]
     _reducer: Reducer | None
+    _synchronized: bool
+    _should_synchronize: bool
+    step_skipped: bool
+    param_groups: list[dict[str, Any]]
 
     def synchronize(self) -> None:
         """Finish the exchange: `p.grad` becomes the average, ready to be clipped."""
-        if self._reducer is not None:
+        if self._reducer is not None and (self._reducer.under_way or not self._synchronized):
             self.step_skipped = not self._reducer.finish()
         self._synchronized = True
 
@@ -146,6 +157,7 @@ class _Distributed:
                 loss = closure()
         fresh = self._reducer is not None and self._reducer.under_way
         if self._should_synchronize and (fresh or not self._synchronized):
+            self._require_unscaled()
             self.synchronize()
         elif fresh:
             raise RuntimeError(
@@ -163,8 +175,13 @@ class _Distributed:
         if self._reducer is not None and self._reducer.under_way:
             raise RuntimeError(
                 "zero_grad() was called between backward() and step(), expected it before "
-                "backward() or after step(); the gradients are under way to other ranks"
+                "backward() or after step(), for the gradients are under way to other ranks; if "
+                "another loss reached these parameters, freeze them with requires_grad_(False) for "
+                "its backward()"
             )
+        self._synchronized = False
+        if self._reducer is not None:
+            self._reducer.reset_passes()
         self._base.zero_grad(self, set_to_none)  # type: ignore[arg-type]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -179,12 +196,24 @@ class _Distributed:
         self._synchronized = False
         if self._reducer is not None:
             self._reducer.reset_passes()
+        groups = self.param_groups
         self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
+        # The old dicts get the new contents: schedulers made before the wrapping hold on to them.
+        for group, loaded in zip(groups, self.param_groups, strict=True):
+            group.clear()
+            group.update(loaded)
+        self.param_groups = groups
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Accumulate another number of micro-batches from the next step on."""
         if self._reducer is not None:
             self._reducer.set_passes(passes)
+
+    def unwrap(self) -> None:
+        """Stop averaging: hooks and memories are gone, the optimizer steps locally from now on."""
+        if self._reducer is not None:
+            self._reducer.close()
+            self._reducer = None
 
     def stats(self) -> list[ChannelStats]:
         """One row for each bucket and a last one with the total; empty with a single rank.
@@ -202,6 +231,22 @@ class _Distributed:
         """Take over what `compression_state_dict` returned on this rank."""
         if self._reducer is not None:
             self._reducer.load_state_dict(state)
+
+    def _require_unscaled(self) -> None:
+        """Gradients come out of `synchronize` as scaled as they went in; fused optimizers know."""
+        reducer = self._reducer
+        if reducer is None or not reducer.options.scaled:
+            return
+        if not getattr(self, "_step_supports_amp_scaling", False):
+            raise RuntimeError(
+                "step() would use gradients that are multiplied by the loss scale, expected "
+                "unscaled ones; call synchronize(), scaler.unscale_(optimizer), then "
+                "scaler.step(optimizer) inside skip_synchronize()"
+            )
+
+
+# The base's step runs the hooks that users registered; ours must not be wrapped to run them again.
+_Distributed.step.hooked = True  # type: ignore[attr-defined]
 
 
 def _rebuild(optimizer: torch.optim.Optimizer) -> Any:
@@ -241,6 +286,7 @@ def _refuse_unsupported(
             f"got groups={groups or num_groups!r}, expected none, for buckets take their place; "
             "leave it out and set bucket_bytes"
         )
+    refuse_elastic()
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedError(
             "got LBFGS, expected an optimizer that needs one gradient a step; use SGD or Adam"

@@ -7,6 +7,7 @@ whole step on all of them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,7 +44,9 @@ class Options:
         seed: of random compressors.
         average: deliver means over ranks, or sums.
         sparse_as_dense: whether sparse gradients are densified; they raise otherwise.
-        overlap: start exchanges during backward, or all of them in `finish`.
+        overlap: start exchanges during backward, or all of them in `finish`; the first step's are
+            never started before `finish`, where the config is checked.
+        scaled: whether gradients come multiplied by a loss scale.
     """
 
     method: Method
@@ -55,6 +58,7 @@ class Options:
     average: bool
     sparse_as_dense: bool
     overlap: bool
+    scaled: bool
 
 
 class Reducer:
@@ -85,9 +89,12 @@ class Reducer:
         self._sparse: set[torch.Tensor] = set()  # densified in this step
         self.buckets = self._make_buckets(trainable)
         self._place = {slot.parameter: (b, slot) for b in self.buckets for slot in b.slots}
+        self._require_free()
         self.reset_passes()
-        for parameter in self._place:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        # Weak: a model must not keep the reducer of a forgotten optimizer at work.
+        hook = _weak(self._on_gradient)
+        self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._place]
+        _live.add(self)
 
     @property
     def under_way(self) -> bool:
@@ -99,7 +106,16 @@ class Reducer:
         self._passes_left = dict.fromkeys(self._place, self.options.passes)
 
     def set_passes(self, passes: int) -> None:
-        """Accumulate another number of backward passes, from the next step on."""
+        """Accumulate another number of backward passes, from the next step on.
+
+        Raises:
+            RuntimeError: a step is under way.
+        """
+        if self.under_way:
+            raise RuntimeError(
+                f"got backward_passes_per_step={passes} between backward() and step(), expected "
+                "the change after step(); gradients are under way to other ranks"
+            )
         self.options = replace(self.options, passes=passes)
         self.reset_passes()
 
@@ -110,11 +126,14 @@ class Reducer:
             Whether the step is good. If some rank's gradient was not finite, all ranks return
             False, memories are as before, and all gradients are NaN so that nobody uses them.
         """
-        self._require_frozen()
+        self._require_unchanged()
+        if not self._config_checked:  # here and not in a hook: ranks run hooks in their own order
+            require_same_config(self.transport, self._describe())
+            self._config_checked = True
         for bucket in self.buckets:
             if not bucket.started:
                 self._fill_rest(bucket)
-                self._start(bucket)
+                bucket.start(self.step)
         directions = finish_step([bucket.channel for bucket in self.buckets])
         factor = self._loss_scale * (1 if self.options.average else self.transport.size)
         for i, bucket in enumerate(self.buckets):
@@ -125,6 +144,12 @@ class Reducer:
         self.reset_passes()
         self.step += directions is not None
         return directions is not None
+
+    def close(self) -> None:
+        """Leave the parameters alone from now on."""
+        for hook in self._hooks:
+            hook.remove()
+        _live.discard(self)
 
     def stats(self) -> list[ChannelStats]:
         """One row a bucket and a total; call it between steps."""
@@ -172,8 +197,9 @@ class Reducer:
             return
         bucket, slot = self._place[parameter]
         self._fill(bucket, slot)
-        if self.options.overlap and len(bucket.filled) == len(bucket.slots):
-            self._start(bucket)
+        full = len(bucket.filled) == len(bucket.slots)
+        if full and self.options.overlap and self._config_checked:
+            bucket.start(self.step)
 
     def _fill_rest(self, bucket: Bucket) -> None:
         """What no hook has brought: parameters without a gradient, or with fewer passes."""
@@ -195,28 +221,48 @@ class Reducer:
             self._loss_scale = self._read_loss_scale()
         bucket.fill(slot, self._loss_scale)
 
-    def _start(self, bucket: Bucket) -> None:
-        if not self._config_checked:
-            require_same_config(self.transport, self._describe())
-            self._config_checked = True
-        bucket.start(self.step)
-
     def _describe(self) -> list[str]:
         options = self.options
         return [
             f"compression {options.method!r}",
             f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
-            f"backward_passes_per_step={options.passes}",
+            f"backward_passes_per_step={options.passes}, grad_scaler={options.scaled}",
         ] + [
             f"parameter '{slot.name}' of shape {tuple(slot.parameter.shape)} in {b.channel.name}"
             for b in self.buckets
             for slot in b.slots
         ]
 
-    def _require_frozen(self) -> None:
-        for name, parameter in self._frozen:
-            if parameter.requires_grad:
+    def _require_unchanged(self) -> None:
+        thawed = [name for name, p in self._frozen if p.requires_grad]
+        frozen = [slot.name for p, (_, slot) in self._place.items() if not p.requires_grad]
+        for names, now in ((thawed, "requires a gradient"), (frozen, "requires no gradient")):
+            if names:
                 raise UnsupportedError(
-                    f"parameter '{name}' requires a gradient now but did not when the optimizer "
-                    "was wrapped, expected no change; wrap the optimizer again after unfreezing"
+                    f"parameter '{names[0]}' {now} now, unlike when the optimizer was wrapped, "
+                    "expected no change; call optimizer.unwrap() and wrap the optimizer again"
                 )
+
+    def _require_free(self) -> None:
+        for other in _live:
+            for parameter, (_, slot) in self._place.items():
+                if parameter in other._place:
+                    raise UnsupportedError(
+                        f"the gradient of '{slot.name}' is averaged by another wrapped optimizer "
+                        "already, expected one; call unwrap() on the other one first"
+                    )
+
+
+_live: weakref.WeakSet[Reducer] = weakref.WeakSet()
+
+
+def _weak(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    """A function that calls a bound method for as long as its object lives."""
+    reference = weakref.WeakMethod(method)
+
+    def call(parameter: torch.Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(parameter)
+
+    return call

@@ -74,7 +74,6 @@ class HorovodTorchTransport(Transport):
         try:
             return hvd.synchronize(handle)
         except HorovodInternalError as error:
-            # Same type, for elastic Horovod recovers from it.
             raise HorovodInternalError(
                 f"rank {self.rank} failed in '{self._named(name)}': {error}; "
                 "a rank ended early, or called hvd.join(), which cannot go with compression: "
@@ -85,5 +84,6 @@ class HorovodTorchTransport(Transport):
         return (
             f"rank {self.rank} of {self.size} waited {self.timeout:g} s in '{self._named(name)}' "
             "for at least one other rank (Horovod's stall warning on rank 0 names it); see why it "
-            "did not get there, or raise timeout= or EF_HOROVOD_TIMEOUT"
+            "did not get there (it failed, has fewer batches, or called hvd.join(), which cannot "
+            "go with compression), or raise timeout= or EF_HOROVOD_TIMEOUT"
         )

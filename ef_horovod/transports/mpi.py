@@ -1,8 +1,9 @@
 """Ranks of an MPI job, by mpi4py: point-to-point messages on a communicator of its own.
 
 Messages are matched by a tag that is made from the collective's name, so ranks may start
-collectives in any order; and a rank that is missing can be named, which MPI's own collectives
-do not allow. Only uint8 buffers and float32/float64 numbers travel.
+collectives in any order, and a rank that is missing can be named, which MPI's own collectives do
+not allow. Sums are computed while they are waited for: wait for them in the same order everywhere.
+Only uint8 buffers and float32/float64 numbers travel.
 """
 
 from __future__ import annotations

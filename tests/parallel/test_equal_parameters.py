@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -33,6 +32,8 @@ def test_every_method_and_compressor(adapter: str, ranks: int, tmp_path: Path) -
     assert set(results[0]) == every_method()
     for method, first in results[0].items():
         assert first["start"] != first["end"], f"{method} did not train"
-        assert math.isfinite(first["loss"])
+        # At the start it is about log(10); without feedback a biased compressor may stay there.
+        limit = 2.5 if method.startswith("NoFeedback") else 2.1
+        assert first["loss"] < limit, f"{method} did not learn"
         for rank, other in enumerate(results):
             assert other[method]["end"] == first["end"], f"{method}: rank {rank} differs"

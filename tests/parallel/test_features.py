@@ -23,7 +23,9 @@ def test_two_half_batches_are_one_batch(results: Results) -> None:
 
 def test_a_backward_pass_too_many_raises(results: Results) -> None:
     for result in results:
-        assert "raise backward_passes_per_step" in result["too_many_passes"]
+        backward, step = result["too_many_passes"]
+        assert "raise backward_passes_per_step" in backward
+        assert "was changed between backward() and step()" in step
 
 
 def test_clipping_sees_the_average(results: Results) -> None:

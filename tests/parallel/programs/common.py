@@ -26,8 +26,23 @@ def build_model(seed: int = 0) -> torch.nn.Module:
     """A small network with compressed matrices and dense vectors; equal on all ranks."""
     torch.manual_seed(seed)
     return torch.nn.Sequential(
-        torch.nn.Linear(40, 60), torch.nn.Tanh(), torch.nn.Linear(60, 50), torch.nn.Linear(50, 10)
+        torch.nn.Linear(40, 60),
+        torch.nn.Tanh(),
+        torch.nn.Linear(60, 50),
+        torch.nn.Linear(50, 10),
+        Scale(),
     )
+
+
+class Scale(torch.nn.Module):
+    """A learned factor: a parameter without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
 
 
 def batches(rank: int, size: int = 16) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:

@@ -107,11 +107,13 @@ def not_finite(adapter):
 def missing_rank(adapter):
     model = build_model()
     optimizer = wrap(adapter, model, ef.ErrorFeedback(ef.OneBit()), timeout=3.0)
+    if adapter == "ef":  # the stock optimizer waits without a limit after its first step
+        train(model, optimizer, batches(hvd.rank()), 2)
     begin = time.monotonic()
     if odd():
         time.sleep(8)
         return ""
-    error = error_of(lambda: train(model, optimizer, batches(0), 1))
+    error = error_of(lambda: train(model, optimizer, batches(0), 3))
     return f"{time.monotonic() - begin:.1f} {error}"
 
 

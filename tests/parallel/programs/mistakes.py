@@ -1,0 +1,175 @@
+"""What people do by mistake, or nearly; facts for the tests to judge."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import horovod.torch as hvd
+import torch
+from common import batches, build_model, digest, error_of, report, train
+
+import ef_horovod.torch as ef
+
+METHOD = ef.ErrorFeedback(ef.OneBit())
+cross_entropy = torch.nn.functional.cross_entropy
+
+
+def wrapped(model, method=METHOD, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return ef.DistributedOptimizer(
+        optimizer, model.named_parameters(), compression=method, **options
+    )
+
+
+def backward(model):
+    inputs, labels = batches(hvd.rank())()
+    cross_entropy(model(inputs), labels).backward()
+
+
+def scaler_without_synchronize():
+    model = build_model()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = wrapped(model, grad_scaler=scaler)
+    inputs, labels = batches(hvd.rank())()
+    scaler.scale(cross_entropy(model(inputs), labels)).backward()
+    return error_of(lambda: scaler.step(optimizer))
+
+
+def clipping_too_early():
+    model = build_model()
+    optimizer = wrapped(model)
+    train(model, optimizer, batches(hvd.rank()), 1)
+    optimizer.zero_grad()
+    backward(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    return error_of(optimizer.step)
+
+
+def freezing_and_wrapping_again():
+    model = build_model()
+    optimizer = wrapped(model)
+    train(model, optimizer, batches(hvd.rank()), 2)
+    model[0].weight.requires_grad_(False)
+    frozen = model[0].weight.detach().clone()
+    refused = error_of(lambda: train(model, optimizer, batches(hvd.rank()), 1))
+    taken = error_of(lambda: wrapped(model))
+    optimizer.unwrap()
+    train(model, wrapped(model), batches(hvd.rank()), 2)  # the new one is forgotten at once
+    gc.collect()
+    train(model, wrapped(model), batches(hvd.rank()), 2)
+    still = bool(torch.equal(frozen, model[0].weight))
+    return {"refused": refused, "taken": taken, "still": still, "end": digest(model)}
+
+
+def strange_parameters():
+    tied = torch.nn.Linear(50, 50)
+    twice = [("a", tied.weight), ("b", tied.weight), ("c", tied.bias)]
+    spectral = torch.nn.Parameter(torch.zeros(40, 40, dtype=torch.complex64))
+    sgd = torch.optim.SGD(tied.parameters(), lr=0.1)
+    complex_sgd = torch.optim.SGD([spectral], lr=0.1)
+    return {
+        "tied": error_of(lambda: ef.DistributedOptimizer(sgd, twice, compression=METHOD)),
+        "tied, stock": error_of(lambda: ef.Compression(METHOD, twice)),
+        "complex": error_of(lambda: ef.DistributedOptimizer(complex_sgd, [("s", spectral)])),
+        "complex, stock": error_of(lambda: ef.Compression(METHOD, [("s", spectral)])),
+    }
+
+
+def synchronizing_twice():
+    model = build_model()
+    optimizer = wrapped(model)
+    backward(model)
+    optimizer.synchronize()
+    once = model[0].weight.grad.clone()
+    optimizer.synchronize()
+    return bool(torch.equal(once, model[0].weight.grad))
+
+
+def an_epoch_that_ends_within_an_accumulation():
+    model = build_model()
+    optimizer = wrapped(model, backward_passes_per_step=2)
+    backward(model)
+    optimizer.zero_grad()
+    backward(model)
+    backward(model)
+    late = error_of(lambda: optimizer.set_backward_passes_per_step(1))
+    optimizer.step()
+    return {"steps": optimizer.stats()[-1].steps, "late": late}
+
+
+def loading_a_state():
+    """Step hooks run once, and schedulers made before the wrapping go on, after a load too."""
+    model = build_model()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(plain, 1, gamma=0.5)
+    optimizer = ef.DistributedOptimizer(plain, model.named_parameters(), compression=METHOD)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    train(model, optimizer, batches(hvd.rank()), 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, batches(hvd.rank()), 1)
+    scheduler.step()
+    return {"calls": len(calls), "lr": optimizer.param_groups[0]["lr"]}
+
+
+def closure():
+    model = build_model()
+    optimizer = wrapped(model)
+    next_batch, losses = batches(hvd.rank()), []
+    inputs, labels = next_batch()
+
+    def evaluate():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        losses.append(float(optimizer.step(evaluate).detach()))
+    return {"first": losses[0], "last": losses[-1], "end": digest(model)}
+
+
+def stock_checkpoint():
+    """`ef.Compression`'s memories: stop after 5 of 10 steps, go on in new objects."""
+
+    def stock(model):
+        adapter = ef.Compression(METHOD, model.named_parameters())
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        return adapter, hvd.DistributedOptimizer(sgd, model.named_parameters(), compression=adapter)
+
+    whole, next_batch = build_model(), batches(hvd.rank())
+    adapter, optimizer = stock(whole)
+    train(whole, optimizer, next_batch, 5)
+    again = build_model(seed=9)
+    again.load_state_dict(whole.state_dict())
+    resumed, resumed_optimizer = stock(again)
+    resumed.load_state_dict(adapter.state_dict())
+    train(whole, optimizer, next_batch, 5)
+    next_batch = batches(hvd.rank())
+    for _ in range(5):
+        next_batch()
+    train(again, resumed_optimizer, next_batch, 5)
+    return {"whole": digest(whole), "again": digest(again)}
+
+
+def elastic():
+    os.environ["HOROVOD_ELASTIC"] = "1"
+    model = build_model()
+    return [
+        error_of(lambda: wrapped(model)),
+        error_of(lambda: ef.Compression(METHOD, model.named_parameters())),
+    ]
+
+
+def main() -> None:
+    hvd.init()
+    scenarios = (
+        clipping_too_early, freezing_and_wrapping_again, strange_parameters, synchronizing_twice,
+        an_epoch_that_ends_within_an_accumulation, loading_a_state, closure, stock_checkpoint,
+        scaler_without_synchronize, elastic,
+    )  # fmt: skip
+    report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
+
+
+main()

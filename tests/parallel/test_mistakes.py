@@ -1,0 +1,75 @@
+"""What people do by mistake is noticed, and what looks like one but is not works."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from launching import horovodrun
+
+pytestmark = pytest.mark.parallel
+
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return horovodrun(2, "mistakes.py", tmp_path_factory.mktemp("mistakes"))
+
+
+def test_a_scaler_that_steps_without_synchronize_raises(results: Results) -> None:
+    for result in results:
+        assert "call synchronize(), scaler.unscale_" in result["scaler_without_synchronize"]
+
+
+def test_clipping_what_is_under_way_raises(results: Results) -> None:
+    for result in results:
+        assert "was changed between backward() and step()" in result["clipping_too_early"]
+
+
+def test_a_frozen_parameter_is_noticed_and_wrapping_again_works(results: Results) -> None:
+    for result in results:
+        facts = result["freezing_and_wrapping_again"]
+        assert "'0.weight' requires no gradient now" in facts["refused"]
+        assert "call unwrap() on the other one first" in facts["taken"]
+        assert facts["still"], "a frozen parameter moved"
+        assert facts["end"] == results[0]["freezing_and_wrapping_again"]["end"]
+
+
+def test_tied_and_complex_parameters_are_refused(results: Results) -> None:
+    errors = results[0]["strange_parameters"]
+    for adapter in ("", ", stock"):
+        assert "lists tied parameters once" in errors[f"tied{adapter}"]
+        assert "keep it as torch.view_as_real" in errors[f"complex{adapter}"]
+
+
+def test_synchronizing_twice_changes_nothing(results: Results) -> None:
+    assert all(result["synchronizing_twice"] for result in results)
+
+
+def test_an_accumulation_can_be_given_up(results: Results) -> None:
+    for result in results:
+        facts = result["an_epoch_that_ends_within_an_accumulation"]
+        assert facts["steps"] == 1
+        assert "expected the change after step()" in facts["late"]
+
+
+def test_step_hooks_and_schedulers_survive_a_load(results: Results) -> None:
+    for result in results:
+        assert result["loading_a_state"] == {"calls": 2, "lr": 0.05}
+
+
+def test_a_closure_is_evaluated_once_a_step(results: Results) -> None:
+    first, second = (result["closure"] for result in results)
+    assert first["last"] < 0.2 * first["first"]
+    assert first["end"] == second["end"]
+
+
+def test_the_stock_adapter_resumes_to_the_last_bit(results: Results) -> None:
+    for result in results:
+        assert result["stock_checkpoint"]["whole"] == result["stock_checkpoint"]["again"]
+
+
+def test_elastic_jobs_are_refused(results: Results) -> None:
+    for error in results[0]["elastic"]:
+        assert "start it with horovodrun -np N" in error
