@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from launching import horovodrun
+from launching import Results, horovodrun
 
 pytestmark = pytest.mark.parallel
-
-Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from launching import horovodrun
+from launching import Results, horovodrun
 
 pytestmark = pytest.mark.parallel
 
 
 @pytest.fixture(scope="module", params=["ef", "stock"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return horovodrun(3, "guards.py", tmp_path_factory.mktemp("guards"), request.param)
 
 
@@ -24,7 +22,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ],
 )
 def test_ranks_that_disagree_are_told_on_every_rank(
-    scenario: str, first: str, second: str, results: Any
+    scenario: str, first: str, second: str, results: Results
 ) -> None:
     for result in results:
         error = result[scenario]
@@ -34,7 +32,7 @@ def test_ranks_that_disagree_are_told_on_every_rank(
         assert second in there
 
 
-def test_a_gradient_that_is_not_finite_drops_the_step_on_all_ranks(results: Any) -> None:
+def test_a_gradient_that_is_not_finite_drops_the_step_on_all_ranks(results: Results) -> None:
     for result in results:
         step = result["not_finite"]
         assert step["kept"] == [True, True], "parameters, momentum or memories changed"
@@ -43,7 +41,7 @@ def test_a_gradient_that_is_not_finite_drops_the_step_on_all_ranks(results: Any)
         assert step["after"] == results[0]["not_finite"]["after"]
 
 
-def test_a_wait_ends_with_a_message(results: Any) -> None:
+def test_a_wait_ends_with_a_message(results: Results) -> None:
     for rank in (0, 2):
         seconds, _, error = results[rank]["missing_rank"].partition(" ")
         assert 3.0 <= float(seconds) < 6.0

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from launching import horovodrun
+from launching import Results, horovodrun
 
 pytestmark = pytest.mark.parallel
-
-Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +59,10 @@ def test_a_closure_is_evaluated_once_a_step(results: Results) -> None:
     first, second = (result["closure"] for result in results)
     assert first["last"] < 0.2 * first["first"]
     assert first["end"] == second["end"]
+
+
+def test_one_loss_may_go_through_two_optimizers(results: Results) -> None:
+    assert results[0]["two_optimizers"] == results[1]["two_optimizers"]
 
 
 def test_the_stock_adapter_resumes_to_the_last_bit(results: Results) -> None:

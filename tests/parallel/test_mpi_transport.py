@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from launching import mpirun
+from launching import Results, mpirun
 
 pytestmark = pytest.mark.parallel
-
-Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])

@@ -130,6 +130,24 @@ def closure():
     return {"first": losses[0], "last": losses[-1], "end": digest(model)}
 
 
+def two_optimizers():
+    """A loss that goes through another optimizer's parameters, frozen meanwhile, as in a GAN."""
+    generator, discriminator = build_model(), torch.nn.Linear(10, 120)
+    own, other = wrapped(generator), wrapped(discriminator)
+    next_batch = batches(hvd.rank())
+    for _ in range(4):
+        inputs, _ = next_batch()
+        own.zero_grad()
+        discriminator.requires_grad_(False)
+        discriminator(generator(inputs)).square().mean().backward()
+        own.step()
+        discriminator.requires_grad_(True)
+        other.zero_grad()
+        discriminator(generator(inputs).detach()).sub(1).square().mean().backward()
+        other.step()
+    return digest(generator) + digest(discriminator)
+
+
 def stock_checkpoint():
     """`ef.Compression`'s memories: stop after 5 of 10 steps, go on in new objects."""
 
@@ -166,8 +184,8 @@ def main() -> None:
     hvd.init()
     scenarios = (
         clipping_too_early, freezing_and_wrapping_again, strange_parameters, synchronizing_twice,
-        an_epoch_that_ends_within_an_accumulation, loading_a_state, closure, stock_checkpoint,
-        scaler_without_synchronize, elastic,
+        an_epoch_that_ends_within_an_accumulation, loading_a_state, closure, two_optimizers,
+        stock_checkpoint, scaler_without_synchronize, elastic,
     )  # fmt: skip
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 

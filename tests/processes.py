@@ -1,0 +1,57 @@
+"""Starts the jobs that tests run for real, with a limit, in an environment for any machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BIN = Path(sys.executable).parent  # not resolved: a venv's python is a link
+
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # two cores, several ranks
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TQDM_MININTERVAL": "10",
+    "EF_HOROVOD_TIMEOUT": "120",
+    "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
+}
+
+
+class JobFailed(AssertionError):
+    """A job ended with an error or not at all; the message has its output."""
+
+
+def run_job(
+    command: Sequence[str],
+    *,
+    timeout: float = 180,
+    environment: dict[str, str] | None = None,
+    cwd: Path | None = None,
+) -> str:
+    """Run a command to its end, and all that it started; what it printed."""
+    job = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, **_ENVIRONMENT, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that all of the job can be ended
+    )
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        output, _ = job.communicate()
+        raise JobFailed(f"{command} did not end within {timeout} s:\n{output[-4000:]}") from None
+    if job.returncode != 0:
+        raise JobFailed(f"{command} ended with {job.returncode}:\n{output[-8000:]}")
+    return output
