@@ -56,8 +56,7 @@ def test_bytes_are_as_few_as_promised(demo: tuple[str, Path]) -> None:
 def test_kernel_saw_the_bytes(demo: tuple[str, Path]) -> None:
     """A sanity check only, for other processes use the device too; test_wire_truth is strict."""
     for run in events(demo[1], "run"):
-        if run["bytes_kernel"] is None:
-            pytest.skip("the loopback device has no counter that can be read here")
+        assert run["bytes_kernel"] is not None, "launch/test needs Linux: no loopback counter here"
         assert run["bytes_kernel"] > 0.95 * run["bytes_sent"]
         assert run["bytes_control"] > 0
 
