@@ -25,7 +25,7 @@ from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
-from ef_horovod.transports.base import Transport
+from ef_horovod.transports.base import Transport, ring_share
 
 
 @dataclass
@@ -82,6 +82,7 @@ class Channel:
         if self.exchange != "dense":
             self.worker, self.server = method.init(self.gradient)
         self._xp, self._transport, self._seed = xp, transport, seed
+        self._lost = self.gradient  # after a step: what its compression lost
         self._message: Payload | None = None
         self._pushed: Any = None
         self._finish: Callable[[], Any] | None = None
@@ -130,7 +131,9 @@ class Channel:
                 self._spare(before)
         self._received = self._pushed = None
         self._stats.steps += 1
-        self._stats.dense_bytes_out += self._dense_bytes()
+        self._stats.dense_bytes_out += ring_share(
+            4 * self._stats.num_elements, self._transport.size
+        )
         return direction
 
     def drop(self) -> None:
@@ -166,10 +169,6 @@ class Channel:
         if len(self.gradient) and address(self.gradient) in taken:
             given_up = [x for x in before if hasattr(x, "shape") and address(x) not in taken]
             self.gradient = given_up[0]
-
-    def _dense_bytes(self) -> int:
-        size = self._transport.size
-        return 2 * (size - 1) * 4 * self._stats.num_elements // size
 
     @contextmanager
     def _timed(self, counter: str) -> Iterator[None]:

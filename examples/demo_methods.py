@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import ef_horovod.torch as ef
+from ef_horovod.transports.base import ring_share
 
 
 class Sent(NamedTuple):
@@ -74,7 +75,7 @@ class CountingCompression:
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         small, context = self._inner.compress(tensor)
-        nbytes = 2 * (hvd.size() - 1) * small.numel() * small.element_size() // hvd.size()
+        nbytes = ring_share(small.numel() * small.element_size(), hvd.size())
         large = 0 if ef.small_or_vector("", tensor) else nbytes
         self.sent = Sent(self.sent.everything + nbytes, self.sent.compressed + large)
         return small, context

@@ -72,11 +72,6 @@ def zeros(length: int, device: Any = None) -> np.ndarray:
     return np.zeros(length, np.float32)
 
 
-def empty(length: int, device: Any = None) -> np.ndarray:
-    """float32[length], uninitialised."""
-    return np.empty(length, np.float32)
-
-
 def address(x: np.ndarray) -> int:
     """Where x's memory starts: equal for an array and a view of all of it."""
     return x.ctypes.data

@@ -78,11 +78,6 @@ def zeros(length: int, device: Any = None) -> torch.Tensor:
     return torch.zeros(length, dtype=torch.float32, device=device)
 
 
-def empty(length: int, device: Any = None) -> torch.Tensor:
-    """float32[length], uninitialised."""
-    return torch.empty(length, dtype=torch.float32, device=device)
-
-
 def to_host(x: torch.Tensor) -> np.ndarray:
     """x as a NumPy array, sharing memory on the CPU."""
     return x.cpu().numpy()

@@ -128,11 +128,9 @@ class Compressor:
         """A payload of the usual size for x that says only: drop this step on all ranks."""
         d = int(np.prod(x.shape))
         body = np.zeros(self.body_nbytes(d), np.uint8)
-        return self._payload((body,), d, namespace(x).like(x), flags=wire.SKIP)
+        return self._payload((body,), d, namespace(x).like(x)).as_skip()
 
-    def _payload(
-        self, parts: tuple[np.ndarray, ...], d: int, like: Like, flags: int = 0
-    ) -> Payload:
+    def _payload(self, parts: tuple[np.ndarray, ...], d: int, like: Like) -> Payload:
         if d > wire.MAX_ELEMENTS or self.nbytes(d) > wire.MAX_NBYTES:
             raise ValueError(
                 f"got {d} elements, which take {self.nbytes(d)} bytes, expected at most "
@@ -140,7 +138,7 @@ class Compressor:
                 "compress the parts of a larger array one by one"
             )
         raw = [part.view(np.uint8) for part in parts]
-        header = wire.Header(self.wire_id, flags, sum(part.size for part in raw), d)
+        header = wire.Header(self.wire_id, 0, sum(part.size for part in raw), d)
         return Payload(np.concatenate([header.pack(), *raw]), like)
 
 

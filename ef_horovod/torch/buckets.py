@@ -8,6 +8,10 @@ from typing import NamedTuple
 import torch
 
 from ef_horovod.channel import Channel
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.transports.base import Transport
 
 
 class Slot(NamedTuple):
@@ -51,6 +55,23 @@ class Bucket:
         self.channel, self.slots = channel, slots
         self.filled: dict[torch.Tensor, tuple[torch.Tensor | None, int]] = {}  # as of when
         self.started = False
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        slots: list[Slot],
+        method: Method | None,
+        transport: Transport,
+        *,
+        exchange: str,
+        seed: int,
+    ) -> Bucket:
+        """A bucket with a channel of its own; without a method it travels uncompressed."""
+        like = torch.empty(slots[-1].stop, device=slots[0].parameter.device)
+        if method is None:
+            method, exchange = NoFeedback(Identity()), "dense"
+        return cls(Channel(name, like, method, transport, exchange=exchange, seed=seed), slots)
 
     def fill(self, slot: Slot, loss_scale: float) -> None:
         """Copy a parameter's gradient (zeros if it has none) into the bucket, unscaled."""

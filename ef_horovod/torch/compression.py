@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ef_horovod.channel import Channel, ChannelStats, finish_step, total_stats
-from ef_horovod.compressors.identity import Identity
+from ef_horovod.channel import ChannelStats, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
 from ef_horovod.methods.base import Method
-from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.torch.buckets import Bucket, Slot
 from ef_horovod.torch.policy import (
     DensePolicy,
@@ -86,19 +84,17 @@ class Compression:
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
         self._parameters = dict(require_distinct(trainable))
         self._order, self._next_place = list(reversed(self._parameters)), 0
-        self._buckets: dict[str, Bucket] = {}
-        for name, parameter in self._parameters.items():
-            plain = dense(name, parameter)
-            channel = Channel(
+        self._buckets = {
+            name: Bucket.open(
                 name,
-                torch.empty(parameter.numel(), device=parameter.device),
-                NoFeedback(Identity()) if plain else method,
+                [Slot(name, parameter, 0, parameter.numel())],
+                None if dense(name, parameter) else method,
                 self._transport,
-                exchange="dense" if plain else exchange,
+                exchange=exchange,
                 seed=seed,
             )
-            slots = [Slot(name, parameter, 0, parameter.numel())]
-            self._buckets[name] = Bucket(channel, slots)
+            for name, parameter in self._parameters.items()
+        }
         self._facts = [f"exchange={exchange!r}, seed={seed}"] + [
             f"parameter '{name}' of shape {tuple(slot.parameter.shape)} by {b.channel.method!r}"
             for name, b in self._buckets.items()

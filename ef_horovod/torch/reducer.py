@@ -14,19 +14,16 @@ from typing import Any
 
 import torch
 
-from ef_horovod.channel import Channel, ChannelStats, finish_step, total_stats
-from ef_horovod.compressors.identity import Identity
+from ef_horovod.channel import ChannelStats, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
 from ef_horovod.methods.base import Method
-from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.torch.buckets import Bucket, Slot, plan_buckets
 from ef_horovod.torch.policy import DensePolicy
 from ef_horovod.torch.state import load_state, save_state
 from ef_horovod.transports.base import Transport
 
 _NO_LIMIT = 1 << 62
-_UNCOMPRESSED = NoFeedback(Identity())
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -168,23 +165,19 @@ class Reducer:
         options = self.options
         small = [(name, p) for name, p in trainable if options.dense(name, p)]
         large = [(name, p) for name, p in trainable if not options.dense(name, p)]
-        buckets = []
-        for kind, named, method, exchange, limit in (
-            ("dense", small, _UNCOMPRESSED, "dense", _NO_LIMIT),
-            ("bucket", large, options.method, options.exchange, options.bucket_bytes),
-        ):
-            for i, slots in enumerate(plan_buckets(named, limit)):
-                like = torch.empty(slots[-1].stop, device=slots[0].parameter.device)
-                channel = Channel(
-                    f"{kind}.{i}",
-                    like,
-                    method,
-                    self.transport,
-                    exchange=exchange,
-                    seed=options.seed,
-                )
-                buckets.append(Bucket(channel, slots))
-        return buckets
+        plans: list[tuple[str, list[Slot], Method | None]] = [
+            (f"dense.{i}", s, None) for i, s in enumerate(plan_buckets(small, _NO_LIMIT))
+        ]
+        plans += [
+            (f"bucket.{i}", slots, options.method)
+            for i, slots in enumerate(plan_buckets(large, options.bucket_bytes))
+        ]
+        return [
+            Bucket.open(
+                name, slots, method, self.transport, exchange=options.exchange, seed=options.seed
+            )
+            for name, slots, method in plans
+        ]
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         self._passes_left[parameter] -= 1

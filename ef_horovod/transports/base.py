@@ -14,6 +14,11 @@ from ef_horovod.errors import UnsupportedError
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
 
+def ring_share(nbytes: int, ranks: int) -> int:
+    """Bytes that each rank sends to sum `nbytes` by a ring, or another bandwidth-optimal way."""
+    return 2 * (ranks - 1) * nbytes // ranks
+
+
 class Transport(ABC):
     """Collectives among `size` ranks, started at once and waited for later.
 
@@ -71,8 +76,7 @@ class Transport(ABC):
         self.bytes_received += sum(nbytes_each) - own
 
     def _count_allreduce(self, nbytes: int) -> None:
-        """What a ring (and any other bandwidth-optimal algorithm) sends: 2 (n - 1) / n of it."""
-        share = 2 * (self.size - 1) * nbytes // self.size
+        share = ring_share(nbytes, self.size)
         self.bytes_sent += share
         self.bytes_received += share
 

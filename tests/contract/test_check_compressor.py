@@ -251,9 +251,9 @@ class DependsOnShape(Identity):
 
 @breaks("decompresses (float16|bfloat16|float64) to")
 class ForgetsDtype(Identity):
-    def _payload(self, parts, d, like, flags=0):
+    def _payload(self, parts, d, like):
         dtype = np.dtype(np.float32) if isinstance(like.dtype, np.dtype) else like.dtype
-        return super()._payload(parts, d, like._replace(dtype=dtype), flags)
+        return super()._payload(parts, d, like._replace(dtype=dtype))
 
 
 @pytest.mark.parametrize(
