@@ -186,15 +186,19 @@ class Channel:
         stats.bytes_in += transport.bytes_received - received
 
 
-def finish_step(channels: list[Channel]) -> list[Array] | None:
+def finish_step(channels: list[Channel], *, good: bool = True) -> list[Array] | None:
     """Wait for all channels, then commit all, or drop all if any rank's gradient was not finite.
+
+    Args:
+        channels: that were started.
+        good: False to drop the step whatever arrives; equal on all ranks.
 
     Returns:
         The directions in the order of the channels, or None for a dropped step. All ranks get the
         same answer, because it follows from what all of them received.
     """
-    good = [channel.arrived() for channel in channels]  # wait for all, also after a bad one
-    if all(good):
+    arrived = [channel.arrived() for channel in channels]  # wait for all, also after a bad one
+    if good and all(arrived):
         return [channel.commit() for channel in channels]
     for channel in channels:
         channel.drop()

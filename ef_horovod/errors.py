@@ -25,3 +25,7 @@ class UnsupportedError(EFHorovodError, TypeError):
 
 class CollectiveTimeoutError(EFHorovodError, TimeoutError):
     """A wait for other ranks went past its limit; the message names the rank and the collective."""
+
+
+class OutOfSyncError(EFHorovodError, RuntimeError):
+    """Parameters differ between ranks; the message names two ranks and the likely reasons."""

@@ -1,51 +1,12 @@
-"""Parameters that travel together: how they are packed, filled, sent and given back."""
+"""A bucket of torch parameters: how it is filled, sent and given back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
 import torch
 
+from ef_horovod.buckets import BucketPlan, Slot
 from ef_horovod.channel import Channel
-from ef_horovod.compressors.identity import Identity
-from ef_horovod.methods.base import Method
-from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.transports.base import Transport
-
-
-class Slot(NamedTuple):
-    """Where a parameter's gradient lies in its bucket."""
-
-    name: str
-    parameter: torch.Tensor
-    start: int
-    stop: int
-
-
-def plan_buckets(
-    parameters: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
-) -> list[list[Slot]]:
-    """Pack parameters into buckets, last registered first, as backward produces their gradients.
-
-    Args:
-        parameters: (name, parameter) in the order of registration.
-        bucket_bytes: of float32 in a bucket; a larger parameter has a bucket of its own.
-    """
-    buckets: list[list[Slot]] = []
-    for name, parameter in reversed(list(parameters)):
-        size = parameter.numel()
-        last = buckets[-1] if buckets else None
-        if (
-            last is None
-            or 4 * (last[-1].stop + size) > bucket_bytes
-            or last[-1].parameter.device != parameter.device
-        ):
-            last = []
-            buckets.append(last)
-        start = last[-1].stop if last else 0
-        last.append(Slot(name, parameter, start, start + size))
-    return buckets
 
 
 class Bucket:
@@ -57,21 +18,10 @@ class Bucket:
         self.started = False
 
     @classmethod
-    def open(
-        cls,
-        name: str,
-        slots: list[Slot],
-        method: Method | None,
-        transport: Transport,
-        *,
-        exchange: str,
-        seed: int,
-    ) -> Bucket:
-        """A bucket with a channel of its own; without a method it travels uncompressed."""
-        like = torch.empty(slots[-1].stop, device=slots[0].parameter.device)
-        if method is None:
-            method, exchange = NoFeedback(Identity()), "dense"
-        return cls(Channel(name, like, method, transport, exchange=exchange, seed=seed), slots)
+    def open(cls, plan: BucketPlan, transport: Transport, *, exchange: str, seed: int) -> Bucket:
+        """A bucket with a channel of its own."""
+        like = torch.empty(plan.length, device=plan.slots[0].parameter.device)
+        return cls(plan.open(like, transport, exchange=exchange, seed=seed), plan.slots)
 
     def fill(self, slot: Slot, loss_scale: float) -> None:
         """Copy a parameter's gradient (zeros if it has none) into the bucket, unscaled."""

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ef_horovod.buckets import BucketPlan, describe, one_slot
 from ef_horovod.channel import ChannelStats, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
+from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
-from ef_horovod.torch.buckets import Bucket, Slot
-from ef_horovod.torch.policy import (
+from ef_horovod.policy import (
     DensePolicy,
     refuse_elastic,
     require_distinct,
     require_method,
     small_or_vector,
 )
-from ef_horovod.torch.state import load_state, save_state
+from ef_horovod.torch.buckets import Bucket
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 _instances = itertools.count()
@@ -86,20 +87,16 @@ class Compression:
         self._order, self._next_place = list(reversed(self._parameters)), 0
         self._buckets = {
             name: Bucket.open(
-                name,
-                [Slot(name, parameter, 0, parameter.numel())],
-                None if dense(name, parameter) else method,
+                BucketPlan(
+                    name, one_slot(name, parameter), None if dense(name, parameter) else method
+                ),
                 self._transport,
                 exchange=exchange,
                 seed=seed,
             )
             for name, parameter in self._parameters.items()
         }
-        self._facts = [f"exchange={exchange!r}, seed={seed}"] + [
-            f"parameter '{name}' of shape {tuple(slot.parameter.shape)} by {b.channel.method!r}"
-            for name, b in self._buckets.items()
-            for slot in b.slots
-        ]
+        self._facts = [f"exchange={exchange!r}, seed={seed}", *describe(self._buckets.values())]
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
         """Called by Horovod for each gradient; starts its exchange."""

@@ -15,13 +15,8 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.torch.policy import (
-    DensePolicy,
-    name_parameters,
-    refuse_elastic,
-    require_method,
-    small_or_vector,
-)
+from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
+from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Options, Reducer
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 

@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 
+from ef_horovod.buckets import Slot, describe, plan_buckets
 from ef_horovod.channel import ChannelStats, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
+from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
-from ef_horovod.torch.buckets import Bucket, Slot, plan_buckets
-from ef_horovod.torch.policy import DensePolicy
-from ef_horovod.torch.state import load_state, save_state
+from ef_horovod.policy import DensePolicy
+from ef_horovod.torch.buckets import Bucket
 from ef_horovod.transports.base import Transport
-
-_NO_LIMIT = 1 << 62
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -163,20 +162,16 @@ class Reducer:
 
     def _make_buckets(self, trainable: Named) -> list[Bucket]:
         options = self.options
-        small = [(name, p) for name, p in trainable if options.dense(name, p)]
-        large = [(name, p) for name, p in trainable if not options.dense(name, p)]
-        plans: list[tuple[str, list[Slot], Method | None]] = [
-            (f"dense.{i}", s, None) for i, s in enumerate(plan_buckets(small, _NO_LIMIT))
-        ]
-        plans += [
-            (f"bucket.{i}", slots, options.method)
-            for i, slots in enumerate(plan_buckets(large, options.bucket_bytes))
-        ]
+        plans = plan_buckets(
+            trainable,
+            options.method,
+            dense=options.dense,
+            bucket_bytes=options.bucket_bytes,
+            device_of=lambda parameter: parameter.device,
+        )
         return [
-            Bucket.open(
-                name, slots, method, self.transport, exchange=options.exchange, seed=options.seed
-            )
-            for name, slots, method in plans
+            Bucket.open(plan, self.transport, exchange=options.exchange, seed=options.seed)
+            for plan in plans
         ]
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
@@ -220,10 +215,7 @@ class Reducer:
             f"compression {options.method!r}",
             f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
             f"backward_passes_per_step={options.passes}, grad_scaler={options.scaled}",
-        ] + [
-            f"parameter '{slot.name}' of shape {tuple(slot.parameter.shape)} in {b.channel.name}"
-            for b in self.buckets
-            for slot in b.slots
+            *describe(self.buckets),
         ]
 
     def _require_unchanged(self) -> None:

@@ -2,83 +2,54 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 
-DensePolicy = Callable[[str, torch.Tensor], bool]
+Parameter = Any  # torch.Tensor, tensorflow.Variable or keras.Variable
+DensePolicy = Callable[[str, Parameter], bool]
 MIN_COMPRESSED_ELEMENTS = 1024
 
 
-def small_or_vector(name: str, parameter: torch.Tensor) -> bool:
+def small_or_vector(name: str, parameter: Parameter) -> bool:
     """The default policy: biases, norms and whatever is small stay dense.
 
     They are a small part of the bytes and a large part of what goes wrong when it is compressed.
     A policy gets name and parameter and returns whether that one stays dense; it must decide the
     same on all ranks. `lambda name, parameter: False` compresses everything.
     """
-    return parameter.dim() <= 1 or parameter.numel() < MIN_COMPRESSED_ELEMENTS
+    return len(parameter.shape) <= 1 or math.prod(parameter.shape) < MIN_COMPRESSED_ELEMENTS
 
 
-def name_parameters(
-    named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
-    param_groups: Sequence[dict[str, Any]],
-) -> list[tuple[str, torch.Tensor]]:
-    """The parameters of an optimizer with their names, in the order of the names given.
-
-    Raises:
-        ValueError: a parameter of the optimizer has no name, or see `require_distinct`.
-        UnsupportedError: see `require_distinct`.
-    """
-    owned = [p for group in param_groups for p in group["params"]]
-    if named_parameters is None:
-        named = [(f"parameter.{i}", p) for i, p in enumerate(owned)]
-    else:
-        named = list(named_parameters)
-    unnamed = set(owned) - {p for _, p in named}
-    if unnamed:
-        raise ValueError(
-            f"got named_parameters without {len(unnamed)} of the optimizer's {len(owned)} "
-            "parameters, expected a name for each; pass model.named_parameters() of the whole model"
-        )
-    of_optimizer = set(owned)
-    return require_distinct([(name, p) for name, p in named if p in of_optimizer])
-
-
-def require_distinct(named: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+def require_distinct(named: list[tuple[str, Parameter]]) -> list[tuple[str, Parameter]]:
     """The argument, if each parameter is real and each name and parameter occurs once.
 
     Raises:
         ValueError: a name stands for two parameters, or a parameter has two names.
         UnsupportedError: a parameter is complex.
     """
-    for what, items in (("name", [n for n, _ in named]), ("parameter", [p for _, p in named])):
-        twice = [
-            name for (name, _), item in zip(named, items, strict=True) if item in _twice(items)
-        ]
+    for what, items in (("name", [n for n, _ in named]), ("parameter", [id(p) for _, p in named])):
+        count = Counter(items)
+        twice = [name for (name, _), item in zip(named, items, strict=True) if count[item] > 1]
         if twice:
             raise ValueError(
-                f"got the same {what} more than once in named_parameters ({twice[:4]}), expected "
-                "each once; pass model.named_parameters(), which lists tied parameters once"
+                f"got the same {what} more than once among the parameters ({twice[:4]}), expected "
+                "each once; pass model.named_parameters() or model.trainable_variables, which "
+                "list tied parameters once"
             )
     for name, parameter in named:
-        if parameter.is_complex():
+        if "complex" in str(parameter.dtype):
             raise UnsupportedError(
                 f"parameter '{name}' is complex, expected a real one, for float32 is what is sent; "
-                "keep it as torch.view_as_real(...) and view it as complex in forward()"
+                "keep its real view (torch.view_as_real) and join the parts in the model"
             )
     return named
-
-
-def _twice(items: Sequence[Any]) -> set[Any]:
-    return {item for item, count in Counter(items).items() if count > 1}
 
 
 def require_method(compression: Any) -> Method:

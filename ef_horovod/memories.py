@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
-from ef_horovod.torch.buckets import Bucket
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.buckets import Slot
+from ef_horovod.channel import Channel
 from ef_horovod.transports.base import Transport
 
 
+class Filled(Protocol):
+    """What has memories: a channel and what lies where in its vectors."""
+
+    channel: Channel
+    slots: list[Slot]
+
+
 def save_state(
-    buckets: Sequence[Bucket], step: int, compression: str, transport: Transport
+    buckets: Sequence[Filled], step: int, compression: str, transport: Transport
 ) -> dict[str, Any]:
     """One rank's memories and what they belong to."""
     facts = {"compression": compression, "rank": transport.rank, "size": transport.size}
@@ -20,7 +27,7 @@ def save_state(
 
 
 def load_state(
-    state: dict[str, Any], buckets: Sequence[Bucket], compression: str, transport: Transport
+    state: dict[str, Any], buckets: Sequence[Filled], compression: str, transport: Transport
 ) -> int:
     """Take over what `save_state` returned on this rank of an equal job; its step.
 
@@ -38,18 +45,18 @@ def load_state(
     return int(state["step"])
 
 
-def save_memories(buckets: Sequence[Bucket]) -> dict[str, dict[str, Any]]:
-    """{parameter name: {"worker.error": tensor, ...}}; tensors are copies."""
+def save_memories(buckets: Sequence[Filled]) -> dict[str, dict[str, Any]]:
+    """{parameter name: {"worker.error": array, ...}}; arrays are copies."""
     parameters: dict[str, dict[str, Any]] = {}
     for bucket in buckets:
         for half, field, value in _memories(bucket):
             for slot in bucket.slots:
-                part = value[slot.start : slot.stop].clone() if _is_vector(value) else value
+                part = _copy(value[slot.start : slot.stop]) if _is_vector(value) else value
                 parameters.setdefault(slot.name, {})[f"{half}.{field}"] = part
     return parameters
 
 
-def load_memories(buckets: Sequence[Bucket], parameters: dict[str, dict[str, Any]]) -> None:
+def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any]]) -> None:
     """Take over what `save_memories` returned for the same parameters.
 
     Raises:
@@ -65,13 +72,14 @@ def load_memories(buckets: Sequence[Bucket], parameters: dict[str, dict[str, Any
         for half, field, value in list(_memories(bucket)):
             parts = [parameters[slot.name][f"{half}.{field}"] for slot in bucket.slots]
             if _is_vector(value):
-                value.copy_(torch.cat(parts))
+                for slot, part in zip(bucket.slots, parts, strict=True):
+                    namespace(value).assign(value[slot.start : slot.stop], part)
             else:
                 held = getattr(bucket.channel, half)
                 setattr(bucket.channel, half, held._replace(**{field: parts[0]}))
 
 
-def _memories(bucket: Bucket) -> Iterator[tuple[str, str, Any]]:
+def _memories(bucket: Filled) -> Iterator[tuple[str, str, Any]]:
     """(half, field, value) of all that a bucket's channel remembers between steps."""
     channel = bucket.channel
     for half in ("worker", "server"):
@@ -81,12 +89,19 @@ def _memories(bucket: Bucket) -> Iterator[tuple[str, str, Any]]:
                 yield half, field, value
 
 
+def _copy(part: Array) -> Array:
+    xp = namespace(part)
+    copy = xp.zeros(len(part), getattr(part, "device", None))
+    xp.assign(copy, part)
+    return copy
+
+
 def _is_vector(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+    return hasattr(value, "shape")
 
 
 def _sizes(parameters: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {
-        name: {field: v.numel() if _is_vector(v) else None for field, v in fields.items()}
+        name: {field: len(v) if _is_vector(v) else None for field, v in fields.items()}
         for name, fields in parameters.items()
     }

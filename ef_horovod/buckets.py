@@ -1,0 +1,111 @@
+"""Parameters that travel together: which ones, in what order, by which channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from ef_horovod.arrays import Array
+from ef_horovod.channel import Channel
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.policy import DensePolicy, Parameter
+from ef_horovod.transports.base import Transport
+
+_NO_LIMIT = 1 << 62
+
+
+class Slot(NamedTuple):
+    """Where a parameter's gradient lies in its bucket."""
+
+    name: str
+    parameter: Parameter
+    start: int
+    stop: int
+
+
+class BucketPlan(NamedTuple):
+    """A bucket before it is opened; without a method it travels uncompressed."""
+
+    name: str
+    slots: list[Slot]
+    method: Method | None
+
+    def open(
+        self, like: Array, transport: Transport, *, exchange: str = "auto", seed: int = 0
+    ) -> Channel:
+        """A channel for the bucket, with vectors of the framework and device of `like`."""
+        method = self.method
+        if method is None:
+            method, exchange = NoFeedback(Identity()), "dense"
+        return Channel(self.name, like, method, transport, exchange=exchange, seed=seed)
+
+    @property
+    def length(self) -> int:
+        """Number of elements."""
+        return self.slots[-1].stop
+
+
+def plan_buckets(
+    named: Iterable[tuple[str, Parameter]],
+    method: Method,
+    *,
+    dense: DensePolicy,
+    bucket_bytes: int,
+    device_of: Callable[[Parameter], Any],
+) -> list[BucketPlan]:
+    """Buckets of parameters, last registered first, as backward produces their gradients.
+
+    Args:
+        named: (name, parameter) in the order of registration.
+        method: for what is compressed.
+        dense: says which parameters are not; they share one bucket for each device.
+        bucket_bytes: of float32 in a compressed bucket; a larger parameter has one of its own.
+        device_of: parameters of different devices do not share a bucket.
+    """
+    named = list(named)
+    small = [(name, p) for name, p in named if dense(name, p)]
+    large = [(name, p) for name, p in named if not dense(name, p)]
+    return [
+        BucketPlan(f"dense.{i}", slots, None)
+        for i, slots in enumerate(_pack(small, _NO_LIMIT, device_of))
+    ] + [
+        BucketPlan(f"bucket.{i}", slots, method)
+        for i, slots in enumerate(_pack(large, bucket_bytes, device_of))
+    ]
+
+
+def describe(buckets: Iterable[Any]) -> list[str]:
+    """One line a parameter: what ranks must agree about, for `guard.require_same_config`."""
+    return [
+        f"parameter '{slot.name}' of shape {tuple(slot.parameter.shape)} in "
+        f"{bucket.channel.name} by {bucket.channel.method!r}"
+        for bucket in buckets
+        for slot in bucket.slots
+    ]
+
+
+def one_slot(name: str, parameter: Parameter) -> list[Slot]:
+    """The slots of a bucket that holds a single parameter."""
+    return [Slot(name, parameter, 0, math.prod(parameter.shape))]
+
+
+def _pack(
+    named: list[tuple[str, Parameter]], bucket_bytes: int, device_of: Callable[[Parameter], Any]
+) -> list[list[Slot]]:
+    packed: list[list[Slot]] = []
+    for name, parameter in reversed(named):
+        size = math.prod(parameter.shape)
+        last = packed[-1] if packed else None
+        if (
+            last is None
+            or 4 * (last[-1].stop + size) > bucket_bytes
+            or device_of(last[-1].parameter) != device_of(parameter)
+        ):
+            last = []
+            packed.append(last)
+        start = last[-1].stop if last else 0
+        last.append(Slot(name, parameter, start, start + size))
+    return packed

@@ -1,0 +1,46 @@
+"""Error feedback for TensorFlow and Keras on stock Horovod.
+
+    import horovod.tensorflow as hvd
+    import ef_horovod.tensorflow as ef
+
+    hvd.init()
+    optimizer = ef.DistributedOptimizer(keras.optimizers.SGD(0.1),
+                                        compression=ef.EF21(ef.TopK(ratio=0.01)))
+
+All of the core (`ef.TopK`, `ef.EF21`, `ef.simulate`, ...) is reachable from here too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ef_horovod as _core
+from ef_horovod import _openmpi
+from ef_horovod.policy import small_or_vector
+from ef_horovod.tensorflow.callback import TrainingCallback
+from ef_horovod.tensorflow.compression import Compression
+from ef_horovod.tensorflow.optimizer import DistributedOptimizer
+from ef_horovod.tensorflow.reducer import Reducer
+from ef_horovod.tensorflow.sync import broadcast_variables, require_in_sync
+from ef_horovod.tensorflow.tape import DistributedGradientTape
+
+_openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from ef_horovod import *  # noqa: F403
+
+__all__ = [
+    "Compression", "DistributedGradientTape", "DistributedOptimizer", "Reducer",
+    "TrainingCallback", "broadcast_variables", "require_in_sync", "small_or_vector",
+    *_core.__all__,
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _core.__all__:
+        raise AttributeError(f"module 'ef_horovod.tensorflow' has no attribute {name!r}")
+    return getattr(_core, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,168 @@
+"""`ef.Compression`: any compressor and method through stock `hvd.DistributedGradientTape`.
+
+Horovod hands each gradient to `compress`, allreduces what comes back and hands the result to
+`decompress`. Here `compress` sends the real message by an op of its own and gives Horovod a single
+number to reduce. Its price against `ef.DistributedGradientTape` is one collective and one such
+allreduce for each variable, no buckets.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from ef_horovod.buckets import BucketPlan, describe, one_slot
+from ef_horovod.channel import ChannelStats, total_stats
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.guard import require_same_config
+from ef_horovod.memories import load_state, save_state
+from ef_horovod.methods.base import Method
+from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
+from ef_horovod.tensorflow.buckets import Bucket, receive
+from ef_horovod.tensorflow.checkpoint import Memories
+from ef_horovod.tensorflow.graphs import refuse_xla
+from ef_horovod.tensorflow.variables import name_variables, path_of
+from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+
+_instances = itertools.count()
+
+
+class _UnderWay(NamedTuple):
+    place: int
+    step: tf.Tensor
+    arrived: tf.Tensor
+    dtype: tf.DType
+
+
+class Compression(tf.Module):
+    """An instance for `compression=` of Horovod's tape, and of its optimizer for tf_keras.
+
+    Horovod names no gradient: they are told apart by their order. So all variables need a dense
+    gradient, in the order given here. If any rank's gradient of a variable is not finite, that
+    variable's memory stays as it was on all ranks and its average is NaN, as with plain Horovod;
+    `ef.DistributedGradientTape` drops whole steps. `op=hvd.Adasum` is not supported.
+
+    Args:
+        method: error-feedback method with its compressor.
+        variables: in the order of `tape.gradient(loss, variables)`.
+        dense: `dense(path, variable)` says which variables stay uncompressed.
+        exchange: "auto", "gather" or "reduce".
+        seed: of random compressors.
+        process_set: the one given to Horovod.
+        timeout: seconds that a wait may take; default $EF_HOROVOD_TIMEOUT or 300.
+
+    Raises:
+        UnsupportedError: `method` is not a method, or the job is elastic, with the way out.
+        ValueError: no variables, or one of them twice.
+
+    Example:
+        compression = ef.Compression(ef.EF21(ef.TopK(0.01)), model.trainable_variables)
+        tape = hvd.DistributedGradientTape(tape, compression=compression)
+        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        variables: Iterable[Any],
+        *,
+        dense: DensePolicy = small_or_vector,
+        exchange: str = "auto",
+        seed: int = 0,
+        process_set: Any = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(name="ef_compression")
+        refuse_elastic()
+        self._method = method = require_method(method)
+        prefix = f"ef.stock{next(_instances)}"
+        self._transport = HorovodTensorFlowTransport(prefix, process_set, timeout)
+        self._buckets = tuple(
+            Bucket(
+                BucketPlan(
+                    name,
+                    one_slot(name, variable),
+                    None if dense(path_of(variable), variable) else method,
+                ),
+                self._transport,
+                exchange=exchange,
+                seed=seed,
+            )
+            for name, variable in name_variables(list(variables))
+        )
+        # Of each variable, so that no gradient has to wait for another one.
+        self.steps = [tf.Variable(0, trainable=False, dtype=tf.int64) for _ in self._buckets]
+        self.memories = Memories(self.state_dict, self.load_state_dict)
+        self._next_place, self._trace = 0, None
+        self._config_checked = False
+        self._facts = (f"exchange={exchange!r}, seed={seed}", *describe(self._buckets))
+
+    def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, _UnderWay]:
+        """Called by Horovod for each gradient; the ops that send it."""
+        refuse_xla()
+        if not self._config_checked and self._transport.size > 1:
+            with tf.init_scope():
+                require_same_config(self._transport, self._facts)
+            self._config_checked = True
+        place = self._place_of(tensor)
+        step = self.steps[place].read_value()
+        arrived = self._buckets[place].send(step, tf.constant(1.0), [tensor])
+        # Horovod wants one tensor to allreduce: a 1, which comes back as 1 for Average, n for Sum.
+        return tf.ones([1]), _UnderWay(place, step, arrived, tensor.dtype)
+
+    def decompress(self, tensor: tf.Tensor, ctx: _UnderWay) -> tf.Tensor:
+        """Called by Horovod after `compress`; the ops that finish the exchange."""
+        factor = tf.round(tensor)[0]
+        bucket = self._buckets[ctx.place]
+        (direction,), _, _ = receive([bucket], [ctx.arrived], ctx.step, factor, tf.constant(True))
+        with tf.control_dependencies([direction]):
+            self.steps[ctx.place].assign(ctx.step + 1)
+        return tf.cast(direction, ctx.dtype)
+
+    def stats(self) -> list[ChannelStats]:
+        """One row for each variable and a last one with the total; call it between steps."""
+        rows = [bucket.channel.stats() for bucket in self._buckets]
+        return [*rows, total_stats(rows)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's error memories by variable, as NumPy arrays; save one file a rank."""
+        step = int(self.steps[0].numpy())
+        return save_state(self._buckets, step, repr(self._method), self._transport)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned on this rank of an equal job.
+
+        Raises:
+            ValueError: another rank, number of ranks, method or model.
+        """
+        step = load_state(state, self._buckets, repr(self._method), self._transport)
+        for counter in self.steps:
+            counter.assign(step)
+
+    def _place_of(self, tensor: tf.Tensor) -> int:
+        """The next variable's place; a new trace starts from the first."""
+        trace = _outermost_graph()
+        if trace is not self._trace:
+            self._trace, self._next_place = trace, 0
+        place = self._next_place % len(self._buckets)
+        self._next_place += 1
+        variable = self._buckets[place].slots[0].parameter
+        if tuple(tensor.shape) != tuple(variable.shape):
+            raise UnsupportedError(
+                f"got a gradient of shape {tuple(tensor.shape)} as number {place}, expected that "
+                f"of '{path_of(variable)}' of shape {tuple(variable.shape)}, for Horovod gives no "
+                "names; pass the same variables in the same order here and to tape.gradient(), "
+                "all with dense gradients, or take ef.DistributedGradientTape"
+            )
+        return place
+
+
+def _outermost_graph() -> Any:
+    """The function that is being traced, whatever branches are in it; None in eager mode."""
+    graph: Any = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while hasattr(getattr(graph, "outer_graph", None), "captures"):
+        graph = graph.outer_graph
+    return graph

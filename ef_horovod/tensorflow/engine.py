@@ -1,0 +1,246 @@
+"""From local gradients to averaged ones: the ops of a step, and what they work on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from ef_horovod.buckets import describe, plan_buckets
+from ef_horovod.channel import ChannelStats, total_stats
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.guard import require_same_config
+from ef_horovod.memories import load_state, save_state
+from ef_horovod.methods.base import Method
+from ef_horovod.policy import DensePolicy
+from ef_horovod.tensorflow.buckets import Bucket, receive
+from ef_horovod.tensorflow.graphs import refuse_replicas, refuse_xla
+from ef_horovod.tensorflow.rows import Rows
+from ef_horovod.tensorflow.sync import in_sync_op
+from ef_horovod.tensorflow.variables import native, path_of
+from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+
+Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How gradients are reduced; equal on all ranks. See `ef.Reducer`."""
+
+    method: Method
+    average: bool
+    dense: DensePolicy
+    exchange: str
+    bucket_bytes: int
+    seed: int
+    sparse_as_dense: bool
+    check_sync: bool
+
+
+class Engine:
+    """The buckets of a model and the steps that they go through.
+
+    Buckets are made at the first call, when it is known which gradients are sparse or missing.
+
+    Args:
+        named: variables with names that are equal on all ranks.
+        options: see there.
+        transport: to the other ranks.
+    """
+
+    def __init__(
+        self,
+        named: list[tuple[str, Any]],
+        options: Options,
+        transport: HorovodTensorFlowTransport,
+    ) -> None:
+        self.options, self.transport = options, transport
+        self._named = named
+        self._kinds: list[str] = []  # of the gradients at the first call
+        self._buckets: list[Bucket] = []
+        self._rows: dict[int, Rows] = {}  # by the variable's place
+        self._loaded: dict[str, Any] | None = None  # memories for buckets that are not made yet
+        self._must_fit = False
+        self._opened = False
+        with tf.init_scope():
+            # The number of the next step; also what makes a step wait for the one before it.
+            self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="ef_step")
+            self._calls = tf.Variable(0, trainable=False, dtype=tf.int64, name="ef_calls")
+
+    def reduce(
+        self, gradients: Sequence[Gradient], loss_scale: tf.Tensor
+    ) -> tuple[list[Gradient], tf.Tensor]:
+        """Ops that average gradients over ranks; the averages and whether the step is good."""
+        refuse_xla()
+        refuse_replicas()
+        gradients = [self._densified(g) for g in gradients]
+        self._begin(gradients)
+        if self.options.check_sync:
+            self._compare_in_second_call()
+        step = self.step.read_value()
+        place_of = {name: i for i, (name, _) in enumerate(self._named)}
+        places = [[place_of[slot.name] for slot in bucket.slots] for bucket in self._buckets]
+        arrived = [
+            bucket.send(step, loss_scale, [gradients[i] for i in its])
+            for bucket, its in zip(self._buckets, places, strict=True)
+        ]
+        rows = {i: exchange.exchange(gradients[i]) for i, exchange in self._rows.items()}
+        rows_good = tf.reduce_all([True, *(finite for _, finite in rows.values())])
+        factor = loss_scale * (1 if self.options.average else self.transport.size)
+        directions, good, next_step = receive(self._buckets, arrived, step, factor, rows_good)
+        self.step.assign(next_step)
+        reduced: list[Gradient] = [None] * len(gradients)
+        for i, direction in zip((i for its in places for i in its), directions, strict=True):
+            reduced[i] = tf.cast(direction, gradients[i].dtype)
+        for i, (total, _) in rows.items():
+            reduced[i] = self._scaled(total, good, gradients[i].dtype)
+        return reduced, good
+
+    def stats(self) -> list[ChannelStats]:
+        """One row a bucket and a total; call it between steps."""
+        rows = [b.channel.stats() for b in self._buckets] + [r.stats for r in self._rows.values()]
+        return [*rows, total_stats(rows)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memories, as `memories.save_state` gives them."""
+        step = int(self.step.numpy())
+        return save_state(self._buckets, step, repr(self.options.method), self.transport)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them over, now or as soon as the buckets are made.
+
+        Raises:
+            ValueError: another rank, number of ranks, method or model; at the first step, on all
+                ranks, if it comes before that.
+        """
+        self._loaded, self._must_fit = state, True
+        if self._opened:
+            self._load()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The same for a checkpoint that may be another rank's.
+
+        Before the first step, memories that do not fit are left alone, and all ranks start from
+        zero with a warning.
+
+        Raises:
+            ValueError: they do not fit, after the first step.
+        """
+        self._loaded, self._must_fit = state, False
+        if self._opened:
+            self._load()
+
+    def _load(self) -> None:
+        state, self._loaded = self._loaded, None
+        if state is not None:
+            compression = repr(self.options.method)
+            step = load_state(state, self._buckets, compression, self.transport)
+            self.step.assign(step)
+
+    def _begin(self, gradients: list[Gradient]) -> None:
+        """At the first call make the buckets and compare what the ranks have."""
+        kinds = [_kind(gradient) for gradient in gradients]
+        if self._opened:
+            self._require_same_kinds(kinds)
+            return
+        with tf.init_scope():
+            self._kinds = kinds
+            self._open()
+            self._load_everywhere()
+            require_same_config(self.transport, self._describe())
+        self._opened = True
+
+    def _load_everywhere(self) -> None:
+        """Take over what was loaded if all ranks can, else start from zero on all of them."""
+        had, problem = self._loaded is not None, ""
+        try:
+            self._load()
+        except ValueError as error:
+            problem = str(error)
+        fits = np.array([2 if problem else int(had)], np.uint8)
+        everyones = {int(part[0]) for part in self.transport.allgather("restored", fits)()}
+        if everyones in ({0}, {1}):
+            return
+        problem = problem or "other ranks could not load theirs"
+        if self._must_fit:
+            raise ValueError(problem)
+        warnings.warn(
+            f"error memories start from zero on rank {self.transport.rank}: {problem}; to keep "
+            "them, let every rank save and restore a checkpoint of its own",
+            stacklevel=2,
+        )
+        self._open()
+        self.step.assign(0)
+
+    def _open(self) -> None:
+        options, kinds = self.options, self._kinds
+        plans = plan_buckets(
+            [pair for pair, kind in zip(self._named, kinds, strict=True) if kind == "dense"],
+            options.method,
+            dense=lambda _, variable: options.dense(path_of(variable), variable),
+            bucket_bytes=options.bucket_bytes,
+            device_of=lambda variable: native(variable).device,
+        )
+        self._buckets = [
+            Bucket(plan, self.transport, exchange=options.exchange, seed=options.seed)
+            for plan in plans
+        ]
+        self._rows = {
+            i: Rows(name, tuple(variable.shape), self.transport)
+            for i, ((name, variable), kind) in enumerate(zip(self._named, kinds, strict=True))
+            if kind == "rows"
+        }
+
+    def _describe(self) -> list[str]:
+        options = self.options
+        gradients = ", ".join(
+            f"'{name}' {kind}" for (name, _), kind in zip(self._named, self._kinds, strict=True)
+        )
+        return [
+            f"compression {options.method!r}",
+            f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
+            f"sparse_as_dense={options.sparse_as_dense}, step={int(self.step.numpy())}",
+            *describe(self._buckets),
+            f"gradients of {gradients}",
+        ]
+
+    def _require_same_kinds(self, kinds: list[str]) -> None:
+        for (_, variable), before, now in zip(self._named, self._kinds, kinds, strict=True):
+            if before != now:
+                raise UnsupportedError(
+                    f"the gradient of '{path_of(variable)}' is {now}, but was {before} at the "
+                    "first call, expected no change; make a reducer, tape or optimizer of its own "
+                    "for each set of variables that is trained"
+                )
+
+    def _compare_in_second_call(self) -> None:
+        """Ops that compare all ranks' variables once, when the first update has been made."""
+        calls = self._calls.read_value()
+        self._calls.assign_add(1)
+        variables = [native(variable) for _, variable in self._named]
+        tf.cond(
+            tf.equal(calls, 1),
+            lambda: in_sync_op(variables, self.transport),
+            lambda: tf.constant(True),
+        )
+
+    def _densified(self, gradient: Gradient) -> Gradient:
+        if isinstance(gradient, tf.IndexedSlices) and self.options.sparse_as_dense:
+            return tf.convert_to_tensor(gradient)
+        return gradient
+
+    def _scaled(self, total: tf.IndexedSlices, good: tf.Tensor, dtype: Any) -> tf.IndexedSlices:
+        """Averages, or sums, of rows; NaN for a dropped step."""
+        ranks = self.transport.size if self.options.average else 1
+        values = tf.where(good, total.values / ranks, np.float32(np.nan))
+        return tf.IndexedSlices(tf.cast(values, dtype), total.indices, total.dense_shape)
+
+
+def _kind(gradient: Gradient) -> str:
+    if gradient is None:
+        return "missing"
+    return "rows" if isinstance(gradient, tf.IndexedSlices) else "dense"

@@ -1,0 +1,257 @@
+"""`ef.DistributedOptimizer` for Keras 3 and tf_keras: averages gradients before it applies them."""
+
+from __future__ import annotations
+
+import inspect
+from types import new_class
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from ef_horovod.channel import ChannelStats
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.policy import require_method
+from ef_horovod.tensorflow.averaging import Averaging
+from ef_horovod.tensorflow.checkpoint import MemoriesInKeras
+from ef_horovod.tensorflow.reducer import Reducer
+
+
+def DistributedOptimizer(
+    optimizer: Any,
+    compression: Method = NoFeedback(Identity()),  # noqa: B008 - frozen
+    *,
+    backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = False,
+    **options: Any,
+) -> Any:
+    """Wrap a Keras optimizer so that it applies gradients averaged over all ranks, compressed.
+
+    For `keras.optimizers` (Keras 3) and `tf_keras.optimizers`, in `model.fit` and in loops of your
+    own, eager and inside `tf.function`. The result is an instance of the optimizer's class with the
+    same settings and variables; with a single rank it does what the plain one does. Clipping,
+    weight decay and learning rate schedules work on the averages. New are `stats()` and
+    `compression_state_dict()` / `load_compression_state_dict()`; `tf.train.Checkpoint` and Keras'
+    own files hold the error memories, which belong to a rank: every rank saves its own.
+
+    If any rank's gradient has a NaN or an infinity, the step is left out on all ranks: variables,
+    memories and the iteration counter stay as they were.
+
+    Keras' `gradient_accumulation_steps` is obeyed: gradients are exchanged once in so many steps.
+    For mixed precision wrap the outermost optimizer:
+    `ef.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...)`.
+
+    Args:
+        optimizer: of Keras 3 or tf_keras (not its legacy ones).
+        compression: error-feedback method with its compressor, such as EF21(TopK(ratio=0.01)).
+        backward_passes_per_step: as in Horovod: gradients of so many calls are added up before
+            they are exchanged and applied.
+        average_aggregated_gradients: take their mean, not their sum.
+        options: `op`, `dense`, `exchange`, `bucket_bytes`, `seed`, `sparse_as_dense`, `check_sync`,
+            `process_set`, `timeout`; see `ef.Reducer`.
+
+    Raises:
+        UnsupportedError: a combination that cannot work, with the way out.
+        ValueError: a number out of range.
+
+    Example:
+        optimizer = ef.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9),
+                                            compression=ef.EF21(ef.TopK(ratio=0.01)))
+        model.compile(optimizer, loss="mse", jit_compile=False)
+    """
+    family = _family_of(optimizer)
+    if backward_passes_per_step < 1:
+        raise ValueError(
+            f"got backward_passes_per_step={backward_passes_per_step}, expected at least 1"
+        )
+    require_method(compression)
+    wrapped = _rebuild(optimizer, family)
+    own = _take_accumulation(wrapped)
+    if own > 1 and backward_passes_per_step > 1:
+        raise UnsupportedError(
+            f"got backward_passes_per_step={backward_passes_per_step} beside Keras' "
+            f"gradient_accumulation_steps={own}, expected one of them; leave one out"
+        )
+    wrapped._ef_own_accumulation = own
+    wrapped._ef = Averaging(
+        lambda variables: Reducer(variables, compression, **options),
+        passes=max(own, backward_passes_per_step),
+        mean=own > 1 or average_aggregated_gradients,
+        handles_nan=_is_loss_scaler(wrapped),
+    )
+    if family is _Keras3 and wrapped.built:
+        wrapped._ef_build(wrapped._trainable_variables)
+    return wrapped
+
+
+class _Distributed:
+    """What a wrapped optimizer can do beside its class, in both families."""
+
+    _ef: Averaging
+    _ef_own_accumulation: int
+
+    def build(self, variables: Any) -> None:
+        """As in Keras; makes the error memories too."""
+        super().build(variables)  # type: ignore[misc]
+        self._ef_build(variables)
+
+    def get_config(self) -> dict[str, Any]:
+        """As in Keras: of the plain optimizer, so that saved models load without this package."""
+        config = super().get_config()  # type: ignore[misc]
+        if self._ef_own_accumulation > 1:
+            of = config["inner_optimizer"]["config"] if "inner_optimizer" in config else config
+            of["gradient_accumulation_steps"] = self._ef_own_accumulation
+        return config
+
+    def stats(self) -> list[ChannelStats]:
+        """As `ef.Reducer.stats`; empty before the first step."""
+        return self._ef.reducer.stats() if self._ef.reducer is not None else []
+
+    def compression_state_dict(self) -> dict[str, Any]:
+        """As `ef.Reducer.compression_state_dict`; empty before the optimizer is built."""
+        reducer = self._ef.reducer
+        return reducer.compression_state_dict() if reducer is not None else {}
+
+    def load_compression_state_dict(self, state: dict[str, Any]) -> None:
+        """As `ef.Reducer.load_compression_state_dict`; the optimizer must be built."""
+        if self._ef.reducer is None:
+            raise UnsupportedError(
+                "got a compression state for an optimizer that is not built, expected a built "
+                "one; call optimizer.build(model.trainable_variables) first"
+            )
+        self._ef.reducer.load_compression_state_dict(state)
+
+    def _ef_build(self, variables: Any) -> None:
+        memories = self._ef.build(list(variables))
+        if memories is not None:
+            self.compression_memories = MemoriesInKeras(memories)  # Keras' files find it here
+
+
+class _Keras3(_Distributed):
+    built: bool
+    _trainable_variables: list[Any]
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """As in Keras, with averaged gradients."""
+        variables = list(
+            self._trainable_variables if trainable_variables is None else trainable_variables
+        )
+        if not self.built:
+            self.build(variables)
+            self.built = True
+        _refuse_inside_loss_scaler(self)
+        self._ef.build(variables)
+        base = super().apply  # type: ignore[misc]
+        self._ef.step(list(grads), _loss_scale(self), lambda averages: base(averages, variables))
+
+
+class _TFKeras(_Distributed):
+    def apply_gradients(
+        self, grads_and_vars: Any, skip_gradients_aggregation: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in tf_keras, with averaged gradients."""
+        base = super().apply_gradients  # type: ignore[misc]
+        if skip_gradients_aggregation:  # averaged by `aggregate_gradients` below
+            return base(grads_and_vars, skip_gradients_aggregation=True, **kwargs)
+        gradients, variables = self._ef_unzip(grads_and_vars)
+
+        def apply(averages: list[Any]) -> None:
+            pairs = list(zip(averages, variables, strict=True))
+            base(pairs, skip_gradients_aggregation=True, **kwargs)
+
+        self._ef.step(gradients, 1.0, apply)
+        return self.iterations  # type: ignore[attr-defined]
+
+    def aggregate_gradients(self, grads_and_vars: Any) -> list[tuple[Any, Any]]:
+        """As in tf_keras, which calls it when a loss scaler is wrapped around this optimizer."""
+        gradients, variables = self._ef_unzip(grads_and_vars)
+        return list(zip(self._ef.average(gradients), variables, strict=True))
+
+    def _ef_unzip(self, grads_and_vars: Any) -> tuple[list[Any], list[Any]]:
+        gradients, variables = (list(part) for part in zip(*grads_and_vars, strict=True))
+        with tf.init_scope():
+            self.build(variables)
+        return gradients, variables
+
+
+def _family_of(optimizer: Any) -> type[_Distributed]:
+    if isinstance(optimizer, _Distributed) or hasattr(optimizer, "_hvd_wrapped"):
+        raise UnsupportedError(
+            "got an optimizer that is wrapped already, expected a plain Keras optimizer; "
+            "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer"
+        )
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return _Keras3
+    if _is_from("tf_keras", optimizer):
+        import tf_keras
+
+        if isinstance(optimizer, tf_keras.optimizers.Optimizer):
+            return _TFKeras
+    raise UnsupportedError(
+        f"got an optimizer of type {type(optimizer).__module__}.{type(optimizer).__name__}, "
+        "expected one of keras.optimizers or tf_keras.optimizers (not legacy); take one of those, "
+        "or ef.DistributedGradientTape, which goes with any optimizer"
+    )
+
+
+def _is_from(package: str, optimizer: Any) -> bool:
+    return any(kind.__module__.partition(".")[0] == package for kind in type(optimizer).__mro__)
+
+
+def _rebuild(optimizer: Any, family: type[_Distributed]) -> Any:
+    """The optimizer under a class of its own; settings and variables are shared with it.
+
+    The class has the base's name and module: so a saved model names a class that everybody has.
+    """
+    base = type(optimizer)
+    members = {"__module__": base.__module__, "__doc__": base.__doc__}
+    wrapped: Any = object.__new__(
+        new_class(base.__name__, (family, base), {}, lambda ns: ns.update(members))
+    )
+    wrapped.__dict__.update(optimizer.__dict__)
+    return wrapped
+
+
+def _take_accumulation(wrapped: Any) -> int:
+    """Keras' number of accumulated steps, taken over from it so that it does not count too."""
+    holder = getattr(wrapped, "inner_optimizer", wrapped)
+    steps = getattr(holder, "gradient_accumulation_steps", None) or 1
+    if steps > 1:
+        holder.gradient_accumulation_steps = None
+    return int(steps)
+
+
+def _is_loss_scaler(optimizer: Any) -> bool:
+    """Whether it looks for NaNs itself, and has to see them."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return True
+    if not _is_from("tf_keras", optimizer):
+        return False
+    import tf_keras
+
+    return isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer)
+
+
+def _loss_scale(optimizer: Any) -> Any:
+    """What gradients come multiplied by."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.dynamic_scale.value
+    return optimizer.loss_scale_factor or 1.0
+
+
+def _refuse_inside_loss_scaler(optimizer: Any) -> None:
+    """Raise if a Keras 3 LossScaleOptimizer is calling: it does so on ranks without NaN alone."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.optimizers.LossScaleOptimizer) and caller is not optimizer:
+            raise UnsupportedError(
+                "got a distributed optimizer inside a LossScaleOptimizer (Keras makes one for the "
+                "policy mixed_float16), expected it outside, for a rank with a NaN would leave the "
+                "others waiting; write ef.DistributedOptimizer(keras.optimizers."
+                "LossScaleOptimizer(optimizer), ...)"
+            )
+        frame = frame.f_back

@@ -1,0 +1,165 @@
+"""`ef.Reducer`: averages gradients over ranks, compressed; what tape and optimizer work with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from ef_horovod.channel import ChannelStats
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
+from ef_horovod.tensorflow.checkpoint import Memories
+from ef_horovod.tensorflow.engine import Engine, Gradient, Options
+from ef_horovod.tensorflow.variables import name_variables
+from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+
+_instances = itertools.count()
+
+
+class Reducer(tf.Module):
+    """Averages the gradients of some variables over all ranks, compressed.
+
+    It holds this rank's error memories, and so has to live as long as the training:
+    `tf.train.Checkpoint(model=model, reducer=reducer)` saves them. With a single rank it returns
+    the gradients as they are. It works in eager mode and inside `tf.function`, but not inside one
+    with `jit_compile=True`.
+
+    If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks: memories stay
+    as they were and all ranks get NaNs. `ef.DistributedOptimizer` leaves such steps out.
+
+    Args:
+        variables: tf.Variables or Keras variables, the same on all ranks.
+        compression: error-feedback method with its compressor, such as EF21(TopK(ratio=0.01)).
+        op: `hvd.Average` or `hvd.Sum`.
+        dense: `dense(path, variable)` says which variables stay uncompressed (they share one
+            allreduce); default `small_or_vector`.
+        exchange: "auto", "gather" (any compressor) or "reduce" (linear ones).
+        bucket_bytes: variables are packed into buckets of about this many bytes of float32; each
+            is compressed as one vector and sent in one collective as soon as its gradients exist.
+        seed: of random compressors.
+        sparse_as_dense: compress `tf.IndexedSlices` like all others; otherwise their rows are sent
+            as they are, each once.
+        check_sync: after the first step, compare the ranks' variables by hash and raise if they
+            differ.
+        process_set: Horovod process set to average over; default all ranks.
+        timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
+
+    Raises:
+        UnsupportedError: a combination that cannot work, with the way out.
+        ValueError: no variables, or one of them twice.
+
+    Example:
+        reducer = ef.Reducer(model.trainable_variables, ef.EF21(ef.TopK(ratio=0.01)))
+        gradients = reducer.reduce(tape.gradient(loss, model.trainable_variables))
+    """
+
+    def __init__(
+        self,
+        variables: Iterable[Any],
+        compression: Method = NoFeedback(Identity()),  # noqa: B008 - frozen
+        *,
+        op: Any = hvd.Average,
+        dense: DensePolicy = small_or_vector,
+        exchange: str = "auto",
+        bucket_bytes: int = 25 * 2**20,
+        seed: int = 0,
+        sparse_as_dense: bool = False,
+        check_sync: bool = True,
+        process_set: Any = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(name="ef_reducer")
+        refuse_elastic()
+        if op not in (hvd.Average, hvd.Sum):
+            raise UnsupportedError(
+                f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense "
+                "vectors; use hvd.DistributedGradientTape without compression for it"
+            )
+        options = Options(
+            method=require_method(compression),
+            average=op == hvd.Average,
+            dense=dense,
+            exchange=exchange,
+            bucket_bytes=bucket_bytes,
+            seed=seed,
+            sparse_as_dense=sparse_as_dense,
+            check_sync=check_sync,
+        )
+        named = name_variables(list(variables))
+        self._count = len(named)
+        self._engine: Engine | None = None
+        self.memories: Memories | None = None
+        process_set = process_set or hvd.global_process_set
+        prefix = f"ef{next(_instances)}"  # make reducers in the same order on all ranks
+        if process_set.included() and process_set.size() > 1:
+            transport = HorovodTensorFlowTransport(prefix, process_set, timeout)
+            self._engine = Engine(named, options, transport)
+            # Tracked by checkpoints; the model's variables are not, for they are the model's.
+            self.step = self._engine.step
+            self.memories = Memories(self._engine.state_dict, self._engine.restore)
+
+    @property
+    def active(self) -> bool:
+        """Whether there are other ranks to average with."""
+        return self._engine is not None
+
+    def reduce(self, gradients: Sequence[Gradient]) -> list[Gradient]:
+        """Average gradients over all ranks.
+
+        Args:
+            gradients: of the variables, in their order: tensors, `tf.IndexedSlices` or None.
+
+        Returns:
+            The averages in the same form; NaN if some rank's gradients were not finite.
+
+        Raises:
+            ConfigMismatchError: ranks have other options or variables; at the first call.
+            OutOfSyncError: the ranks' variables differ after the first step (inside a
+                `tf.function`, TensorFlow wraps it into one of its own errors).
+            UnsupportedError: called where it cannot work, such as inside `jit_compile=True`.
+            ValueError: another number of gradients.
+        """
+        return self.reduce_scaled(gradients, 1.0)[0]
+
+    def reduce_scaled(
+        self, gradients: Sequence[Gradient], loss_scale: Any
+    ) -> tuple[list[Gradient], tf.Tensor]:
+        """The same for gradients that are multiplied by a loss scale; memories are not.
+
+        Returns:
+            The averages, as scaled as the gradients were, and a bool tensor: whether the step is
+            good, or was dropped on all ranks.
+        """
+        gradients = list(gradients)
+        if len(gradients) != self._count:
+            raise ValueError(
+                f"got {len(gradients)} gradients, expected one for each of the {self._count} "
+                "variables; pass them in the order of the variables, with None where there is none"
+            )
+        if self._engine is None:
+            return gradients, tf.constant(True)
+        return self._engine.reduce(gradients, tf.cast(loss_scale, tf.float32))
+
+    def stats(self) -> list[ChannelStats]:
+        """One row for each bucket and a last one with the total; empty with a single rank.
+
+        Bytes, relative compression error of the last step, and seconds spent compressing, waiting
+        and decompressing. Call it between steps.
+        """
+        return self._engine.stats() if self._engine is not None else []
+
+    def compression_state_dict(self) -> dict[str, Any]:
+        """This rank's error memories by variable, as NumPy arrays; save one file a rank."""
+        return self._engine.state_dict() if self._engine is not None else {}
+
+    def load_compression_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `compression_state_dict` returned on this rank."""
+        if self._engine is not None:
+            self._engine.load_state_dict(state)

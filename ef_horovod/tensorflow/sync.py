@@ -1,0 +1,91 @@
+"""Are all ranks' parameters the same? Compared by hash, so that nothing trains apart unseen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from ef_horovod.errors import OutOfSyncError
+from ef_horovod.tensorflow.variables import native
+from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+
+
+def broadcast_variables(variables: Iterable[Any], root_rank: int = 0) -> None:
+    """Give all ranks the values of one rank; for tf.Variables and Keras variables of any kind.
+
+    Args:
+        variables: model.variables, optimizer.variables; in the same order on all ranks.
+        root_rank: whose values are taken.
+
+    Example:
+        ef.broadcast_variables(model.variables + optimizer.variables)
+    """
+    natives = [native(v) for v in variables]
+    if hvd.size() > 1 and natives:
+        with tf.init_scope():
+            hvd.broadcast_variables(natives, root_rank=root_rank)
+
+
+def require_in_sync(variables: Iterable[Any], timeout: float | None = None) -> None:
+    """Raise on all ranks unless the variables hold the same bits everywhere; collective.
+
+    `ef.DistributedOptimizer`, `ef.Reducer` and `ef.TrainingCallback` call it after the first step.
+
+    Args:
+        variables: in the same order on all ranks, such as model.variables.
+        timeout: seconds to wait for other ranks; default $EF_HOROVOD_TIMEOUT or 300.
+
+    Raises:
+        OutOfSyncError: they differ; names two ranks and the likely reasons.
+
+    Example:
+        ef.require_in_sync(model.trainable_variables)
+    """
+    transport = HorovodTensorFlowTransport("ef.sync", timeout=timeout)
+    if transport.size > 1:
+        digest = digest_of([np.asarray(native(v).read_value()) for v in variables])
+        require_equal(transport.allgather("digest", digest)())
+
+
+def in_sync_op(
+    variables: Sequence[tf.Variable], transport: HorovodTensorFlowTransport
+) -> tf.Tensor:
+    """The same as an op of a graph, whose Python parts run when the executor gets there."""
+
+    def start(*values: np.ndarray) -> np.ndarray:
+        transport.alarm.start("sync")
+        return digest_of(values)
+
+    def compare(gathered: np.ndarray) -> np.bool_:
+        transport.alarm.stop("sync")
+        require_equal(transport.parts("sync", gathered, len(gathered) // transport.size))
+        return np.bool_(True)
+
+    digest = tf.numpy_function(start, list(variables), tf.uint8)
+    gathered = transport.carry("sync", tf.ensure_shape(digest, [None]))
+    return tf.ensure_shape(tf.numpy_function(compare, [gathered], tf.bool), [])
+
+
+def digest_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8[32]: a hash of all bits."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return np.frombuffer(sha.digest(), np.uint8).copy()
+
+
+def require_equal(digests: Sequence[np.ndarray]) -> None:
+    """Raise unless all ranks' digests are equal."""
+    other = next((r for r, d in enumerate(digests) if not np.array_equal(d, digests[0])), None)
+    if other is not None:
+        raise OutOfSyncError(
+            f"the parameters of rank 0 and rank {other} differ after the first step, expected the "
+            "same bits on all ranks; check that the optimizer or the tape is wrapped "
+            "(ef.DistributedOptimizer, ef.DistributedGradientTape) and that the first values were "
+            "broadcast (ef.TrainingCallback or ef.broadcast_variables)"
+        )

@@ -1,0 +1,68 @@
+"""A limit for waits that nobody can poll: ops that block until all ranks are there."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+_GRACE_SECONDS = 20.0  # for the end that `expire` tries before the process is ended
+
+
+class Alarm:
+    """Watches over collectives under way; past the limit says which one and calls `expire`.
+
+    If `expire` does not return either, the process ends: a rank that hangs unseen is worse.
+
+    Args:
+        timeout: limit in seconds, of each collective.
+        message: what to say, from the names of the collectives that are late.
+        expire: makes the late ops fail.
+    """
+
+    def __init__(
+        self,
+        timeout: float,
+        message: Callable[[list[str]], str],
+        expire: Callable[[], None],
+    ) -> None:
+        self._timeout, self._message, self._expire = timeout, message, expire
+        self._deadlines: dict[str, float] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self.rung = ""  # the message, once the alarm went off
+
+    def start(self, name: str) -> None:
+        """A collective begins."""
+        with self._changed:
+            self._deadlines[name] = time.monotonic() + self._timeout
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._watch, name="ef_horovod alarm", daemon=True
+                )
+                self._thread.start()
+
+    def stop(self, name: str) -> None:
+        """It has ended."""
+        with self._changed:
+            self._deadlines.pop(name, None)
+
+    def _watch(self) -> None:
+        while not self.rung:
+            with self._changed:
+                now = time.monotonic()
+                late = sorted(name for name, limit in self._deadlines.items() if limit <= now)
+                if late:
+                    self.rung = self._message(late)
+                else:
+                    # New deadlines are never earlier than the ones that are known.
+                    next_one = min(self._deadlines.values(), default=now + self._timeout)
+                    self._changed.wait(max(next_one - now, 0.01))
+        print(f"ef_horovod: {self.rung}", file=sys.stderr, flush=True)
+        ending = threading.Thread(target=self._expire, daemon=True)
+        ending.start()
+        ending.join(_GRACE_SECONDS)
+        if ending.is_alive():
+            os._exit(1)

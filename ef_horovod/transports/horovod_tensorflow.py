@@ -1,0 +1,155 @@
+"""Ranks of a Horovod job, by horovod.tensorflow: named ops, in eager mode or inside a graph.
+
+Horovod's TensorFlow ops have no handles to poll. In a graph the executor starts each one as soon
+as its input exists; the code around it runs in `tf.numpy_function`s. So a collective in a graph
+has three parts: a channel starts it on a `Courier`, which hands the message to the graph, `carry`
+is the op, and the Courier gives what has arrived to the function that the channel waits with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.errors import CollectiveTimeoutError, PayloadError
+from ef_horovod.transports.alarm import Alarm
+from ef_horovod.transports.base import Transport, require_summable
+from ef_horovod.transports.waiting import default_timeout
+
+
+class HorovodTensorFlowTransport(Transport):
+    """The ranks of a Horovod process set, at once: each collective blocks where it is started.
+
+    Args:
+        prefix: put before every name, so that two users of one job do not meet.
+        process_set: a `hvd.ProcessSet`; default all ranks.
+        timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
+    """
+
+    def __init__(
+        self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
+    ) -> None:
+        self._process_set = process_set or hvd.global_process_set
+        rank = self._process_set.rank() if self._process_set.included() else -1
+        super().__init__(rank, self._process_set.size(), timeout or default_timeout())
+        self._prefix = prefix
+        self.alarm = Alarm(self.timeout, self._waited, hvd.shutdown)
+
+    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+        gathered = self._at_once(name, data, summed=False)
+        self._count_allgather([data.size] * self.size)
+        return lambda: self.parts(name, gathered, data.size)
+
+    def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
+        require_summable(values)
+        total = self._at_once(name, values, summed=True)
+        self._count_allreduce(values.nbytes)
+        return lambda: total
+
+    def carry(self, name: str, message: tf.Tensor) -> tf.Tensor:
+        """The op: gathers uint8[m] from all ranks into uint8[n * m], or sums floats over them."""
+        with tf.device("/CPU:0"):
+            if message.dtype == tf.uint8:
+                return hvd.allgather(
+                    message,
+                    name=self.named(name),
+                    ignore_name_scope=True,
+                    process_set=self._process_set,
+                )
+            return hvd.allreduce(
+                message,
+                op=hvd.Sum,
+                name=self.named(name),
+                ignore_name_scope=True,
+                process_set=self._process_set,
+            )
+
+    def gather_rows(self, name: str, rows: tf.Tensor) -> tf.Tensor:
+        """All ranks' rows below each other; every rank may have another number of them."""
+        with tf.device("/CPU:0"):
+            return hvd.allgather(
+                rows, name=self.named(name), ignore_name_scope=True, process_set=self._process_set
+            )
+
+    def named(self, name: str) -> str:
+        """What Horovod knows a collective by."""
+        return f"{self._prefix}.{name}"
+
+    def parts(self, name: str, gathered: np.ndarray, own: int) -> list[np.ndarray]:
+        """Each rank's part of what was gathered from messages of equal size."""
+        if gathered.size != own * self.size:
+            raise PayloadError(
+                f"'{name}' gathered {gathered.size} bytes on rank {self.rank}, expected "
+                f"{self.size} times its own {own}; use the same config on all ranks"
+            )
+        return list(gathered.reshape(self.size, own))
+
+    def _at_once(self, name: str, data: np.ndarray, *, summed: bool) -> np.ndarray:
+        self.alarm.start(name)
+        try:
+            with tf.init_scope():  # out of the graph, if one is being traced
+                return np.array(self.carry(name, tf.convert_to_tensor(data)))
+        except tf.errors.OpError as error:
+            if self.alarm.rung:
+                raise CollectiveTimeoutError(self.alarm.rung) from error
+            raise
+        finally:
+            self.alarm.stop(name)
+
+    def _waited(self, names: list[str]) -> str:
+        return (
+            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in "
+            f"'{self.named(names[0])}' for at least one other rank (Horovod's stall warning on "
+            "rank 0 names it), and ends the job; see why it did not get there (it failed, or has "
+            "fewer batches), or raise timeout= or EF_HOROVOD_TIMEOUT"
+        )
+
+
+class Courier(Transport):
+    """Carries a channel's messages to the ops of a graph and back, inside numpy_functions.
+
+    Args:
+        transport: whose ops carry the messages.
+    """
+
+    def __init__(self, transport: HorovodTensorFlowTransport) -> None:
+        super().__init__(transport.rank, transport.size, transport.timeout)
+        self._transport = transport
+        self._leaving: dict[str, np.ndarray] = {}
+        self._arrived: dict[str, np.ndarray] = {}
+
+    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+        self._leave(name, data)
+        self._count_allgather([data.size] * self.size)
+        return lambda: self._transport.parts(name, self._arrived.pop(name), data.size)
+
+    def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
+        require_summable(values)
+        self._leave(name, values)
+        self._count_allreduce(len(values) * np.dtype(str(values.dtype)).itemsize)
+
+        def finish() -> Array:
+            if isinstance(values, np.ndarray):
+                return self._arrived.pop(name)
+            namespace(values).assign(values, self._arrived.pop(name))
+            return values
+
+        return finish
+
+    def collect(self, name: str) -> np.ndarray:
+        """What is to be carried: uint8[m] to gather or floats to sum."""
+        return self._leaving.pop(name)
+
+    def bring(self, name: str, data: np.ndarray) -> None:
+        """What has arrived."""
+        self._transport.alarm.stop(name)
+        self._arrived[name] = data
+
+    def _leave(self, name: str, data: np.ndarray) -> None:
+        self._transport.alarm.start(name)
+        self._leaving[name] = data
