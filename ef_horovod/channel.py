@@ -77,7 +77,7 @@ class Channel:
         xp, device = namespace(like), getattr(like, "device", None)
         self.name, self.method = name, method
         self.exchange = exchanges.choose(exchange, method)
-        self.gradient = xp.zeros(len(like), device)  # float32[d]: the caller fills it each step
+        self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step
         self.worker, self.server = None, None
         if self.exchange != "dense":
             self.worker, self.server = method.init(self.gradient)
@@ -87,7 +87,7 @@ class Channel:
         self._pushed: Any = None
         self._finish: Callable[[], Any] | None = None
         self._received: Any = None
-        self._stats = ChannelStats(name, len(like), repr(method), self.exchange)
+        self._stats = ChannelStats(name, like.shape[0], repr(method), self.exchange)
 
     def start(self, step: int) -> None:
         """Compress `gradient` and start the exchange; overwrites `gradient`."""
@@ -120,8 +120,9 @@ class Channel:
         """Aggregate and take over the new states; the direction, float32[d], to read at once."""
         with self._timed("seconds_decompress"):
             if self.exchange == "dense":
-                direction = self._received
-                self._xp.divide(direction, self._transport.size, out=direction)
+                # Into `gradient`, for what arrives may be a tensor that cannot be changed.
+                direction = self.gradient
+                self._xp.divide(self._received, self._transport.size, out=direction)
             else:
                 aggregate, self.server = self.method.reduce(
                     self.server, self._received, self._transport.size
@@ -152,7 +153,7 @@ class Channel:
 
     def _relative_error(self) -> float:
         xp, lost = self._xp, self._lost
-        whole = xp.zeros(len(lost), getattr(lost, "device", None))
+        whole = xp.zeros(lost.shape[0], getattr(lost, "device", None))
         xp.assign(whole, lost)
         assert self._message is not None
         self._message.add_to(whole)
@@ -166,7 +167,7 @@ class Channel:
         address = self._xp.address
         assert self.worker is not None
         taken = {address(field) for field in self.worker if hasattr(field, "shape")}
-        if len(self.gradient) and address(self.gradient) in taken:
+        if self.gradient.shape[0] and address(self.gradient) in taken:
             given_up = [x for x in before if hasattr(x, "shape") and address(x) not in taken]
             self.gradient = given_up[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays import namespace
 from ef_horovod.buckets import Slot
 from ef_horovod.channel import Channel
 from ef_horovod.transports.base import Transport
@@ -51,7 +51,7 @@ def save_memories(buckets: Sequence[Filled]) -> dict[str, dict[str, Any]]:
     for bucket in buckets:
         for half, field, value in _memories(bucket):
             for slot in bucket.slots:
-                part = _copy(value[slot.start : slot.stop]) if _is_vector(value) else value
+                part = _part(value, slot)
                 parameters.setdefault(slot.name, {})[f"{half}.{field}"] = part
     return parameters
 
@@ -73,7 +73,7 @@ def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any
             parts = [parameters[slot.name][f"{half}.{field}"] for slot in bucket.slots]
             if _is_vector(value):
                 for slot, part in zip(bucket.slots, parts, strict=True):
-                    namespace(value).assign(value[slot.start : slot.stop], part)
+                    namespace(value).write(value, slot.start, part)
             else:
                 held = getattr(bucket.channel, half)
                 setattr(bucket.channel, half, held._replace(**{field: parts[0]}))
@@ -89,11 +89,9 @@ def _memories(bucket: Filled) -> Iterator[tuple[str, str, Any]]:
                 yield half, field, value
 
 
-def _copy(part: Array) -> Array:
-    xp = namespace(part)
-    copy = xp.zeros(len(part), getattr(part, "device", None))
-    xp.assign(copy, part)
-    return copy
+def _part(value: Any, slot: Slot) -> Any:
+    """A parameter's own part of what a bucket remembers."""
+    return namespace(value).read(value, slot.start, slot.stop) if _is_vector(value) else value
 
 
 def _is_vector(value: Any) -> bool:

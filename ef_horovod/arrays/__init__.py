@@ -13,8 +13,9 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-Array = Any  # numpy.ndarray, torch.Tensor or tensorflow.Tensor
+Array = Any  # numpy.ndarray, torch.Tensor, tensorflow.Tensor or tensorflow.Variable
 _SUPPORTED = ("numpy", "torch", "tensorflow")
+_NAMES = ("ndarray", "Tensor", "Variable")
 
 
 def namespace(x: Array) -> ModuleType:
@@ -34,11 +35,21 @@ def namespace(x: Array) -> ModuleType:
     return _namespace_of(type(x))  # type: ignore[arg-type, unused-ignore]
 
 
+def dtype_name(x: Array) -> str:
+    """x's dtype in the words that all frameworks share: "float32", "bfloat16"."""
+    return str(x.dtype).removeprefix("torch.").removeprefix("<dtype: '").removesuffix("'>")
+
+
 @cache
 def _namespace_of(kind: type) -> ModuleType:
     for base in kind.__mro__:
         framework = base.__module__.partition(".")[0]
-        if framework in _SUPPORTED and base.__name__ in ("ndarray", "Tensor"):
+        if framework == "keras" and base.__name__ == "Variable":  # wraps its backend's
+            raise TypeError(
+                f"got a {kind.__module__}.{kind.__qualname__}, expected the variable or tensor "
+                "inside it; pass variable.value"
+            )
+        if framework in _SUPPORTED and base.__name__ in _NAMES:
             return importlib.import_module(f"ef_horovod.arrays.{framework}")
     raise TypeError(
         f"got {kind.__module__}.{kind.__qualname__}, expected a NumPy array, a torch or a "

@@ -87,6 +87,16 @@ def assign(x: np.ndarray, y: np.ndarray) -> None:
     np.copyto(x, y)
 
 
+def read(x: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """A copy of x[start:stop]."""
+    return x[start:stop].copy()
+
+
+def write(x: np.ndarray, start: int, values: np.ndarray) -> None:
+    """x[start : start + n] = values, of n numbers in any shape and float dtype."""
+    np.copyto(x[start : start + values.size], values.reshape(-1), casting="same_kind")
+
+
 def divide(x: np.ndarray, divisor: float, out: np.ndarray) -> None:
     """out = x / divisor; `out` may be x."""
     np.divide(x, np.float32(divisor), out=out)

@@ -105,6 +105,16 @@ def assign(x: torch.Tensor, y: torch.Tensor) -> None:
     x.copy_(y)
 
 
+def read(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """A copy of x[start:stop]."""
+    return x[start:stop].clone()
+
+
+def write(x: torch.Tensor, start: int, values: torch.Tensor) -> None:
+    """x[start : start + n] = values, of n numbers in any shape and dtype."""
+    x[start : start + values.numel()].copy_(values.reshape(-1))
+
+
 @_kernel
 def divide(x: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
     torch.div(x, divisor, out=out)

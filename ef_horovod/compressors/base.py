@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ef_horovod import registry, wire
-from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.arrays.numpy import Like
 from ef_horovod.errors import NonFiniteError, PayloadError
 from ef_horovod.keys import Key
@@ -99,7 +99,7 @@ class Compressor:
         """
         xp = _float_namespace(x)
         flat = xp.flat_float32(x)
-        return self._payload(self.encode(flat, key, residual=False), len(flat), xp.like(x))
+        return self._payload(self.encode(flat, key, residual=False), flat.shape[0], xp.like(x))
 
     def squeeze(self, x: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, Array]:
         """Compress x and return what was lost as well: (payload, x - C(x)).
@@ -121,7 +121,7 @@ class Compressor:
             payload = self.compress(x, key)
             return payload, xp.detached(x) - payload.decompress()
         flat = xp.flat_float32(x, writable=True)
-        payload = self._payload(self.encode(flat, key, residual=True), len(flat), xp.like(x))
+        payload = self._payload(self.encode(flat, key, residual=True), flat.shape[0], xp.like(x))
         return payload, xp.shaped(flat, xp.like(x))
 
     def skip(self, x: Array) -> Payload:
@@ -228,7 +228,7 @@ class Payload:
             PayloadError: the body is malformed; dense is untouched then.
             ValueError: dense has another length, dtype or layout.
         """
-        if tuple(dense.shape) != (self.num_elements,) or not str(dense.dtype).endswith("float32"):
+        if tuple(dense.shape) != (self.num_elements,) or dtype_name(dense) != "float32":
             raise ValueError(
                 f"got a dense array of shape {tuple(dense.shape)} and dtype {dense.dtype}, "
                 f"expected float32[{self.num_elements}]; flatten or convert it first"

@@ -73,7 +73,7 @@ class Cast(Compressor):
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         fields = Fields(body, cls.__name__)
         (head,) = fields.array("<i4", 1)
-        codes = fields.array("<u2", len(dense))
+        codes = fields.array("<u2", dense.shape[0])
         fields.end()
         shift, kind = int(head) >> 1, _KINDS[int(head) & 1]
         if abs(shift) > _MAX_SHIFT:

@@ -60,7 +60,7 @@ class Identity(Compressor):
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         xp = namespace(dense)
         fields = Fields(body, cls.__name__)
-        values = fields.array("<f4", len(dense))
+        values = fields.array("<f4", dense.shape[0])
         fields.end()
         xp.add(dense, xp.from_host(values, getattr(dense, "device", None)), weight)
 

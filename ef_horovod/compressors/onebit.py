@@ -49,7 +49,7 @@ class OneBit(Compressor):
         xp = namespace(x)
         total = xp.abs_sum(x)
         require_finite(total, self)
-        scale = np.float32(total / max(len(x), 1))
+        scale = np.float32(total / max(x.shape[0], 1))
         bits = xp.pack_signs(x, float(scale), subtract=residual)
         return np.array([scale], "<f4"), bits
 
@@ -57,7 +57,7 @@ class OneBit(Compressor):
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         fields = Fields(body, cls.__name__)
         (scale,) = fields.array("<f4", 1)
-        bits = fields.array("u1", (len(dense) + 7) // 8)
+        bits = fields.array("u1", (dense.shape[0] + 7) // 8)
         fields.end()
         if not 0 <= scale < np.inf:
             raise PayloadError(

@@ -84,7 +84,7 @@ class RandomK(Compressor):
         return _LAYOUT.size + 4 * kept(self.ratio, None, d)
 
     def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
-        xp, d = namespace(x), len(x)
+        xp, d = namespace(x), x.shape[0]
         require_finite(xp.abs_max(x), self)
         k = kept(self.ratio, None, d)
         seed = key.draw(shared=self.shared)
@@ -103,12 +103,12 @@ class RandomK(Compressor):
         seed, k, reserved = fields.unpack(_LAYOUT)
         values = fields.array("<f4", k)
         fields.end()
-        if k > len(dense) or reserved:
+        if k > dense.shape[0] or reserved:
             raise PayloadError(
                 f"RandomK payload has {k} values and a reserved word of {reserved}, expected at "
-                f"most {len(dense)} and 0; it was damaged on the way"
+                f"most {dense.shape[0]} and 0; it was damaged on the way"
             )
-        namespace(dense).scatter_add(dense, _draw_indices(seed, k, len(dense)), values, weight)
+        namespace(dense).scatter_add(dense, _draw_indices(seed, k, dense.shape[0]), values, weight)
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:

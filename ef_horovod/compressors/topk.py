@@ -70,7 +70,7 @@ class TopK(Compressor):
         return _LAYOUT.size + indices_nbytes(k, d) + 4 * k
 
     def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
-        xp, d = namespace(x), len(x)
+        xp, d = namespace(x), x.shape[0]
         indices, values = xp.top_k(x, kept(self.ratio, self.k, d))
         require_finite(values, self)  # NaN and infinity rank above all numbers, so they are here
         if residual:
@@ -82,12 +82,12 @@ class TopK(Compressor):
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         fields = Fields(body, cls.__name__)
         (k,) = fields.unpack(_LAYOUT)
-        if k > len(dense):
+        if k > dense.shape[0]:
             raise PayloadError(
-                f"TopK payload has {k} entries, expected at most {len(dense)}; "
+                f"TopK payload has {k} entries, expected at most {dense.shape[0]}; "
                 "it was damaged on the way"
             )
-        code = fields.array("u1", indices_nbytes(k, len(dense)))
+        code = fields.array("u1", indices_nbytes(k, dense.shape[0]))
         values = fields.array("<f4", k)
         fields.end()
-        namespace(dense).scatter_add(dense, decode_indices(code, k, len(dense)), values, weight)
+        namespace(dense).scatter_add(dense, decode_indices(code, k, dense.shape[0]), values, weight)

@@ -83,7 +83,7 @@ class EF21(Method):
         return cls(compressor), cls(compressor, momentum=0.3)
 
     def init(self, x: Array) -> tuple[EF21State, EF21Server]:
-        xp, d, device = namespace(x), len(x), getattr(x, "device", None)
+        xp, d, device = namespace(x), x.shape[0], getattr(x, "device", None)
         state = EF21State(tracked=xp.zeros(d, device))
         if self.momentum is not None:
             state = state._replace(velocity=xp.zeros(d, device), next_velocity=xp.zeros(d, device))

@@ -57,7 +57,9 @@ class ErrorFeedback(Method):
 
     def init(self, x: Array) -> tuple[ErrorFeedbackState, MeanState]:
         xp, device = namespace(x), getattr(x, "device", None)
-        return ErrorFeedbackState(xp.zeros(len(x), device)), MeanState(xp.zeros(len(x), device))
+        return ErrorFeedbackState(xp.zeros(x.shape[0], device)), MeanState(
+            xp.zeros(x.shape[0], device)
+        )
 
     def push(
         self, state: ErrorFeedbackState, gradient: Array, key: Key = DEFAULT_KEY

@@ -32,7 +32,7 @@ class NoFeedback(Method):
 
     def init(self, x: Array) -> tuple[NoFeedbackState, MeanState]:
         xp = namespace(x)
-        return NoFeedbackState(), MeanState(xp.zeros(len(x), getattr(x, "device", None)))
+        return NoFeedbackState(), MeanState(xp.zeros(x.shape[0], getattr(x, "device", None)))
 
     def push(
         self, state: NoFeedbackState, gradient: Array, key: Key = DEFAULT_KEY

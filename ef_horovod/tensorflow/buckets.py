@@ -61,10 +61,11 @@ class Bucket:
 
     def _push(self, step: Any, loss_scale: Any, *gradients: Array) -> Array:
         flat = self.channel.gradient
+        xp = namespace(flat)
         for slot, gradient in zip(self.slots, gradients, strict=True):
-            _put(flat, slot, gradient)
+            xp.write(flat, slot.start, gradient)
         if float(loss_scale) != 1.0:
-            namespace(flat).divide(flat, float(loss_scale), out=flat)
+            xp.divide(flat, float(loss_scale), out=flat)
         self.channel.start(int(step))
         return self._courier.collect(self.channel.name)
 
@@ -114,14 +115,6 @@ def receive(
         for direction, slot in zip(directions, slots, strict=True)
     ]
     return shaped, good, next_step
-
-
-def _put(flat: Array, slot: Slot, gradient: Array) -> None:
-    """A gradient into its place in a bucket, as float32."""
-    if isinstance(flat, np.ndarray):
-        np.copyto(flat[slot.start : slot.stop], np.reshape(gradient, -1), casting="same_kind")
-    else:
-        flat[slot.start : slot.stop].assign(tf.cast(tf.reshape(gradient, [-1]), tf.float32))
 
 
 def _part(direction: Array | None, slot: Slot, factor: float) -> Array:

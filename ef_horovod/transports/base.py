@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ef_horovod.arrays import Array
+from ef_horovod.arrays import Array, dtype_name
 from ef_horovod.errors import UnsupportedError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -83,7 +83,7 @@ class Transport(ABC):
 
 def require_summable(values: Any) -> None:
     """Raise unless an array may be summed over ranks: float32 or float64."""
-    if not str(values.dtype).endswith(("float32", "float64")):
+    if dtype_name(values) not in ("float32", "float64"):
         raise UnsupportedError(
             f"got {values.dtype} values to sum, expected float32 or float64: MPI adds 16-bit "
             "floats wrongly or not at all; convert them first, or gather them as bytes"

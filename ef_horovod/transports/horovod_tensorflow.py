@@ -15,7 +15,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.errors import CollectiveTimeoutError, PayloadError
 from ef_horovod.transports.alarm import Alarm
 from ef_horovod.transports.base import Transport, require_summable
@@ -41,14 +41,14 @@ class HorovodTensorFlowTransport(Transport):
         self.alarm = Alarm(self.timeout, self._waited, hvd.shutdown)
 
     def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
-        gathered = self._at_once(name, data, summed=False)
+        gathered = self._at_once(name, data)
         self._count_allgather([data.size] * self.size)
         return lambda: self.parts(name, gathered, data.size)
 
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
-        total = self._at_once(name, values, summed=True)
-        self._count_allreduce(values.nbytes)
+        total = self._at_once(name, values)
+        self._count_allreduce(total.nbytes)
         return lambda: total
 
     def carry(self, name: str, message: tf.Tensor) -> tf.Tensor:
@@ -89,7 +89,7 @@ class HorovodTensorFlowTransport(Transport):
             )
         return list(gathered.reshape(self.size, own))
 
-    def _at_once(self, name: str, data: np.ndarray, *, summed: bool) -> np.ndarray:
+    def _at_once(self, name: str, data: Array) -> np.ndarray:
         self.alarm.start(name)
         try:
             with tf.init_scope():  # out of the graph, if one is being traced
@@ -131,7 +131,7 @@ class Courier(Transport):
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
         self._leave(name, values)
-        self._count_allreduce(len(values) * np.dtype(str(values.dtype)).itemsize)
+        self._count_allreduce(values.shape[0] * np.dtype(dtype_name(values)).itemsize)
 
         def finish() -> Array:
             if isinstance(values, np.ndarray):

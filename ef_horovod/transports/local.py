@@ -41,8 +41,9 @@ class LocalTransport(Transport):
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
         xp, device = namespace(values), getattr(values, "device", None)
-        collect = self._deposit(f"allreduce.{name}", np.array(xp.to_host(values)))
-        self._count_allreduce(values.nbytes)
+        data = np.array(xp.to_host(values))
+        collect = self._deposit(f"allreduce.{name}", data)
+        self._count_allreduce(data.nbytes)
 
         def finish() -> Array:
             first, *others = collect()
