@@ -67,7 +67,8 @@ class Bucket:
         if float(loss_scale) != 1.0:
             xp.divide(flat, float(loss_scale), out=flat)
         self.channel.start(int(step))
-        return self._courier.collect(self.channel.name)
+        message = self._courier.collect(self.channel.name)
+        return tf.identity(message) if isinstance(message, tf.Variable) else message
 
 
 def receive(

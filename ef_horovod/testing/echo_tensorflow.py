@@ -1,0 +1,32 @@
+"""The same for the TensorFlow adapter, whose collectives are ops of a graph."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from ef_horovod.transports.alarm import Alarm
+from ef_horovod.transports.base import Transport
+from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+
+
+class EchoOps(HorovodTensorFlowTransport):
+    """Rank 0 of `size` ranks that send what it sends.
+
+    Args:
+        size: number of ranks.
+    """
+
+    def __init__(self, size: int) -> None:
+        Transport.__init__(self, 0, size)
+        self._prefix = "echo"
+        self.alarm = Alarm(self.timeout, self._waited, lambda: None)
+
+    def carry(self, name: str, message: tf.Tensor) -> tf.Tensor:
+        """As Horovod's op: gathers bytes, sums floats."""
+        if message.dtype == tf.uint8:
+            return tf.concat([message] * self.size, 0)
+        return message * self.size
+
+    def gather_rows(self, name: str, rows: tf.Tensor) -> tf.Tensor:
+        """As Horovod's op."""
+        return tf.concat([rows] * self.size, 0)
