@@ -17,9 +17,13 @@ OVER_TCP = {
 }
 
 
+PROGRAMS = {"torch": "wire_truth.py", "tensorflow": "tf_wire_truth.py"}
+
+
 @pytest.mark.parametrize("method", ["dense", "topk", "onebit", "randomk"])
-def test_the_kernel_counts_the_same_bytes(method: str, tmp_path: Path) -> None:
-    results = mpirun(2, "wire_truth.py", tmp_path, method, environment=OVER_TCP)
+@pytest.mark.parametrize("framework", PROGRAMS)
+def test_the_kernel_counts_the_same_bytes(framework: str, method: str, tmp_path: Path) -> None:
+    results = mpirun(2, PROGRAMS[framework], tmp_path, method, environment=OVER_TCP)
     library = sum(result["library"] for result in results)
     # Both ranks share the device; Horovod's control traffic flows in every cycle, used or not.
     kernel, control = results[0]["kernel"], results[0]["control"]

@@ -1,0 +1,37 @@
+"""Bytes by the library's count and by the kernel's, for one way of reducing in TensorFlow."""
+
+from __future__ import annotations
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+from common import ARGUMENTS
+from loopback import ELEMENTS, METHODS, compare
+
+import ef_horovod.tensorflow as ef
+
+
+def main() -> None:
+    hvd.init()
+    variable = tf.Variable(tf.zeros(ELEMENTS))
+    reducer = ef.Reducer(
+        [variable],
+        METHODS[ARGUMENTS[0]],
+        dense=lambda path, variable: False,
+        bucket_bytes=4 * ELEMENTS,
+        check_sync=False,
+    )
+    gradient = tf.random.stateless_normal([ELEMENTS], seed=[0, hvd.rank()])
+
+    @tf.function
+    def step() -> None:
+        (average,) = reducer.reduce([gradient + 0.01 * variable])
+        variable.assign_sub(0.1 * average)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            step()
+
+    compare(hvd, train, reducer.stats)
+
+
+main()
