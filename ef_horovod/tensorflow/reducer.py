@@ -150,8 +150,8 @@ class Reducer(tf.Module):
     def stats(self) -> list[ChannelStats]:
         """One row for each bucket and a last one with the total; empty with a single rank.
 
-        Bytes, relative compression error of the last step, and seconds spent compressing, waiting
-        and decompressing. Call it between steps.
+        Bytes, relative compression error of the last step, and seconds spent compressing and
+        decompressing (TensorFlow's executor does the waiting). Call it between steps.
         """
         return self._engine.stats() if self._engine is not None else []
 
