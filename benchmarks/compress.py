@@ -78,7 +78,7 @@ class Feedback:
 
     def settle(self) -> None:
         """Untimed: what the rest of a step does to the states."""
-        aggregate, self.server = self.method.reduce(self.server, [self.message], 1)
+        aggregate, self.server = self.method.reduce(self.server, [self.message], ef.Key(workers=1))
         _, self.worker = self.method.pull(self.worker, aggregate)
 
 

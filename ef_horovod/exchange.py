@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ef_horovod import wire
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import PayloadError, UnsupportedError
@@ -53,9 +54,16 @@ def choose(exchange: str, method: Method) -> str:
 
 
 def start(
-    exchange: str, transport: Transport, name: str, payload: Payload
+    exchange: str, transport: Transport, name: str, payload: Payload, *, sized: bool = True
 ) -> Callable[[], list[Payload]]:
     """Send a payload on its way by "gather" or "reduce".
+
+    Args:
+        exchange: one of the two.
+        transport: to the other ranks.
+        name: of the collective.
+        payload: this rank's.
+        sized: whether all ranks' payloads are as long as this one; see `Method.sized`.
 
     Returns:
         A function that waits and gives one payload for each rank in rank order, or a single one
@@ -63,7 +71,10 @@ def start(
     """
     if exchange == "reduce":
         return _start_reduce(transport, name, payload)
-    finish = transport.allgather(name, payload.data)
+    if sized:
+        finish = transport.allgather(name, payload.data)
+    else:
+        finish = transport.allgather(name, wire.padded(payload.data), wire.padded_nbytes)
     return lambda: [_checked(data, rank, payload, name) for rank, data in enumerate(finish())]
 
 
@@ -85,7 +96,8 @@ def _start_reduce(transport: Transport, name: str, payload: Payload) -> Callable
 
 
 def _checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:
-    received = Payload(data)
+    received = Payload.from_start(data)
+    # A rank that says nothing has the kind of what it would have said.
     if received.kind is not own.kind or received.num_elements != own.num_elements:
         raise PayloadError(
             f"rank {rank} sent {received} in '{name}', expected one like {own}; "

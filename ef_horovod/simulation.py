@@ -93,8 +93,11 @@ def simulate(
         waits, pushed = [], []
         for i, endpoint in enumerate(endpoints):
             g = _gradient(xp, gradient, i, x, step, tuple(like.shape))
-            message, state = _push(method, states[i], g, Key(seed, step, 0, i))
-            waits.append(exchanges.start(kind, endpoint, f"step{step}", message))
+            key = Key(seed, step, 0, i, workers)
+            message, state = _push(method, states[i], g, key)
+            waits.append(
+                exchanges.start(kind, endpoint, f"step{step}", message, sized=method.sized)
+            )
             pushed.append(state)
         messages = waits[0]()
         if any(message.is_skip for message in messages):
@@ -102,7 +105,7 @@ def simulate(
                 f"step {step}: the workers' messages have no finite sum, expected finite numbers; "
                 "lower step_size"
             )
-        aggregate, server = method.reduce(server, messages, workers)
+        aggregate, server = method.reduce(server, messages, key.of_server())
         pulled = [method.pull(state, aggregate) for state in pushed]
         states = [state for _, state in pulled]
         direction = xp.restore(pulled[0][0], like)

@@ -16,6 +16,7 @@ from ef_horovod.errors import PayloadError
 MAGIC = 0xEF
 VERSION = 1
 SKIP = 1  # flag: the sender's gradient was not finite; all ranks drop this step
+ABSENT = 2  # flag: the sender says nothing in this step; the body is empty
 MAX_ELEMENTS = 2**31 - 1  # collectives count with C ints; larger models travel in several buckets
 MAX_NBYTES = 2**31 - 1  # of a payload, for the same reason
 
@@ -68,6 +69,32 @@ def read_header(data: np.ndarray) -> Header:
             "allowed; it was cut off or damaged on the way"
         )
     return Header(kind, flags, body_nbytes, num_elements)
+
+
+def size_class(nbytes: int) -> int:
+    """The size that a message of data-dependent length travels with: at most 1/32 larger.
+
+    Horovod remembers a collective by its exact shape and negotiates anew when that changes. Lengths
+    that vary from step to step mostly fall into one class.
+    """
+    step = max(16, 1 << max(nbytes.bit_length() - 6, 0))
+    return -(-nbytes // step) * step
+
+
+def padded(payload: np.ndarray) -> np.ndarray:
+    """A payload's bytes filled up with zeros to their size class."""
+    out = np.zeros(size_class(payload.size), np.uint8)
+    out[: payload.size] = payload
+    return out
+
+
+def padded_nbytes(data: np.ndarray) -> int:
+    """How many bytes the padded payload at the start of `data` takes.
+
+    Raises:
+        PayloadError: there is none.
+    """
+    return size_class(HEADER_NBYTES + read_header(data).body_nbytes)
 
 
 class Fields:

@@ -26,6 +26,8 @@ class Compressor:
     """
 
     wire_id: ClassVar[int]
+    # Whether a payload's size follows from d alone, so that all ranks' are equally long.
+    sized: ClassVar[bool] = True
 
     @property
     def linear(self) -> bool:
@@ -51,7 +53,7 @@ class Compressor:
         raise NotImplementedError(f"{cls.__name__} must list examples() for the contract tests")
 
     def body_nbytes(self, d: int) -> int:
-        """Exact size of a body for d elements."""
+        """Exact size of a body for d elements; the smallest one of a compressor not `sized`."""
         raise NotImplementedError
 
     def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
@@ -77,7 +79,7 @@ class Compressor:
         raise NotImplementedError
 
     def nbytes(self, d: int) -> int:
-        """Exact size of a payload for d elements, in bytes."""
+        """Exact size of a payload for d elements, in bytes; see `body_nbytes`."""
         return wire.HEADER_NBYTES + self.body_nbytes(d)
 
     def compress(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
@@ -130,15 +132,22 @@ class Compressor:
         body = np.zeros(self.body_nbytes(d), np.uint8)
         return self._payload((body,), d, namespace(x).like(x)).as_skip()
 
+    def absent(self, x: Array) -> Payload:
+        """A payload for x that says nothing in this step: it counts as zeros."""
+        d = int(np.prod(x.shape))
+        header = wire.Header(self.wire_id, wire.ABSENT, 0, d)
+        return Payload(header.pack(), namespace(x).like(x))
+
     def _payload(self, parts: tuple[np.ndarray, ...], d: int, like: Like) -> Payload:
-        if d > wire.MAX_ELEMENTS or self.nbytes(d) > wire.MAX_NBYTES:
+        raw = [part.view(np.uint8) for part in parts]
+        nbytes = sum(part.size for part in raw)
+        if d > wire.MAX_ELEMENTS or wire.HEADER_NBYTES + nbytes > wire.MAX_NBYTES:
             raise ValueError(
-                f"got {d} elements, which take {self.nbytes(d)} bytes, expected at most "
-                f"{wire.MAX_ELEMENTS} elements and {wire.MAX_NBYTES} bytes in one payload; "
+                f"got {d} elements, which take {wire.HEADER_NBYTES + nbytes} bytes, expected at "
+                f"most {wire.MAX_ELEMENTS} elements and {wire.MAX_NBYTES} bytes in one payload; "
                 "compress the parts of a larger array one by one"
             )
-        raw = [part.view(np.uint8) for part in parts]
-        header = wire.Header(self.wire_id, 0, sum(part.size for part in raw), d)
+        header = wire.Header(self.wire_id, 0, nbytes, d)
         return Payload(np.concatenate([header.pack(), *raw]), like)
 
 
@@ -178,6 +187,11 @@ class Payload:
         """
         return cls(np.frombuffer(data, np.uint8))
 
+    @classmethod
+    def from_start(cls, data: np.ndarray) -> Payload:
+        """The payload at the start of uint8[m]; what follows it is padding."""
+        return cls(data[: wire.HEADER_NBYTES + wire.read_header(data).body_nbytes])
+
     @property
     def nbytes(self) -> int:
         """Size on the wire, header included."""
@@ -192,6 +206,11 @@ class Payload:
     def is_skip(self) -> bool:
         """Whether the sender asks all ranks to drop this step."""
         return bool(self.header.flags & wire.SKIP)
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the sender says nothing in this step."""
+        return bool(self.header.flags & wire.ABSENT)
 
     def as_skip(self) -> Payload:
         """A payload of the same kind and size that says only: drop this step."""
@@ -238,7 +257,8 @@ class Payload:
                 "got a payload that asks to drop the step, expected one with numbers; check "
                 "is_skip on the payloads of all ranks before using any of them"
             )
-        self.kind.accumulate(self._body, dense, weight)
+        if not self.is_absent:
+            self.kind.accumulate(self._body, dense, weight)
 
     def summands(self) -> np.ndarray:
         """The float32 numbers of a linear compressor's payload, as a view that may be summed into.

@@ -58,6 +58,11 @@ class Method:
                 f"write for example {type(self).__name__}(TopK(ratio=0.01))"
             )
 
+    @property
+    def sized(self) -> bool:
+        """Whether messages are equally long on all ranks and steps."""
+        return self.compressor.sized
+
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
         """Instances with the given compressor, for the contract tests."""
@@ -81,22 +86,26 @@ class Method:
         raise NotImplementedError
 
     def reduce(
-        self, server: State, messages: Sequence[Payload], workers: int
-    ) -> tuple[Array, State]:
+        self, server: State, messages: Sequence[Payload], key: Key
+    ) -> tuple[Array | Payload, State]:
         """Mean over workers of what the messages say.
 
         Args:
             server: the aggregator's state.
             messages: one for each worker in rank order, or a single one that stands for their sum.
-            workers: number of workers.
+            key: the aggregator's, equal on all ranks; `key.workers` is the number of workers.
+
+        Returns:
+            What all workers get, and the state: a float32[d], or from methods that compress in
+            both directions the payload that a server would broadcast.
         """
         xp = namespace(server.mean)
         xp.fill(server.mean, 0.0)
         for message in messages:
             message.add_to(server.mean)
-        xp.divide(server.mean, workers, out=server.mean)
+        xp.divide(server.mean, key.workers, out=server.mean)
         return server.mean, server
 
-    def pull(self, state: State, aggregate: Array) -> tuple[Array, State]:
+    def pull(self, state: State, aggregate: Array | Payload) -> tuple[Array, State]:
         """Turn the aggregate into the direction; commits the worker's state."""
         return aggregate, state

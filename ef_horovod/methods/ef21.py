@@ -104,11 +104,11 @@ class EF21(Method):
         return message, state._replace(pending=message)
 
     def reduce(
-        self, server: EF21Server, messages: Sequence[Payload], workers: int
+        self, server: EF21Server, messages: Sequence[Payload], key: Key
     ) -> tuple[Array, EF21Server]:
         for message in messages:
             message.add_to(server.total)
-        namespace(server.total).divide(server.total, workers, out=server.mean)
+        namespace(server.total).divide(server.total, key.workers, out=server.mean)
         return server.mean, server
 
     def pull(self, state: EF21State, aggregate: Array) -> tuple[Array, EF21State]:

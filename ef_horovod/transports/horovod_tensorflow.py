@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow as tf
 
 from ef_horovod.arrays import Array, dtype_name, namespace
-from ef_horovod.errors import CollectiveTimeoutError, PayloadError
+from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.alarm import Alarm
-from ef_horovod.transports.base import Transport, require_summable
+from ef_horovod.transports.base import Measure, Transport, require_summable, split
 from ef_horovod.transports.waiting import default_timeout
 
 
@@ -40,10 +40,12 @@ class HorovodTensorFlowTransport(Transport):
         self._prefix = prefix
         self.alarm = Alarm(self.timeout, self._waited, hvd.shutdown)
 
-    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
-        gathered = self._at_once(name, data)
-        self._count_allgather([data.size] * self.size)
-        return lambda: self.parts(name, gathered, data.size)
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        parts = split(name, self._at_once(name, data), data.size, self.size, measure)
+        self._count_allgather([part.size for part in parts])
+        return lambda: parts
 
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
@@ -80,15 +82,6 @@ class HorovodTensorFlowTransport(Transport):
         """What Horovod knows a collective by."""
         return f"{self._prefix}.{name}"
 
-    def parts(self, name: str, gathered: np.ndarray, own: int) -> list[np.ndarray]:
-        """Each rank's part of what was gathered from messages of equal size."""
-        if gathered.size != own * self.size:
-            raise PayloadError(
-                f"'{name}' gathered {gathered.size} bytes on rank {self.rank}, expected "
-                f"{self.size} times its own {own}; use the same config on all ranks"
-            )
-        return list(gathered.reshape(self.size, own))
-
     def _at_once(self, name: str, data: Array) -> np.ndarray:
         self.alarm.start(name)
         try:
@@ -123,10 +116,17 @@ class Courier(Transport):
         self._leaving: dict[str, np.ndarray] = {}
         self._arrived: dict[str, np.ndarray] = {}
 
-    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
         self._leave(name, data)
-        self._count_allgather([data.size] * self.size)
-        return lambda: self._transport.parts(name, self._arrived.pop(name), data.size)
+
+        def finish() -> list[np.ndarray]:
+            parts = split(name, self._arrived.pop(name), data.size, self.size, measure)
+            self._count_allgather([part.size for part in parts])
+            return parts
+
+        return finish
 
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)

@@ -11,8 +11,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from ef_horovod.arrays import Array
-from ef_horovod.errors import PayloadError
-from ef_horovod.transports.base import Transport, require_summable
+from ef_horovod.transports.base import Measure, Transport, require_summable, split
 from ef_horovod.transports.waiting import default_timeout, wait_until
 
 
@@ -34,21 +33,18 @@ class HorovodTorchTransport(Transport):
         super().__init__(rank, self._process_set.size(), timeout or default_timeout())
         self._prefix = prefix
 
-    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
         handle = hvd.allgather_async(
             torch.from_numpy(data), name=self._named(name), process_set=self._process_set
         )
 
         def finish() -> list[np.ndarray]:
             gathered = self._wait(handle, name).numpy()
-            if gathered.size != data.size * self.size:
-                # All our messages have equal sizes on all ranks; Horovod does not tell the parts.
-                raise PayloadError(
-                    f"'{name}' gathered {gathered.size} bytes on rank {self.rank}, expected "
-                    f"{self.size} times its own {data.size}; use the same config on all ranks"
-                )
-            self._count_allgather([data.size] * self.size)
-            return list(gathered.reshape(self.size, data.size))
+            parts = split(name, gathered, data.size, self.size, measure)
+            self._count_allgather([part.size for part in parts])
+            return parts
 
         return finish
 

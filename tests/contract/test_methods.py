@@ -42,7 +42,9 @@ class Workers:
             for i, (state, g) in enumerate(zip(self.states, own, strict=True))
         ]
         messages = [message for message, _ in pushed]
-        aggregate, self.server = self.method.reduce(self.server, messages, self.count)
+        aggregate, self.server = self.method.reduce(
+            self.server, messages, ef.Key(1, t, 0, 0, self.count).of_server()
+        )
         pulled = [self.method.pull(state, aggregate) for _, state in pushed]
         self.states = [state for _, state in pulled]
         return messages, pulled[0][0] * 1
@@ -327,7 +329,9 @@ def step_as_channels_do(workers, gradients, t):
         for i, (state, g) in enumerate(zip(workers.states, gradients, strict=True))
     ]
     messages = [message for message, _ in pushed]
-    aggregate, workers.server = workers.method.reduce(workers.server, messages, workers.count)
+    aggregate, workers.server = workers.method.reduce(
+        workers.server, messages, ef.Key(1, t, tensor_id("weights"), 0, workers.count).of_server()
+    )
     pulled = [workers.method.pull(state, aggregate) for _, state in pushed]
     workers.states = [state for _, state in pulled]
     return pulled[0][0].copy()
