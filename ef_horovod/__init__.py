@@ -12,6 +12,7 @@ are imported when they are first used.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ef_horovod import (
@@ -30,17 +31,23 @@ from ef_horovod.errors import (
 )
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method
+from ef_horovod.schedules import Decay
 from ef_horovod.simulation import Run, simulate
 
-if TYPE_CHECKING:  # for editors and type checkers; at run time the registry answers
+if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ answers
+    from ef_horovod import theory as theory
     from ef_horovod.compressors.cast import Cast as Cast
     from ef_horovod.compressors.identity import Identity as Identity
     from ef_horovod.compressors.onebit import OneBit as OneBit
     from ef_horovod.compressors.randomk import RandomK as RandomK
     from ef_horovod.compressors.topk import TopK as TopK
+    from ef_horovod.methods.doublesqueeze import DoubleSqueeze as DoubleSqueeze
     from ef_horovod.methods.ef21 import EF21 as EF21
+    from ef_horovod.methods.ef21_plus import EF21Plus as EF21Plus
+    from ef_horovod.methods.error_compensated_x import ErrorCompensatedX as ErrorCompensatedX
     from ef_horovod.methods.error_feedback import ErrorFeedback as ErrorFeedback
     from ef_horovod.methods.no_feedback import NoFeedback as NoFeedback
+    from ef_horovod.methods.perturbed import PerturbedCompressedSGD as PerturbedCompressedSGD
 
 __version__ = "0.1.0"
 
@@ -48,6 +55,7 @@ __all__ = [
     "CollectiveTimeoutError",
     "Compressor",
     "ConfigMismatchError",
+    "Decay",
     "EFHorovodError",
     "Key",
     "Method",
@@ -57,12 +65,15 @@ __all__ = [
     "Run",
     "UnsupportedError",
     "simulate",
+    "theory",
     *registry.COMPRESSORS,
     *registry.METHODS,
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "theory":  # which training does not need
+        return importlib.import_module("ef_horovod.theory")
     registered = registry.COMPRESSORS.get(name) or registry.METHODS.get(name)
     if registered is None:
         raise AttributeError(f"module 'ef_horovod' has no attribute {name!r}")

@@ -80,7 +80,7 @@ class Channel:
         self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step
         self.worker, self.server = None, None
         if self.exchange != "dense":
-            self.worker, self.server = method.init(self.gradient)
+            self.worker, self.server = method.init(self.gradient, transport.size)
         self._xp, self._transport = xp, transport
         self._key = Key(seed, 0, tensor_id(name), transport.rank, transport.size)
         self._lost = self.gradient  # after a step: what its compression lost

@@ -35,15 +35,15 @@ def choose(exchange: str, method: Method) -> str:
         UnsupportedError: the method's compressor cannot travel that way.
     """
     uncompressed = method == NoFeedback(Identity())
-    linear = method.compressor.linear
+    linear = method.summable
     if exchange == "auto":
         return "dense" if uncompressed else "reduce" if linear else "gather"
     if exchange not in EXCHANGES:
         raise ValueError(f"got exchange={exchange!r}, expected one of {EXCHANGES}; pick one")
     if exchange == "reduce" and not linear:
         raise UnsupportedError(
-            f"got exchange='reduce' with {method.compressor}, expected a linear compressor, for "
-            "payloads of others cannot be summed; use exchange='gather' or 'auto'"
+            f"got exchange='reduce' with {method}, expected a linear compressor in a method that "
+            "lets its messages be summed; use exchange='gather' or 'auto'"
         )
     if exchange == "dense" and not uncompressed:
         raise UnsupportedError(
@@ -97,7 +97,6 @@ def _start_reduce(transport: Transport, name: str, payload: Payload) -> Callable
 
 def _checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:
     received = Payload.from_start(data)
-    # A rank that says nothing has the kind of what it would have said.
     if received.kind is not own.kind or received.num_elements != own.num_elements:
         raise PayloadError(
             f"rank {rank} sent {received} in '{name}', expected one like {own}; "

@@ -85,7 +85,11 @@ def _memories(bucket: Filled) -> Iterator[tuple[str, str, Any]]:
     for half in ("worker", "server"):
         held = getattr(channel, half)
         for field, value in held._asdict().items() if held is not None else ():
-            if value is not None and field not in channel.method.scratch:
+            if value is None or field in channel.method.scratch:
+                continue
+            if isinstance(value, tuple):
+                yield from ((half, f"{field}.{i}", part) for i, part in enumerate(value))
+            else:
                 yield half, field, value
 
 

@@ -86,7 +86,7 @@ def simulate(
     endpoints = local_group(workers)
     kind = exchanges.choose(exchange, method)
     kind = "reduce" if kind == "dense" else kind  # the same sum, of payloads
-    inits = [method.init(flat) for _ in range(workers)]
+    inits = [method.init(flat, workers) for _ in range(workers)]
     states, server = [worker for worker, _ in inits], inits[0][1]
     run = Run(x)
     for step in range(steps):

@@ -17,6 +17,7 @@ MAGIC = 0xEF
 VERSION = 1
 SKIP = 1  # flag: the sender's gradient was not finite; all ranks drop this step
 ABSENT = 2  # flag: the sender says nothing in this step; the body is empty
+REPLACE = 4  # flag: what is said takes the place of what was said before; see EF21Plus
 MAX_ELEMENTS = 2**31 - 1  # collectives count with C ints; larger models travel in several buckets
 MAX_NBYTES = 2**31 - 1  # of a payload, for the same reason
 

@@ -212,6 +212,16 @@ class Payload:
         """Whether the sender says nothing in this step."""
         return bool(self.header.flags & wire.ABSENT)
 
+    @property
+    def is_replacement(self) -> bool:
+        """Whether this takes the place of what was tracked, and is not added to it."""
+        return bool(self.header.flags & wire.REPLACE)
+
+    def as_replacement(self) -> Payload:
+        """The same numbers, to take the place of what was tracked."""
+        header = self.header._replace(flags=self.header.flags | wire.REPLACE)
+        return Payload(np.concatenate([header.pack(), self._body]), self._like)
+
     def as_skip(self) -> Payload:
         """A payload of the same kind and size that says only: drop this step."""
         header = self.header._replace(flags=wire.SKIP)

@@ -59,6 +59,11 @@ class Method:
             )
 
     @property
+    def summable(self) -> bool:
+        """Whether messages may be summed in flight: then `reduce` gets one for all workers."""
+        return self.compressor.linear
+
+    @property
     def sized(self) -> bool:
         """Whether messages are equally long on all ranks and steps."""
         return self.compressor.sized
@@ -68,8 +73,8 @@ class Method:
         """Instances with the given compressor, for the contract tests."""
         return (cls(compressor),)
 
-    def init(self, x: Array) -> tuple[State, State]:
-        """States of a worker and of the aggregator, for vectors like x: float32[d]."""
+    def init(self, x: Array, workers: int = 1) -> tuple[State, State]:
+        """States of a worker and of the aggregator of so many, for vectors like x: float32[d]."""
         raise NotImplementedError
 
     def push(self, state: State, gradient: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, State]:
@@ -109,3 +114,8 @@ class Method:
     def pull(self, state: State, aggregate: Array | Payload) -> tuple[Array, State]:
         """Turn the aggregate into the direction; commits the worker's state."""
         return aggregate, state
+
+
+def vector_like(x: Array) -> Array:
+    """float32[d] of zeros, like x: float32[d]."""
+    return namespace(x).zeros(x.shape[0], getattr(x, "device", None))
