@@ -29,6 +29,7 @@ from ef_horovod.errors import (
     PayloadError,
     UnsupportedError,
 )
+from ef_horovod.estimators import IGT, PAGE, ROOTSGD, STORM, Estimator
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method
 from ef_horovod.schedules import Decay
@@ -37,9 +38,16 @@ from ef_horovod.simulation import Run, simulate
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ answers
     from ef_horovod import theory as theory
     from ef_horovod.compressors.cast import Cast as Cast
+    from ef_horovod.compressors.clip import Clip as Clip
+    from ef_horovod.compressors.dithering import NaturalDithering as NaturalDithering
     from ef_horovod.compressors.identity import Identity as Identity
+    from ef_horovod.compressors.natural import Natural as Natural
     from ef_horovod.compressors.onebit import OneBit as OneBit
+    from ef_horovod.compressors.onebit import OneBitBlocks as OneBitBlocks
+    from ef_horovod.compressors.qsgd import QSGD as QSGD
+    from ef_horovod.compressors.randomblock import RandomBlock as RandomBlock
     from ef_horovod.compressors.randomk import RandomK as RandomK
+    from ef_horovod.compressors.terngrad import TernGrad as TernGrad
     from ef_horovod.compressors.topk import TopK as TopK
     from ef_horovod.methods.doublesqueeze import DoubleSqueeze as DoubleSqueeze
     from ef_horovod.methods.ef21 import EF21 as EF21
@@ -52,11 +60,16 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ answ
 __version__ = "0.1.0"
 
 __all__ = [
+    "IGT",
+    "PAGE",
+    "ROOTSGD",
+    "STORM",
     "CollectiveTimeoutError",
     "Compressor",
     "ConfigMismatchError",
     "Decay",
     "EFHorovodError",
+    "Estimator",
     "Key",
     "Method",
     "NonFiniteError",

@@ -69,7 +69,7 @@ def plan_buckets(
     small = [(name, p) for name, p in named if dense(name, p)]
     large = [(name, p) for name, p in named if not dense(name, p)]
     return [
-        BucketPlan(f"dense.{i}", slots, None)
+        BucketPlan(f"dense.{i}", slots, method.uncompressed())
         for i, slots in enumerate(_pack(small, _NO_LIMIT, device_of))
     ] + [
         BucketPlan(f"bucket.{i}", slots, method)

@@ -104,7 +104,7 @@ class Channel:
                     self.worker, self.gradient, self._key
                 )
             except NonFiniteError:
-                self._message = self.method.compressor.skip(self.gradient)
+                self._message = self.method.skip(self.gradient, self._key)
                 self._pushed = None
         with self._counted():
             self._finish = exchanges.start(

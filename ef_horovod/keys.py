@@ -37,7 +37,11 @@ class Key(NamedTuple):
 
     def of_server(self) -> Key:
         """The aggregator's key: the same on every rank that plays its part, unlike any worker's."""
-        return self._replace(tensor=self.tensor + (1 << 32), rank=-1)
+        return self.apart(1)._replace(rank=-1)
+
+    def apart(self, purpose: int) -> Key:
+        """A key whose draws are independent of this one's: compressors draw from purpose 0."""
+        return self._replace(tensor=self.tensor + (purpose << 32))  # tensor ids have 32 bits
 
 
 def tensor_id(name: str) -> int:

@@ -77,6 +77,14 @@ class Method:
         """States of a worker and of the aggregator of so many, for vectors like x: float32[d]."""
         raise NotImplementedError
 
+    def uncompressed(self) -> Method | None:
+        """What treats parameters that stay uncompressed alike; None if plain averages do."""
+        return None
+
+    def skip(self, gradient: Array, key: Key) -> Payload:
+        """A message as long as this step's others that says only: drop the step on all ranks."""
+        return self.compressor.skip(gradient)
+
     def push(self, state: State, gradient: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, State]:
         """Compress what this worker has to say.
 

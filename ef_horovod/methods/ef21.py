@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -43,12 +44,12 @@ class EF21(Method):
     h_i starts at zero, so the first message is C(g_i), as in the paper. The state is in gradient
     units and free of the learning rate. Options make the variants:
 
-    - full gradients: EF21; of a batch: EF21-SGD.
+    - full gradients: EF21; of a batch: EF21-SGD; the estimates of `PAGE`: EF21-PAGE.
     - `momentum` = eta in (0, 1]: the worker compresses the difference to
       v_i = (1 - eta) v_i + eta g_i (EF21-SGDM), which takes the noise of small batches out of what
       is tracked; v_i starts at the first gradient. eta = 1 is EF21-SGD.
     - `participation` = p in (0, 1]: in each step max(1, floor(p n)) workers, drawn alike on all
-      ranks, send; the others keep h_i and send a header (EF21-PP).
+      ranks, send; the others keep h_i, and v_i too, and send a header (EF21-PP).
     - `down` = C_down: the aggregator announces b = C_down(H - G), G += b, and the direction is G
       (EF21-BC).
     - `weights` = smoothness constants L_i, one for each worker: w_i = L_i / sum_j L_j, and
@@ -100,11 +101,14 @@ class EF21(Method):
             if compressor is not None:
                 require_contraction("EF21", compressor)
         require_share("EF21", self.participation)
-        if self.weights is not None and not all(w > 0 for w in self.weights):
-            raise ValueError(
-                f"EF21 got weights={self.weights}, expected positive numbers; give each worker's "
-                "smoothness constant L_i"
-            )
+        if self.weights is not None:
+            if not all(0 < weight < math.inf for weight in self.weights):
+                raise ValueError(
+                    f"EF21 got weights={self.weights}, expected positive numbers; give each "
+                    "worker's smoothness constant L_i"
+                )
+            # Plain numbers, for the config is compared among ranks by what it prints.
+            object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
 
     @property
     def summable(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
@@ -50,9 +50,9 @@ class ErrorCompensatedX(Method):
         e_t = (1 - beta) e_{t-1} + beta Delta_t;  w = A + e_t;  send C(w);  delta_t = w - C(w)
 
     at each worker, and at the aggregator with its own errors. What a worker pushes is A_i: the
-    gradient for momentum, and what `ef_horovod.estimators` makes of gradients for STORM, ROOT-SGD
-    and IGT. With beta = 1 the errors telescope: the sum of all v differs from its uncompressed
-    value by alpha_t times one error. alpha = 1 is DoubleSqueeze.
+    gradient for momentum, and what the estimators `STORM`, `ROOTSGD` and `IGT` make of gradients
+    for the methods of these names. With beta = 1 the errors telescope: the sum of all v differs
+    from its uncompressed value by alpha_t times one error. alpha = 1 is then DoubleSqueeze.
 
     2 - alpha exceeds 1, so a weak compressor makes plain beta = 1 diverge; the low-pass filter
     beta < 1 keeps it stable, and 0.3 did so in all our measurements.
@@ -84,7 +84,7 @@ class ErrorCompensatedX(Method):
     down: Compressor = Identity()  # noqa: RUF009 - frozen
     alpha: Schedule = 0.1
     beta: float = 0.3
-    scratch: ClassVar[frozenset[str]] = frozenset({"mean", "answer", "next_filtered"})
+    scratch: ClassVar[frozenset[str]] = frozenset({"mean", "answer", "next_filtered", "alpha"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,13 +102,16 @@ class ErrorCompensatedX(Method):
             return ()
 
     def init(self, x: Array, workers: int = 1) -> tuple[ECXState, ECXServer]:
-        filters: dict[str, Any] = {}
-        if self.beta < 1:
-            filters = {"filtered": vector_like(x), "next_filtered": vector_like(x)}
-        state = ECXState(vector_like(x), vector_like(x), vector_like(x), vector_like(x), **filters)
-        if self.beta < 1:
-            filters = {"filtered": vector_like(x), "next_filtered": vector_like(x)}
-        return state, ECXServer(vector_like(x), vector_like(x), vector_like(x), **filters)
+        def filters() -> dict[str, Array]:
+            names = ("filtered", "next_filtered") if self.beta < 1 else ()
+            return {name: vector_like(x) for name in names}
+
+        last, before, direction, answer = (vector_like(x) for _ in range(4))
+        state = ECXState(last, before, direction, answer, **filters())
+        return state, ECXServer(*(vector_like(x) for _ in range(3)), **filters())
+
+    def uncompressed(self) -> ErrorCompensatedX:
+        return ErrorCompensatedX(Identity(), alpha=self.alpha, beta=1.0)
 
     def push(
         self, state: ECXState, gradient: Array, key: Key = DEFAULT_KEY
@@ -150,7 +153,8 @@ class ErrorCompensatedX(Method):
         weight_last, weight_before = one * (2 - now), -two * (1 - now)
         if state.filtered is None:
             xp.add(a, state.last, weight_last)
-            xp.add(a, state.before, weight_before)
+            if weight_before:  # alpha = 1 is DoubleSqueeze to the last bit, signs of zeros too
+                xp.add(a, state.before, weight_before)
             return
         xp.average(state.filtered, state.last, self.beta, out=state.next_filtered)
         xp.add(state.next_filtered, state.last, self.beta * (weight_last - 1))

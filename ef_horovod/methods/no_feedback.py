@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
@@ -40,6 +40,7 @@ class NoFeedback(Method):
     """
 
     down: Compressor | None = None
+    scratch: ClassVar[frozenset[str]] = frozenset({"mean", "direction"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

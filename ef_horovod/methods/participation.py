@@ -20,8 +20,9 @@ def participates(share: float | None, key: Key) -> bool:
         return True
     from ef_horovod.arrays import kernels
 
-    chosen = np.empty(max(1, int(share * key.workers)), np.int64)
-    seed = np.uint64(key._replace(tensor=0).draw(shared=True))
+    count = int(share * key.workers + 1e-9)  # 0.29 * 100 is 28.999...
+    chosen = np.empty(max(1, count), np.int64)
+    seed = np.uint64(key._replace(tensor=0).apart(2).draw(shared=True))
     kernels.random_indices(seed, key.workers, chosen)
     return key.rank in chosen
 

@@ -67,11 +67,6 @@ class PerturbedCompressedSGD(Method):
                 "steps, at least 1; leave it out for no reset"
             )
 
-    @property
-    def sized(self) -> bool:
-        """A flushed step's message is longer, on all ranks alike."""
-        return self.compressor.sized
-
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
         try:
@@ -81,6 +76,9 @@ class PerturbedCompressedSGD(Method):
             )
         except ValueError:
             return ()
+
+    def uncompressed(self) -> Method | None:
+        return PerturbedCompressedSGD(Identity(), self.noise) if self.noise else None
 
     def init(self, x: Array, workers: int = 1) -> tuple[ErrorFeedbackState, MeanState]:
         return ErrorFeedbackState(vector_like(x)), MeanState(vector_like(x))
@@ -93,16 +91,22 @@ class PerturbedCompressedSGD(Method):
         if self.noise:
             noise = normal(gradient.shape[0], key)
             xp.add(gradient, xp.from_host(noise, getattr(gradient, "device", None)), self.noise)
-        due = self.reset_every is not None and (key.step + 1) % self.reset_every == 0
-        compressor = Identity() if due and self.reset == "flush" else self.compressor
-        message, residual = compressor.squeeze(gradient, key)
-        if due and self.reset == "drop":
-            xp.fill(residual, 0.0)
-        return message, ErrorFeedbackState(error=residual)
+        message, residual = self._compressor_at(key.step).squeeze(gradient, key)
+        forget = self.reset == "drop" and self._resets_at(key.step)
+        return message, ErrorFeedbackState(error=vector_like(gradient) if forget else residual)
+
+    def skip(self, gradient: Array, key: Key) -> Payload:
+        return self._compressor_at(key.step).skip(gradient)
+
+    def _compressor_at(self, step: int) -> Compressor:
+        return Identity() if self.reset == "flush" and self._resets_at(step) else self.compressor
+
+    def _resets_at(self, step: int) -> bool:
+        return self.reset_every is not None and (step + 1) % self.reset_every == 0
 
 
 def normal(length: int, key: Key) -> np.ndarray:
     """float32[length] of standard normal numbers that follow from the key and its rank."""
     # A generator of its own from the counter: nothing is kept, no global generator is touched.
-    generator = np.random.Generator(np.random.Philox(key=key.draw(shared=False)))
+    generator = np.random.Generator(np.random.Philox(key=key.apart(3).draw(shared=False)))
     return generator.standard_normal(length, np.float32)

@@ -37,10 +37,11 @@ class LocalTransport(Transport):
         self, name: str, data: np.ndarray, measure: Measure | None = None
     ) -> Callable[[], list[np.ndarray]]:
         collect = self._deposit(f"allgather.{name}", np.array(data, np.uint8))
+        self.bytes_sent += data.size * (self.size - 1)
 
         def finish() -> list[np.ndarray]:
             parts = collect()
-            self._count_allgather([part.size for part in parts])
+            self.bytes_received += sum(part.size for part in parts) - data.size
             return parts
 
         return finish

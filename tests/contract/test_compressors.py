@@ -35,6 +35,13 @@ def test_registry_lists_all_compressors():
         "TopK",
         "RandomK",
         "OneBit",
+        "OneBitBlocks",
+        "Clip",
+        "QSGD",
+        "TernGrad",
+        "Natural",
+        "NaturalDithering",
+        "RandomBlock",
     }
     assert all(cls.examples() for cls in registry.COMPRESSORS.values())
 

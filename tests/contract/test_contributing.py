@@ -33,10 +33,10 @@ def blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 def test_compressor_keeps_the_contract(blocks: list[str]) -> None:
     module = importlib.import_module("contributed0")
-    assert registry.COMPRESSORS["RandomBlock"] is module.RandomBlock
-    for example in module.RandomBlock.examples():
+    assert registry.COMPRESSORS["Window"] is module.Window
+    for example in module.Window.examples():
         check_compressor(example, frameworks=("numpy", "torch"))
-    exec(blocks[1], {"RandomBlock": module.RandomBlock})
+    exec(blocks[1], {"Window": module.Window})
 
 
 def test_method_converges(blocks: list[str]) -> None:

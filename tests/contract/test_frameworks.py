@@ -15,7 +15,7 @@ import tensorflow as tf
 import torch
 
 import ef_horovod as ef
-from ef_horovod import registry
+from ef_horovod import registry, wire
 from ef_horovod.buckets import BucketPlan, one_slot
 from ef_horovod.channel import Channel, finish_step
 from ef_horovod.memories import save_memories
@@ -49,9 +49,9 @@ class Recorder(EchoTransport):
         super().__init__(2)
         self.sent = []
 
-    def allgather(self, name, data):
+    def allgather(self, name, data, measure=None):
         self.sent.append(data.tobytes())
-        return super().allgather(name, data)
+        return super().allgather(name, data, measure)
 
     def allreduce(self, name, values):
         self.sent.append(np.asarray(values).tobytes())
@@ -120,6 +120,11 @@ def by_ops(method, wrap):
     return facts(sent, directions, bucket)
 
 
+def says_nothing(data):
+    """Whether it is a message of a worker that does not take part in a step."""
+    return len(data) == wire.HEADER_NBYTES and data[3] == wire.ABSENT
+
+
 def eager(function):
     return function
 
@@ -127,7 +132,9 @@ def eager(function):
 @each_method
 def test_all_frameworks_send_the_same_bytes_and_end_with_the_same_memories(method):
     reference = by_channel(method, np.zeros(D, np.float32))
-    assert len(set(reference["sent"])) == STEPS, "some steps send the same"
+    said = [data for data in reference["sent"] if not says_nothing(data)]
+    assert len(set(said)) == len(said) > STEPS // 4, "some steps send the same"
+    assert len(said) == STEPS or method.participation is not None
     for name, others in {
         "torch": by_channel(method, torch.zeros(D)),
         "eager TensorFlow": by_ops(method, eager),

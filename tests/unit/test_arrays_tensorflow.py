@@ -19,7 +19,7 @@ import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.tensorflow as device
 from ef_horovod import registry
-from ef_horovod.arrays import namespace
+from ef_horovod.arrays import namespace, tensorflow_quantize
 from ef_horovod.channel import Channel, finish_step
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.transports.local import local_group
@@ -62,7 +62,8 @@ def test_every_native_op_is_tested():
 @pytest.mark.parametrize("work", [1 << 22, 1 << 10], ids=["whole", "chunks"])
 def test_native_op_equals_host_kernel(name, call, kind, length, work, monkeypatch):
     """A native op returns and writes the same bits as the host kernel."""
-    monkeypatch.setattr(device, "_WORK", work)
+    for module in (device, tensorflow_quantize):
+        monkeypatch.setattr(module, "_WORK", work)
     x = (np.random.default_rng(3).normal(size=length) * 100).astype(np.float32)
     x[::5] = 0.0
     own = variable(x)
@@ -245,6 +246,7 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
 import ef_horovod.arrays.tensorflow as device
+from ef_horovod.arrays import tensorflow_quantize
 from test_arrays import CALLS, fit
 
 def watch(owner, name):
@@ -256,8 +258,8 @@ def watch(owner, name):
 
 x = device.zeros(100, "/CPU:1")
 one = x.device
-for owner in (device, tf, type(x)):
-    for function in ("to_host", "_put", "reduce_sum", "reduce_max", "assign", "assign_add"):
+for owner in (device, tensorflow_quantize, tf, type(x)):
+    for function in ("to_host", "put", "_put", "reduce_sum", "reduce_max", "assign", "assign_add"):
         if hasattr(owner, function):
             watch(owner, function)
 for name, calls in CALLS.items():

@@ -1,0 +1,73 @@
+"""The entries above a fixed threshold, however many they are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors import sparse
+from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.keys import Key
+from ef_horovod.registry import register_compressor
+
+
+@register_compressor(wire_id=13)
+@dataclass(frozen=True)
+class HardThreshold(Compressor):
+    """Keep x_i where |x_i| >= threshold, exactly; nothing at all where there is none.
+
+    With error feedback every entry of the error memory stays below the threshold, whatever the
+    gradients are: an absolute bound, ||x - C(x)||^2 < d threshold^2, in place of a contraction.
+    For a given volume over the whole training it makes the total error smallest, where top-k does
+    so in each step. The same threshold serves all layers: bucketing does not change the operator.
+    `ef_horovod.theory.threshold_from_budget` and `calibrate` find one for a budget.
+
+    Args:
+        threshold: in units of what is compressed, the gradient in `ErrorFeedback`.
+
+    Raises:
+        ValueError: the threshold is not a positive, finite number.
+
+    Wire format:
+        That of `TopK`; k follows from the data, so messages are padded to a size class on the way
+        (docs/wire-format.md).
+
+    Example:
+        >>> import ef_horovod as ef, numpy
+        >>> ef.HardThreshold(2.0).compress(numpy.array([3.0, -1.0, 2.0, -4.0])).decompress()
+        array([ 3.,  0.,  2., -4.])
+
+    References:
+        Sahu, Dutta, Abdelmoniem, Banerjee, Canini, Kalnis: Rethinking gradient sparsification as
+        total error minimization (NeurIPS 2021).
+    """
+
+    threshold: float
+    sized: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not (self.threshold > 0 and math.isfinite(self.threshold)):
+            raise ValueError(
+                f"HardThreshold got threshold={self.threshold}, expected a positive number in the "
+                "units of a gradient; theory.calibrate finds one for a number of entries a step"
+            )
+
+    @classmethod
+    def examples(cls) -> tuple[HardThreshold, ...]:
+        return cls(1.0), cls(0.05)
+
+    def body_nbytes(self, d: int) -> int:
+        return sparse.body_nbytes(0, d)
+
+    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+        indices, values = namespace(x).at_least(x, self.threshold)
+        require_finite(values, self)  # NaN and infinity are never below
+        return sparse.encode(x, indices, values, residual=residual)
+
+    @classmethod
+    def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
+        sparse.accumulate(body, dense, weight, cls.__name__)
