@@ -189,7 +189,7 @@ def break_even_ranks(compressor: Compressor, d: int) -> float:
         >>> round(ef.theory.break_even_ranks(ef.OneBit(), 10**7), 2)
         64.0
         >>> round(ef.theory.break_even_ranks(ef.TopK(ratio=0.01), 10**7))
-        158
+        159
     """
     if d < 1:
         raise ValueError(f"got d={d}, expected at least one element")
@@ -218,7 +218,7 @@ def break_even_density(
     Example:
         >>> import ef_horovod as ef
         >>> ef.theory.break_even_density(10**6, n=16)
-        0.107634
+        0.109151
     """
     if d < 1 or n < 2:
         raise ValueError(
