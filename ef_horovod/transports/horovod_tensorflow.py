@@ -22,7 +22,6 @@ from ef_horovod.transports.alarm import Alarm
 from ef_horovod.transports.base import Transport, require_summable
 from ef_horovod.transports.waiting import default_timeout
 
-
 _shutting_down = threading.Lock()  # never released
 
 

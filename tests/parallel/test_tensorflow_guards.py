@@ -66,7 +66,7 @@ def test_ranks_that_disagree_are_told_on_every_rank(
         ("passes twice", "leave one out"),
         ("none", "pass model.trainable_variables"),
         ("twice", "list tied parameters once"),
-        ("complex", "keep its real view"),
+        ("complex", "real and imaginary parts as real numbers"),
         ("reducer's", "give them to ef.Reducer()"),
         ("ours twice", "wrap it once"),
         ("ours twice, tf_keras", "wrap it once"),
