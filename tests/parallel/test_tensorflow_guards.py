@@ -113,16 +113,16 @@ def test_what_was_refused_leaves_nothing_behind(results: Results) -> None:
 def test_a_rank_that_does_not_come_ends_the_job(
     where: str, collective: str, tmp_path: Path
 ) -> None:
-    """It sleeps for 100 s; rank 0 waits for 3 s, says so and ends, and mpirun ends the other."""
+    """It sleeps for 100 s; rank 0 waits for 8 s, says so and ends, and mpirun ends the other."""
     with pytest.raises(JobFailed) as failure:
         horovodrun(
             2, "tf_missing_rank.py", tmp_path, where, timeout=95,
-            environment={"EF_HOROVOD_TIMEOUT": "3"},
+            environment={"EF_HOROVOD_TIMEOUT": "8"},  # other waits are shorter, also under load
         )  # fmt: skip
     output = re.sub(r"\[1,\d\]<std(out|err)>: ?", "", str(failure.value))
     assert "did not end within" not in output
-    said = f"ef_horovod: rank 0 of 2 waited 3 s in '{collective}"
+    said = f"ef_horovod: rank 0 of 2 waited 8 s in '{collective}"
     assert said in output
     assert "see why it did not get there" in output
     seconds = [float(s) for s in re.findall(r"step \d took ([\d.]+) s", output)]
-    assert 3 <= max(seconds[-2:]) < 15
+    assert 8 <= max(seconds[-2:]) < 25
