@@ -117,6 +117,9 @@ class Channel:
         with self._timed("seconds_wait"), self._counted():
             self._received = self._finish()
         self._finish = None
+        self._stats.dense_bytes_out += ring_share(
+            4 * self._stats.num_elements, self._transport.size
+        )
         if self.exchange == "dense":
             return math.isfinite(self._xp.abs_max(self._received))
         return not any(message.is_skip for message in self._received)
@@ -137,9 +140,6 @@ class Channel:
                 self._spare(before)
         self._received = self._pushed = None
         self._stats.steps += 1
-        self._stats.dense_bytes_out += ring_share(
-            4 * self._stats.num_elements, self._transport.size
-        )
         return direction
 
     def drop(self) -> None:

@@ -47,7 +47,7 @@ def require_distinct(named: list[tuple[str, Parameter]]) -> list[tuple[str, Para
         if "complex" in str(parameter.dtype):
             raise UnsupportedError(
                 f"parameter '{name}' is complex, expected a real one, for float32 is what is sent; "
-                "keep its real view (torch.view_as_real) and join the parts in the model"
+                "keep real and imaginary parts as real numbers (torch.view_as_real) in it"
             )
     return named
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 DATA_HELP = """\
 a folder with cifar10_train.npz and cifar10_test.npz (default: the 1797 images of handwritten
@@ -20,8 +19,8 @@ one after the other; `offset` int64[n + 1], where each starts; `label` uint8[n]"
 class Images(NamedTuple):
     """Images with their classes."""
 
-    x: torch.Tensor  # float32[n, channels, height, width], about zero mean and unit variance
-    y: torch.Tensor  # int64[n]
+    x: np.ndarray  # float32[n, channels, height, width], about zero mean and unit variance
+    y: np.ndarray  # int64[n]
 
 
 def load(data: Path | None, limit: int | None, rank: int, size: int) -> tuple[Images, Images]:
@@ -71,4 +70,4 @@ def _archive(file: Path, limit: int | None, rank: int, size: int) -> Images:
 
 def _images(x: np.ndarray, y: np.ndarray) -> Images:
     # One mean and deviation for all, the same on all ranks: those of the digits, near CIFAR's.
-    return Images(torch.tensor((x - 0.35) / 0.35, dtype=torch.float32), torch.tensor(y).long())
+    return Images(((x - 0.35) / 0.35).astype(np.float32), y.astype(np.int64))

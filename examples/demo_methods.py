@@ -1,15 +1,13 @@
-"""The rows of the demo's table: how each wraps the optimizer and counts what it sends."""
+"""The rows of the demo's table, and how what they send is counted."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import horovod.torch as hvd
-import torch
-from torch import nn
-
-import ef_horovod.torch as ef
+import ef_horovod as ef
+from ef_horovod.policy import small_or_vector
 from ef_horovod.transports.base import ring_share
 
 
@@ -21,16 +19,16 @@ class Sent(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A way to train."""
+    """A way to train: by a method, or by one of stock Horovod's compressions."""
 
     label: str
-    method: ef.Method | None  # None: stock Horovod
-    stock: Any = None  # one of hvd.Compression's
+    method: ef.Method | None
+    stock: str = ""  # its name in hvd.Compression
 
 
 ROWS = {
-    "dense": Row("Horovod, dense", None, hvd.Compression.none),
-    "fp16": Row("Horovod, fp16", None, hvd.Compression.fp16),
+    "dense": Row("Horovod, dense", None, "none"),
+    "fp16": Row("Horovod, fp16", None, "fp16"),
     "onebit": Row("ErrorFeedback(OneBit())", ef.ErrorFeedback(ef.OneBit())),
     "topk": Row("EF21(TopK(0.01))", ef.EF21(ef.TopK(ratio=0.01))),
     "topk-momentum": Row(
@@ -41,23 +39,8 @@ ROWS = {
 DEFAULT_ROWS = ("dense", "fp16", "onebit", "topk", "topk-ef")
 
 
-def distribute(
-    row: Row, optimizer: torch.optim.Optimizer, model: nn.Module
-) -> tuple[Any, Callable[[], Sent]]:
-    """The wrapped optimizer, and a function that says what it has sent."""
-    if row.method is None:
-        counting = CountingCompression(row.stock)
-        stock = hvd.DistributedOptimizer(
-            optimizer, named_parameters=model.named_parameters(), compression=counting
-        )
-        return stock, lambda: counting.sent
-    wrapped = ef.DistributedOptimizer(
-        optimizer, named_parameters=model.named_parameters(), compression=row.method
-    )
-    return wrapped, lambda: _sent(wrapped.stats())
-
-
-def _sent(stats: list[Any]) -> Sent:
+def sent_by(stats: list[Any]) -> Sent:
+    """What an optimizer of ef_horovod has sent, from its `stats()`."""
     *buckets, total = stats
     compressed = sum(bucket.bytes_out for bucket in buckets if bucket.exchange != "dense")
     return Sent(total.bytes_out, compressed)
@@ -67,18 +50,23 @@ class CountingCompression:
     """One of Horovod's own compressions, counting what it hands to the allreduce.
 
     Counted is a ring's share, 2 (n - 1) / n of the tensor, as ef_horovod counts its own.
+
+    Args:
+        inner: of hvd.Compression.
+        ranks: n.
+        itemsize: bytes of an element of a tensor.
     """
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Any, ranks: int, itemsize: Callable[[Any], int]) -> None:
+        self._inner, self._ranks, self._itemsize = inner, ranks, itemsize
         self.sent = Sent(0, 0)
 
-    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def compress(self, tensor: Any) -> tuple[Any, Any]:
         small, context = self._inner.compress(tensor)
-        nbytes = ring_share(small.numel() * small.element_size(), hvd.size())
-        large = 0 if ef.small_or_vector("", tensor) else nbytes
+        nbytes = ring_share(math.prod(small.shape) * self._itemsize(small), self._ranks)
+        large = 0 if small_or_vector("", tensor) else nbytes
         self.sent = Sent(self.sent.everything + nbytes, self.sent.compressed + large)
         return small, context
 
-    def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
+    def decompress(self, tensor: Any, context: Any) -> Any:
         return self._inner.decompress(tensor, context)

@@ -119,9 +119,9 @@ class Accumulation(tf.Module):
         dense = [tf.convert_to_tensor(gradients[i]) for i in here]
         if not self.sums:
             with tf.init_scope():
-                self.sums = [
-                    tf.Variable(tf.zeros(g.shape, g.dtype), trainable=False) for g in dense
-                ]
+                for gradient in dense:  # appended, not assigned: so a checkpoint finds them late
+                    sum_ = tf.Variable(tf.zeros(gradient.shape, gradient.dtype), trainable=False)
+                    self.sums.append(sum_)
         factor = 1 / self.passes if self._mean else 1.0
 
         def last() -> tf.Tensor:

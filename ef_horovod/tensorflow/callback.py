@@ -110,9 +110,10 @@ class TrainingCallback(keras.callbacks.Callback):
         sent = total.bytes_out - before.bytes_out
         dense = total.dense_bytes_out - before.dense_bytes_out
         skipped = total.skipped - before.skipped
+        sends = steps + skipped  # what is skipped was sent all the same
         self._before = total
         return {
-            "ef_bytes": sent / steps if steps else 0.0,
+            "ef_bytes": sent / sends if sends else 0.0,
             "ef_ratio": sent / dense if dense else 0.0,
             "ef_error": total.relative_error,
             "ef_skipped": float(skipped),

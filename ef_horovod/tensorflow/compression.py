@@ -100,6 +100,7 @@ class Compression(tf.Module):
         self._config_checked = False
         self._facts = (f"exchange={exchange!r}, seed={seed}", *describe(self._buckets))
 
+    @tf.autograph.experimental.do_not_convert
     def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, _UnderWay]:
         """Called by Horovod for each gradient; the ops that send it."""
         refuse_xla()
@@ -113,6 +114,7 @@ class Compression(tf.Module):
         # Horovod wants one tensor to allreduce: a 1, which comes back as 1 for Average, n for Sum.
         return tf.ones([1]), _UnderWay(place, step, arrived, tensor.dtype)
 
+    @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: _UnderWay) -> tf.Tensor:
         """Called by Horovod after `compress`; the ops that finish the exchange."""
         factor = tf.round(tensor)[0]

@@ -14,10 +14,9 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.policy import require_method
 from ef_horovod.tensorflow.averaging import Averaging
 from ef_horovod.tensorflow.checkpoint import MemoriesInKeras
-from ef_horovod.tensorflow.reducer import Reducer
+from ef_horovod.tensorflow.reducer import Reducer, require_options
 
 
 def DistributedOptimizer(
@@ -67,7 +66,7 @@ def DistributedOptimizer(
         raise ValueError(
             f"got backward_passes_per_step={backward_passes_per_step}, expected at least 1"
         )
-    require_method(compression)
+    require_options(compression, **options)
     wrapped = _rebuild(optimizer, family)
     own = _take_accumulation(wrapped)
     if own > 1 and backward_passes_per_step > 1:
@@ -95,7 +94,11 @@ class _Distributed:
 
     def build(self, variables: Any) -> None:
         """As in Keras; makes the error memories too."""
+        # Keras' accumulators are never used here, but belong into files: the plain optimizer that a
+        # file is loaded into has some, and would refuse all variables if their number differed.
+        _put_accumulation(self, self._ef_own_accumulation)
         super().build(variables)  # type: ignore[misc]
+        _put_accumulation(self, 1)
         self._ef_build(variables)
 
     def get_config(self) -> dict[str, Any]:
@@ -178,7 +181,7 @@ class _TFKeras(_Distributed):
 
 
 def _family_of(optimizer: Any) -> type[_Distributed]:
-    if isinstance(optimizer, _Distributed) or hasattr(optimizer, "_hvd_wrapped"):
+    if isinstance(optimizer, _Distributed) or hasattr(optimizer, "_allreduce_grads"):
         raise UnsupportedError(
             "got an optimizer that is wrapped already, expected a plain Keras optimizer; "
             "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer"
@@ -219,9 +222,14 @@ def _take_accumulation(wrapped: Any) -> int:
     """Keras' number of accumulated steps, taken over from it so that it does not count too."""
     holder = getattr(wrapped, "inner_optimizer", wrapped)
     steps = getattr(holder, "gradient_accumulation_steps", None) or 1
-    if steps > 1:
-        holder.gradient_accumulation_steps = None
+    _put_accumulation(wrapped, 1)
     return int(steps)
+
+
+def _put_accumulation(wrapped: Any, steps: int) -> None:
+    holder = getattr(wrapped, "inner_optimizer", wrapped)
+    if hasattr(holder, "gradient_accumulation_steps"):  # tf_keras has none
+        holder.gradient_accumulation_steps = steps if steps > 1 else None
 
 
 def _is_loss_scaler(optimizer: Any) -> bool:

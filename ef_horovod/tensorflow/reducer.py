@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
+from ef_horovod import exchange as exchanges
 from ef_horovod.channel import ChannelStats
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
@@ -76,14 +78,9 @@ class Reducer(tf.Module):
         timeout: float | None = None,
     ) -> None:
         super().__init__(name="ef_reducer")
-        refuse_elastic()
-        if op not in (hvd.Average, hvd.Sum):
-            raise UnsupportedError(
-                f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense "
-                "vectors; use hvd.DistributedGradientTape without compression for it"
-            )
+        require_options(compression, op=op, exchange=exchange)
         options = Options(
-            method=require_method(compression),
+            method=compression,
             average=op == hvd.Average,
             dense=dense,
             exchange=exchange,
@@ -128,6 +125,7 @@ class Reducer(tf.Module):
         """
         return self.reduce_scaled(gradients, 1.0)[0]
 
+    @tf.autograph.experimental.do_not_convert  # of no use here, and costs time at every step
     def reduce_scaled(
         self, gradients: Sequence[Gradient], loss_scale: Any
     ) -> tuple[list[Gradient], tf.Tensor]:
@@ -163,3 +161,28 @@ class Reducer(tf.Module):
         """Take over what `compression_state_dict` returned on this rank."""
         if self._engine is not None:
             self._engine.load_state_dict(state)
+
+
+def require_options(
+    compression: Any, *, op: Any = hvd.Average, exchange: str = "auto", **others: Any
+) -> None:
+    """Raise for what `ef.Reducer` refuses, before there are variables to make one for.
+
+    Raises:
+        UnsupportedError: a combination that cannot work, with the way out.
+        TypeError: there is no such option.
+        ValueError: no such exchange.
+    """
+    refuse_elastic()
+    known = list(inspect.signature(Reducer.__init__).parameters)[3:]
+    for name in others:
+        if name not in known:
+            raise TypeError(
+                f"got an option {name!r}, expected one of ef.Reducer's: {', '.join(known)}"
+            )
+    if op not in (hvd.Average, hvd.Sum):
+        raise UnsupportedError(
+            f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense vectors; "
+            "use hvd.DistributedGradientTape without compression for it"
+        )
+    exchanges.choose(exchange, require_method(compression))

@@ -85,7 +85,7 @@ def require_equal(digests: Sequence[np.ndarray]) -> None:
     other = next((r for r, d in enumerate(digests) if not np.array_equal(d, digests[0])), None)
     if other is not None:
         raise OutOfSyncError(
-            f"the parameters of rank 0 and rank {other} differ after the first step, expected the "
+            f"the parameters of rank 0 and rank {other} differ, expected the "
             "same bits on all ranks; check that the optimizer or the tape is wrapped "
             "(ef.DistributedOptimizer, ef.DistributedGradientTape) and that the first values were "
             "broadcast (ef.TrainingCallback or ef.broadcast_variables)"

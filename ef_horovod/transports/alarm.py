@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -62,7 +63,14 @@ class Alarm:
                     self._changed.wait(max(next_one - now, 0.01))
         print(f"ef_horovod: {self.rung}", file=sys.stderr, flush=True)
         ending = threading.Thread(target=self._expire, daemon=True)
+        # The late op fails before `expire` returns. Then the main thread may exit, where Horovod
+        # shuts down once more, and two shutdowns at the same time hang.
+        atexit.register(_await_or_exit, ending)
         ending.start()
-        ending.join(_GRACE_SECONDS)
-        if ending.is_alive():
-            os._exit(1)
+        _await_or_exit(ending)
+
+
+def _await_or_exit(ending: threading.Thread) -> None:
+    ending.join(_GRACE_SECONDS)
+    if ending.is_alive():
+        os._exit(1)

@@ -8,6 +8,7 @@ is the op, and the Courier gives what has arrived to the function that the chann
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,14 @@ from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.alarm import Alarm
 from ef_horovod.transports.base import Measure, Transport, require_summable, split
 from ef_horovod.transports.waiting import default_timeout
+
+_shutting_down = threading.Lock()  # never released
+
+
+def _shut_down_once() -> None:
+    """End Horovod, whichever transport's alarm is first; two threads cannot."""
+    if _shutting_down.acquire(blocking=False):
+        hvd.shutdown()
 
 
 class HorovodTensorFlowTransport(Transport):
@@ -38,7 +47,7 @@ class HorovodTensorFlowTransport(Transport):
         rank = self._process_set.rank() if self._process_set.included() else -1
         super().__init__(rank, self._process_set.size(), timeout or default_timeout())
         self._prefix = prefix
-        self.alarm = Alarm(self.timeout, self._waited, hvd.shutdown)
+        self.alarm = Alarm(self.timeout, self._waited, _shut_down_once)
 
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None

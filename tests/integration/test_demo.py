@@ -16,11 +16,14 @@ from jobs import ROOT, run_example
 METHODS = ("dense", "fp16", "onebit", "topk")
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+@pytest.fixture(scope="module", params=["torch", "tensorflow"])
+def demo(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
     """What a quick demo printed, and its folder."""
     out = tmp_path_factory.mktemp("demo")
-    printed = run_example("demo_torch.py", "--quick", "--out", out, "--methods", *METHODS, ranks=2)
+    script = f"demo_{request.param}.py"
+    printed = run_example(script, "--quick", "--out", out, "--methods", *METHODS, ranks=2)
     return printed, out
 
 
@@ -80,8 +83,32 @@ def test_plot_is_an_image(demo: tuple[str, Path]) -> None:
 def test_launch_demo_explains_itself() -> None:
     command = [sys.executable, ROOT / "launch" / "demo", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "--quick" in text
-    assert "--data" in text
+    for word in ("--quick", "--data", "--framework {torch,tensorflow}"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("words", "script"),
+    [
+        ([], "demo_torch.py"),
+        (["--framework", "torch"], "demo_torch.py"),
+        (["--framework", "tensorflow", "--lr", "0.01"], "demo_tensorflow.py"),
+    ],
+)
+def test_launch_demo_starts_the_frameworks_script(
+    words: list[str], script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_demo = load_launch_demo()
+    commands: list[list[str]] = []
+    monkeypatch.setattr(launch_demo, "prepare", lambda: Path(sys.executable))
+    monkeypatch.setattr(launch_demo, "run", lambda command: commands.append([*map(str, command)]))
+    monkeypatch.setattr(sys, "argv", ["demo", "--quick", *words])
+    launch_demo.main()
+    (command,) = commands
+    assert str(ROOT / "examples" / script) in command
+    assert "--quick" in command
+    assert "--framework" not in command
+    assert ("0.01" in command) == ("0.01" in words)
 
 
 def test_launch_demo_hides_mpiruns_tags(capfdbinary: Any) -> None:

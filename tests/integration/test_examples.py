@@ -12,7 +12,13 @@ pytestmark = pytest.mark.parallel
 
 @pytest.mark.parametrize(
     ("script", "dense_over_sent"),
-    [("torch_minimal.py", 30), ("torch_stock.py", 20), ("torch_amp_clip.py", 30)],
+    [
+        ("torch_minimal.py", 30),
+        ("torch_stock.py", 20),
+        ("torch_amp_clip.py", 30),
+        ("tensorflow_keras_fit.py", 30),
+        ("tensorflow_custom_loop.py", 30),
+    ],
 )
 def test_script_learns_with_few_bytes(script: str, dense_over_sent: float) -> None:
     output = run_example(script, ranks=2)

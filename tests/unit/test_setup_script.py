@@ -198,6 +198,20 @@ def test_the_stamp_is_gone_while_work_goes_on(stamped, monkeypatch):
     assert json.loads(stamped.stamp_file().read_text())["parts"] == ["mpi"]
 
 
+@pytest.mark.parametrize("part", ["torch", "tensorflow"])
+def test_tf_keras_does_not_bring_a_second_tensorflow(setup, venv, monkeypatch, part):
+    venv.mkdir()
+    calls = []
+    monkeypatch.setattr(setup, "python_starts", lambda: True)
+    monkeypatch.setattr(setup, "run_pip", lambda command, *_: calls.append(command))
+    setup.install(("mpi", part), ())
+    having = [call for call in calls if "tf_keras" in call]
+    assert len(having) == (part == "tensorflow")
+    for call in having:
+        assert "--no-deps" in call
+        assert calls.index(call) > 1, "after what it needs"
+
+
 # --- the helper --------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@ import io
 
 import horovod.torch as hvd
 import torch
-from common import batches, build_model, digest, error_of, flat, report, train
+from common import error_of, report
+from torch_common import batches, build_model, digest, flat, train
 
 import ef_horovod.torch as ef
 

@@ -7,7 +7,8 @@ import time
 
 import horovod.torch as hvd
 import torch
-from common import ARGUMENTS, batches, build_model, digest, error_of, report, train
+from common import ARGUMENTS, error_of, report
+from torch_common import batches, build_model, digest, train
 
 import ef_horovod.torch as ef
 

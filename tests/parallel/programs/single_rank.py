@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import horovod.torch as hvd
 import torch
-from common import batches, build_model, digest, report, train
+from common import report
+from torch_common import batches, build_model, digest, train
 
 import ef_horovod.torch as ef
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import horovod.torch as hvd
 import torch
-from common import ARGUMENTS, batches, build_model, digest, report, train
+from common import ARGUMENTS, report
+from torch_common import batches, build_model, digest, train
 
 import ef_horovod.torch as ef
 from ef_horovod import registry

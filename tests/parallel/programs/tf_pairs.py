@@ -1,0 +1,73 @@
+"""Every method x compressor through a tape in a tf.function, for 200 steps; digests and losses."""
+
+from __future__ import annotations
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+from common import report
+from tf_common import CLASSES, INPUTS, data, digest, loss_of
+
+import ef_horovod.tensorflow as ef
+from ef_horovod import registry
+
+STEPS = 200
+
+
+class Small(tf.Module):
+    """Two layers without Keras, which would take longer to trace than to train."""
+
+    def __init__(self):
+        super().__init__()
+        draw = np.random.default_rng(0).standard_normal
+        self.first = tf.Variable(draw((INPUTS, 32), np.float32) / 6)
+        self.bias = tf.Variable(tf.zeros(32))
+        self.second = tf.Variable(draw((32, CLASSES), np.float32) / 6)
+
+    def loss(self, inputs, labels):
+        return loss_of(labels, tf.tanh(inputs @ self.first + self.bias) @ self.second)
+
+    def loss_of_test(self):
+        return float(self.loss(*data(999, 50)))
+
+
+def train(method):
+    model = Small()
+    variables = [model.first, model.bias, model.second]
+    start, loss_at_start = digest(variables), model.loss_of_test()
+    reducer = ef.Reducer(variables, method)
+
+    @tf.function
+    def step(inputs, labels):
+        with tf.GradientTape() as tape:
+            loss = model.loss(inputs, labels)
+        tape = ef.DistributedGradientTape(tape, compression=reducer)
+        for variable, gradient in zip(variables, tape.gradient(loss, variables), strict=True):
+            variable.assign_sub(0.1 * gradient)
+
+    inputs, labels = (part.reshape(STEPS, 16, *part.shape[1:]) for part in data(hvd.rank(), STEPS))
+    for i in range(STEPS):
+        step(tf.constant(inputs[i]), tf.constant(labels[i]))
+    (compressed,) = (row for row in reducer.stats() if row.name == "bucket.0")
+    return {
+        "start": start,
+        "end": digest(variables),
+        "loss at start": loss_at_start,
+        "loss": model.loss_of_test(),
+        "bytes": compressed.bytes_out,
+        "dense bytes": compressed.dense_bytes_out,
+        "steps": compressed.steps,
+        "traces": step.experimental_get_tracing_count(),
+    }
+
+
+def main() -> None:
+    hvd.init()
+    results = {}
+    for compressor in [c for cls in registry.COMPRESSORS.values() for c in cls.examples()]:
+        for method in [m for cls in registry.METHODS.values() for m in cls.examples(compressor)]:
+            results[repr(method)] = train(method)
+    report(hvd.rank(), results)
+
+
+main()

@@ -1,0 +1,130 @@
+"""TensorFlow: all ranks hold the same bits, from one trace, and compute what NumPy computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import Results, alone, horovodrun
+
+from ef_horovod import registry
+
+pytestmark = pytest.mark.parallel
+
+FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
+LOOPS = [
+    "tape_in_a_function",
+    "keras_apply",
+    "keras_apply_gradients",
+    "tf_keras_loop",
+    "stock_tape",
+]
+FITS = [
+    "keras_fit_of_single_steps",
+    "keras_fit_of_several_steps_at_once",
+    "tf_keras_fit_of_single_steps",
+    "stock_tf_keras_fit",
+]
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def ways(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Every way to train, by every rank."""
+    out = tmp_path_factory.mktemp("ways")
+    return horovodrun(request.param, "tf_equal.py", out, environment=FAST_CYCLE)
+
+
+@pytest.mark.parametrize("way", [*LOOPS, *FITS, "tape_in_eager_mode"])
+def test_all_ranks_end_with_the_same_bits(way: str, ways: Results) -> None:
+    first = ways[0][way]
+    assert first["start"] != first["end"]
+    assert first["accuracy"] > 0.4, "by chance it is 0.1"
+    assert first["steps"] == (60 if way == "tape_in_eager_mode" else 200)
+    assert first["ratio"] < 0.4, "hardly less was sent than without compression"
+    for rank, result in enumerate(ways):
+        assert result[way]["start"] == first["start"]
+        assert result[way]["end"] == first["end"], f"rank {rank} differs"
+
+
+@pytest.mark.parametrize("way", LOOPS)
+def test_a_function_is_traced_once(way: str, ways: Results) -> None:
+    assert [result[way]["traces"] for result in ways] == [1] * len(ways)
+
+
+@pytest.mark.parametrize("way", FITS)
+def test_fit_traces_as_often_as_with_a_plain_optimizer(way: str, ways: Results) -> None:
+    for result in ways:
+        family = "tf_keras" if "tf_keras" in way else "keras"
+        assert result[way]["traces"] == result["traces_of_plain_optimizers"][family]
+
+
+def every_method() -> set[str]:
+    return {
+        repr(method)
+        for cls in registry.COMPRESSORS.values()
+        for compressor in cls.examples()
+        for kind in registry.METHODS.values()
+        for method in kind.examples(compressor)
+    }
+
+
+def compresses(method: str) -> bool:
+    return "Identity" not in method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_method_and_compressor(ranks: int, tmp_path: Path) -> None:
+    results = horovodrun(ranks, "tf_pairs.py", tmp_path, timeout=600, environment=FAST_CYCLE)
+    assert set(results[0]) == every_method()
+    for method, first in results[0].items():
+        assert first["start"] != first["end"], f"{method} did not train"
+        assert first["loss"] < 0.8 * first["loss at start"], f"{method} did not learn"
+        assert first["steps"] == 200
+        assert first["traces"] == 1, f"{method} was traced again"
+        if compresses(method):
+            assert 0 < first["bytes"] < first["dense bytes"], f"{method} sent too much"
+        for rank, other in enumerate(results):
+            assert other[method]["end"] == first["end"], f"{method}: rank {rank} differs"
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return horovodrun(2, "tf_numbers.py", tmp_path_factory.mktemp("numbers"))
+
+
+def test_methods_give_the_bits_that_numpy_gives(numbers: Results) -> None:
+    for result in numbers:
+        same = result["methods_as_in_numpy"]
+        assert len(same) == 10  # five methods, in a graph and in eager mode
+        assert set(same.values()) == {6}, f"of 6 steps: {same}"
+
+
+def test_without_compression_averages_are_averages(numbers: Results) -> None:
+    for result in numbers:
+        assert len(result["averages"]) == 6
+        assert set(result["averages"].values()) == {0.0}
+
+
+def test_tapes_give_the_mean_of_the_ranks_gradients(numbers: Results) -> None:
+    for result in numbers:
+        distances = result["gradients_of_a_model"]
+        assert distances["ef"] == distances["stock"] == 0.0
+        assert distances["alone"] > 0.01, "ranks have the same gradients: this shows nothing"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return alone("tf_single_rank.py", tmp_path_factory.mktemp("single"))
+
+
+@pytest.mark.parametrize("way", ["keras.fit", "tf_keras.fit", "tape"])
+def test_one_rank_is_plain_tensorflow(way: str, single: dict) -> None:
+    plain, *wrapped = single[way]
+    assert len(wrapped) == 2
+    assert set(wrapped) == {plain}
+    assert plain != single["start"]
+
+
+def test_one_rank_has_nothing_to_report(single: dict) -> None:
+    assert single["logs"] == {"stats": [], "logs": ["loss"]}
