@@ -12,12 +12,13 @@ from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.arrays.numpy import Like
 from ef_horovod.errors import NonFiniteError, PayloadError
 from ef_horovod.keys import Key
+from ef_horovod.shown import Shown
 
 DEFAULT_KEY = Key()
 
 
 @dataclass(frozen=True)
-class Compressor:
+class Compressor(Shown):
     """Base of all compressors.
 
     A subclass gives `body_nbytes`, `encode` and `accumulate`, states its properties as data

@@ -72,11 +72,6 @@ class OneBit(Compressor):
                 "error feedback"
             )
 
-    def __repr__(self) -> str:  # as it was asked for
-        options = [f"scale={self.scale!r}"] if self.scale != "l1" else []
-        options += [f"block={self.block}"] if self.block is not None else []
-        return f"OneBit({', '.join(options)})"
-
     def contraction(self, d: int) -> float | None:
         # The worst case is one entry different from zero; two means differ from l1 only for better.
         return None if self.scale == "l2" else 1.0 / block_length(self.block, d)
@@ -128,6 +123,8 @@ class OneBitBlocks(OneBit):
         >>> ef.OneBit(block=2).compress(numpy.array([1.0, -2.0, 3.0, -4.0])).decompress()
         array([ 1.5, -1.5,  3.5, -3.5])
     """
+
+    shown_as = "OneBit"
 
     @property
     def _sides(self) -> int:

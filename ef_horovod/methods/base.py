@@ -25,6 +25,7 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.keys import Key
+from ef_horovod.shown import Shown
 
 State = Any  # a NamedTuple of each method's own
 
@@ -36,7 +37,7 @@ class MeanState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Shown):
     """Base of all methods; single-pass ones without a memory at the aggregator inherit `reduce`.
 
     Args:

@@ -51,7 +51,7 @@ class DoubleSqueeze(Method):
     Example:
         >>> import ef_horovod as ef
         >>> ef.DoubleSqueeze(ef.TopK(ratio=0.01), down=ef.TopK(ratio=0.05)).down
-        TopK(ratio=0.05, k=None)
+        TopK(ratio=0.05)
 
     References:
         Tang, Lian, Yu, Zhang, Liu: DoubleSqueeze: Parallel Stochastic Gradient Descent with

@@ -47,7 +47,7 @@ class EF21Plus(Method):
     Example:
         >>> import ef_horovod as ef
         >>> ef.EF21Plus(ef.TopK(k=1))
-        EF21Plus(compressor=TopK(ratio=None, k=1))
+        EF21Plus(TopK(k=1))
 
     References:
         Richtarik, Sokolov, Fatkhullin: EF21 (NeurIPS 2021), Algorithm 3 and Theorem 4.

@@ -44,7 +44,7 @@ class ErrorFeedback(Method):
     Example:
         >>> import ef_horovod as ef
         >>> ef.ErrorFeedback(ef.OneBit())
-        ErrorFeedback(compressor=OneBit(), step_inside=None)
+        ErrorFeedback(OneBit())
 
     References:
         Seide et al.: 1-Bit Stochastic Gradient Descent (Interspeech 2014). Stich, Cordonnier,
