@@ -39,7 +39,9 @@ class BucketPlan(NamedTuple):
         """A channel for the bucket, with vectors of the framework and device of `like`."""
         method = self.method
         if method is None:
-            method, exchange = NoFeedback(Identity()), "dense"
+            method = NoFeedback(Identity())
+            if exchange != "server" and not transport.has_server:
+                exchange = "dense"
         return Channel(self.name, like, method, transport, exchange=exchange, seed=seed)
 
     @property

@@ -25,7 +25,7 @@ from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
-from ef_horovod.transports.base import Transport, ring_share
+from ef_horovod.transports.base import Transport
 
 
 @dataclass
@@ -76,11 +76,16 @@ class Channel:
     ) -> None:
         xp, device = namespace(like), getattr(like, "device", None)
         self.name, self.method = name, method
+        if exchange == "auto" and transport.has_server:
+            exchange = "server"
         self.exchange = exchanges.choose(exchange, method)
         self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step
         self.worker, self.server = None, None
         if self.exchange != "dense":
             self.worker, self.server = method.init(self.gradient, transport.size)
+        if self.exchange == "server":  # which has the other half
+            self.server = None
+            transport.open_bucket(name, like.shape[0], repr(method), seed)
         self._xp, self._transport = xp, transport
         self._key = Key(seed, 0, tensor_id(name), transport.rank, transport.size)
         self._lost = self.gradient  # after a step: what its compression lost
@@ -107,9 +112,15 @@ class Channel:
                 self._message = self.method.skip(self.gradient, self._key)
                 self._pushed = None
         with self._counted():
-            self._finish = exchanges.start(
-                self.exchange, self._transport, self.name, self._message, sized=self.method.sized
-            )
+            self._finish = self._send(self._message, step)
+
+    def _send(self, message: Payload, step: int) -> Callable[[], Any]:
+        if self.exchange == "server":
+            answer = self._transport.ask(self.name, message.data, step)
+            return lambda: [answer()]
+        return exchanges.start(
+            self.exchange, self._transport, self.name, message, sized=self.method.sized
+        )
 
     def arrived(self) -> bool:
         """Wait for all ranks' messages; whether all of them are good."""
@@ -117,9 +128,7 @@ class Channel:
         with self._timed("seconds_wait"), self._counted():
             self._received = self._finish()
         self._finish = None
-        self._stats.dense_bytes_out += ring_share(
-            4 * self._stats.num_elements, self._transport.size
-        )
+        self._stats.dense_bytes_out += self._transport.dense_nbytes(4 * self._stats.num_elements)
         if self.exchange == "dense":
             return math.isfinite(self._xp.abs_max(self._received))
         return not any(message.is_skip for message in self._received)
@@ -132,15 +141,25 @@ class Channel:
                 direction = self.gradient
                 self._xp.divide(self._received, self._transport.size, out=direction)
             else:
-                aggregate, self.server = self.method.reduce(
-                    self.server, self._received, self._key.of_server()
-                )
+                aggregate = self._aggregate()
                 before = self.worker
                 direction, self.worker = self.method.pull(self._pushed, aggregate)
                 self._spare(before)
         self._received = self._pushed = None
         self._stats.steps += 1
         return direction
+
+    def _aggregate(self) -> Array | Payload:
+        """What is made of all ranks' messages: here, or by the server."""
+        if self.exchange == "server":
+            (answer,) = self._received
+            if answer.payload is not None:
+                return Payload(answer.payload)
+            return self._xp.from_host(answer.numbers, getattr(self.gradient, "device", None))
+        aggregate, self.server = self.method.reduce(
+            self.server, self._received, self._key.of_server()
+        )
+        return aggregate
 
     def drop(self) -> None:
         """Forget the step: all states stay as they were before `start`."""

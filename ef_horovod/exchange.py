@@ -3,6 +3,7 @@
 gather  every rank gets every message: for any compressor; the cost grows with the ranks
 reduce  values are summed in flight: for linear compressors; the cost does not grow
 dense   an allreduce of the gradient itself, without payloads
+server  one message to a parameter server and one answer, which it has reduced: for any compressor
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.transports.base import Transport
 
-EXCHANGES = ("auto", "gather", "reduce", "dense")
+EXCHANGES = ("auto", "gather", "reduce", "dense", "server")
 
 
 def choose(exchange: str, method: Method) -> str:

@@ -51,6 +51,9 @@ class Method(Shown):
 
     # Fields of the states that hold nothing between steps: checkpoints leave them out.
     scratch: ClassVar[frozenset[str]] = frozenset({"mean"})
+    # Vectors of the aggregator's state that `reduce` changes in place, None if that is not known:
+    # a server that may have to take a round back copies them before.
+    reduced_in_place: ClassVar[frozenset[str] | None] = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):

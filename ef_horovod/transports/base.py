@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,18 @@ Measure = Callable[[np.ndarray], int]
 def ring_share(nbytes: int, ranks: int) -> int:
     """Bytes that each rank sends to sum `nbytes` by a ring, or another bandwidth-optimal way."""
     return 2 * (ranks - 1) * nbytes // ranks
+
+
+class Answer(NamedTuple):
+    """What a parameter server makes of the messages of all workers."""
+
+    payload: np.ndarray | None = None  # uint8[m], of methods that compress both ways
+    numbers: np.ndarray | None = None  # float32[d], of all others; valid until the next step
+
+    @property
+    def is_skip(self) -> bool:
+        """Whether the step is dropped on all ranks."""
+        return self.payload is None and self.numbers is None
 
 
 class Transport(ABC):
@@ -70,6 +82,36 @@ class Transport(ABC):
         Raises:
             UnsupportedError: 16-bit or integer values, whose sums overflow or are not defined.
         """
+
+    @property
+    def has_server(self) -> bool:
+        """Whether `open_bucket` and `ask` work: there are parameter servers, not only peers."""
+        return False
+
+    def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
+        """Announce a vector float32[length] that `ask` will send, before the first `ask`."""
+        raise self._without_server()
+
+    def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], Answer]:
+        """Send a bucket's payload, uint8[m], to its server.
+
+        Returns:
+            A function that waits and gives the server's answer.
+
+        Raises:
+            UnsupportedError: this transport knows no server.
+        """
+        raise self._without_server()
+
+    def dense_nbytes(self, nbytes: int) -> int:
+        """What this rank would send in place of `nbytes` of float32, without compression."""
+        return ring_share(nbytes, self.size)
+
+    def _without_server(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"got exchange='server' with {type(self).__name__}, which knows ranks that train only, "
+            "expected a job with a parameter server; see `launch/server --help`"
+        )
 
     def barrier(self, name: str) -> None:
         """Wait until all ranks are here."""

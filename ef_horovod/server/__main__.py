@@ -1,0 +1,85 @@
+"""A server rank: `mpirun -np 1 python -m ef_horovod.server : -np 4 python train.py`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ef_horovod.errors import EFHorovodError
+from ef_horovod.methods.base import Method
+from ef_horovod.spelling import read_compressor, read_method
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until the workers have ended; the exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        method = method_of(arguments)
+    except (ValueError, EFHorovodError) as error:
+        print(f"ef_horovod.server: error: {error}", file=sys.stderr)
+        return 2
+    from mpi4py import MPI
+
+    from ef_horovod.server.server import Server
+
+    def say(line: str) -> None:
+        print(f"ef_horovod.server: {line}", file=sys.stderr, flush=True)
+
+    try:
+        Server(method, timeout=arguments.timeout, say=say).run()
+    except Exception as error:
+        say(f"error: {type(error).__name__}: {error}")
+        if not isinstance(error, EFHorovodError):
+            sys.excepthook(*sys.exc_info())
+        MPI.COMM_WORLD.Abort(1)  # workers that hang somewhere else end, too
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ef_horovod.server",
+        description="A parameter server rank of an MPI job. Without --method it takes the method "
+        "that the workers agree about.",
+    )
+    parser.add_argument(
+        "--method",
+        metavar="M",
+        help="what workers must use: a whole method, 'DoubleSqueeze(TopK(0.01), TopK(0.01))', or "
+        "its name, 'doublesqueeze', with --compressor",
+    )
+    parser.add_argument(
+        "--compressor", metavar="C", help="of the workers: 'onebit', 'topk:0.01', 'OneBit(\"l2\")'"
+    )
+    parser.add_argument("--down-compressor", metavar="C", help="of the server's answers")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="limit of every wait for workers ($EF_HOROVOD_TIMEOUT, or 300)",
+    )
+    return parser
+
+
+def method_of(arguments: argparse.Namespace) -> Method | None:
+    """The method that the command line asks for.
+
+    Raises:
+        ValueError, UnsupportedError: it cannot be read, or is no method.
+    """
+    up, down = (
+        read_compressor(text) if text else None
+        for text in (arguments.compressor, arguments.down_compressor)
+    )
+    if arguments.method is None:
+        if up or down:
+            raise ValueError(
+                "got --compressor without --method, expected both or neither; add for example "
+                "--method doublesqueeze"
+            )
+        return None
+    return read_method(arguments.method, up, down)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

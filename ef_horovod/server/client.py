@@ -1,0 +1,241 @@
+"""A worker's side: a transport whose ranks are the workers, with the servers behind it."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ef_horovod.errors import (
+    CollectiveTimeoutError,
+    ConfigMismatchError,
+    EFHorovodError,
+    ProtocolError,
+    ServerError,
+)
+from ef_horovod.server.link import WORKER, connect
+from ef_horovod.server.plan import BucketSpec, Config, assign
+from ef_horovod.server.protocol import (
+    CONTROL_TAG,
+    HEADER_NBYTES,
+    Kind,
+    Message,
+    body_text,
+    pack,
+    text_body,
+    unpack,
+)
+from ef_horovod.server.rounds import longest_message
+from ef_horovod.transports.base import Answer
+from ef_horovod.transports.mpi import MPI, MPITransport
+from ef_horovod.transports.waiting import default_timeout, wait_until
+
+# A worker's limit is so much later than a server's: the server knows whom everybody waits for.
+_GRACE = 1.1
+_GRACE_SECONDS = 2.0
+_FAREWELL_SECONDS = 5.0
+# What a server may end the job with; anything else becomes a ServerError.
+_ENDS = {kind.__name__: kind for kind in (ConfigMismatchError, CollectiveTimeoutError)}
+
+
+class ServerTransport(MPITransport):
+    """The workers of a job with parameter servers; rank and size count workers only.
+
+    All workers open the same buckets in the same order. The servers hear of them at the first
+    `ask`, or at `handshake`, and compare what all workers say.
+
+    Args:
+        timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
+        comm: of servers and workers; default COMM_WORLD.
+
+    Raises:
+        CollectiveTimeoutError: some ranks of the job did not start as server or worker.
+        UnsupportedError: there is no server in this job.
+    """
+
+    def __init__(self, timeout: float | None = None, comm: Any = None) -> None:
+        limit = timeout or default_timeout()
+        self._group = connect(WORKER, limit, comm)
+        super().__init__(self._group.peers, limit)
+        self._all = self._group.comm
+        self._buckets: list[_Bucket] = []
+        self._index: dict[str, int] = {}
+        self._config: Config | None = None
+        self._sends: list[Any] = []
+        self._welcomes: set[int] = set()
+        self._broken: EFHorovodError | None = None
+        self._closed = False
+        atexit.register(self.close)  # before mpi4py ends MPI: it was registered earlier
+
+    @property
+    def has_server(self) -> bool:
+        return True
+
+    @property
+    def servers(self) -> int:
+        """How many servers the job has."""
+        return len(self._group.servers)
+
+    def dense_nbytes(self, nbytes: int) -> int:
+        return nbytes
+
+    def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
+        if self._config is not None or name in self._index:
+            raise ValueError(
+                f"got the bucket '{name}' twice or after the first step, expected each once and "
+                "before it; make one optimizer for all parameters"
+            )
+        self._index[name] = len(self._buckets)
+        self._buckets.append(_Bucket(BucketSpec(name, length, method, seed)))
+
+    def handshake(self, facts: Sequence[str] = (), step: int = 0) -> None:
+        """Compare the config with the servers' and the other workers'; once, before the first step.
+
+        Args:
+            facts: one line each, such as names and shapes of parameters.
+            step: the number of the first step.
+
+        Raises:
+            ConfigMismatchError: on all ranks, naming what differs.
+        """
+        specs = tuple(bucket.spec for bucket in self._buckets)
+        self._config = Config(specs, tuple(facts), step)
+        for index, owner in enumerate(assign(specs, self.servers)):
+            self._buckets[index].open(self._group.servers[owner])
+        hello = pack(Message(Kind.HELLO, self.rank), text_body(self._config.to_json()))
+        self._send(hello, self._group.servers, CONTROL_TAG)
+        self._wait(
+            lambda: self._welcomes == set(self._group.servers),
+            lambda: sorted(set(self._group.servers) - self._welcomes),
+            "the handshake",
+        )
+
+    def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], Answer]:
+        if self._config is None:
+            self.handshake(step=step)
+        assert self._config is not None
+        self._raise_broken()
+        index = self._index[name]
+        bucket = self._buckets[index]
+        message = Message(Kind.PUSH, self.rank, index, step, bucket.round, self._config.fingerprint)
+        outgoing = pack(message, payload, bucket.outgoing)
+        reply = self._all.Irecv([bucket.incoming, MPI.BYTE], bucket.server, index + 1)
+        self._send(outgoing, [bucket.server], index + 1)
+        self.bytes_sent += outgoing.size
+        bucket.round += 1
+
+        def finish() -> Answer:
+            status = MPI.Status()
+            self._wait(lambda: reply.Test(status), lambda: [bucket.server], f"'{name}'")
+            data = bucket.incoming[: status.Get_count(MPI.BYTE)]
+            self.bytes_received += data.size
+            return self._read(data, message, bucket)
+
+        return finish
+
+    def close(self, error: str = "") -> None:
+        """Tell the servers that this worker ends; the job ends when all workers have.
+
+        Called at the end of the process if it was not before.
+
+        Args:
+            error: why it ends early; the servers then end the job.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        raised = getattr(sys, "last_value", None)  # what ends this process, if anything does
+        if not error and raised is not None and self._broken is None:
+            error = f"{type(raised).__name__}: {raised}"
+        bye = pack(Message(Kind.BYE, self.rank), text_body(error))
+        self._send(bye, self._group.servers, CONTROL_TAG)
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while self._sends and time.monotonic() < deadline:
+            self._move_on()
+            time.sleep(1e-3)
+
+    def _read(self, data: np.ndarray, asked: Message, bucket: _Bucket) -> Answer:
+        message, body = unpack(data)
+        if message == asked._replace(kind=message.kind, worker=0):
+            if message.kind is Kind.PAYLOAD:
+                return Answer(payload=body)
+            if message.kind is Kind.NUMBERS and body.size == 4 * bucket.spec.length:
+                return Answer(numbers=body.view(np.float32))
+            if message.kind is Kind.DROP:
+                return Answer()
+        raise ProtocolError(
+            f"the server answered {asked} about '{bucket.spec.name}' with {message} and "
+            f"{body.size} bytes, expected an answer to it; install the same ef_horovod on all ranks"
+        )
+
+    def _wait(self, done: Callable[[], bool], missing: Callable[[], list[int]], what: str) -> None:
+        limit = _GRACE * self.timeout + _GRACE_SECONDS
+
+        def look() -> bool:
+            self._raise_broken()
+            if done():
+                return True
+            self._move_on()
+            return False
+
+        wait_until(
+            look,
+            limit,
+            lambda: (
+                f"worker {self.rank} waited {limit:g} s in {what} for servers with ranks "
+                f"{missing()}; see why they do not answer, or raise timeout= or EF_HOROVOD_TIMEOUT"
+            ),
+        )
+
+    def _move_on(self) -> None:
+        """Let MPI send, and hear what servers say apart from answers."""
+        if self._sends and MPI.Request.Testall([request for request, _ in self._sends]):
+            self._sends.clear()
+        status = MPI.Status()
+        handle = self._all.Improbe(MPI.ANY_SOURCE, CONTROL_TAG, status)
+        if handle is None:
+            return
+        data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+        handle.Recv([data, MPI.BYTE])
+        if status.Get_source() in self._group.servers and self._broken is None:
+            self._hear(status.Get_source(), *unpack(data))
+
+    def _hear(self, server: int, message: Message, body: np.ndarray) -> None:
+        text = body_text(body)
+        if message.kind is Kind.WELCOME:
+            self._welcomes.add(server)
+        elif message.kind is Kind.REFUSED:
+            self._broken = ProtocolError(f"the server refused a message: {text}")
+        elif message.kind is Kind.ABORT:
+            name, _, reason = text.partition(": ")
+            self._broken = _ENDS.get(name, ServerError)(reason)
+
+    def _raise_broken(self) -> None:
+        if self._broken is not None:
+            raise type(self._broken)(str(self._broken))
+
+    def _send(self, data: np.ndarray, ranks: Sequence[int], tag: int) -> None:
+        for rank in ranks:
+            self._sends.append((self._all.Isend([data, MPI.BYTE], rank, tag), data))
+
+
+class _Bucket:
+    """A bucket's buffers and its count of rounds."""
+
+    def __init__(self, spec: BucketSpec) -> None:
+        self.spec, self.round, self.server = spec, 0, -1
+        self.outgoing = self.incoming = np.empty(0, np.uint8)
+
+    def open(self, server: int) -> None:
+        """Make room for messages to and from a server."""
+        nbytes = longest_message(self.spec)
+        self.server = server
+        self.outgoing, self.incoming = (np.empty(nbytes, np.uint8) for _ in range(2))
+
+
+assert HEADER_NBYTES % 8 == 0  # bodies can be read as numbers where they lie

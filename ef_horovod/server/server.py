@@ -1,0 +1,243 @@
+"""The server's side of the job: meets the workers, then serves rounds until they have ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ef_horovod.errors import (
+    CollectiveTimeoutError,
+    EFHorovodError,
+    PayloadError,
+    ProtocolError,
+    ServerError,
+)
+from ef_horovod.methods.base import Method
+from ef_horovod.server.inbox import Arrived, Inbox, control_buffer
+from ef_horovod.server.link import SERVER, Group, connect
+from ef_horovod.server.plan import Config, assign, require_agreement
+from ef_horovod.server.protocol import (
+    CONTROL_TAG,
+    Kind,
+    Message,
+    body_text,
+    pack,
+    text_body,
+)
+from ef_horovod.server.rounds import ServedBucket, longest_message
+from ef_horovod.transports.waiting import default_timeout, wait_until
+
+_FAREWELL_SECONDS = 5.0  # for workers to take the reason of the end
+_REFUSED_SHOWN = 20
+
+
+class Server:
+    """One server rank.
+
+    Args:
+        method: that the workers have to have, or None to take theirs.
+        timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
+        say: gets a line for people now and then.
+        comm: of servers and workers; default COMM_WORLD.
+    """
+
+    def __init__(
+        self,
+        method: Method | None = None,
+        *,
+        timeout: float | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        comm: Any = None,
+    ) -> None:
+        self.timeout = timeout or default_timeout()
+        self._method, self._say = method, say
+        self._group: Group = connect(SERVER, self.timeout, comm)
+        self._worker_of = {rank: i for i, rank in enumerate(self._group.workers)}
+        self._inbox = Inbox(self._group.comm, self._buffer_of)
+        self._present = set(self._worker_of.values())
+        self._configs: dict[int, Config] = {}
+        self._fingerprint = 0
+        self.buckets: dict[int, ServedBucket] = {}  # by index, those of this server
+        self._buffers: dict[tuple[int, int], np.ndarray] = {}  # by (worker, bucket)
+        self._receiving: set[tuple[int | None, int]] = set()  # buffers that are being written to
+        self.refused: list[str] = []
+
+    def run(self) -> None:
+        """Serve until all workers have ended.
+
+        Raises:
+            ConfigMismatchError: workers disagree, with each other or with this server.
+            CollectiveTimeoutError: workers stayed silent; names them.
+            ServerError: a worker failed, or ended before the others.
+        """
+        try:
+            self._wait(lambda: len(self._configs) == self.workers, "say what it trains")
+            self._open_buckets()
+            while self._present:
+                self._wait_for_anything()
+            wait_until(lambda: self._inbox.sent, self.timeout, lambda: "the last answers are stuck")
+        except EFHorovodError as error:
+            self._farewell(f"{type(error).__name__}: {error}")
+            raise
+
+    @property
+    def workers(self) -> int:
+        """How many workers the job has."""
+        return len(self._group.workers)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that are complete in all buckets."""
+        return min((bucket.round for bucket in self.buckets.values()), default=0)
+
+    # --- meeting -------------------------------------------------------------------------------
+
+    def _open_buckets(self) -> None:
+        configs = [self._configs[worker] for worker in range(self.workers)]
+        require_agreement(configs, self._method, step=0)
+        self._fingerprint = configs[0].fingerprint
+        specs = configs[0].buckets
+        for index, owner in enumerate(assign(specs, len(self._group.servers))):
+            if owner != self._group.index:
+                continue
+            spec = specs[index]
+            self.buckets[index] = ServedBucket(
+                index, spec, self.workers, self._fingerprint, configs[0].step
+            )
+            for worker in range(self.workers):
+                self._buffers[worker, index] = np.empty(longest_message(spec), np.uint8)
+        elements = sum(bucket.spec.length for bucket in self.buckets.values())
+        self._say(
+            f"serves {self.workers} workers: {len(self.buckets)} of {len(specs)} buckets with "
+            f"{elements:,} elements by {', '.join(sorted({spec.method for spec in specs}))}"
+        )
+        self._tell(Kind.WELCOME)
+
+    # --- messages ------------------------------------------------------------------------------
+
+    def _buffer_of(self, source: int, tag: int, nbytes: int) -> np.ndarray | None:
+        worker = self._worker_of.get(source)
+        if tag == CONTROL_TAG:
+            return control_buffer(nbytes)
+        bucket = self.buckets.get(tag - 1)
+        if worker is None or bucket is None:
+            return None
+        place = worker, bucket.index
+        if bucket.has(worker) or place in self._receiving:  # what comes now is early or twice
+            return np.empty(min(nbytes, self._buffers[place].size), np.uint8)
+        self._receiving.add(place)
+        return self._buffers[place]
+
+    def _take(self, arrived: Arrived) -> None:
+        worker = self._worker_of.get(arrived.source)
+        self._receiving.discard((worker, arrived.tag - 1))
+        try:
+            if worker is None or arrived.message is None:
+                who = f"server rank {arrived.source}" if worker is None else f"worker {worker}"
+                raise ProtocolError(f"{who} sent what is no message: {arrived.problem}")
+            self._dispatch(worker, arrived.tag, arrived.message, arrived.body)
+        except ProtocolError as error:
+            self._refuse(worker if error.worker is None else error.worker, str(error))
+
+    def _dispatch(self, worker: int, tag: int, message: Message, body: np.ndarray) -> None:
+        if message.kind is Kind.PUSH:
+            bucket = self.buckets.get(message.bucket)
+            if bucket is None or tag != message.bucket + 1:
+                raise ProtocolError(
+                    f"worker {worker} sent bucket {message.bucket} with tag {tag}, expected one of "
+                    f"the buckets {sorted(self.buckets)} of this server with its tag"
+                )
+            if bucket.accept(worker, message, body):
+                self._inbox.send(bucket.answer(), self._group.workers, tag)
+        elif message.kind is Kind.HELLO and not self._fingerprint:
+            try:
+                self._configs[worker] = Config.from_json(body_text(body))
+            except PayloadError as error:
+                raise ProtocolError(f"worker {worker}: {error}") from None
+        elif message.kind is Kind.BYE:
+            self._goodbye(worker, body_text(body))
+        else:
+            raise ProtocolError(
+                f"worker {worker} sent {message.kind.name}, expected another kind of message now"
+            )
+
+    def _goodbye(self, worker: int, reason: str) -> None:
+        self._present.discard(worker)
+        if reason:
+            raise ServerError(f"worker {worker} failed: {reason}")
+        waiting = [bucket for bucket in self.buckets.values() if bucket.begun]
+        if self._present and (waiting or not self.buckets):
+            self._require_all_present()
+
+    def _require_all_present(self) -> None:
+        gone = sorted(set(range(self.workers)) - self._present)
+        raise ServerError(
+            f"workers {gone} have ended after {self.rounds} rounds while {sorted(self._present)} "
+            "go on, expected all to end together; give all workers the same number of steps"
+        )
+
+    def _refuse(self, worker: int | None, problem: str) -> None:
+        """Say no to a message and go on: nothing was changed by it."""
+        self.refused.append(problem)
+        if len(self.refused) <= _REFUSED_SHOWN:
+            self._say(f"refused a message: {problem}")
+        if worker is not None:
+            notice = pack(Message(Kind.REFUSED), text_body(problem))
+            self._inbox.send(notice, [self._group.workers[worker]], CONTROL_TAG)
+
+    def _tell(self, kind: Kind, text: str = "") -> None:
+        ranks = [self._group.workers[worker] for worker in sorted(self._present)]
+        self._inbox.send(pack(Message(kind), text_body(text)), ranks, CONTROL_TAG)
+
+    # --- waiting -------------------------------------------------------------------------------
+
+    def _progress(self) -> bool:
+        """Whether anything has happened."""
+        arrived = self._inbox.poll()
+        for one in arrived:
+            self._take(one)
+        return bool(arrived)
+
+    def _wait_for_anything(self) -> None:
+        wait_until(self._progress, self.timeout, lambda: self._waited(*self._awaited()))
+        if len(self._present) not in (0, self.workers) and any(
+            bucket.begun for bucket in self.buckets.values()
+        ):
+            self._require_all_present()
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        def look() -> bool:
+            self._progress()
+            return done()
+
+        missing = lambda: sorted(self._present - set(self._configs))  # noqa: E731
+        wait_until(look, self.timeout, lambda: self._waited(missing(), what))
+
+    def _awaited(self) -> tuple[list[int], str]:
+        """Whom the server waits for, and what for."""
+        begun = [bucket for bucket in self.buckets.values() if bucket.begun]
+        if not begun:
+            return sorted(self._present), f"begin round {self.rounds}"
+        missing = sorted({worker for bucket in begun for worker in bucket.missing})
+        names = ", ".join(f"'{bucket.spec.name}'" for bucket in begun[:3])
+        return missing, f"send {names} in round {begun[0].round}"
+
+    def _waited(self, workers: list[int], what: str) -> str:
+        return (
+            f"server {self._group.index} waited {self.timeout:g} s for workers {workers} to {what}; "
+            "see why they did not get there, or raise --timeout or EF_HOROVOD_TIMEOUT"
+        )
+
+    def _farewell(self, reason: str) -> None:
+        """Tell all workers why the job ends, and give them a moment to hear it."""
+        self._tell(Kind.ABORT, reason)
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while time.monotonic() < deadline and not (self._inbox.sent and not self._present):
+            for arrived in self._inbox.poll():
+                worker = self._worker_of.get(arrived.source)
+                if worker is not None and arrived.message and arrived.message.kind is Kind.BYE:
+                    self._present.discard(worker)
+            time.sleep(1e-3)
