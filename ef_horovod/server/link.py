@@ -30,7 +30,7 @@ class Group(NamedTuple):
     peers: Any  # private communicator of the ranks with the same role
     servers: list[int]  # ranks in comm
     workers: list[int]  # ranks in comm
-    index: int  # of this rank among those of its role
+    number: int  # of this rank among those of its role
 
 
 def connect(role: int, timeout: float, comm: Any = None) -> Group:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ef_horovod.errors import (
-    CollectiveTimeoutError,
     EFHorovodError,
     PayloadError,
     ProtocolError,
@@ -101,7 +100,7 @@ class Server:
         self._fingerprint = configs[0].fingerprint
         specs = configs[0].buckets
         for index, owner in enumerate(assign(specs, len(self._group.servers))):
-            if owner != self._group.index:
+            if owner != self._group.number:
                 continue
             spec = specs[index]
             self.buckets[index] = ServedBucket(
@@ -227,8 +226,8 @@ class Server:
 
     def _waited(self, workers: list[int], what: str) -> str:
         return (
-            f"server {self._group.index} waited {self.timeout:g} s for workers {workers} to {what}; "
-            "see why they did not get there, or raise --timeout or EF_HOROVOD_TIMEOUT"
+            f"server {self._group.number} waited {self.timeout:g} s for workers {workers} to "
+            f"{what}; see why they did not, or raise --timeout or EF_HOROVOD_TIMEOUT"
         )
 
     def _farewell(self, reason: str) -> None:

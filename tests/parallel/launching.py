@@ -29,6 +29,26 @@ def mpirun(ranks: int, program: str, out: Path, *arguments: str, **options: Any)
     return _run(launcher, ranks, program, out, arguments, **options)
 
 
+def server_job(
+    servers: int,
+    workers: int,
+    program: str,
+    out: Path,
+    *arguments: str,
+    server: tuple[str, ...] = (),
+    **options: Any,
+) -> Results:
+    """Run a program on workers beside parameter servers, by `mpirun` with two programs."""
+    launcher = [*server_command(servers, *server), ":", "-np", str(workers)]
+    return _run(launcher, workers, program, out, arguments, **options)
+
+
+def server_command(servers: int, *arguments: str) -> list[str]:
+    """The first half of such a job's command line."""
+    python = [sys.executable, "-m", "ef_horovod.server"]
+    return [str(BIN / "mpirun"), "-np", str(servers), *python, *arguments]
+
+
 def alone(program: str, out: Path, *arguments: str, **options: Any) -> dict[str, Any]:
     """Run a program as a plain Python process, without a launcher."""
     return _run([], 1, program, out, arguments, **options)[0]
