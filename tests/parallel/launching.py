@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from processes import BIN, run_job
+from processes import BIN, JobFailed, run_job
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -41,6 +41,25 @@ def server_job(
     """Run a program on workers beside parameter servers, by `mpirun` with two programs."""
     launcher = [*server_command(servers, *server), ":", "-np", str(workers)]
     return _run(launcher, workers, program, out, arguments, **options)
+
+
+def ended_job(
+    servers: int,
+    workers: int,
+    program: str,
+    out: Path,
+    *arguments: str,
+    server: tuple[str, ...] = (),
+    **options: Any,
+) -> tuple[str, dict[int, Any]]:
+    """The same for a job that has to fail: what it printed, and what workers could report."""
+    command = [*server_command(servers, *server), ":", "-np", str(workers), sys.executable]
+    try:
+        run_job([*command, str(PROGRAMS / program), str(out), *arguments], **options)
+    except JobFailed as failure:
+        found = {int(file.stem[4:]): json.loads(file.read_text()) for file in out.glob("rank*")}
+        return str(failure), found
+    raise AssertionError(f"{program} {arguments} ended well, expected an error")
 
 
 def server_command(servers: int, *arguments: str) -> list[str]:
