@@ -45,6 +45,9 @@ def connect(role: int, timeout: float, comm: Any = None) -> Group:
         CollectiveTimeoutError: some ranks did not call it; rank 0 names them.
         UnsupportedError: there is no server or no worker.
     """
+    from ef_horovod.server.checksum import checksum
+
+    checksum(np.zeros(1, np.uint8))  # Numba takes seconds to load, which nobody should wait for
     world = comm or MPI.COMM_WORLD
     _roll_call(world, role, timeout)
     private = world.Dup()

@@ -11,6 +11,7 @@ from common import ARGUMENTS, error_of, report
 from server_faults_model import SHAPES, gradients
 
 import ef_horovod as ef
+from ef_horovod.channel import Channel, finish_step
 from ef_horovod.errors import ProtocolError
 from ef_horovod.server import ServerTransport, Worker
 from ef_horovod.server.protocol import Kind, Message, pack
@@ -106,6 +107,31 @@ def wrong_shape():
         ]
         worker.push_pull({"b": np.zeros(40)})
         return errors
+
+
+def traffic():
+    """Bytes of 1-bit and top-k messages, counted where they are handed to MPI."""
+    transport, rows = ServerTransport(), {}
+    zeros = np.zeros(100_000, np.float32)
+    methods = {
+        "onebit": ef.DoubleSqueeze(ef.OneBit(), ef.OneBit()),
+        "topk": ef.DoubleSqueeze(ef.TopK(0.01), ef.TopK(0.01)),
+        "dense": ef.NoFeedback(ef.Identity()),
+    }
+    channels = {
+        name: Channel(name, zeros, method, transport, exchange="server")
+        for name, method in methods.items()
+    }
+    for step in range(4):
+        for channel in channels.values():
+            rng = np.random.default_rng((transport.rank, step))
+            channel.gradient[:] = rng.standard_normal(zeros.size, np.float32)
+            channel.start(step)
+        finish_step(list(channels.values()))
+    for name, channel in channels.items():
+        stats = channel.stats()
+        rows[name] = [stats.dense_bytes_out, stats.bytes_out, stats.bytes_in]
+    return rows
 
 
 class Rogue:
