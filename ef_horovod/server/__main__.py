@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ef_horovod.errors import EFHorovodError
 from ef_horovod.methods.base import Method
@@ -27,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ef_horovod.server: {line}", file=sys.stderr, flush=True)
 
     try:
-        Server(method, timeout=arguments.timeout, say=say).run()
+        server = Server(method, checkpoint=arguments.checkpoint, timeout=arguments.timeout, say=say)
+        # mpirun ends all ranks so when one of them has died.
+        why = "the server was told to end (SIGTERM): a rank has died, or the job was stopped"
+        signal.signal(signal.SIGTERM, lambda number, frame: server.stop(why))
+        server.run()
     except Exception as error:
         say(f"error: {type(error).__name__}: {error}")
         if not isinstance(error, EFHorovodError):
@@ -52,6 +58,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--compressor", metavar="C", help="of the workers: 'onebit', 'topk:0.01', 'OneBit(\"l2\")'"
     )
     parser.add_argument("--down-compressor", metavar="C", help="of the server's answers")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="for this server's memories, when workers ask or the job ends with an error; workers "
+        "that continue with a later step than 0 find them there",
+    )
     parser.add_argument(
         "--timeout",
         type=float,

@@ -67,6 +67,7 @@ class ServerTransport(MPITransport):
         self._config: Config | None = None
         self._sends: list[Any] = []
         self._welcomes: set[int] = set()
+        self._saved: set[int] = set()
         self._broken: EFHorovodError | None = None
         self._closed = False
         atexit.register(self.close)  # before mpi4py ends MPI: it was registered earlier
@@ -136,6 +137,21 @@ class ServerTransport(MPITransport):
             return self._read(data, message, bucket)
 
         return finish
+
+    def save(self, step: int) -> None:
+        """Have all servers write their memories after so many steps; collective over workers.
+
+        Raises:
+            ProtocolError: a server has no folder for checkpoints, or it is not between two steps.
+        """
+        self._saved.clear()
+        message = pack(Message(Kind.SAVE, self.rank, step=step), text_body(""))
+        self._send(message, self._group.servers, CONTROL_TAG)
+        self._wait(
+            lambda: self._saved == set(self._group.servers),
+            lambda: sorted(set(self._group.servers) - self._saved),
+            f"the checkpoint of step {step}",
+        )
 
     def close(self, error: str = "") -> None:
         """Tell the servers that this worker ends; the job ends when all workers have.
@@ -209,6 +225,8 @@ class ServerTransport(MPITransport):
         text = body_text(body)
         if message.kind is Kind.WELCOME:
             self._welcomes.add(server)
+        elif message.kind is Kind.SAVED:
+            self._saved.add(server)
         elif message.kind is Kind.REFUSED:
             self._broken = ProtocolError(f"the server refused a message: {text}")
         elif message.kind is Kind.ABORT:

@@ -72,13 +72,12 @@ class Config(NamedTuple):
             ) from None
 
 
-def require_agreement(configs: Sequence[Config], method: Method | None, step: int) -> None:
+def require_agreement(configs: Sequence[Config], method: Method | None) -> None:
     """Compare what all workers say with each other, and with the server.
 
     Args:
         configs: of the workers, in their order.
         method: the server's, or None if it takes the workers'.
-        step: of the server's next round.
 
     Raises:
         ConfigMismatchError: naming two sides and what differs between them.
@@ -88,11 +87,6 @@ def require_agreement(configs: Sequence[Config], method: Method | None, step: in
         if other != lines[0]:
             here, there = first_difference(lines[0], other)
             raise _mismatch(f"worker 0 has {here} and worker {worker} has {there}")
-    if configs[0].step != step:
-        raise _mismatch(
-            f"the server continues with step {step} and the workers with step {configs[0].step}",
-            "start all of them anew, or from checkpoints of the same step",
-        )
     if method is None:
         return
     uncompressed = repr(method.uncompressed()), f"NoFeedback({Identity()!r})"
@@ -103,10 +97,11 @@ def require_agreement(configs: Sequence[Config], method: Method | None, step: in
             )
 
 
-def _mismatch(
-    what: str, way_out: str = "give all workers and servers the same model and the same compression"
-) -> ConfigMismatchError:
-    return ConfigMismatchError(f"{what}, expected the same on all ranks; {way_out}")
+def _mismatch(what: str) -> ConfigMismatchError:
+    return ConfigMismatchError(
+        f"{what}, expected the same on all ranks; give all workers and servers the same model, the "
+        "same compression and checkpoints of the same step"
+    )
 
 
 def assign(buckets: Sequence[BucketSpec], servers: int) -> list[int]:

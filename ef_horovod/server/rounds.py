@@ -9,6 +9,7 @@ in place is copied before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,6 +131,44 @@ class ServedBucket:
         self.round += 1
         return pack(message, body, self._outgoing)
 
+    def memories(self, step: int) -> dict[str, np.ndarray]:
+        """What is remembered after so many steps, by "BUCKET/FIELD": this one, or the one before.
+
+        Raises:
+            ValueError: of another step nothing is known.
+        """
+        if step == self.step:
+            held = dict(self._fields(self.state))
+        elif step == self.step - 1 and self._undo is not None:
+            before = {id(vector): copy for vector, copy in self._undo.copies}
+            fields = self._fields(self._undo.state)
+            held = {name: before.get(id(vector), vector) for name, vector in fields}
+        else:
+            raise ValueError(
+                f"got step {step} for '{self.spec.name}', expected {self.step} or the one before"
+            )
+        # A bucket that remembers nothing is there all the same: loading can tell that none lacks.
+        return {
+            f"{self.spec.name}/": np.zeros(0, np.float32),
+            **{f"{self.spec.name}/{name}": vector for name, vector in held.items()},
+        }
+
+    def load(self, memories: Mapping[str, np.ndarray], step: int) -> None:
+        """Take over what `memories` gave after so many steps, before the first round."""
+        for name, vector in self._fields(self.state):
+            np.copyto(vector, memories[f"{self.spec.name}/{name}"])
+        self.step = self._this_step = step
+
+    def _fields(self, state: Any) -> Iterator[tuple[str, np.ndarray]]:
+        """The vectors that a state holds between steps."""
+        for field, value in state._asdict().items():
+            if field in self.method.scratch:
+                continue
+            if isinstance(value, np.ndarray):
+                yield field, value
+            elif isinstance(value, tuple):
+                yield from ((f"{field}.{i}", vector) for i, vector in enumerate(value))
+
     def _checked(self, worker: int, message: Message, body: np.ndarray) -> Payload:
         problem = self._problem(worker, message)
         if problem:
@@ -188,14 +227,11 @@ class ServedBucket:
     def _remember(self) -> None:
         changed = self.method.reduced_in_place
         copies = []
-        for field, value in self.state._asdict().items():
-            if field in self.method.scratch or (changed is not None and field not in changed):
-                continue
-            for vector in value if isinstance(value, tuple) else (value,):
-                if isinstance(vector, np.ndarray):
-                    spare = self._spare_of(vector)
-                    np.copyto(spare, vector)
-                    copies.append((vector, spare))
+        for name, vector in self._fields(self.state):
+            if changed is None or name.partition(".")[0] in changed:
+                spare = self._spare_of(vector)
+                np.copyto(spare, vector)
+                copies.append((vector, spare))
         self._undo = _Undo(self.state, tuple(copies))
 
     def _spare_of(self, vector: np.ndarray) -> np.ndarray:

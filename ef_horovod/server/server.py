@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ef_horovod.errors import (
-    EFHorovodError,
     PayloadError,
     ProtocolError,
     ServerError,
 )
 from ef_horovod.methods.base import Method
+from ef_horovod.server.checkpoint import load, save
 from ef_horovod.server.inbox import Arrived, Inbox, control_buffer
 from ef_horovod.server.link import SERVER, Group, connect
 from ef_horovod.server.plan import Config, assign, require_agreement
@@ -38,6 +39,8 @@ class Server:
 
     Args:
         method: that the workers have to have, or None to take theirs.
+        checkpoint: folder for this server's memories, or None. Workers ask for checkpoints; when
+            the job ends with an error, the last complete step is written as well.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
         say: gets a line for people now and then.
         comm: of servers and workers; default COMM_WORLD.
@@ -47,17 +50,20 @@ class Server:
         self,
         method: Method | None = None,
         *,
+        checkpoint: Path | None = None,
         timeout: float | None = None,
         say: Callable[[str], None] = lambda line: None,
         comm: Any = None,
     ) -> None:
         self.timeout = timeout or default_timeout()
-        self._method, self._say = method, say
+        self._method, self._say, self._folder = method, say, checkpoint
         self._group: Group = connect(SERVER, self.timeout, comm)
         self._worker_of = {rank: i for i, rank in enumerate(self._group.workers)}
         self._inbox = Inbox(self._group.comm, self._buffer_of)
         self._present = set(self._worker_of.values())
         self._configs: dict[int, Config] = {}
+        self._stop = ""
+        self._saves: dict[int, int] = {}  # worker to the step that it wants saved
         self._fingerprint = 0
         self.buckets: dict[int, ServedBucket] = {}  # by index, those of this server
         self._buffers: dict[tuple[int, int], np.ndarray] = {}  # by (worker, bucket)
@@ -78,9 +84,15 @@ class Server:
             while self._present:
                 self._wait_for_anything()
             wait_until(lambda: self._inbox.sent, self.timeout, lambda: "the last answers are stuck")
-        except EFHorovodError as error:
-            self._farewell(f"{type(error).__name__}: {error}")
+        except Exception as error:  # of whatever kind: the memories are saved
+            self._tell(Kind.ABORT, f"{type(error).__name__}: {error}")
+            self._save_what_is_complete()
+            self._farewell()
             raise
+
+    def stop(self, reason: str) -> None:
+        """End the job with an error as soon as nothing is half done; for signal handlers."""
+        self._stop = reason
 
     @property
     def workers(self) -> int:
@@ -96,22 +108,25 @@ class Server:
 
     def _open_buckets(self) -> None:
         configs = [self._configs[worker] for worker in range(self.workers)]
-        require_agreement(configs, self._method, step=0)
-        self._fingerprint = configs[0].fingerprint
-        specs = configs[0].buckets
+        require_agreement(configs, self._method)
+        self._fingerprint, specs, step = configs[0].fingerprint, configs[0].buckets, configs[0].step
         for index, owner in enumerate(assign(specs, len(self._group.servers))):
             if owner != self._group.number:
                 continue
             spec = specs[index]
-            self.buckets[index] = ServedBucket(
-                index, spec, self.workers, self._fingerprint, configs[0].step
-            )
+            self.buckets[index] = ServedBucket(index, spec, self.workers, self._fingerprint)
             for worker in range(self.workers):
                 self._buffers[worker, index] = np.empty(longest_message(spec), np.uint8)
+        if step > 0:
+            names = [bucket.spec.name for bucket in self.buckets.values()]
+            memories = load(self._folder, step, self._fingerprint, names)
+            for bucket in self.buckets.values():
+                bucket.load(memories, step)
         elements = sum(bucket.spec.length for bucket in self.buckets.values())
         self._say(
             f"serves {self.workers} workers: {len(self.buckets)} of {len(specs)} buckets with "
-            f"{elements:,} elements by {', '.join(sorted({spec.method for spec in specs}))}"
+            f"{elements:,} elements by {', '.join(sorted({spec.method for spec in specs}))}, from "
+            f"step {step} on"
         )
         self._tell(Kind.WELCOME)
 
@@ -156,12 +171,63 @@ class Server:
                 self._configs[worker] = Config.from_json(body_text(body))
             except PayloadError as error:
                 raise ProtocolError(f"worker {worker}: {error}") from None
+        elif message.kind is Kind.SAVE and self._fingerprint:
+            self._save(worker, message.step)
         elif message.kind is Kind.BYE:
             self._goodbye(worker, body_text(body))
         else:
             raise ProtocolError(
                 f"worker {worker} sent {message.kind.name}, expected another kind of message now"
             )
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    def _save(self, worker: int, step: int) -> None:
+        """A worker asks for a checkpoint after so many steps; the last one of them makes it."""
+        if self._folder is None:
+            raise ProtocolError(
+                f"worker {worker} asked for a checkpoint, expected a server with a folder for it; "
+                "start the server with --checkpoint FOLDER"
+            )
+        known = {bucket.step for bucket in self.buckets.values()}
+        before = {last - 1 for last in known}
+        if any(bucket.begun for bucket in self.buckets.values()) or (
+            known and step not in known and step not in before
+        ):
+            raise ProtocolError(
+                f"worker {worker} asked for a checkpoint of step {step}, expected it between two "
+                f"steps and of step {sorted(known)}; let all workers ask after the same step"
+            )
+        self._saves[worker] = step
+        if len(self._saves) < self.workers:
+            return
+        steps = set(self._saves.values())
+        if len(steps) > 1:
+            raise ServerError(
+                f"workers asked for checkpoints of steps {sorted(steps)} at once, expected the "
+                "same step; let all workers ask after the same step"
+            )
+        self._saves.clear()
+        self._write(step)
+        self._tell(Kind.SAVED)
+
+    def _write(self, step: int) -> None:
+        assert self._folder is not None
+        memories: dict[str, np.ndarray] = {}
+        for bucket in self.buckets.values():
+            memories |= bucket.memories(step)
+        number = self._group.number
+        self._say(f"saved {save(self._folder, step, number, self._fingerprint, memories)}")
+
+    def _save_what_is_complete(self) -> None:
+        """When the job ends early: the last step that all buckets have, taken back where needed."""
+        step = min((bucket.step for bucket in self.buckets.values()), default=0)
+        if self._folder is None or step == 0:
+            return
+        try:
+            self._write(step)
+        except (OSError, ValueError) as error:
+            self._say(f"could not save step {step}: {error}")
 
     def _goodbye(self, worker: int, reason: str) -> None:
         self._present.discard(worker)
@@ -195,6 +261,8 @@ class Server:
 
     def _progress(self) -> bool:
         """Whether anything has happened."""
+        if self._stop:
+            raise ServerError(self._stop)
         arrived = self._inbox.poll()
         for one in arrived:
             self._take(one)
@@ -230,9 +298,8 @@ class Server:
             f"{what}; see why they did not, or raise --timeout or EF_HOROVOD_TIMEOUT"
         )
 
-    def _farewell(self, reason: str) -> None:
-        """Tell all workers why the job ends, and give them a moment to hear it."""
-        self._tell(Kind.ABORT, reason)
+    def _farewell(self) -> None:
+        """Give all workers a moment to hear why the job ends."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
         while time.monotonic() < deadline and not (self._inbox.sent and not self._present):
             for arrived in self._inbox.poll():

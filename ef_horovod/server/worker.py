@@ -9,6 +9,7 @@ import numpy as np
 
 from ef_horovod.buckets import BucketPlan, Slot, plan_buckets
 from ef_horovod.channel import Channel, ChannelStats, finish_step, total_stats
+from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import DensePolicy, require_distinct, require_method, small_or_vector
 from ef_horovod.server.client import ServerTransport
@@ -32,6 +33,8 @@ class Worker:
             one first; a bucket is compressed as one vector and belongs to one server.
         seed: of random compressors.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
+        state: what `checkpoint` returned on this rank of an equal job, to continue there; the
+            servers continue from their own files of the same step.
         transport: to the servers, if there is one already.
 
     Raises:
@@ -56,6 +59,7 @@ class Worker:
         bucket_bytes: int = 25 * 2**20,
         seed: int = 0,
         timeout: float | None = None,
+        state: dict[str, Any] | None = None,
         transport: ServerTransport | None = None,
     ) -> None:
         method = require_method(compression)
@@ -71,6 +75,9 @@ class Worker:
         self._buckets = [_Bucket(plan, self.transport, seed) for plan in plans]
         self._place = {slot.name: (b, slot) for b in self._buckets for slot in b.slots}
         self._order = [name for name, _ in named]
+        self._method = method
+        if state is not None:
+            self.step = load_state(state, self._buckets, repr(method), self.transport)
         shapes = [f"parameter '{name}' of shape {tuple(array.shape)}" for name, array in named]
         self.transport.handshake(shapes, self.step)
 
@@ -147,6 +154,23 @@ class Worker:
                 parts[slot.name] = part
         ordered = {name: parts[name] for name in self._order}
         return ordered if self._named else list(ordered.values())
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Have the servers write their memories, and return this worker's; all workers call it.
+
+        Call it between two steps, after the same one on all workers, and store the result with the
+        model, one file a worker. Started again with `Worker(state=)` and the same `--checkpoint`
+        folder, workers and servers go on to the same bits as if they had not been interrupted.
+
+        Raises:
+            ProtocolError: the servers were started without --checkpoint.
+        """
+        self.transport.save(self.step)
+        return self.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This worker's memories and the number of its next step, without asking the servers."""
+        return save_state(self._buckets, self.step, repr(self._method), self.transport)
 
     def stats(self) -> list[ChannelStats]:
         """One row for each bucket and a last one with the total; call it between steps."""

@@ -99,18 +99,16 @@ CONFIG = Config(SPECS, ("parameter 'w' of shape (2, 5)",))
 )
 def test_workers_that_disagree_are_refused(other, problem):
     with pytest.raises(ConfigMismatchError, match=problem):
-        require_agreement([CONFIG, other], None, 0)
+        require_agreement([CONFIG, other], None)
 
 
-def test_a_server_with_another_method_or_step_refuses():
+def test_a_server_with_another_method_refuses():
     with pytest.raises(
         ConfigMismatchError, match=r"server has EF21\(TopK\(k=1\)\) and the workers"
     ):
-        require_agreement([CONFIG, CONFIG], read_method("EF21(TopK(k=1))"), 0)
-    with pytest.raises(ConfigMismatchError, match="continues with step 7 and the workers with"):
-        require_agreement([CONFIG], None, 7)
-    require_agreement([CONFIG, CONFIG], read_method("EF21(OneBit())"), 0)
-    require_agreement([CONFIG], None, 0)
+        require_agreement([CONFIG, CONFIG], read_method("EF21(TopK(k=1))"))
+    require_agreement([CONFIG, CONFIG], read_method("EF21(OneBit())"))
+    require_agreement([CONFIG], None)
 
 
 def test_configs_travel_as_json():
