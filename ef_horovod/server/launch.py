@@ -17,8 +17,9 @@ from ef_horovod.server.__main__ import make_parser as make_server_parser
 from ef_horovod.server.__main__ import method_of
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-# mpirun ends all ranks when one dies; a server has so many seconds to save its state then.
-_SECONDS_TO_SAVE = 30
+# mpirun ends all ranks when one dies; a server has so many seconds to save its state then. mpirun
+# waits that long in any case, twice.
+_SECONDS_TO_SAVE = 10
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -63,6 +63,7 @@ class Server:
         self._present = set(self._worker_of.values())
         self._configs: dict[int, Config] = {}
         self._stop = ""
+        self._last_saved = 0  # step of the last checkpoint
         self._saves: dict[int, int] = {}  # worker to the step that it wants saved
         self._fingerprint = 0
         self.buckets: dict[int, ServedBucket] = {}  # by index, those of this server
@@ -122,6 +123,7 @@ class Server:
             memories = load(self._folder, step, self._fingerprint, names)
             for bucket in self.buckets.values():
                 bucket.load(memories, step)
+            self._last_saved = step
         elements = sum(bucket.spec.length for bucket in self.buckets.values())
         self._say(
             f"serves {self.workers} workers: {len(self.buckets)} of {len(specs)} buckets with "
@@ -217,12 +219,13 @@ class Server:
         for bucket in self.buckets.values():
             memories |= bucket.memories(step)
         number = self._group.number
+        self._last_saved = step
         self._say(f"saved {save(self._folder, step, number, self._fingerprint, memories)}")
 
     def _save_what_is_complete(self) -> None:
         """When the job ends early: the last step that all buckets have, taken back where needed."""
         step = min((bucket.step for bucket in self.buckets.values()), default=0)
-        if self._folder is None or step == 0:
+        if self._folder is None or step in (0, self._last_saved):
             return
         try:
             self._write(step)
