@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
-from ef_horovod.transports.base import Transport
+from ef_horovod.transports.base import Answer, Transport
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Channel:
         if self.exchange == "server":  # which has the other half
             self.server = None
             transport.open_bucket(name, like.shape[0], repr(method), seed)
-        self._xp, self._transport = xp, transport
+        self._xp, self._device, self._transport = xp, device, transport
         self._key = Key(seed, 0, tensor_id(name), transport.rank, transport.size)
         self._lost = self.gradient  # after a step: what its compression lost
         self._message: Payload | None = None
@@ -116,8 +116,7 @@ class Channel:
 
     def _send(self, message: Payload, step: int) -> Callable[[], Any]:
         if self.exchange == "server":
-            answer = self._transport.ask(self.name, message.data, step)
-            return lambda: [answer()]
+            return self._transport.ask(self.name, message.data, step)
         return exchanges.start(
             self.exchange, self._transport, self.name, message, sized=self.method.sized
         )
@@ -153,13 +152,45 @@ class Channel:
         """What is made of all ranks' messages: here, or by the server."""
         if self.exchange == "server":
             (answer,) = self._received
-            if answer.payload is not None:
-                return Payload(answer.payload)
-            return self._xp.from_host(answer.numbers, getattr(self.gradient, "device", None))
+            return self._read(answer)
         aggregate, self.server = self.method.reduce(
             self.server, self._received, self._key.of_server()
         )
         return aggregate
+
+    def commit_rounds(self, later: Sequence[Answer] = ()) -> list[Array]:
+        """The same where a server's rounds do not wait for all workers: a direction for each.
+
+        A round that came to nothing has zeros, and if this rank's gradient was not finite, it said
+        nothing: its memory is as before.
+
+        Args:
+            later: answers of rounds after the one that this rank's own message counted in.
+        """
+        directions = []
+        with self._timed("seconds_decompress"):
+            for answer in [*self._received, *later]:
+                direction = self._xp.zeros(self._stats.num_elements, self._device)
+                if not answer.is_skip:
+                    self._xp.assign(direction, self._pull(answer))
+                directions.append(direction)
+        self._received = self._pushed = None
+        self._stats.steps += len(directions)
+        return directions
+
+    def _pull(self, answer: Answer) -> Array:
+        aggregate = self._read(answer)
+        if not answer.counted or self._pushed is None:
+            return self.method.listen(self.worker, aggregate)
+        before = self.worker
+        direction, self.worker = self.method.pull(self._pushed, aggregate)
+        self._spare(before)
+        return direction
+
+    def _read(self, answer: Answer) -> Array | Payload:
+        if answer.payload is not None:
+            return Payload(answer.payload)
+        return self._xp.from_host(answer.numbers, self._device)
 
     def drop(self) -> None:
         """Forget the step: all states stay as they were before `start`."""

@@ -54,6 +54,9 @@ class Method(Shown):
     # Vectors of the aggregator's state that `reduce` changes in place, None if that is not known:
     # a server that may have to take a round back copies them before.
     reduced_in_place: ClassVar[frozenset[str] | None] = None
+    # Whether workers may miss rounds, and `listen` to them: what a round means must not depend on
+    # the step that a worker last took part in.
+    can_listen: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -126,6 +129,13 @@ class Method(Shown):
     def pull(self, state: State, aggregate: Array | Payload) -> tuple[Array, State]:
         """Turn the aggregate into the direction; commits the worker's state."""
         return aggregate, state
+
+    def listen(self, state: State, aggregate: Array | Payload) -> Array:
+        """The direction of a round in which this worker has said nothing.
+
+        What it changes are arrays of the state, in place.
+        """
+        return self.pull(state, aggregate)[0]
 
 
 def vector_like(x: Array) -> Array:

@@ -66,6 +66,12 @@ def make_parser() -> argparse.ArgumentParser:
         "that continue with a later step than 0 find them there",
     )
     parser.add_argument(
+        "--quorum",
+        type=int,
+        metavar="M",
+        help="make rounds of M workers' messages; those of late ones count in the next round",
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
         metavar="SECONDS",

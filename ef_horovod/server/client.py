@@ -22,6 +22,7 @@ from ef_horovod.server.plan import BucketSpec, Config, assign
 from ef_horovod.server.protocol import (
     CONTROL_TAG,
     HEADER_NBYTES,
+    MISSED,
     Kind,
     Message,
     body_text,
@@ -66,6 +67,7 @@ class ServerTransport(MPITransport):
         self._index: dict[str, int] = {}
         self._config: Config | None = None
         self._sends: list[Any] = []
+        self.quorum: int | None = None  # how many workers make a round, if not all do
         self._welcomes: set[int] = set()
         self._saved: set[int] = set()
         self._broken: EFHorovodError | None = None
@@ -91,7 +93,8 @@ class ServerTransport(MPITransport):
                 "before it; make one optimizer for all parameters"
             )
         self._index[name] = len(self._buckets)
-        self._buckets.append(_Bucket(BucketSpec(name, length, method, seed)))
+        spec = BucketSpec(name, length, method, seed)
+        self._buckets.append(_Bucket(len(self._buckets), spec))
 
     def handshake(self, facts: Sequence[str] = (), step: int = 0) -> None:
         """Compare the config with the servers' and the other workers'; once, before the first step.
@@ -115,7 +118,7 @@ class ServerTransport(MPITransport):
             "the handshake",
         )
 
-    def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], Answer]:
+    def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
         if self._config is None:
             self.handshake(step=step)
         assert self._config is not None
@@ -123,20 +126,61 @@ class ServerTransport(MPITransport):
         index = self._index[name]
         bucket = self._buckets[index]
         message = Message(Kind.PUSH, self.rank, index, step, bucket.round, self._config.fingerprint)
+        bucket.step = step
         outgoing = pack(message, payload, bucket.outgoing)
+        if bucket.backlog:
+            bucket.incoming = np.empty_like(bucket.incoming)
         reply = self._all.Irecv([bucket.incoming, MPI.BYTE], bucket.server, index + 1)
         self._send(outgoing, [bucket.server], index + 1)
         self.bytes_sent += outgoing.size
-        bucket.round += 1
 
-        def finish() -> Answer:
-            status = MPI.Status()
-            self._wait(lambda: reply.Test(status), lambda: [bucket.server], f"'{name}'")
-            data = bucket.incoming[: status.Get_count(MPI.BYTE)]
-            self.bytes_received += data.size
-            return self._read(data, message, bucket)
+        def finish() -> list[Answer]:
+            known, bucket.backlog = bucket.backlog, []
+            bucket.round += len(known)
+            answers = [*known, self._answer(reply, bucket)]
+            while not answers[-1].counted:
+                answers.append(self._answer(self._receive(bucket), bucket))
+            return answers
 
         return finish
+
+    def catch_up(self, names: Sequence[str]) -> list[list[Answer]]:
+        """Answers of rounds that went by without this rank and are here already.
+
+        Args:
+            names: of buckets; between two steps.
+
+        Returns:
+            For each bucket, the answers of the same rounds.
+        """
+        buckets = [self._buckets[self._index[name]] for name in names]
+        for bucket in buckets:
+            while self._all.Iprobe(bucket.server, bucket.index + 1):
+                bucket.round += len(bucket.backlog)
+                answer = self._answer(self._receive(bucket), bucket)
+                bucket.round -= len(bucket.backlog) + 1
+                bucket.backlog.append(answer)
+        rounds = min(len(bucket.backlog) for bucket in buckets)
+        found = [bucket.backlog[:rounds] for bucket in buckets]
+        for bucket in buckets:
+            bucket.round += rounds
+            del bucket.backlog[:rounds]
+        return found
+
+    def _receive(self, bucket: _Bucket) -> Any:
+        """Begin to receive one more answer; those that are here keep their memory."""
+        bucket.incoming = np.empty_like(bucket.incoming)
+        return self._all.Irecv([bucket.incoming, MPI.BYTE], bucket.server, bucket.index + 1)
+
+    def _answer(self, reply: Any, bucket: _Bucket) -> Answer:
+        """Wait for the next answer about a bucket."""
+        status = MPI.Status()
+        self._wait(lambda: reply.Test(status), lambda: [bucket.server], f"'{bucket.spec.name}'")
+        data = bucket.incoming[: status.Get_count(MPI.BYTE)]
+        self.bytes_received += data.size
+        answer = self._read(data, bucket)
+        bucket.round += 1
+        return answer
 
     def save(self, step: int) -> None:
         """Have all servers write their memories after so many steps; collective over workers.
@@ -175,18 +219,31 @@ class ServerTransport(MPITransport):
             self._move_on()
             time.sleep(1e-3)
 
-    def _read(self, data: np.ndarray, asked: Message, bucket: _Bucket) -> Answer:
+    def _read(self, data: np.ndarray, bucket: _Bucket) -> Answer:
+        assert self._config is not None
         message, body = unpack(data)
-        if message == asked._replace(kind=message.kind, worker=0):
+        counted = not message.flags & MISSED
+        # With a quorum the server counts the steps, and this rank may have been late.
+        step = bucket.step if self.quorum is None else message.step
+        expected = Message(
+            message.kind,
+            0,
+            bucket.index,
+            step,
+            bucket.round,
+            self._config.fingerprint,
+            message.flags,
+        )
+        if message == expected:
             if message.kind is Kind.PAYLOAD:
-                return Answer(payload=body)
+                return Answer(payload=body, counted=counted)
             if message.kind is Kind.NUMBERS and body.size == 4 * bucket.spec.length:
-                return Answer(numbers=body.view(np.float32))
+                return Answer(numbers=body.view(np.float32), counted=counted)
             if message.kind is Kind.DROP:
-                return Answer()
+                return Answer(counted=counted)
         raise ProtocolError(
-            f"the server answered {asked} about '{bucket.spec.name}' with {message} and "
-            f"{body.size} bytes, expected an answer to it; install the same ef_horovod on all ranks"
+            f"a server sent {message} with {body.size} bytes about '{bucket.spec.name}', expected "
+            f"{expected} as an answer; install the same ef_horovod on all ranks"
         )
 
     def _wait(self, done: Callable[[], bool], missing: Callable[[], list[int]], what: str) -> None:
@@ -225,6 +282,7 @@ class ServerTransport(MPITransport):
         text = body_text(body)
         if message.kind is Kind.WELCOME:
             self._welcomes.add(server)
+            self.quorum = int(text) if text else None
         elif message.kind is Kind.SAVED:
             self._saved.add(server)
         elif message.kind is Kind.REFUSED:
@@ -245,8 +303,11 @@ class ServerTransport(MPITransport):
 class _Bucket:
     """A bucket's buffers and its count of rounds."""
 
-    def __init__(self, spec: BucketSpec) -> None:
-        self.spec, self.round, self.server = spec, 0, -1
+    def __init__(self, index: int, spec: BucketSpec) -> None:
+        self.index, self.spec, self.server = index, spec, -1
+        self.round = 0  # answers that were handed on
+        self.backlog: list[Answer] = []  # of later rounds that some other bucket has no answer of
+        self.step = 0  # of the message that is under way
         self.outgoing = self.incoming = np.empty(0, np.uint8)
 
     def open(self, server: int) -> None:

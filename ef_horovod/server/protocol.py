@@ -3,7 +3,7 @@
     0   magic "EFPS"    4 bytes
     4   version         uint8
     5   kind            uint8, see Kind
-    6   flags           uint16, 0
+    6   flags           uint16, MISSED or 0
     8   worker          uint32, who sends or is answered
     12  bucket          uint32
     16  step            uint32, of the random draws; a dropped step's number is used again
@@ -32,6 +32,7 @@ from ef_horovod.errors import ProtocolError
 MAGIC = b"EFPS"
 VERSION = 1
 CONTROL_TAG = 0  # MPI tag of what is not about a bucket; that of bucket b is b + 1
+MISSED = 1  # flag of an answer: the receiver's own message comes in a later round
 _LAYOUT = struct.Struct("<4sBBHIIIIIIQ")
 HEADER_NBYTES = _LAYOUT.size
 
@@ -61,6 +62,7 @@ class Message(NamedTuple):
     step: int = 0
     round: int = 0
     fingerprint: int = 0
+    flags: int = 0
 
 
 def pack(message: Message, body: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -86,7 +88,7 @@ def pack(message: Message, body: np.ndarray, out: np.ndarray | None = None) -> n
         MAGIC,
         VERSION,
         message.kind,
-        0,
+        message.flags,
         message.worker,
         message.bucket,
         message.step,
@@ -116,7 +118,7 @@ def unpack(data: np.ndarray) -> tuple[Message, np.ndarray]:
             f"a message has {data.size} bytes, expected at least the {HEADER_NBYTES} of its "
             "header; something else than ef_horovod sends here"
         )
-    magic, version, kind, _, worker, bucket, step, turn, length, check, fingerprint = (
+    magic, version, kind, flags, worker, bucket, step, turn, length, check, fingerprint = (
         _LAYOUT.unpack_from(data.data)
     )
     if magic != MAGIC or version != VERSION or kind not in Kind.__members__.values():
@@ -136,7 +138,7 @@ def unpack(data: np.ndarray) -> tuple[Message, np.ndarray]:
             f"the checksum of a message of {length} bytes is {checksum(body):#010x}, expected "
             f"{check:#010x}; it was damaged on the way"
         )
-    return Message(Kind(kind), worker, bucket, step, turn, fingerprint), body
+    return Message(Kind(kind), worker, bucket, step, turn, fingerprint, flags), body
 
 
 def text_body(text: str) -> np.ndarray:

@@ -109,6 +109,11 @@ class ServedBucket:
         self._messages[worker] = payload
         return len(self._messages) == self.workers
 
+    def answers(self) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Messages that are due now, and the workers that they are for; see `answer`."""
+        if len(self._messages) == self.workers:
+            yield self.answer(), list(range(self.workers))
+
     def answer(self) -> np.ndarray:
         """Reduce the complete round: the message for all workers, valid until the next round's.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from ef_horovod.errors import (
     PayloadError,
     ProtocolError,
     ServerError,
+    UnsupportedError,
 )
 from ef_horovod.methods.base import Method
 from ef_horovod.server.checkpoint import load, save
 from ef_horovod.server.inbox import Arrived, Inbox, control_buffer
 from ef_horovod.server.link import SERVER, Group, connect
-from ef_horovod.server.plan import Config, assign, require_agreement
+from ef_horovod.server.plan import BucketSpec, Config, assign, require_agreement
 from ef_horovod.server.protocol import (
     CONTROL_TAG,
     Kind,
@@ -27,7 +28,9 @@ from ef_horovod.server.protocol import (
     pack,
     text_body,
 )
+from ef_horovod.server.quorum import Participation, QuorumBucket
 from ef_horovod.server.rounds import ServedBucket, longest_message
+from ef_horovod.spelling import read_method
 from ef_horovod.transports.waiting import default_timeout, wait_until
 
 _FAREWELL_SECONDS = 5.0  # for workers to take the reason of the end
@@ -41,6 +44,7 @@ class Server:
         method: that the workers have to have, or None to take theirs.
         checkpoint: folder for this server's memories, or None. Workers ask for checkpoints; when
             the job ends with an error, the last complete step is written as well.
+        quorum: how many workers make a round, or None for all; see `quorum.py`.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
         say: gets a line for people now and then.
         comm: of servers and workers; default COMM_WORLD.
@@ -51,6 +55,7 @@ class Server:
         method: Method | None = None,
         *,
         checkpoint: Path | None = None,
+        quorum: int | None = None,
         timeout: float | None = None,
         say: Callable[[str], None] = lambda line: None,
         comm: Any = None,
@@ -62,6 +67,8 @@ class Server:
         self._inbox = Inbox(self._group.comm, self._buffer_of)
         self._present = set(self._worker_of.values())
         self._configs: dict[int, Config] = {}
+        self._quorum = quorum
+        self._participation: Participation | None = None
         self._stop = ""
         self._last_saved = 0  # step of the last checkpoint
         self._saves: dict[int, int] = {}  # worker to the step that it wants saved
@@ -110,12 +117,13 @@ class Server:
     def _open_buckets(self) -> None:
         configs = [self._configs[worker] for worker in range(self.workers)]
         require_agreement(configs, self._method)
+        self._require_quorum({spec.method for spec in configs[0].buckets})
         self._fingerprint, specs, step = configs[0].fingerprint, configs[0].buckets, configs[0].step
         for index, owner in enumerate(assign(specs, len(self._group.servers))):
             if owner != self._group.number:
                 continue
             spec = specs[index]
-            self.buckets[index] = ServedBucket(index, spec, self.workers, self._fingerprint)
+            self.buckets[index] = self._make_bucket(index, spec)
             for worker in range(self.workers):
                 self._buffers[worker, index] = np.empty(longest_message(spec), np.uint8)
         if step > 0:
@@ -130,7 +138,30 @@ class Server:
             f"{elements:,} elements by {', '.join(sorted({spec.method for spec in specs}))}, from "
             f"step {step} on"
         )
-        self._tell(Kind.WELCOME)
+        self._tell(Kind.WELCOME, "" if self._participation is None else str(self._quorum))
+
+    def _require_quorum(self, methods: set[str]) -> None:
+        if self._quorum is None or self._quorum == self.workers:
+            return
+        servers = len(self._group.servers)
+        if not 1 <= self._quorum < self.workers or servers > 1:
+            raise UnsupportedError(
+                f"got a quorum of {self._quorum} with {self.workers} workers and {servers} "
+                "servers, expected one of 1 to all workers, and one server, which alone decides "
+                "whose messages make a round; leave --quorum out otherwise"
+            )
+        for method in methods:
+            if not read_method(method).can_listen:
+                raise UnsupportedError(
+                    f"got a quorum with {method}, expected a method whose workers can miss rounds; "
+                    "leave --quorum out, or take DoubleSqueeze, ErrorFeedback or EF21"
+                )
+        self._participation = Participation(self._quorum, self.workers)
+
+    def _make_bucket(self, index: int, spec: BucketSpec) -> ServedBucket:
+        if self._participation is None:
+            return ServedBucket(index, spec, self.workers, self._fingerprint)
+        return QuorumBucket(index, spec, self.workers, self._fingerprint, self._participation)
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -167,7 +198,7 @@ class Server:
                     f"the buckets {sorted(self.buckets)} of this server with its tag"
                 )
             if bucket.accept(worker, message, body):
-                self._inbox.send(bucket.answer(), self._group.workers, tag)
+                self._answer([bucket] if self._participation is None else self.buckets.values())
         elif message.kind is Kind.HELLO and not self._fingerprint:
             try:
                 self._configs[worker] = Config.from_json(body_text(body))
@@ -186,6 +217,11 @@ class Server:
 
     def _save(self, worker: int, step: int) -> None:
         """A worker asks for a checkpoint after so many steps; the last one of them makes it."""
+        if self._participation is not None:
+            raise ProtocolError(
+                f"worker {worker} asked for a checkpoint, expected none with a quorum: workers are "
+                "in different rounds; leave --quorum out"
+            )
         if self._folder is None:
             raise ProtocolError(
                 f"worker {worker} asked for a checkpoint, expected a server with a folder for it; "
@@ -232,10 +268,20 @@ class Server:
         except (OSError, ValueError) as error:
             self._say(f"could not save step {step}: {error}")
 
+    def _answer(self, buckets: Iterable[ServedBucket]) -> None:
+        for bucket in buckets:
+            for data, workers in bucket.answers():
+                ranks = [self._group.workers[worker] for worker in workers]
+                self._inbox.send(data, ranks, bucket.index + 1)
+
     def _goodbye(self, worker: int, reason: str) -> None:
         self._present.discard(worker)
         if reason:
             raise ServerError(f"worker {worker} failed: {reason}")
+        if self._participation is not None:
+            self._participation.present.discard(worker)
+            self._answer(self.buckets.values())  # fewer may be enough now
+            return
         waiting = [bucket for bucket in self.buckets.values() if bucket.begun]
         if self._present and (waiting or not self.buckets):
             self._require_all_present()
@@ -273,9 +319,8 @@ class Server:
 
     def _wait_for_anything(self) -> None:
         wait_until(self._progress, self.timeout, lambda: self._waited(*self._awaited()))
-        if len(self._present) not in (0, self.workers) and any(
-            bucket.begun for bucket in self.buckets.values()
-        ):
+        some = len(self._present) not in (0, self.workers) and self._participation is None
+        if some and any(bucket.begun for bucket in self.buckets.values()):
             self._require_all_present()
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ef_horovod.buckets import BucketPlan, Slot, plan_buckets
 from ef_horovod.channel import Channel, ChannelStats, finish_step, total_stats
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import DensePolicy, require_distinct, require_method, small_or_vector
@@ -104,11 +105,42 @@ class Worker:
 
         Raises:
             ServerError, CollectiveTimeoutError: the job has ended; says why.
+            UnsupportedError: the server's rounds do not wait for all workers; take `rounds`.
             ValueError: other names or shapes than those of the parameters.
         """
+        if self.transport.quorum is not None:
+            raise UnsupportedError(
+                f"push_pull() got a server with a quorum of {self.transport.quorum}, expected one "
+                "that waits for all workers; write `for directions in worker.rounds(gradients)`"
+            )
         for name, gradient in _items(gradients):
             self.push(name, gradient)
         return self.pull()
+
+    def rounds(self, gradients: Named | Listed) -> list[Any]:
+        """`push_pull` for servers with a quorum: the directions of one round or several.
+
+        Rounds that this worker was late for are among them; in one its gradients count. All
+        workers apply the same rounds in the same order, each at its own time; `step` counts them,
+        so `while worker.step < steps` ends all workers at about the same one. A gradient that is
+        not finite is left out, bucket by bucket, and memories are as before.
+        """
+        if self.transport.quorum is None:
+            directions = self.push_pull(gradients)
+            return [] if directions is None else [directions]
+        for name, gradient in _items(gradients):
+            self.push(name, gradient)
+        self._begin_pull()
+        for bucket in self._buckets:
+            bucket.channel.arrived()
+        # What has gone by in the meantime: the next gradient is then one of a newer model.
+        later = self.transport.catch_up([bucket.channel.name for bucket in self._buckets])
+        parts = [
+            bucket.channel.commit_rounds(answers)
+            for bucket, answers in zip(self._buckets, later, strict=True)
+        ]
+        self.step += len(parts[0])
+        return [self._in_form(list(of_round)) for of_round in zip(*parts, strict=True)]
 
     def push(self, name: str, gradient: np.ndarray) -> None:
         """Hand in one gradient; its bucket is sent as soon as it is full.
@@ -134,6 +166,14 @@ class Worker:
 
     def pull(self) -> Any:
         """Wait for the directions of all gradients that were handed in; see `push_pull`."""
+        self._begin_pull()
+        directions = finish_step([bucket.channel for bucket in self._buckets])
+        if directions is None:
+            return None
+        self.step += 1
+        return self._in_form(directions)
+
+    def _begin_pull(self) -> None:
         missing = [name for name, (b, _) in self._place.items() if name not in b.filled]
         if missing:
             raise ValueError(
@@ -142,10 +182,9 @@ class Worker:
             )
         for bucket in self._buckets:
             bucket.filled.clear()
-        directions = finish_step([bucket.channel for bucket in self._buckets])
-        if directions is None:
-            return None
-        self.step += 1
+
+    def _in_form(self, directions: list[np.ndarray]) -> Any:
+        """Directions of the buckets as those of the parameters."""
         parts = {}
         for bucket, direction in zip(self._buckets, directions, strict=True):
             for slot in bucket.slots:

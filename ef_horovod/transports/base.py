@@ -26,10 +26,11 @@ class Answer(NamedTuple):
 
     payload: np.ndarray | None = None  # uint8[m], of methods that compress both ways
     numbers: np.ndarray | None = None  # float32[d], of all others; valid until the next step
+    counted: bool = True  # whether this rank's own message is in it
 
     @property
     def is_skip(self) -> bool:
-        """Whether the step is dropped on all ranks."""
+        """Whether there is nothing: the step is dropped on all ranks."""
         return self.payload is None and self.numbers is None
 
 
@@ -92,11 +93,12 @@ class Transport(ABC):
         """Announce a vector float32[length] that `ask` will send, before the first `ask`."""
         raise self._without_server()
 
-    def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], Answer]:
+    def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
         """Send a bucket's payload, uint8[m], to its server.
 
         Returns:
-            A function that waits and gives the server's answer.
+            A function that waits and gives the server's answer. Where rounds do not wait for all
+            workers, these are the answers of all rounds up to the one in which the payload counts.
 
         Raises:
             UnsupportedError: this transport knows no server.
