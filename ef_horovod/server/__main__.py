@@ -29,7 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ef_horovod.server: {line}", file=sys.stderr, flush=True)
 
     try:
-        server = Server(method, checkpoint=arguments.checkpoint, timeout=arguments.timeout, say=say)
+        server = Server(
+            method,
+            checkpoint=arguments.checkpoint,
+            quorum=arguments.quorum,
+            timeout=arguments.timeout,
+            say=say,
+        )
         # mpirun ends all ranks so when one of them has died.
         why = "the server was told to end (SIGTERM): a rank has died, or the job was stopped"
         signal.signal(signal.SIGTERM, lambda number, frame: server.stop(why))
