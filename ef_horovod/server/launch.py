@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.server.__main__ import make_parser as make_server_parser
 from ef_horovod.server.__main__ import method_of
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error("received no program for the workers, expected one after --: -- python x.py")
     try:
         method_of(make_server_parser().parse_args(for_server))
-    except ValueError as error:
+    except (ValueError, UnsupportedError) as error:
         parser.error(str(error))
     line = command(arguments, for_server, program)
     print(shlex.join(line), flush=True)

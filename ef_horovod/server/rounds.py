@@ -260,7 +260,7 @@ class ServedBucket:
 
     def _blame(self, error: Exception) -> EFHorovodError:
         """Find whose message cannot be decoded, and wait for another one from there."""
-        room = np.empty(self.spec.length, np.float32)
+        room = np.zeros(self.spec.length, np.float32)
         for worker, payload in list(self._messages.items()):
             try:
                 payload.add_to(room)

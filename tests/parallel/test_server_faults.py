@@ -82,9 +82,11 @@ def test_a_worker_that_ends_early(scenario: str, problem: str, tmp_path: Path) -
     assert time.monotonic() - begin < 60  # not the limit of 120 s
 
 
-def test_a_killed_worker_ends_the_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scenario", ["killed", "server_killed"])
+def test_a_killed_rank_ends_the_job(scenario: str, tmp_path: Path) -> None:
     begin = time.monotonic()
-    ended_job(1, 2, PROGRAM, tmp_path, "killed")
+    output, _ = ended_job(1, 2, PROGRAM, tmp_path, scenario)
+    assert "exited on signal 9 (Killed)" in output
     assert time.monotonic() - begin < 60
 
 

@@ -61,3 +61,11 @@ def test_same_bits(servers: int, workers: int, tmp_path: Path) -> None:
         assert not different, f"rank {rank}: {len(different)} of {len(mine)} differ: {different}"
     if every:  # or equal digests would show nothing
         assert len(set(expected.values())) > len(expected) / 3
+
+
+def test_torch_tensors_go_through_a_server(tmp_path: Path) -> None:
+    """The same channels on tensors, in the same job as NumPy's server: the bits of NumPy."""
+    expected = simulated(2)
+    for result in server_job(1, 2, "server_numbers.py", tmp_path, "every", "torch", timeout=600):
+        different = [name for name, end in expected.items() if result["every"].get(name) != end]
+        assert not different, f"{len(different)} of {len(expected)} differ: {different}"

@@ -7,6 +7,7 @@ import signal
 import time
 
 import numpy as np
+import psutil
 from common import ARGUMENTS, error_of, report
 from server_faults_model import SHAPES, gradients
 
@@ -76,6 +77,19 @@ def killed():
     steps(worker, 0, 3)
     if odd():
         os.kill(os.getpid(), signal.SIGKILL)
+    return error_of(lambda: steps(worker, 3, 5))
+
+
+def server_killed():
+    worker = Worker(arrays(), EF21)
+    steps(worker, 0, 3)
+    if odd():  # the server is the other child of mpirun
+        (server,) = (
+            process
+            for process in psutil.Process(os.getppid()).children()
+            if "ef_horovod.server" in process.cmdline()
+        )
+        server.kill()
     return error_of(lambda: steps(worker, 3, 5))
 
 

@@ -1,7 +1,7 @@
 """Steps of methods through parameter servers; where they lead, as digests.
 
 The models of `doublesqueeze_oracle.py` are trained; with the argument "every", one channel of every
-method x compressor takes steps as well, all of them under way at once.
+method x compressor takes steps as well, all of them under way at once; with "torch", on tensors.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from ef_horovod.testing.pairs import every_method
 
 def open_every(transport):
     zeros = np.zeros(SHAPE, np.float32).reshape(-1)
+    if "torch" in ARGUMENTS:
+        import torch
+
+        zeros = torch.from_numpy(zeros)
     return {
         f"x{i} by {method}": Channel(
             f"x{i}", zeros, method, transport, exchange="server", seed=SEED
@@ -32,11 +36,11 @@ def run_every(channels, rank):
     x = {name: 0 for name in channels}
     for step in range(STEPS):
         for channel in channels.values():
-            channel.gradient[:] = gradient(rank, step).reshape(-1)
+            np.asarray(channel.gradient)[:] = gradient(rank, step).reshape(-1)
             channel.start(step)
         for name, channel in channels.items():
             (direction,) = finish_step([channel])
-            x[name] = x[name] - direction
+            x[name] = x[name] - np.asarray(direction)
     return {name: digest(value) for name, value in x.items()}
 
 
