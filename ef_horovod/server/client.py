@@ -72,7 +72,8 @@ class ServerTransport(MPITransport):
         self._saved: set[int] = set()
         self._broken: EFHorovodError | None = None
         self._closed = False
-        atexit.register(self.close)  # before mpi4py ends MPI: it was registered earlier
+        self._hopeless = False  # whether servers do not even end the job
+        atexit.register(self._at_exit)  # runs before mpi4py ends MPI, for it was registered later
 
     @property
     def has_server(self) -> bool:
@@ -208,9 +209,8 @@ class ServerTransport(MPITransport):
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self.close)
-        raised = getattr(sys, "last_value", None)  # what ends this process, if anything does
-        if not error and raised is not None and self._broken is None:
+        raised = self._broken or getattr(sys, "last_value", None)  # what ends this process, if any
+        if not error and raised is not None:
             error = f"{type(raised).__name__}: {raised}"
         bye = pack(Message(Kind.BYE, self.rank), text_body(error))
         self._send(bye, self._group.servers, CONTROL_TAG)
@@ -218,6 +218,11 @@ class ServerTransport(MPITransport):
         while self._sends and time.monotonic() < deadline:
             self._move_on()
             time.sleep(1e-3)
+
+    def _at_exit(self) -> None:
+        self.close()
+        if self._hopeless:  # MPI_Finalize would wait for servers that do not answer
+            self._all.Abort(1)
 
     def _read(self, data: np.ndarray, bucket: _Bucket) -> Answer:
         assert self._config is not None
@@ -256,14 +261,17 @@ class ServerTransport(MPITransport):
             self._move_on()
             return False
 
-        wait_until(
-            look,
-            limit,
-            lambda: (
+        def waited() -> str:
+            return (
                 f"worker {self.rank} waited {limit:g} s in {what} for servers with ranks "
                 f"{missing()}; see why they do not answer, or raise timeout= or EF_HOROVOD_TIMEOUT"
-            ),
-        )
+            )
+
+        try:
+            wait_until(look, limit, waited)
+        except CollectiveTimeoutError as error:
+            self._broken, self._hopeless = error, True
+            raise
 
     def _move_on(self) -> None:
         """Let MPI send, and hear what servers say apart from answers."""

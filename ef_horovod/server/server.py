@@ -76,7 +76,7 @@ class Server:
         self.buckets: dict[int, ServedBucket] = {}  # by index, those of this server
         self._buffers: dict[tuple[int, int], np.ndarray] = {}  # by (worker, bucket)
         self._receiving: set[tuple[int | None, int]] = set()  # buffers that are being written to
-        self.refused: list[str] = []
+        self.refused = 0  # messages
 
     def run(self) -> None:
         """Serve until all workers have ended.
@@ -295,8 +295,8 @@ class Server:
 
     def _refuse(self, worker: int | None, problem: str) -> None:
         """Say no to a message and go on: nothing was changed by it."""
-        self.refused.append(problem)
-        if len(self.refused) <= _REFUSED_SHOWN:
+        self.refused += 1
+        if self.refused <= _REFUSED_SHOWN:
             self._say(f"refused a message: {problem}")
         if worker is not None:
             notice = pack(Message(Kind.REFUSED), text_body(problem))

@@ -90,6 +90,17 @@ def test_a_killed_rank_ends_the_job(scenario: str, tmp_path: Path) -> None:
     assert time.monotonic() - begin < 60
 
 
+def test_a_server_that_hangs_is_named_and_the_job_ends(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    limit = {"EF_HOROVOD_TIMEOUT": "5"}
+    output, results = ended_job(1, 2, PROGRAM, tmp_path, "server_stopped", environment=limit)
+    assert time.monotonic() - begin < 60
+    for rank in range(2):
+        assert results[rank].startswith(f"CollectiveTimeoutError: worker {rank} waited 7.5 s in '")
+        assert "for servers with ranks [0]" in results[rank]
+    assert "MPI_ABORT was invoked" in output
+
+
 def test_a_job_without_a_server(tmp_path: Path) -> None:
     for result in mpirun(2, PROGRAM, tmp_path, "all_alike"):
         assert result.startswith("UnsupportedError: got 0 servers and 2 workers in this MPI job")

@@ -83,14 +83,27 @@ def killed():
 def server_killed():
     worker = Worker(arrays(), EF21)
     steps(worker, 0, 3)
-    if odd():  # the server is the other child of mpirun
-        (server,) = (
-            process
-            for process in psutil.Process(os.getppid()).children()
-            if "ef_horovod.server" in process.cmdline()
-        )
-        server.kill()
+    if odd():
+        server_process().kill()
     return error_of(lambda: steps(worker, 3, 5))
+
+
+def server_stopped():
+    worker = Worker(arrays(), EF21)
+    steps(worker, 0, 3)
+    begin = time.monotonic()
+    if odd():
+        server_process().suspend()
+    report(worker.rank, error_of(lambda: steps(worker, 3, 100_000)))
+    print(f"after {time.monotonic() - begin:.0f} s", flush=True)
+    steps(worker, 3, 4)  # raises again, at once, and ends the job
+
+
+def server_process():
+    """The one child of mpirun that is a server."""
+    children = psutil.Process(os.getppid()).children()
+    (server,) = (child for child in children if "ef_horovod.server" in child.cmdline())
+    return server
 
 
 def failing():
