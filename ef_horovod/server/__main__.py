@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             method,
             checkpoint=arguments.checkpoint,
             quorum=arguments.quorum,
+            log=arguments.log,
             timeout=arguments.timeout,
             say=say,
         )
@@ -76,6 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="M",
         help="make rounds of M workers' messages; those of late ones count in the next round",
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="append a JSON line every ten seconds: rounds, bytes, ratios, the slowest worker",
     )
     parser.add_argument(
         "--timeout",

@@ -30,6 +30,7 @@ from ef_horovod.server.protocol import (
 )
 from ef_horovod.server.quorum import Participation, QuorumBucket
 from ef_horovod.server.rounds import ServedBucket, longest_message
+from ef_horovod.server.watch import Totals, Watch
 from ef_horovod.spelling import read_method
 from ef_horovod.transports.waiting import default_timeout, wait_until
 
@@ -45,6 +46,7 @@ class Server:
         checkpoint: folder for this server's memories, or None. Workers ask for checkpoints; when
             the job ends with an error, the last complete step is written as well.
         quorum: how many workers make a round, or None for all; see `quorum.py`.
+        log: file for JSON lines about the work, or None.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
         say: gets a line for people now and then.
         comm: of servers and workers; default COMM_WORLD.
@@ -56,6 +58,7 @@ class Server:
         *,
         checkpoint: Path | None = None,
         quorum: int | None = None,
+        log: Path | None = None,
         timeout: float | None = None,
         say: Callable[[str], None] = lambda line: None,
         comm: Any = None,
@@ -67,7 +70,8 @@ class Server:
         self._inbox = Inbox(self._group.comm, self._buffer_of)
         self._present = set(self._worker_of.values())
         self._configs: dict[int, Config] = {}
-        self._quorum = quorum
+        self._quorum, self._log = quorum, log
+        self._watch: Watch | None = None
         self._participation: Participation | None = None
         self._stop = ""
         self._last_saved = 0  # step of the last checkpoint
@@ -75,7 +79,7 @@ class Server:
         self._fingerprint = 0
         self.buckets: dict[int, ServedBucket] = {}  # by index, those of this server
         self._buffers: dict[tuple[int, int], np.ndarray] = {}  # by (worker, bucket)
-        self._receiving: set[tuple[int | None, int]] = set()  # buffers that are being written to
+        self._receiving: set[tuple[int, int]] = set()  # buffers that are being written to
         self.refused = 0  # messages
 
     def run(self) -> None:
@@ -91,10 +95,16 @@ class Server:
             self._open_buckets()
             while self._present:
                 self._wait_for_anything()
-            wait_until(lambda: self._inbox.sent, self.timeout, lambda: "the last answers are stuck")
+            self._close_watch()
+            wait_until(
+                lambda: self._inbox.sent,
+                self.timeout,
+                lambda: self._waited(list(range(self.workers)), "take the last answers"),
+            )
         except Exception as error:  # of whatever kind: the memories are saved
             self._tell(Kind.ABORT, f"{type(error).__name__}: {error}")
             self._save_what_is_complete()
+            self._close_watch()
             self._farewell()
             raise
 
@@ -138,7 +148,18 @@ class Server:
             f"{elements:,} elements by {', '.join(sorted({spec.method for spec in specs}))}, from "
             f"step {step} on"
         )
+        self._watch = Watch(self._totals, 4 * elements * self.workers, self._say, self._log)
         self._tell(Kind.WELCOME, "" if self._participation is None else str(self._quorum))
+
+    def _totals(self) -> Totals:
+        dropped = sum(bucket.dropped for bucket in self.buckets.values())
+        inbox = self._inbox
+        return Totals(self.rounds, inbox.bytes_received, inbox.bytes_sent, dropped, self.refused)
+
+    def _close_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
     def _require_quorum(self, methods: set[str]) -> None:
         if self._quorum is None or self._quorum == self.workers:
@@ -173,14 +194,18 @@ class Server:
         if worker is None or bucket is None:
             return None
         place = worker, bucket.index
+        if nbytes > self._buffers[place].size:
+            return None
         if bucket.has(worker) or place in self._receiving:  # what comes now is early or twice
-            return np.empty(min(nbytes, self._buffers[place].size), np.uint8)
+            return np.empty(nbytes, np.uint8)
         self._receiving.add(place)
         return self._buffers[place]
 
     def _take(self, arrived: Arrived) -> None:
         worker = self._worker_of.get(arrived.source)
-        self._receiving.discard((worker, arrived.tag - 1))
+        place = (-1 if worker is None else worker), arrived.tag - 1
+        if place in self._receiving and arrived.body.base is self._buffers[place]:
+            self._receiving.discard(place)
         try:
             if worker is None or arrived.message is None:
                 who = f"server rank {arrived.source}" if worker is None else f"worker {worker}"
@@ -198,7 +223,12 @@ class Server:
                     f"the buckets {sorted(self.buckets)} of this server with its tag"
                 )
             if bucket.accept(worker, message, body):
-                self._answer([bucket] if self._participation is None else self.buckets.values())
+                if self._participation is not None:
+                    self._answer(self.buckets.values())
+                    return
+                if self._watch is not None:
+                    self._watch.completed_by(worker)
+                self._answer([bucket])
         elif message.kind is Kind.HELLO and not self._fingerprint:
             try:
                 self._configs[worker] = Config.from_json(body_text(body))
@@ -315,6 +345,8 @@ class Server:
         arrived = self._inbox.poll()
         for one in arrived:
             self._take(one)
+        if self._watch is not None:
+            self._watch.look()
         return bool(arrived)
 
     def _wait_for_anything(self) -> None:
