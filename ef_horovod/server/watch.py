@@ -82,7 +82,8 @@ class Watch:
             (getattr(totals, name) - getattr(self._before, name)) / rounds
             for name in ("bytes_up", "bytes_down")
         )
-        worker, times = (self._last_ones.most_common(1) or [(None, 0)])[0]
+        slowest = self._last_ones.most_common(1)
+        worker, times = slowest[0] if slowest else (None, 0)
         return {
             "seconds": round(now - self._begin, 3),
             "round": totals.rounds,

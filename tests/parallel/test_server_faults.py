@@ -142,6 +142,7 @@ REFUSALS = {
     "early": "worker 1 sent 'bucket.0' for round 5, early, expected round 4",
     "another step": "worker 1 sent 'bucket.0' for step 5, expected step 4",
     "damaged": "expected 0x",
+    "other numbers": "worker 1 sent 'bucket.0' twice in round 5, expected it once",
     "malformed": "worker 1 sent 'bucket.0' with a malformed body",
 }
 

@@ -178,6 +178,14 @@ class Rogue:
         assert isinstance(error, ProtocolError), "the server did not refuse it"
         return str(error)
 
+    def send_again(self, step):
+        """Another message of a round that has one of this worker already."""
+        bucket = self.transport._buckets[1]
+        mark = self.transport._config.fingerprint
+        header = Message(Kind.PUSH, self.transport.rank, 1, step, bucket.round, mark)
+        body = EF21.compressor.compress(np.ones(2000, np.float32)).data
+        return self.send(pack(header, body), 2)
+
     def attack(self, step):
         """What the server says to each of these messages."""
         rng, transport = np.random.default_rng(0), self.transport
@@ -218,7 +226,13 @@ def rogue():
     for step in range(8):
         if step == 4 and odd():
             answers = Rogue(transport).attack(step)
-        directions = worker.push_pull(gradients(worker.rank, step))
+        if step == 5:
+            time.sleep(0 if odd() else 2)  # worker 1's message lies there and waits
+        for name, gradient in gradients(worker.rank, step).items():
+            worker.push(name, gradient)
+        if step == 5 and odd():
+            answers["other numbers"] = Rogue(transport).send_again(step)
+        directions = worker.pull()
         x = {name: x[name] - directions[name] for name in x}
     return {"answers": answers, "x": {name: value.tolist() for name, value in x.items()}}
 
