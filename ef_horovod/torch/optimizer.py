@@ -18,6 +18,7 @@ from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Options, Reducer
+from ef_horovod.transports.base import Transport
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 _instances = itertools.count()
@@ -67,7 +68,8 @@ def DistributedOptimizer(
         process_set: Horovod process set to average over; default all ranks.
         dense: `dense(name, parameter)` says which parameters stay uncompressed (they share one
             allreduce); default `small_or_vector`.
-        exchange: "auto", "gather" (any compressor) or "reduce" (linear ones).
+        exchange: "auto", "gather" (any compressor) or "reduce" (linear ones) among Horovod's ranks;
+            or "server" in a job that `launch/server` started, which needs no `hvd.init()`.
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32; each
             is compressed as one vector and sent in one collective, during backward.
         seed: of random compressors.
@@ -102,16 +104,32 @@ def DistributedOptimizer(
         scaled=grad_scaler is not None and grad_scaler.is_enabled(),
     )
     named = name_parameters(named_parameters, optimizer.param_groups)
-    process_set = process_set or hvd.global_process_set
     wrapped = _rebuild(optimizer)
-    prefix = f"ef{next(_instances)}"  # wrap optimizers in the same order on all ranks
-    if process_set.included() and process_set.size() > 1:
-        transport = HorovodTorchTransport(prefix, process_set, timeout)
+    transport = _open_transport(exchange, process_set, timeout)
+    if transport is not None:
         trainable = [(name, p) for name, p in named if p.requires_grad]
         frozen = [(name, p) for name, p in named if not p.requires_grad]
         loss_scale = grad_scaler.get_scale if grad_scaler is not None else lambda: 1.0
         wrapped._reducer = Reducer(trainable, frozen, options, transport, loss_scale)
     return wrapped
+
+
+def _open_transport(exchange: str, process_set: Any, timeout: float | None) -> Transport | None:
+    """To the other ranks or to the servers; None if there is nobody to average with."""
+    if exchange == "server":
+        from ef_horovod.server.client import ServerTransport
+
+        if process_set is not None:
+            raise UnsupportedError(
+                "got a process_set with exchange='server', expected none, for the job's workers "
+                "are those that mpirun started; leave it out"
+            )
+        return ServerTransport(timeout)
+    process_set = process_set or hvd.global_process_set
+    prefix = f"ef{next(_instances)}"  # wrap optimizers in the same order on all ranks
+    if process_set.included() and process_set.size() > 1:
+        return HorovodTorchTransport(prefix, process_set, timeout)
+    return None
 
 
 class _Distributed:
