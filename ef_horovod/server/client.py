@@ -16,6 +16,7 @@ from ef_horovod.errors import (
     EFHorovodError,
     ProtocolError,
     ServerError,
+    UnsupportedError,
 )
 from ef_horovod.server.link import WORKER, connect
 from ef_horovod.server.plan import BucketSpec, Config, assign
@@ -97,15 +98,19 @@ class ServerTransport(MPITransport):
         spec = BucketSpec(name, length, method, seed)
         self._buckets.append(_Bucket(len(self._buckets), spec))
 
-    def handshake(self, facts: Sequence[str] = (), step: int = 0) -> None:
+    def handshake(
+        self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
+    ) -> None:
         """Compare the config with the servers' and the other workers'; once, before the first step.
 
         Args:
             facts: one line each, such as names and shapes of parameters.
             step: the number of the first step.
+            several_rounds: whether the caller can use the answers of several rounds in a step.
 
         Raises:
             ConfigMismatchError: on all ranks, naming what differs.
+            UnsupportedError: rounds do not wait for all workers, and the caller cannot use that.
         """
         specs = tuple(bucket.spec for bucket in self._buckets)
         self._config = Config(specs, tuple(facts), step)
@@ -118,6 +123,12 @@ class ServerTransport(MPITransport):
             lambda: sorted(set(self._group.servers) - self._welcomes),
             "the handshake",
         )
+        if self.quorum is not None and not several_rounds:
+            raise UnsupportedError(
+                f"got a server with a quorum of {self.quorum}, expected one that waits for all "
+                "workers, for an optimizer takes one direction a step; start it without --quorum, "
+                "or use ef_horovod.server.Worker"
+            )
 
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
         if self._config is None:

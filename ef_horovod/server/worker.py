@@ -80,7 +80,7 @@ class Worker:
         if state is not None:
             self.step = load_state(state, self._buckets, repr(method), self.transport)
         shapes = [f"parameter '{name}' of shape {tuple(array.shape)}" for name, array in named]
-        self.transport.handshake(shapes, self.step)
+        self.transport.handshake(shapes, self.step, several_rounds=True)
 
     @property
     def rank(self) -> int:
