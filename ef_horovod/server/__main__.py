@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(f"ef_horovod.server: {line}", file=sys.stderr, flush=True)
 
+    server = None
     try:
         server = Server(
             method,
@@ -39,10 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         # mpirun ends all ranks so when one of them has died.
         why = "the server was told to end (SIGTERM): a rank has died, or the job was stopped"
-        signal.signal(signal.SIGTERM, lambda number, frame: server.stop(why))
+        stop = server.stop
+        signal.signal(signal.SIGTERM, lambda number, frame: stop(why))
         server.run()
     except Exception as error:
-        say(f"error: {type(error).__name__}: {error}")
+        if server is None:  # or it has said so itself
+            say(f"error: {type(error).__name__}: {error}")
         if not isinstance(error, EFHorovodError):
             sys.excepthook(*sys.exc_info())
         MPI.COMM_WORLD.Abort(1)  # workers that hang somewhere else end, too

@@ -10,6 +10,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import ConfigMismatchError, PayloadError
 from ef_horovod.guard import first_difference
 from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.server.protocol import fingerprint
 from ef_horovod.spelling import read_method
 
@@ -89,7 +90,7 @@ def require_agreement(configs: Sequence[Config], method: Method | None) -> None:
             raise _mismatch(f"worker 0 has {here} and worker {worker} has {there}")
     if method is None:
         return
-    uncompressed = repr(method.uncompressed()), f"NoFeedback({Identity()!r})"
+    uncompressed = repr(method.uncompressed()), repr(NoFeedback(Identity()))
     for spec in configs[0].buckets:
         if spec.method != repr(method) and spec.method not in uncompressed:
             raise _mismatch(

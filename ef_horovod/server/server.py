@@ -102,6 +102,8 @@ class Server:
                 lambda: self._waited(list(range(self.workers)), "take the last answers"),
             )
         except Exception as error:  # of whatever kind: the memories are saved
+            # At once, for another server may abort the job in the next moment.
+            self._say(f"error: {type(error).__name__}: {error}")
             self._tell(Kind.ABORT, f"{type(error).__name__}: {error}")
             self._save_what_is_complete()
             self._close_watch()
