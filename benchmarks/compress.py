@@ -43,10 +43,12 @@ BASE, TORCH_TOP_K, TORCH_ONE_BIT = (
     "torch ops: 1-bit step",
 )
 TOP_K, ONE_BIT = "ErrorFeedback(TopK(0.01))", "ErrorFeedback(OneBit())"
+CODED = "ErrorFeedback(Then(TopK, Natural))"
 LIMITS = [  # what, at most this many times the time of what
     (TOP_K, 1 / 8, TORCH_TOP_K),
     (TOP_K, 4, BASE),
     (ONE_BIT, 1 / 3, TORCH_ONE_BIT),
+    (CODED, 1.2, TOP_K),
 ]
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 FEWEST_INDICES = 2000  # smaller sets are not looked at: the work for a call is most of it
@@ -162,6 +164,10 @@ def measure_steps(n: int, repeat: int) -> dict[str, list[float]]:
         BASE: Bare(source.copy()),
         TORCH_TOP_K: TorchTopK(source.copy()),
         TOP_K: Feedback(ef.ErrorFeedback(ef.TopK(RATIO)), source.copy()),
+        CODED: Feedback(ef.ErrorFeedback(ef.Then(ef.TopK(RATIO), ef.Natural())), source.copy()),
+        "ErrorFeedback(RandomSparsify(0.01))": Feedback(
+            ef.ErrorFeedback(ef.RandomSparsify(RATIO)), source.copy()
+        ),
         "EF21(TopK(0.01))": Feedback(ef.EF21(ef.TopK(RATIO)), source.copy()),
         TORCH_ONE_BIT: TorchOneBit(source.copy()),
         ONE_BIT: Feedback(ef.ErrorFeedback(ef.OneBit()), source.copy()),

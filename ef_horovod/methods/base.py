@@ -84,7 +84,7 @@ class Method(Shown):
 
     def skip(self, gradient: Array, key: Key) -> Payload:
         """A message as long as this step's others that says only: drop the step on all ranks."""
-        return self.compressor.skip(gradient)
+        return self.compressor.skip(gradient, key)
 
     def push(self, state: State, gradient: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, State]:
         """Compress what this worker has to say.
