@@ -99,7 +99,7 @@ def method_tables(d: int) -> list[Table]:
         "work in, for n workers; without a server each rank has both halves. exchange: what `auto` "
         "takes.",
         ["method", "up", "down", "worker's memory", "aggregator's memory", "exchange"],
-        [_method_row(method, d) for kind in kinds for method in _examples_of(kind)],
+        [_method_row(method, d) for kind in kinds for method in examples_of(kind)],
         (75, 20, 12, 16, 20, 10),
     )
     words = Table(
@@ -149,7 +149,7 @@ def _message(method: Method, x: np.ndarray) -> str:
     return " or ".join(f"{size:,}" for size in sizes)
 
 
-def _examples_of(kind: type[Method]) -> Sequence[Method]:
+def examples_of(kind: type[Method]) -> Sequence[Method]:
     """A method's variants with top-k, or with the first compressor that it takes."""
     compressors = [c for other in registry.COMPRESSORS.values() for c in other.examples()]
     for compressor in (TopK(ratio=0.01), *compressors):
