@@ -15,6 +15,7 @@ import numpy as np
 
 from ef_horovod import exchange, registry
 from ef_horovod.compressors.base import Compressor
+from ef_horovod.compressors.identity import Identity
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method
@@ -152,7 +153,7 @@ def _message(method: Method, x: np.ndarray) -> str:
 def examples_of(kind: type[Method]) -> Sequence[Method]:
     """A method's variants with top-k, or with the first compressor that it takes."""
     compressors = [c for other in registry.COMPRESSORS.values() for c in other.examples()]
-    for compressor in (TopK(ratio=0.01), *compressors):
+    for compressor in (TopK(ratio=0.01), Identity(), *compressors):
         examples = kind.examples(compressor)
         if examples:
             return examples

@@ -8,6 +8,7 @@ import numpy as np
 
 import ef_horovod as ef
 from ef_horovod import registry
+from ef_horovod.testing.tools import host  # noqa: F401 - for the tests
 from ef_horovod.testing.workers import (  # noqa: F401 - for the tests
     D,
     Workers,

@@ -16,7 +16,7 @@ import numpy as np
 
 from ef_horovod import wire
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.buckets import Slot, one_slot
+from ef_horovod.buckets import BucketPlan, Slot, one_slot
 from ef_horovod.channel import Channel, finish_step
 from ef_horovod.memories import save_memories
 from ef_horovod.methods.base import Method
@@ -24,7 +24,8 @@ from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.tools import array_of, bits, require
 from ef_horovod.transports.base import Measure
 
-LENGTH, STEPS, RANKS, NAME = 700, 50, 3, "0.weights"
+SHAPE, STEPS, RANKS, NAME = (28, 25), 50, 3, "0.weights"
+LENGTH = SHAPE[0] * SHAPE[1]
 
 Facts = dict[str, Any]  # "sent", "directions", "memories": what was sent and remembered, as bytes
 
@@ -100,15 +101,16 @@ def gradient_sequence() -> np.ndarray:
 def by_channel(method: Method, framework: str = "numpy") -> Facts:
     """Steps by a channel of NumPy arrays or torch tensors."""
     like = array_of(framework, np.zeros(LENGTH, np.float32))
+    slots = one_slot(NAME, like.reshape(SHAPE))  # as a matrix, for methods that look at shapes
     transport, directions = Recorder(), []
-    channel = Channel(NAME, like, method, transport, seed=3)
+    channel = BucketPlan(NAME, slots, method).open(like, transport, seed=3)
     for step, gradient in enumerate(gradient_sequence()):
         namespace(like).assign(channel.gradient, array_of(framework, gradient))
         channel.start(step)
         finished = finish_step([channel])
         require(finished is not None, method, f"drops step {step}, whose gradients are finite")
         directions.append(bits(finished[0] if finished else like))
-    return facts(transport.sent, directions, OneChannel(channel, one_slot(NAME, like)))
+    return facts(transport.sent, directions, OneChannel(channel, slots))
 
 
 def facts(sent: list[bytes], directions: list[bytes], bucket: Any) -> Facts:

@@ -13,9 +13,9 @@ from ef_horovod.methods.base import Method
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.testing.echo_tensorflow import EchoOps
 from ef_horovod.testing.frameworks import (
-    LENGTH,
     NAME,
     RANKS,
+    SHAPE,
     STEPS,
     Facts,
     facts,
@@ -31,7 +31,7 @@ def eager(function: Any) -> Any:
 
 def by_ops(method: Method, wrap: Callable[[Any], Any] = eager) -> Facts:
     """Steps by a bucket of one variable; `wrap` is `eager` or `tf.function`."""
-    plan = BucketPlan(NAME, one_slot(NAME, tf.Variable(tf.zeros(LENGTH))), method)
+    plan = BucketPlan(NAME, one_slot(NAME, tf.Variable(tf.zeros(SHAPE))), method)
     bucket, sent = Bucket(plan, EchoOps(RANKS), exchange="auto", seed=3), []
     collect = bucket._courier.collect
 
@@ -53,7 +53,7 @@ def by_ops(method: Method, wrap: Callable[[Any], Any] = eager) -> Facts:
 
     directions = []
     for step, gradient in enumerate(gradient_sequence()):
-        direction, good = reduce(tf.constant(gradient))
+        direction, good = reduce(tf.constant(gradient.reshape(SHAPE)))
         require(good, method, f"drops step {step}, whose gradients are finite")
         directions.append(direction.numpy().tobytes())
     require(counter.numpy() == STEPS, method, "counts steps in a graph wrongly")
