@@ -13,7 +13,7 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
 from ef_horovod.estimators import Estimator
-from ef_horovod.keys import Key
+from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
 from ef_horovod.schedules import Schedule, value_at
 from ef_horovod.transports.local import local_group
@@ -52,6 +52,7 @@ def simulate(
     steps: int,
     step_size: Schedule | Callable[[int], float],
     seed: int = 0,
+    name: str = "",
     exchange: str = "auto",
     estimator: Estimator = Estimator(),  # noqa: B008 - frozen
     observe: Callable[[Array], dict[str, Any]] | None = None,
@@ -67,6 +68,7 @@ def simulate(
         steps: number of rounds.
         step_size: a number, a `Decay`, or a function of the step.
         seed: of random compressors.
+        name: of the vector: draws depend on it, as in a job on a bucket's name ("bucket.0").
         exchange: "auto", "gather" or "reduce": how workers talk among each other; or "server": one
             message up, one answer down for each worker, which is a float32 vector unless the
             method compresses both ways. The iterates are the same; what is counted differs.
@@ -98,7 +100,7 @@ def simulate(
     crew = [_Worker(method, state, gradient, estimator) for state in states]
     server, run = method.init(xp.flat_float32(x0), workers)[1], Run(x)
     for step in range(steps):
-        keys = [Key(seed, step, 0, i, workers) for i in range(workers)]
+        keys = [Key(seed, step, tensor_id(name), i, workers) for i in range(workers)]
         messages = [one.push(x, before, key) for one, key in zip(crew, keys, strict=True)]
         aggregate, server = _reduce(method, server, network.meet(messages), keys[0].of_server())
         network.answer(aggregate)

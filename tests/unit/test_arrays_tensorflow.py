@@ -322,7 +322,8 @@ def test_methods_on_variables_are_those_on_numpy(method):
             gradients[1, 7] = np.nan
         sent, directions = step(native, gradients, t)
         expected_sent, expected = step(numpy, gradients, t)
-        if t == 3:
+        absent = getattr(method, "participation", None)  # then rank 1's entry may not count
+        if any(direction is None for direction in expected) or (t == 3 and not absent):
             assert directions == expected == [None] * 3
         elif isinstance(method.compressor, ef.OneBit):
             np.testing.assert_allclose(directions, expected, rtol=1e-5, atol=1e-5)
@@ -338,7 +339,7 @@ def test_methods_on_variables_are_those_on_numpy(method):
         assert len({device.address(x) for x in arrays}) == len(arrays)
         error = b.stats().relative_error
         assert a.stats().relative_error == pytest.approx(error, rel=1e-4, nan_ok=True)
-        assert (a.stats().bytes_out, a.stats().skipped) == (b.stats().bytes_out, 1)
+        assert (a.stats().bytes_out, a.stats().skipped) == (b.stats().bytes_out, b.stats().skipped)
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
@@ -352,7 +353,8 @@ def test_variables_are_compressed(compressor, shape, dtype):
     assert own.numpy().tobytes() == x.tobytes()
     assert isinstance(payload.decompress(), tf.Tensor)
     assert payload.decompress().dtype == own.dtype
-    assert payload.nbytes == expected.nbytes == compressor.nbytes(x.size)
+    assert payload.nbytes == expected.nbytes
+    assert not compressor.sized or payload.nbytes == compressor.nbytes(x.size)
     squeezed, residual = compressor.squeeze(own)
     assert bytes(squeezed) == bytes(payload)
     assert (residual is own) == (shape in ((100,), (0,)) and dtype == "float32")
