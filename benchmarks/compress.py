@@ -41,6 +41,7 @@ from ef_horovod import index_code, registry
 from ef_horovod.channel import Channel, ChannelStats, finish_step
 from ef_horovod.listing import examples_of
 from ef_horovod.testing.echo import EchoTransport
+from ef_horovod.testing.pairs import every_compressor
 
 RATIO = 0.01
 BASE, TORCH_TOP_K, TORCH_ONE_BIT = (
@@ -222,11 +223,7 @@ def measure_codes(n: int, repeat: int) -> list[CodedSet]:
 
 def measure_registered(n: int, repeat: int) -> list[ChannelStats]:
     """Steps of a channel with each compressor, without feedback, and with each method."""
-    methods: list[ef.Method] = [
-        ef.NoFeedback(compressor)
-        for kind in registry.COMPRESSORS.values()
-        for compressor in kind.examples()
-    ]
+    methods: list[ef.Method] = [ef.NoFeedback(compressor) for compressor in every_compressor()]
     methods += [method for kind in registry.METHODS.values() for method in examples_of(kind)]
     x = np.random.default_rng(3).normal(size=n).astype(np.float32)
     for method in methods:  # kernels are compiled, or loaded, when they are first called

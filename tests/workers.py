@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 import ef_horovod as ef
-from ef_horovod import registry
+from ef_horovod.testing.pairs import every_compressor, every_method
 from ef_horovod.testing.tools import host  # noqa: F401 - for the tests
 from ef_horovod.testing.workers import (  # noqa: F401 - for the tests
     D,
@@ -19,8 +19,7 @@ from ef_horovod.testing.workers import (  # noqa: F401 - for the tests
     run_channels,
 )
 
-COMPRESSORS = [example for cls in registry.COMPRESSORS.values() for example in cls.examples()]
-METHODS = [m for cls in registry.METHODS.values() for c in COMPRESSORS for m in cls.examples(c)]
+COMPRESSORS, METHODS = every_compressor(), every_method()
 CONTRACTIONS = [c for c in COMPRESSORS if c.contraction(D) is not None]
 DETERMINISTIC = [c for c in CONTRACTIONS if isinstance(c, (ef.Identity, ef.TopK, ef.OneBit))]
 

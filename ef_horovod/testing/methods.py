@@ -251,8 +251,9 @@ def check_simulation(method: Method) -> None:
         steps=len(g),
         step_size=1.0,
         seed=1,
+        name="weights",
     )
-    ranks, x = channels(method, WORKERS, name=""), np.zeros(D)  # the name that stands for tensor 0
+    ranks, x = channels(method, WORKERS), np.zeros(D)
     for t, parts in enumerate(g):
         direction = run_channels(ranks, parts, t)[0]
         x = x - (np.nan if direction is None else direction.astype(np.float64))

@@ -110,12 +110,12 @@ def memory(method: Method, state: Any) -> dict[str, Any]:
 
 
 def channels(
-    method: Method, count: int, like: Array = None, exchange: str = "auto", name: str = "weights"
+    method: Method, count: int, like: Array = None, exchange: str = "auto"
 ) -> list[Channel]:
-    """A channel of float32[D] on each of `count` ranks."""
+    """A channel of float32[D], named "weights", on each of `count` ranks."""
     like = float32_zeros(D) if like is None else like
     return [
-        Channel(name, like, method, transport, exchange=exchange, seed=1)
+        Channel("weights", like, method, transport, exchange=exchange, seed=1)
         for transport in local_group(count, timeout=5)
     ]
 
