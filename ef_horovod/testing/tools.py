@@ -11,6 +11,7 @@ import numpy as np
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.keys import Key
+from ef_horovod.methods.base import Method
 
 LENGTHS = (0, 1, 7, 8, 9, 4099)
 KEY = Key(seed=11, step=5, tensor=3, rank=1)
@@ -19,9 +20,9 @@ SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 ROUNDING = 2.0**-21  # a few roundings to float32
 
 
-def require(condition: Any, compressor: Compressor, message: str) -> None:
+def require(condition: Any, checked: Compressor | Method, message: str) -> None:
     if not condition:  # not `assert`: the checks also hold under python -O
-        raise AssertionError(f"{compressor!r} {message}")
+        raise AssertionError(f"{checked!r} {message}")
 
 
 def vectors(d: int) -> Iterator[np.ndarray]:
@@ -47,6 +48,11 @@ def array_of(framework: str, x: np.ndarray) -> Array:
     x = np.array(x, order="C")
     xp = importlib.import_module(f"ef_horovod.arrays.{framework}")
     return xp.from_host(x, None)
+
+
+def framework_of(x: Array) -> str:
+    """ "numpy", "torch" or "tensorflow"."""
+    return namespace(x).__name__.rpartition(".")[2]
 
 
 def cast(x: Array, dtype: str) -> Array:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import ef_horovod as ef
+from ef_horovod import registry
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "compress.py"
@@ -113,3 +114,14 @@ def test_table_and_times(tmp_path):
         assert 1 < row["bits"] / row["entropy"] < 1.06
         assert f"{row['bits'] / row['entropy']:.3f}" in run.stdout
         assert min(row.values()) > 0
+    methods = {row["method"]: row for row in report["registered"]}
+    for kind in registry.COMPRESSORS.values():
+        for example in kind.examples():
+            row = methods[repr(ef.NoFeedback(example))]
+            assert row["method"] in run.stdout
+            assert row["steps"] == 3
+            if example.sized and row["exchange"] == "gather":
+                assert row["bytes_out"] == 3 * example.nbytes(100_000)
+    for name in registry.METHODS:
+        assert any(method.startswith(f"{name}(") for method in methods)
+    assert methods["NoFeedback(TopK(k=3))"]["relative_error"] > 0.99
