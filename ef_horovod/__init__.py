@@ -60,6 +60,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ answ
     from ef_horovod.methods.error_feedback import ErrorFeedback as ErrorFeedback
     from ef_horovod.methods.no_feedback import NoFeedback as NoFeedback
     from ef_horovod.methods.perturbed import PerturbedCompressedSGD as PerturbedCompressedSGD
+    from ef_horovod.methods.powersgd import PowerSGD as PowerSGD
 
 __version__ = "0.1.0"
 

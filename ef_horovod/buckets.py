@@ -40,6 +40,7 @@ class BucketPlan(NamedTuple):
         method = self.method
         if method is None:
             method, exchange = NoFeedback(Identity()), "dense"
+        method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
         return Channel(self.name, like, method, transport, exchange=exchange, seed=seed)
 
     @property

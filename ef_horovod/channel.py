@@ -161,7 +161,7 @@ class Channel:
         whole = xp.zeros(lost.shape[0], getattr(lost, "device", None))
         xp.assign(whole, lost)
         assert self._message is not None
-        self._message.add_to(whole)
+        self.method.add_message(self.worker, self._message, whole)
         norm = xp.squared_norm(whole)
         return math.sqrt(xp.squared_norm(lost) / norm) if norm > 0 else 0.0
 

@@ -25,6 +25,6 @@ class Shown:
             value = getattr(self, field.name)
             if isinstance(value, Shown) and field.default is MISSING:
                 words.append(repr(value))
-            elif field.default is MISSING or value != field.default:
+            elif field.repr and (field.default is MISSING or value != field.default):
                 words.append(f"{field.name}={value!r}")
         return f"{self.shown_as or type(self).__name__}({', '.join(words)})"

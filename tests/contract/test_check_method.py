@@ -134,7 +134,7 @@ class DependsOnFramework(ErrorFeedback):
         return super().push(state, gradient, key)
 
 
-@breaks("whose numbers cannot be summed")
+@breaks("whose numbers cannot be summed", ef.OneBit())
 class ClaimsSummable(ErrorFeedback):
     summable = True
 
