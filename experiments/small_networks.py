@@ -5,12 +5,13 @@ They are for methods whose steps cost more than their gradients: no framework, f
 
 from __future__ import annotations
 
-import io
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from experiments.images import load_cifar10
 
 SIDE, CLASSES = 16, 10
 
@@ -85,26 +86,19 @@ class Network:
 
 
 def load_images(data: Path, count: int) -> Images:
-    """The first images of CIFAR-10, grey and of half the size; made-up ones where it is missing.
+    """The first images of CIFAR-10, grey; made-up ones where it is missing.
 
     Args:
-        data: folder with cifar10_train.npz: `jpeg`, uint8, the files in a row; `offset`, int64,
-            where each starts and the last ends; `label`.
+        data: folder; see `images.load_cifar10`.
         count: how many.
     """
-    path = data / "cifar10_train.npz"
-    if not path.is_file():
+    try:
+        colour = load_cifar10(data, train=count, test=0)
+    except FileNotFoundError:
         return _made_up(count)
-    from PIL import Image
-
-    with np.load(path) as content:
-        offset, label = content["offset"][: count + 1], content["label"][:count]
-        jpeg = content["jpeg"][: offset[-1]].tobytes()
-    pixels = np.empty((count, SIDE, SIDE), np.float32)
-    for i in range(count):
-        picture = Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]])).convert("L")
-        pixels[i] = np.asarray(picture, np.float32).reshape(SIDE, 2, SIDE, 2).mean((1, 3))
-    return Images(_standard(pixels), label.astype(np.int64), f"CIFAR-10, {count} images, 16 x 16")
+    red, green, blue = colour.train.astype(np.float32).transpose(1, 0, 2, 3)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue  # luminance, ITU-R BT.601
+    return Images(_standard(grey), colour.train_labels, f"CIFAR-10, {count} images, 16 x 16")
 
 
 def _made_up(count: int) -> Images:

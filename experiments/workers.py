@@ -44,6 +44,28 @@ class Workers:
             values[i] = function(points[i])
         return self._sums(values)
 
+    def part(self, count: int) -> Workers | None:
+        """The first `count` workers by themselves; None on a rank that is not one of them.
+
+        Collective: all ranks call it. In one process there is nothing to leave out.
+
+        Raises:
+            ValueError: the job has fewer ranks.
+        """
+        if self.transport is None:
+            return self
+        from mpi4py import MPI
+
+        from ef_horovod.transports.mpi import MPITransport
+
+        rank, size = self.transport.rank, self.transport.size
+        if size < count:
+            raise ValueError(
+                f"got {size} ranks, expected at least {count}; start as many with mpirun -np"
+            )
+        inside = MPI.COMM_WORLD.Split(0 if rank < count else MPI.UNDEFINED, rank)
+        return Workers(MPITransport(inside)) if rank < count else None
+
     def run(
         self,
         method: ef.Method,
@@ -63,7 +85,7 @@ class Workers:
         Args:
             method: with its compressor.
             gradient: gradient(worker, x, step).
-            x0: float64[d].
+            x0: float64[d] or float32[d].
             workers: n; where there are fewer than ranks, rank 0 has all of them.
             steps: at most.
             step_size: a number, a schedule or a function of the step.

@@ -1,15 +1,21 @@
-"""One algorithm, one copy: NumPy, torch, eager TensorFlow and tf.function send the same bytes."""
+"""One algorithm, one copy: NumPy, torch, eager TensorFlow and tf.function send the same bytes.
+
+Here every compressor and every method for 50 steps; tests/parallel/test_same_numbers.py has all
+pairs of them, for fewer steps.
+"""
 
 from __future__ import annotations
 
 import pytest
 import tensorflow as tf
-from workers import METHODS
 
 import ef_horovod as ef
 from ef_horovod.tensorflow import buckets
 from ef_horovod.testing.frameworks import by_channel, check_frameworks
 from ef_horovod.testing.frameworks_tensorflow import by_ops, eager
+from ef_horovod.testing.pairs import selection
+
+METHODS = selection()
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)

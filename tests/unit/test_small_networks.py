@@ -52,20 +52,22 @@ def test_made_up_images_say_so(networks, tmp_path):
 
 
 def test_images_come_from_the_file(networks, tmp_path):
-    image = pytest.importorskip("PIL.Image")
     import io
+
+    from PIL import Image
 
     files = []
     for level in (0, 128, 255):
         buffer = io.BytesIO()
-        image.new("RGB", (32, 32), (level, level, level)).save(buffer, "JPEG")
+        Image.new("RGB", (32, 32), (level, level, level)).save(buffer, "JPEG")
         files.append(buffer.getvalue())
-    np.savez(
-        tmp_path / "cifar10_train.npz",
-        jpeg=np.frombuffer(b"".join(files), np.uint8),
-        offset=np.cumsum([0, *map(len, files)]),
-        label=np.array([3, 1, 4], np.uint8),
-    )
+    for name in ("cifar10_train.npz", "cifar10_test.npz"):
+        np.savez(
+            tmp_path / name,
+            jpeg=np.frombuffer(b"".join(files), np.uint8),
+            offset=np.cumsum([0, *map(len, files)]),
+            label=np.array([3, 1, 4], np.uint8),
+        )
     images = networks.load_images(tmp_path, 3)
     assert images.labels.tolist() == [3, 1, 4]
     means = images.pixels.mean(1)
