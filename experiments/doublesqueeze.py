@@ -95,7 +95,9 @@ def _train(
 
     def gradient(worker: int, x: np.ndarray, step: int) -> np.ndarray:
         rng = np.random.default_rng((worker, step))
-        return problem.batch_gradient(worker, x, rng.integers(0, ROWS // WORKERS, BATCH))
+        return problem.batch_gradient(
+            worker, x, rng.integers(0, len(problem.shards[worker].labels), BATCH)
+        )
 
     iterates: list[np.ndarray] = []
     history = workers.run(
