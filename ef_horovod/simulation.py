@@ -104,6 +104,8 @@ def simulate(
     estimator.require_fit(method)
     xp, like = namespace(x0), namespace(x0).like(x0)
     x = before = xp.detached(x0) * 1  # a copy, should gradient() change x in place
+    if len(x0.shape) > 1:  # else it is any vector, not a parameter of one dimension
+        method = method.for_shapes([tuple(x0.shape)])
     network = _network(method, exchange, workers, transport)
     states = [method.init(xp.flat_float32(x0), workers)[0] for _ in network.mine]
     crew = [_Worker(method, state, gradient, estimator, transport) for state in states]

@@ -32,7 +32,7 @@ class Workers:
 
     def sum(self, number: float) -> float:
         """A number of every rank, added up; itself where one process has all workers."""
-        return float(self._sums(np.array([number]))[0])
+        return float(self._sums(np.array([number], np.float64))[0])
 
     def map(
         self, function: Callable[[np.ndarray], float], points: Sequence[np.ndarray]
