@@ -247,7 +247,7 @@ class _Ranks:
                 f"got {n} workers for {ranks} ranks, expected at least as many; start fewer ranks"
             )
         self._kind, self._sized, self._workers, self._transport = kind, sized, n, transport
-        self._start = transport.bytes_sent
+        self._own = 0  # bytes by this rank; the transport may carry other things as well
         self._as_if = 0  # bytes by all workers, were each on a rank of its own
         self.mine = range(rank * n // ranks, (rank + 1) * n // ranks)
 
@@ -258,8 +258,10 @@ class _Ranks:
             sizes = [m.nbytes if self._sized else wire.padded(m.data).size for m in received]
             self._as_if += sum(sizes) * (self._workers - 1)
             return received
-        own = self._summed(messages)
-        return exchanges.start(self._kind, self._transport, "step", own, sized=self._sized)()
+        own, before = self._summed(messages), self._transport.bytes_sent
+        received = exchanges.start(self._kind, self._transport, "step", own, sized=self._sized)()
+        self._own += self._transport.bytes_sent - before
+        return received
 
     def _summed(self, messages: Sequence[Payload]) -> Payload:
         """One message for those of this rank's workers."""
@@ -288,7 +290,7 @@ class _Ranks:
     def bytes_sent(self) -> int:
         """By this rank, if it has one worker; else by a worker on average, as if it had."""
         if self._workers == self._transport.size:
-            return self._transport.bytes_sent - self._start
+            return self._own
         return self._as_if // self._workers
 
     @property

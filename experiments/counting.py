@@ -41,7 +41,7 @@ def counted(method: ef.Method, counts: Counts) -> ef.Method:
             message, state = super().push(state, gradient, key)
             counts.messages += 1
             counts.up += message.nbytes
-            if sparse:  # a body starts with uint32 k
+            if sparse and not message.is_absent:  # a body starts with uint32 k
                 counts.entries += float(np.frombuffer(bytes(message)[16:20], "<u4")[0])
             if hasattr(state, "error"):
                 error = state.error

@@ -283,7 +283,7 @@ class Trainer:
                 observe=observe,
                 seed=plan.seed,
             )
-            trained.sent = [self._sent(history[step - 1]) for step in trained.steps]
+            trained.sent = [history[step - 1]["bytes_sent"] for step in trained.steps]
         except ef.NonFiniteError:  # on all ranks in the same step
             up, down = counts.up / max(counts.messages, 1), self._mean(counts.down) / max(done, 1)
             trained.give_up(sorted(looks), up, down)
@@ -293,11 +293,6 @@ class Trainer:
     def _mean(self, total: float) -> float:
         """Over all workers, of a sum over those of this process; every rank calls it."""
         return self.workers.sum(total) / WORKERS
-
-    def _sent(self, entry: dict[str, Any]) -> float:
-        """`ef.simulate` gives the mean over workers, a rank its own bytes."""
-        alone = self.workers.transport is None
-        return entry["bytes_sent"] if alone else self._mean(entry["bytes_sent"])
 
     def each(self, work: Callable[[Trainer, _A], _R], tasks: Sequence[_A]) -> list[_R]:
         """[work(trainer, task) for each task]; two at a time where all workers are in one process.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 import ef_horovod as ef
 from ef_horovod.estimators import Estimator
+from experiments.counting import Counts, counted
 
 Observe = Callable[[np.ndarray], dict[str, Any]]
 
@@ -115,9 +115,14 @@ class Workers:
                     stop=stop,
                 )
             )
-        up, down = np.zeros(steps), np.zeros(steps)
+        counts, totals = Counts(), []
+
+        def watch(x: np.ndarray) -> dict[str, Any]:
+            totals.append((counts.up, counts.down))
+            return observe(x)
+
         history = ef.simulate(
-            _counting(method, up, down),
+            counted(method, counts),
             gradient,
             x0,
             workers=workers,
@@ -125,23 +130,21 @@ class Workers:
             step_size=step_size,
             seed=seed,
             estimator=estimator,
-            observe=observe,
+            observe=watch,
             stop=stop,
             transport=self.transport,
         ).history
-        self._add_counts(history, up, down, workers)
+        self._add_counts(history, np.array(totals) / workers)
         return history
 
-    def _add_counts(
-        self, history: list[dict[str, Any]], up: np.ndarray, down: np.ndarray, workers: int
-    ) -> None:
+    def _add_counts(self, history: list[dict[str, Any]], both_ways: np.ndarray) -> None:
         """What is known of this rank's workers becomes an average over all."""
-        totals = self._sums(np.concatenate([np.cumsum(up), np.cumsum(down)])) / workers
+        totals = self._sums(both_ways.reshape(-1)).reshape(-1, 2)
         sent = self._sums(np.array([float(entry["bytes_sent"]) for entry in history]))
         for i, entry in enumerate(history):
             entry["bytes_sent"] = int(sent[i]) // (self.transport.size if self.transport else 1)
             entry["bytes_received"] = entry["bytes_sent"]  # on average: each goes to one of them
-            entry["bytes_up"], entry["bytes_down"] = totals[i], totals[len(up) + i]
+            entry["bytes_up"], entry["bytes_down"] = totals[i]
 
     def _sums(self, numbers: np.ndarray) -> np.ndarray:
         """float64[m] of every rank, added up."""
@@ -157,23 +160,3 @@ class Workers:
         data = pickle.dumps(make()) if self.leads else b"-"
         first, *_ = self.transport.allgather("from lead", np.frombuffer(data, np.uint8))()
         return pickle.loads(first.tobytes())
-
-
-def _counting(method: ef.Method, up: np.ndarray, down: np.ndarray) -> ef.Method:
-    """The same method, which adds up the bytes of messages and answers of each step."""
-    kind: Any = type(method)
-    at = 0
-
-    class Counting(kind):
-        def push(self, state: Any, gradient: Any, key: Any = None) -> Any:
-            nonlocal at
-            at = key.step
-            message, state = super().push(state, gradient, key)
-            up[at] += message.nbytes
-            return message, state
-
-        def pull(self, state: Any, aggregate: Any) -> Any:
-            down[at] += aggregate.nbytes  # of a payload, or of float32 numbers
-            return super().pull(state, aggregate)
-
-    return Counting(**{field.name: getattr(method, field.name) for field in fields(method)})
