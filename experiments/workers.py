@@ -134,12 +134,14 @@ class Workers:
             stop=stop,
             transport=self.transport,
         ).history
-        self._add_counts(history, np.array(totals) / workers)
+        self._add_counts(history, np.array(totals), workers)
         return history
 
-    def _add_counts(self, history: list[dict[str, Any]], both_ways: np.ndarray) -> None:
+    def _add_counts(
+        self, history: list[dict[str, Any]], both_ways: np.ndarray, workers: int
+    ) -> None:
         """What is known of this rank's workers becomes an average over all."""
-        totals = self._sums(both_ways.reshape(-1)).reshape(-1, 2)
+        totals = self._sums(both_ways.reshape(-1)).reshape(-1, 2) / workers
         sent = self._sums(np.array([float(entry["bytes_sent"]) for entry in history]))
         for i, entry in enumerate(history):
             entry["bytes_sent"] = int(sent[i]) // (self.transport.size if self.transport else 1)
