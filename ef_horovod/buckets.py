@@ -40,6 +40,7 @@ class BucketPlan(NamedTuple):
         method = self.method
         if method is None:
             method, exchange = NoFeedback(Identity()), "dense"
+        method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
         return Channel(self.name, like, method, transport, exchange=exchange, seed=seed)
 
     @property
@@ -69,7 +70,7 @@ def plan_buckets(
     small = [(name, p) for name, p in named if dense(name, p)]
     large = [(name, p) for name, p in named if not dense(name, p)]
     return [
-        BucketPlan(f"dense.{i}", slots, None)
+        BucketPlan(f"dense.{i}", slots, method.uncompressed())
         for i, slots in enumerate(_pack(small, _NO_LIMIT, device_of))
     ] + [
         BucketPlan(f"bucket.{i}", slots, method)

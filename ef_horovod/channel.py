@@ -80,8 +80,9 @@ class Channel:
         self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step
         self.worker, self.server = None, None
         if self.exchange != "dense":
-            self.worker, self.server = method.init(self.gradient)
-        self._xp, self._transport, self._seed = xp, transport, seed
+            self.worker, self.server = method.init(self.gradient, transport.size)
+        self._xp, self._transport = xp, transport
+        self._key = Key(seed, 0, tensor_id(name), transport.rank, transport.size)
         self._lost = self.gradient  # after a step: what its compression lost
         self._message: Payload | None = None
         self._pushed: Any = None
@@ -97,14 +98,18 @@ class Channel:
                 self._finish = self._transport.allreduce(self.name, self.gradient)
             return
         with self._timed("seconds_compress"):
-            key = Key(self._seed, step, tensor_id(self.name), self._transport.rank)
+            self._key = self._key._replace(step=step)
             try:
-                self._message, self._pushed = self.method.push(self.worker, self.gradient, key)
+                self._message, self._pushed = self.method.push(
+                    self.worker, self.gradient, self._key
+                )
             except NonFiniteError:
-                self._message = self.method.compressor.skip(self.gradient)
+                self._message = self.method.skip(self.gradient, self._key)
                 self._pushed = None
         with self._counted():
-            self._finish = exchanges.start(self.exchange, self._transport, self.name, self._message)
+            self._finish = exchanges.start(
+                self.exchange, self._transport, self.name, self._message, sized=self.method.sized
+            )
 
     def arrived(self) -> bool:
         """Wait for all ranks' messages; whether all of them are good."""
@@ -128,7 +133,7 @@ class Channel:
                 self._xp.divide(self._received, self._transport.size, out=direction)
             else:
                 aggregate, self.server = self.method.reduce(
-                    self.server, self._received, self._transport.size
+                    self.server, self._received, self._key.of_server()
                 )
                 before = self.worker
                 direction, self.worker = self.method.pull(self._pushed, aggregate)
@@ -156,7 +161,7 @@ class Channel:
         whole = xp.zeros(lost.shape[0], getattr(lost, "device", None))
         xp.assign(whole, lost)
         assert self._message is not None
-        self._message.add_to(whole)
+        self.method.add_message(self.worker, self._message, whole)
         norm = xp.squared_norm(whole)
         return math.sqrt(xp.squared_norm(lost) / norm) if norm > 0 else 0.0
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ef_horovod import wire
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import PayloadError, UnsupportedError
@@ -34,15 +35,15 @@ def choose(exchange: str, method: Method) -> str:
         UnsupportedError: the method's compressor cannot travel that way.
     """
     uncompressed = method == NoFeedback(Identity())
-    linear = method.compressor.linear
+    linear = method.summable
     if exchange == "auto":
         return "dense" if uncompressed else "reduce" if linear else "gather"
     if exchange not in EXCHANGES:
         raise ValueError(f"got exchange={exchange!r}, expected one of {EXCHANGES}; pick one")
     if exchange == "reduce" and not linear:
         raise UnsupportedError(
-            f"got exchange='reduce' with {method.compressor}, expected a linear compressor, for "
-            "payloads of others cannot be summed; use exchange='gather' or 'auto'"
+            f"got exchange='reduce' with {method}, expected a linear compressor in a method that "
+            "lets its messages be summed; use exchange='gather' or 'auto'"
         )
     if exchange == "dense" and not uncompressed:
         raise UnsupportedError(
@@ -53,39 +54,53 @@ def choose(exchange: str, method: Method) -> str:
 
 
 def start(
-    exchange: str, transport: Transport, name: str, payload: Payload
+    exchange: str, transport: Transport, name: str, payload: Payload, *, sized: bool = True
 ) -> Callable[[], list[Payload]]:
     """Send a payload on its way by "gather" or "reduce".
+
+    Args:
+        exchange: one of the two.
+        transport: to the other ranks.
+        name: of the collective.
+        payload: this rank's.
+        sized: whether all ranks' payloads are as long as this one; see `Method.sized`.
 
     Returns:
         A function that waits and gives one payload for each rank in rank order, or a single one
         that stands for their sum. If any rank asked to drop the step, at least one `is_skip`.
     """
     if exchange == "reduce":
-        return _start_reduce(transport, name, payload)
-    finish = transport.allgather(name, payload.data)
+        return _start_reduce(transport, name, payload, sized)
+    if sized:
+        finish = transport.allgather(name, payload.data)
+    else:
+        finish = transport.allgather(name, wire.padded(payload.data), wire.padded_nbytes)
     return lambda: [_checked(data, rank, payload, name) for rank, data in enumerate(finish())]
 
 
-def _start_reduce(transport: Transport, name: str, payload: Payload) -> Callable[[], list[Payload]]:
+def _start_reduce(
+    transport: Transport, name: str, payload: Payload, sized: bool
+) -> Callable[[], list[Payload]]:
     summed = Payload(payload.data.copy())
     values = summed.summands()
+    # Where lengths vary from step to step: zeros up to a size class, so that most shapes were seen.
+    room = values if sized else wire.padded_values(values)
     if payload.is_skip:
-        values.fill(np.nan)  # there is no room for a flag, but a NaN survives every sum
-    finish = transport.allreduce(name, values)
+        room.fill(np.nan)  # there is no room for a flag, but a NaN survives every sum
+    finish = transport.allreduce(name, room)
 
     def wait() -> list[Payload]:
         total = finish()
         if not np.all(np.isfinite(total)):
             return [payload.as_skip()]
-        values[:] = total
+        values[:] = total[: values.size]
         return [summed]
 
     return wait
 
 
 def _checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:
-    received = Payload(data)
+    received = Payload.from_start(data)
     if received.kind is not own.kind or received.num_elements != own.num_elements:
         raise PayloadError(
             f"rank {rank} sent {received} in '{name}', expected one like {own}; "

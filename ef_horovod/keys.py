@@ -26,6 +26,7 @@ class Key(NamedTuple):
     step: int = 0
     tensor: int = 0  # tensor_id(name): the same on all ranks
     rank: int = 0
+    workers: int = 1  # how many ranks there are; no draw depends on it
 
     def draw(self, *, shared: bool) -> int:
         """64 bits that are equal on all ranks if `shared`, different on each rank otherwise."""
@@ -33,6 +34,14 @@ class Key(NamedTuple):
         for word in (self.seed, self.step, self.tensor, 0 if shared else self.rank + 1):
             state = _mix((state + word + 0x9E3779B97F4A7C15) & _MASK64)
         return state
+
+    def of_server(self) -> Key:
+        """The aggregator's key: the same on every rank that plays its part, unlike any worker's."""
+        return self.apart(1)._replace(rank=-1)
+
+    def apart(self, purpose: int) -> Key:
+        """A key whose draws are independent of this one's: compressors draw from purpose 0."""
+        return self._replace(tensor=self.tensor + (purpose << 32))  # tensor ids have 32 bits
 
 
 def tensor_id(name: str) -> int:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ef_horovod import exchange as exchanges
+from ef_horovod import wire
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
-from ef_horovod.keys import Key
+from ef_horovod.estimators import Estimator
+from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
+from ef_horovod.schedules import Schedule, value_at
+from ef_horovod.transports.base import Transport, ring_share
 from ef_horovod.transports.local import local_group
 
 Gradient = Callable[[int, Array, int], Array]
@@ -25,16 +29,19 @@ class Run:
 
     Attributes:
         x: the last iterate, in x0's framework, shape and dtype.
-        history: one dict a step: "step", "bytes_sent" (per worker, so far), "direction_norm", and
-            what `observe` returned, under its names.
-        bytes_sent: by each worker, in total: payloads to every other worker, as a gather sends
-            them, or the ring's share of a sum for linear compressors.
+        history: one dict a step: "step", "bytes_sent" and "bytes_received" (so far),
+            "direction_norm", and what `observe` returned, under its names.
+        bytes_sent: by a worker in total, on average over workers: messages to every other worker,
+            as a gather sends them, the ring's share of a sum for linear compressors, or with
+            exchange="server" one message a step.
+        bytes_received: likewise; with exchange="server" the server's answers.
         states: the workers' states after the last step, for tests and plots.
     """
 
     x: Array
     history: list[dict[str, Any]] = field(default_factory=list)
     bytes_sent: int = 0
+    bytes_received: int = 0
     states: list[Any] = field(default_factory=list)
 
 
@@ -45,26 +52,41 @@ def simulate(
     *,
     workers: int,
     steps: int,
-    step_size: float | Callable[[int], float],
+    step_size: Schedule | Callable[[int], float],
     seed: int = 0,
+    name: str = "",
     exchange: str = "auto",
+    estimator: Estimator = Estimator(),  # noqa: B008 - frozen
     observe: Callable[[Array], dict[str, Any]] | None = None,
+    stop: Callable[[dict[str, Any]], bool] | None = None,
+    transport: Transport | None = None,
 ) -> Run:
     """Minimise with `x <- x - step_size * direction`, each worker sending real payloads.
 
     Args:
         method: error-feedback method with its compressor.
-        gradient: `gradient(worker, x, step)` returns that worker's gradient at x, like x.
+        gradient: `gradient(worker, x, step)` returns that worker's gradient at x, like x. With an
+            estimator that needs two points, the sample must follow from (worker, step) alone.
         x0: start, of any shape, NumPy or torch; not changed.
         workers: number of workers n >= 1.
         steps: number of rounds.
-        step_size: a number, or a function of the step.
+        step_size: a number, a `Decay`, or a function of the step.
         seed: of random compressors.
-        exchange: "auto", "gather", "reduce" or "dense", as over a network.
-        observe: called with each new x; what it returns goes to the history.
+        name: of the vector: draws depend on it, as in a job on a bucket's name ("bucket.0").
+        exchange: "auto", "gather" or "reduce": how workers talk among each other; or "server": one
+            message up, one answer down for each worker, which is a float32 vector unless the
+            method compresses both ways. The iterates are the same; what is counted differs.
+        estimator: what workers give to the method in place of their gradients.
+        observe: called with x after every step; its dict joins the history.
+        stop: called with the last entry of the history; True ends the run after this step.
+        transport: of an MPI job, whose ranks share the workers among them and all call this with
+            the same arguments; each returns the same x and history, and its own workers' states.
+            The iterates are the same to the last bit if messages are gathered, and to rounding if
+            they are summed in flight. None: all workers are in this process.
 
     Raises:
-        NonFiniteError: a gradient, or the sum of them, is not finite; names the step.
+        UnsupportedError: `method` is not a method, or the estimator is not meant for it.
+        NonFiniteError: a gradient was not finite; names the step.
         ValueError, TypeError: arguments out of range or a gradient of another shape.
 
     Example:
@@ -79,61 +101,226 @@ def simulate(
         raise UnsupportedError(
             f"simulate got {method!r}, expected a method; write for example EF21(TopK(ratio=0.01))"
         )
-    xp = namespace(x0)
-    like = xp.like(x0)
-    flat = xp.flat_float32(x0)
-    x = xp.detached(x0) * 1  # a copy, should gradient() change x in place
-    endpoints = local_group(workers)
-    kind = exchanges.choose(exchange, method)
-    kind = "reduce" if kind == "dense" else kind  # the same sum, of payloads
-    inits = [method.init(flat) for _ in range(workers)]
-    states, server = [worker for worker, _ in inits], inits[0][1]
-    run = Run(x)
+    estimator.require_fit(method)
+    xp, like = namespace(x0), namespace(x0).like(x0)
+    x = before = xp.detached(x0) * 1  # a copy, should gradient() change x in place
+    if len(x0.shape) > 1:  # else it is any vector, not a parameter of one dimension
+        method = method.for_shapes([tuple(x0.shape)])
+    network = _network(method, exchange, workers, transport)
+    states = [method.init(xp.flat_float32(x0), workers)[0] for _ in network.mine]
+    crew = [_Worker(method, state, gradient, estimator, transport) for state in states]
+    server, run = method.init(xp.flat_float32(x0), workers)[1], Run(x)
     for step in range(steps):
-        waits, pushed = [], []
-        for i, endpoint in enumerate(endpoints):
-            g = _gradient(xp, gradient, i, x, step, tuple(like.shape))
-            message, state = _push(method, states[i], g, Key(seed, step, 0, i))
-            waits.append(exchanges.start(kind, endpoint, f"step{step}", message))
-            pushed.append(state)
-        messages = waits[0]()
-        if any(message.is_skip for message in messages):
-            raise NonFiniteError(
-                f"step {step}: the workers' messages have no finite sum, expected finite numbers; "
-                "lower step_size"
-            )
-        aggregate, server = method.reduce(server, messages, workers)
-        pulled = [method.pull(state, aggregate) for state in pushed]
-        states = [state for _, state in pulled]
-        direction = xp.restore(pulled[0][0], like)
+        keys = [Key(seed, step, tensor_id(name), i, workers) for i in network.mine]
+        messages = [one.push(x, before, key) for one, key in zip(crew, keys, strict=True)]
+        aggregate, server = _reduce(method, server, network.meet(messages), keys[0].of_server())
+        network.answer(aggregate)
+        direction, *_ = [one.pull(aggregate) for one in crew]
         # A Python float, for a NumPy one would make a float32 x a float64 one.
-        x = x - float(step_size(step) if callable(step_size) else step_size) * direction
-        run.bytes_sent = endpoints[0].bytes_sent
+        before, x = x, x - _at(step_size, step) * xp.restore(direction, like)
         entry = {
             "step": step,
-            "bytes_sent": run.bytes_sent,
-            "direction_norm": float(np.sqrt(xp.squared_norm(pulled[0][0]))),
+            "bytes_sent": network.bytes_sent,
+            "bytes_received": network.bytes_received,
+            "direction_norm": float(np.sqrt(xp.squared_norm(direction))),
         }
         run.history.append(entry | (observe(x) if observe else {}))
-    run.x, run.states = x, states
+        if stop and stop(run.history[-1]):
+            break
+    run.x, run.states = x, [one.state for one in crew]
+    run.bytes_sent, run.bytes_received = network.bytes_sent, network.bytes_received
     return run
 
 
-def _push(method: Method, state: Any, gradient: Array, key: Key) -> tuple[Payload, Any]:
+class _Worker:
+    """One worker: its state and, for estimators that build on it, its last estimate."""
+
+    def __init__(
+        self,
+        method: Method,
+        state: Any,
+        gradient: Gradient,
+        estimator: Estimator,
+        transport: Transport | None,
+    ) -> None:
+        self.state = state
+        self._method, self._gradient, self._estimator = method, gradient, estimator
+        self._has_others = transport is not None
+        self._last: Array | None = None
+
+    def push(self, x: Array, before: Array, key: Key) -> Payload:
+        """Its message at x_t = x."""
+        points = self._estimator.points(x, before, key.step)
+        gradients = [_gradient(self._gradient, key.rank, point, key.step, x) for point in points]
+        estimate = self._estimator.combine(gradients, self._last, key.step)
+        if self._estimator.needs_last:
+            self._last = estimate
+        own = namespace(x).flat_float32(estimate * 1)  # which the method may overwrite
+        try:
+            message, self._pushed = self._method.push(self.state, own, key)
+        except NonFiniteError as error:
+            if self._has_others:  # who wait for a message; with this one all ranks raise
+                return self._method.skip(own, key)
+            raise NonFiniteError(f"worker {key.rank}, step {key.step}: {error}") from None
+        return message
+
+    def pull(self, aggregate: Array | Payload) -> Array:
+        """The direction, float32[d]."""
+        direction, self.state = self._method.pull(self._pushed, aggregate)
+        return direction
+
+
+def _network(
+    method: Method, exchange: str, workers: int, transport: Transport | None
+) -> _Server | _Peers | _Ranks:
+    if exchange == "server" and transport is None:
+        return _Server(workers)
+    kind = exchanges.choose(exchange, method)
+    kind = "reduce" if kind == "dense" else kind  # the same sum, of payloads
+    if transport is None:
+        return _Peers(kind, method.sized, workers)
+    return _Ranks(kind, method.sized, workers, transport)
+
+
+class _Peers:
+    """Workers that talk among each other, as an exchange does it."""
+
+    def __init__(self, kind: str, sized: bool, workers: int) -> None:
+        self._kind, self._sized = kind, sized
+        self._endpoints = local_group(workers)
+        self.mine = range(workers)
+
+    def meet(self, messages: Sequence[Payload]) -> list[Payload]:
+        """What every worker receives."""
+        waits = [
+            exchanges.start(self._kind, endpoint, "step", message, sized=self._sized)
+            for endpoint, message in zip(self._endpoints, messages, strict=True)
+        ]
+        return waits[0]()
+
+    def answer(self, aggregate: Array | Payload) -> None:
+        """Nothing: every worker plays the aggregator's part itself."""
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(end.bytes_sent for end in self._endpoints) // len(self._endpoints)
+
+    @property
+    def bytes_received(self) -> int:
+        return self.bytes_sent  # on average over workers: who sends, sends to another worker
+
+
+class _Server:
+    """Workers that talk to a parameter server on a node of its own."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = len(local_group(workers))  # which raises unless it is at least 1
+        self.mine = range(workers)
+        self._up = 0  # by all workers
+        self.bytes_received = 0
+
+    def meet(self, messages: Sequence[Payload]) -> list[Payload]:
+        """What the server receives."""
+        self._up += sum(message.nbytes for message in messages)
+        return list(messages)
+
+    def answer(self, aggregate: Array | Payload) -> None:
+        """What it sends back to each worker: a payload, or float32 numbers as they are."""
+        if isinstance(aggregate, Payload):
+            self.bytes_received += aggregate.nbytes
+        else:
+            self.bytes_received += 4 * aggregate.shape[0]
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._up // self._workers
+
+
+class _Ranks:
+    """Workers on the ranks of an MPI job, in rank order, as many on each as on the others or one
+    more; a rank sends the messages of all of its workers as one."""
+
+    def __init__(self, kind: str, sized: bool, workers: int, transport: Transport) -> None:
+        n, ranks, rank = workers, transport.size, transport.rank
+        if n < ranks:
+            raise ValueError(
+                f"got {n} workers for {ranks} ranks, expected at least as many; start fewer ranks"
+            )
+        self._kind, self._sized, self._workers, self._transport = kind, sized, n, transport
+        self._own = 0  # bytes by this rank; the transport may carry other things as well
+        self._as_if = 0  # bytes by all workers, were each on a rank of its own
+        self.mine = range(rank * n // ranks, (rank + 1) * n // ranks)
+
+    def meet(self, messages: Sequence[Payload]) -> list[Payload]:
+        """What every rank receives."""
+        if self._kind == "gather" and self._workers > self._transport.size:
+            received = self._gather(messages)
+            sizes = [m.nbytes if self._sized else wire.padded(m.data).size for m in received]
+            self._as_if += sum(sizes) * (self._workers - 1)
+            return received
+        own, before = self._summed(messages), self._transport.bytes_sent
+        received = exchanges.start(self._kind, self._transport, "step", own, sized=self._sized)()
+        self._own += self._transport.bytes_sent - before
+        return received
+
+    def _summed(self, messages: Sequence[Payload]) -> Payload:
+        """One message for those of this rank's workers."""
+        own, *others = messages
+        if self._kind == "gather":
+            return own
+        own = Payload(own.data.copy())
+        for message in others:
+            own.summands()[:] += message.summands()
+        self._as_if += self._workers * ring_share(own.summands().nbytes, self._workers)
+        return own.as_skip() if any(message.is_skip for message in messages) else own
+
+    def _gather(self, messages: Sequence[Payload]) -> list[Payload]:
+        packed = np.concatenate([message.data for message in messages])
+        received = []
+        for buffer in self._transport.allgather("step", packed)():
+            while buffer.size:
+                received.append(Payload.from_start(buffer))
+                buffer = buffer[received[-1].nbytes :]
+        return received
+
+    def answer(self, aggregate: Array | Payload) -> None:
+        """Nothing: every rank plays the aggregator's part itself."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank, if it has one worker; else by a worker on average, as if it had."""
+        if self._workers == self._transport.size:
+            return self._own
+        return self._as_if // self._workers
+
+    @property
+    def bytes_received(self) -> int:
+        return self.bytes_sent
+
+
+def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:
+    return float(step_size(step)) if callable(step_size) else value_at(step_size, step)
+
+
+def _reduce(
+    method: Method, server: Any, messages: Sequence[Payload], key: Key
+) -> tuple[Array | Payload, Any]:
+    """Finite messages can have a sum that is not."""
+    problem = "the workers' messages have no finite sum, expected finite numbers; lower step_size"
+    if any(message.is_skip for message in messages):
+        raise NonFiniteError(f"step {key.step}: {problem}")
     try:
-        return method.push(state, gradient, key)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"worker {key.rank}, step {key.step}: {error}") from None
+        return method.reduce(server, messages, key)
+    except NonFiniteError:
+        raise NonFiniteError(f"step {key.step}: {problem}") from None
 
 
-def _gradient(
-    xp: Any, gradient: Gradient, worker: int, x: Array, step: int, shape: tuple[int, ...]
-) -> Array:
-    """A worker's gradient as float32[d] in memory of its own."""
-    g = gradient(worker, x, step)
-    if tuple(g.shape) != shape:
+def _gradient(gradient: Gradient, worker: int, point: Array, step: int, like: Array) -> Array:
+    """A worker's gradient, of the right shape."""
+    g = gradient(worker, point, step)
+    if tuple(g.shape) != tuple(like.shape):
         raise ValueError(
-            f"gradient({worker}, x, {step}) has shape {tuple(g.shape)}, expected {shape}; "
-            "return one number for each of x"
+            f"gradient({worker}, x, {step}) has shape {tuple(g.shape)}, expected "
+            f"{tuple(like.shape)}; return one number for each of x"
         )
-    return xp.flat_float32(g * 1)
+    return g

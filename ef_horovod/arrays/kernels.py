@@ -203,57 +203,38 @@ def _mix(z):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def encode_indices(indices, low_bits, low, high):  # type: ignore[no-untyped-def]
-    """Elias-Fano: low bits side by side, high parts in unary; low and high come zeroed."""
-    word, filled, byte = np.uint64(0), 0, 0
-    low_mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
-    for i in range(indices.size):
-        index = np.uint64(indices[i])
-        position = (index >> np.uint64(low_bits)) + np.uint64(i)
-        high[position >> np.uint64(3)] |= np.uint8(1) << np.uint8(position & np.uint64(7))
-        word |= (index & low_mask) << np.uint64(filled)
-        filled += low_bits
-        while filled >= 8:
-            low[byte] = np.uint8(word & np.uint64(0xFF))
-            word >>= np.uint64(8)
-            filled -= 8
-            byte += 1
-    if filled > 0:
-        low[byte] = np.uint8(word)
+def bernoulli_indices(seed, tails, guide, bound, out):  # type: ignore[no-untyped-def]
+    """Ascending indices below bound, each there with one probability, as many as fit into out.
 
+    The gaps between them are geometric: word j of the seed (as in `kernels_quantize.draw`) stands
+    for a gap of as many entries as there are tails above it, found from `guide[its upper bits]` on.
+    With all tails above it, that many entries are passed over, and the next word counts on.
 
-@njit(cache=True, nogil=True)
-def decode_indices(low, high, low_bits, bound, out):  # type: ignore[no-untyped-def]
-    """Fill out with ascending indices below bound.
+    Args:
+        seed: uint64.
+        tails: uint64[1024], falling: the probability of a gap above j, in 1 / 2**64.
+        guide: int64[1024]: tails that are above every word with these upper ten bits.
+        bound: of the indices.
+        out: int64[m].
 
-    Returns the number of indices that are right: fewer than out.size means that the code is broken
-    at that place; more means that it holds set bits past the last index.
+    Returns:
+        How many there are; more than out.size means that out was too small.
     """
-    word, filled, byte = np.uint64(0), 0, 0
-    low_mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
-    count, previous = 0, -1
-    for place in range(high.size):
-        unary = high[place]
-        bit = 0
-        while unary:
-            while not unary & 1:
-                unary >>= 1
-                bit += 1
-            if count == out.size:
-                return count + 1
-            while filled < low_bits:
-                word |= np.uint64(low[byte]) << np.uint64(filled)
-                filled += 8
-                byte += 1
-            high_part = 8 * place + bit - count
-            index = (high_part << low_bits) | np.int64(word & low_mask)
-            word >>= np.uint64(low_bits)
-            filled -= low_bits
-            if index <= previous or index >= bound:
+    count, index, state = 0, np.int64(-1), np.uint64(seed)
+    while True:
+        state += np.uint64(0x9E3779B97F4A7C15)
+        word = _mix(state)
+        gap = guide[word >> np.uint64(54)]
+        while gap < tails.size and word < tails[gap]:
+            gap += 1
+        index += gap
+        if gap == tails.size:
+            if index >= bound:
                 return count
+            continue
+        index += 1
+        if index >= bound:
+            return count
+        if count < out.size:
             out[count] = index
-            previous = index
-            count += 1
-            unary >>= 1
-            bit += 1
-    return count
+        count += 1

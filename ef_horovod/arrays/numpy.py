@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ef_horovod.arrays.numpy_matrices import *  # noqa: F403 - low rank
+from ef_horovod.arrays.numpy_quantize import *  # noqa: F403 - the quantizers' part
+
 _SAMPLES = 1 << 15
 _BIN_SHIFT = 19  # exponent_histogram's bins: exponent and four mantissa bits
 
@@ -196,6 +199,16 @@ def _candidates_by_histogram(x: np.ndarray, k: int) -> np.ndarray:
     found = np.empty(x.size if threshold == np.inf else int(reaching[lowest]), np.int64)
     count = _kernels().collect_at_least(x, threshold, found)
     return found[: min(count, found.size)]
+
+
+def at_least(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending indices of |x_i| >= threshold or NaN, int64, and their values, on the host."""
+    found = np.empty(min(x.size, 1024 + x.size // 64), np.int64)
+    count = _kernels().collect_at_least(x, np.float32(threshold), found)
+    if count > found.size:  # more than usual: once more, with room for all
+        found = np.empty(count, np.int64)
+        _kernels().collect_at_least(x, np.float32(threshold), found)
+    return found[:count], take(x, found[:count])
 
 
 def take(x: np.ndarray, indices: np.ndarray) -> np.ndarray:

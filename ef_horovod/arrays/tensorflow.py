@@ -11,30 +11,23 @@ TensorFlow takes numbers below 2**-126 for zero in most of its arithmetic; NumPy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
 import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays.numpy import Like
+from ef_horovod.arrays.tensorflow_device import from_host as from_host
+from ef_horovod.arrays.tensorflow_device import kernel as _kernel
+from ef_horovod.arrays.tensorflow_device import on as _on
+from ef_horovod.arrays.tensorflow_device import parts as _parts
+from ef_horovod.arrays.tensorflow_device import put as _put
+from ef_horovod.arrays.tensorflow_device import to_host as to_host
+from ef_horovod.arrays.tensorflow_matrices import *  # noqa: F403 - low rank
+from ef_horovod.arrays.tensorflow_quantize import *  # noqa: F403 - the quantizers' part
 
 _WORK = 1 << 22  # entries handled at once where an op needs temporaries; a multiple of 8
-
-
-def _kernel(on_device: Callable[..., Any]) -> Callable[..., Any]:
-    """`on_device` with its ops on x's device, where TensorFlow would choose one by itself."""
-
-    def run(x: tf.Variable, *args: Any, **kwargs: Any) -> Any:
-        with tf.device(x.device):
-            return on_device(x, *args, **kwargs)
-
-    run.__name__ = on_device.__name__
-    run.__doc__ = getattr(host, on_device.__name__).__doc__
-    run.on_device = on_device  # type: ignore[attr-defined]
-    return run
 
 
 def like(x: tf.Tensor | tf.Variable) -> Like:
@@ -98,27 +91,6 @@ def device_zeros(length: int, device: str) -> tf.Variable:
     """float32[length] of zeros as a variable on `device`, which may be the CPU."""
     with tf.init_scope(), tf.device(device):  # also while a tf.function is traced
         return tf.Variable(tf.zeros(length), trainable=False)
-
-
-def to_host(x: tf.Tensor | tf.Variable) -> np.ndarray:
-    """x as a read-only NumPy array of what it holds now, sharing memory on the CPU.
-
-    Raises:
-        TypeError: x is symbolic, as tensors are while a tf.function is traced.
-    """
-    tensor = tf.convert_to_tensor(x)
-    if not hasattr(tensor, "numpy"):
-        raise TypeError(
-            f"got the symbolic tensor {x.name!r} of a tf.function, expected an eager one; "
-            "compress inside tf.numpy_function, or outside of the function"
-        )
-    return np.asarray(tensor)
-
-
-def from_host(values: np.ndarray, device: str | None = None) -> tf.Tensor:
-    """A host array as a tensor on `device`, or where TensorFlow puts it."""
-    with _on(device):
-        return tf.convert_to_tensor(values)
 
 
 def address(x: tf.Tensor | tf.Variable) -> int:
@@ -195,6 +167,13 @@ def top_k(x: tf.Variable, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @_kernel
+def at_least(x: tf.Variable, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    whole = tf.convert_to_tensor(x)
+    indices = tf.reshape(tf.where(~(tf.abs(whole) < np.float32(threshold))), [-1])
+    return to_host(indices), to_host(tf.gather(whole, indices))
+
+
+@_kernel
 def take(x: tf.Variable, indices: np.ndarray) -> np.ndarray:
     return to_host(tf.gather(x, indices))
 
@@ -214,7 +193,7 @@ def scatter_put(x: tf.Variable, indices: np.ndarray, values: np.ndarray) -> None
 def pack_signs(x: tf.Variable, scale: float, *, subtract: bool) -> np.ndarray:
     weights = np.array([1, 2, 4, 8, 16, 32, 64, 128], np.float32)
     packed = np.empty((x.shape[0] + 7) // 8, np.uint8)
-    for start, part in _parts(x):
+    for start, part in _parts(x, _WORK):
         positive = part >= 0
         padded = tf.pad(tf.cast(positive, tf.float32), [[0, -part.shape[0] % 8]])
         octets = tf.reduce_sum(tf.reshape(padded, [-1, 8]) * weights, 1)  # exact: at most 255
@@ -227,7 +206,7 @@ def pack_signs(x: tf.Variable, scale: float, *, subtract: bool) -> np.ndarray:
 @_kernel
 def add_signs(x: tf.Variable, bits: np.ndarray, scale: float) -> None:
     shifts = np.arange(8, dtype=np.uint8)
-    for start, part in _parts(x):
+    for start, part in _parts(x, _WORK):
         octets = tf.convert_to_tensor(bits[start // 8 : (start + _WORK) // 8, None])
         signs = tf.bitwise.bitwise_and(tf.bitwise.right_shift(octets, shifts), np.uint8(1))
         positive = tf.reshape(tf.cast(signs, tf.bool), [-1])[: part.shape[0]]
@@ -237,7 +216,7 @@ def add_signs(x: tf.Variable, bits: np.ndarray, scale: float) -> None:
 @_kernel
 def narrow(x: tf.Variable, kind: str, shift: int, *, subtract: bool) -> np.ndarray:
     codes, largest = np.empty(x.shape[0], np.uint16), host.LARGEST[kind]
-    for start, part in _parts(x):
+    for start, part in _parts(x, _WORK):
         scaled = tf.cast(tf.cast(part, tf.float64) * 2.0**shift, tf.float32)
         rounded = tf.cast(tf.clip_by_value(scaled, -largest, largest), kind)
         codes[start : start + _WORK] = to_host(tf.bitcast(rounded, tf.uint16))
@@ -248,14 +227,9 @@ def narrow(x: tf.Variable, kind: str, shift: int, *, subtract: bool) -> np.ndarr
 
 @_kernel
 def add_widened(x: tf.Variable, codes: np.ndarray, kind: str, shift: int, weight: float) -> None:
-    for start, part in _parts(x):
+    for start, part in _parts(x, _WORK):
         half = tf.bitcast(tf.convert_to_tensor(codes[start : start + _WORK]), kind)
         _put(x, start, part + _widen(half, shift) * np.float32(weight))
-
-
-def _on(device: str | None) -> AbstractContextManager[Any]:
-    """Ops on `device`, or where the caller's context puts them if it is None."""
-    return nullcontext() if device is None else tf.device(device)
 
 
 def _widen(half: tf.Tensor, shift: int) -> tf.Tensor:
@@ -267,20 +241,5 @@ def _signed(positive: tf.Tensor, scale: float) -> tf.Tensor:
 
 
 def _sum(x: tf.Variable, term: Callable[[tf.Tensor], tf.Tensor]) -> float:
-    parts = [tf.reduce_sum(term(tf.cast(part, tf.float64))) for _, part in _parts(x)]
+    parts = [tf.reduce_sum(term(tf.cast(part, tf.float64))) for _, part in _parts(x, _WORK)]
     return float(tf.add_n(parts)) if parts else 0.0
-
-
-def _parts(x: tf.Variable) -> Iterator[tuple[int, tf.Tensor]]:
-    """(start, float32[at most _WORK]) of what x holds now."""
-    # x is read once: each read of a variable that was written to in places copies all of it.
-    whole = tf.convert_to_tensor(x)
-    for start in range(0, x.shape[0], _WORK):
-        yield start, whole[start : start + _WORK]
-
-
-def _put(x: tf.Variable, start: int, values: tf.Tensor) -> None:
-    """x[start : start + len(values)] = values; x[...].assign() would read all of x first."""
-    tf.raw_ops.ResourceStridedSliceAssign(
-        ref=x.handle, begin=[start], end=[start + len(values)], strides=[1], value=values
-    )

@@ -7,7 +7,6 @@ Each device op can be tested without a device: `top_k.on_device(cpu_tensor, k)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,13 @@ import torch
 
 import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays.numpy import Like
+from ef_horovod.arrays.torch_device import from_host as from_host
+from ef_horovod.arrays.torch_device import kernel as _kernel
+from ef_horovod.arrays.torch_device import to_host as to_host
+from ef_horovod.arrays.torch_matrices import *  # noqa: F403 - low rank
+from ef_horovod.arrays.torch_quantize import *  # noqa: F403 - the quantizers' part
 
 _WORK = 1 << 22  # entries handled at once where a device op needs temporaries
-
-
-def _kernel(on_device: Callable[..., Any]) -> Callable[..., Any]:
-    """`on_device` for tensors off the CPU, the NumPy function of the same name on views else."""
-    on_host = getattr(host, on_device.__name__)
-
-    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.device.type != "cpu":
-            return on_device(x, *args, **kwargs)
-        views = [a.numpy() if isinstance(a, torch.Tensor) else a for a in args]
-        outs = {n: a.numpy() if isinstance(a, torch.Tensor) else a for n, a in kwargs.items()}
-        return on_host(x.numpy(), *views, **outs)
-
-    run.__name__ = on_device.__name__
-    run.__doc__ = on_host.__doc__
-    run.on_device = on_device  # type: ignore[attr-defined]
-    return run
 
 
 def like(x: torch.Tensor) -> Like:
@@ -76,18 +63,6 @@ def restore(flat: torch.Tensor, target: Like) -> torch.Tensor:
 def zeros(length: int, device: Any = None) -> torch.Tensor:
     """float32[length] of zeros."""
     return torch.zeros(length, dtype=torch.float32, device=device)
-
-
-def to_host(x: torch.Tensor) -> np.ndarray:
-    """x as a NumPy array, sharing memory on the CPU."""
-    return x.cpu().numpy()
-
-
-def from_host(values: np.ndarray, device: Any = None) -> torch.Tensor:
-    """A host array as a tensor on `device`, sharing memory on the CPU."""
-    if not values.flags.writeable:  # received bytes; torch has no read-only tensors
-        values = values.copy()
-    return torch.from_numpy(values).to(device)
 
 
 def address(x: torch.Tensor) -> int:
@@ -157,6 +132,12 @@ def top_k(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     above = torch.nonzero(order > threshold).view(-1)
     ties = torch.nonzero(order == threshold).view(-1)[: k - above.numel()]
     indices = torch.cat([above, ties]).sort().values
+    return to_host(indices), to_host(x[indices])
+
+
+@_kernel
+def at_least(x: torch.Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    indices = torch.nonzero(~(x.abs() < threshold)).view(-1)
     return to_host(indices), to_host(x[indices])
 
 

@@ -12,12 +12,13 @@ from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.arrays.numpy import Like
 from ef_horovod.errors import NonFiniteError, PayloadError
 from ef_horovod.keys import Key
+from ef_horovod.shown import Shown
 
 DEFAULT_KEY = Key()
 
 
 @dataclass(frozen=True)
-class Compressor:
+class Compressor(Shown):
     """Base of all compressors.
 
     A subclass gives `body_nbytes`, `encode` and `accumulate`, states its properties as data
@@ -26,6 +27,13 @@ class Compressor:
     """
 
     wire_id: ClassVar[int]
+    # Whether `encode` takes a share s for `residual` too, and leaves x - s C(x): `Scaled` asks.
+    weighs_residual: ClassVar[bool] = False
+
+    @property
+    def sized(self) -> bool:
+        """Whether a payload's size follows from d alone, so that all ranks' are equally long."""
+        return True
 
     @property
     def linear(self) -> bool:
@@ -45,13 +53,23 @@ class Compressor:
         """omega with E||C(x) - x||^2 <= omega ||x||^2, for unbiased compressors, else None."""
         return None
 
+    @property
+    def suits_feedback(self) -> bool:
+        """Whether an error memory stays bounded with it, whatever bounded gradients come.
+
+        True for contractions. A bound of another kind serves as well: an absolute one, as that of
+        `HardThreshold`, or a contraction in another norm, as those of `OneBit("l2")` and of
+        `TernGrad` with a clip.
+        """
+        return self.contraction(1000) is not None
+
     @classmethod
     def examples(cls) -> tuple[Compressor, ...]:
         """Instances for the contract tests, the docs table and the benchmarks."""
         raise NotImplementedError(f"{cls.__name__} must list examples() for the contract tests")
 
     def body_nbytes(self, d: int) -> int:
-        """Exact size of a body for d elements."""
+        """Exact size of a body for d elements; the smallest one of a compressor not `sized`."""
         raise NotImplementedError
 
     def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
@@ -77,7 +95,7 @@ class Compressor:
         raise NotImplementedError
 
     def nbytes(self, d: int) -> int:
-        """Exact size of a payload for d elements, in bytes."""
+        """Exact size of a payload for d elements, in bytes; see `body_nbytes`."""
         return wire.HEADER_NBYTES + self.body_nbytes(d)
 
     def compress(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
@@ -124,21 +142,38 @@ class Compressor:
         payload = self._payload(self.encode(flat, key, residual=True), flat.shape[0], xp.like(x))
         return payload, xp.shaped(flat, xp.like(x))
 
-    def skip(self, x: Array) -> Payload:
-        """A payload of the usual size for x that says only: drop this step on all ranks."""
+    def skip(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
+        """A payload of the usual size for x that says only: drop this step on all ranks.
+
+        Where sizes follow from the key, and messages may be summed, it is the size for that key.
+        """
         d = int(np.prod(x.shape))
+        if self.linear and not self.sized:
+            return self.skip_like_zeros(x, key)
         body = np.zeros(self.body_nbytes(d), np.uint8)
         return self._payload((body,), d, namespace(x).like(x)).as_skip()
 
+    def skip_like_zeros(self, x: Array, key: Key) -> Payload:
+        """`skip`, with the body of a message of zeros: for those whose `summands` look at it."""
+        nothing = self.compress(np.zeros(int(np.prod(x.shape)), np.float32), key)
+        return nothing.flagged(wire.SKIP, namespace(x).like(x))
+
+    def absent(self, x: Array) -> Payload:
+        """A payload for x that says nothing in this step: it counts as zeros."""
+        d = int(np.prod(x.shape))
+        header = wire.Header(self.wire_id, wire.ABSENT, 0, d)
+        return Payload(header.pack(), namespace(x).like(x))
+
     def _payload(self, parts: tuple[np.ndarray, ...], d: int, like: Like) -> Payload:
-        if d > wire.MAX_ELEMENTS or self.nbytes(d) > wire.MAX_NBYTES:
+        raw = [part.view(np.uint8) for part in parts]
+        nbytes = sum(part.size for part in raw)
+        if d > wire.MAX_ELEMENTS or wire.HEADER_NBYTES + nbytes > wire.MAX_NBYTES:
             raise ValueError(
-                f"got {d} elements, which take {self.nbytes(d)} bytes, expected at most "
-                f"{wire.MAX_ELEMENTS} elements and {wire.MAX_NBYTES} bytes in one payload; "
+                f"got {d} elements, which take {wire.HEADER_NBYTES + nbytes} bytes, expected at "
+                f"most {wire.MAX_ELEMENTS} elements and {wire.MAX_NBYTES} bytes in one payload; "
                 "compress the parts of a larger array one by one"
             )
-        raw = [part.view(np.uint8) for part in parts]
-        header = wire.Header(self.wire_id, 0, sum(part.size for part in raw), d)
+        header = wire.Header(self.wire_id, 0, nbytes, d)
         return Payload(np.concatenate([header.pack(), *raw]), like)
 
 
@@ -178,6 +213,11 @@ class Payload:
         """
         return cls(np.frombuffer(data, np.uint8))
 
+    @classmethod
+    def from_start(cls, data: np.ndarray) -> Payload:
+        """The payload at the start of uint8[m]; what follows it is padding."""
+        return cls(data[: wire.HEADER_NBYTES + wire.read_header(data).body_nbytes])
+
     @property
     def nbytes(self) -> int:
         """Size on the wire, header included."""
@@ -192,6 +232,25 @@ class Payload:
     def is_skip(self) -> bool:
         """Whether the sender asks all ranks to drop this step."""
         return bool(self.header.flags & wire.SKIP)
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the sender says nothing in this step."""
+        return bool(self.header.flags & wire.ABSENT)
+
+    @property
+    def is_replacement(self) -> bool:
+        """Whether this takes the place of what was tracked, and is not added to it."""
+        return bool(self.header.flags & wire.REPLACE)
+
+    def as_replacement(self) -> Payload:
+        """The same numbers, to take the place of what was tracked."""
+        return self.flagged(wire.REPLACE, self._like)
+
+    def flagged(self, flag: int, like: Like | None) -> Payload:
+        """The same body with a flag more in the header, to decompress to an array like `like`."""
+        header = self.header._replace(flags=self.header.flags | flag)
+        return Payload(np.concatenate([header.pack(), self._body]), like)
 
     def as_skip(self) -> Payload:
         """A payload of the same kind and size that says only: drop this step."""
@@ -238,7 +297,8 @@ class Payload:
                 "got a payload that asks to drop the step, expected one with numbers; check "
                 "is_skip on the payloads of all ranks before using any of them"
             )
-        self.kind.accumulate(self._body, dense, weight)
+        if not self.is_absent:
+            self.kind.accumulate(self._body, dense, weight)
 
     def summands(self) -> np.ndarray:
         """The float32 numbers of a linear compressor's payload, as a view that may be summed into.

@@ -25,6 +25,7 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.keys import Key
+from ef_horovod.shown import Shown
 
 State = Any  # a NamedTuple of each method's own
 
@@ -36,7 +37,7 @@ class MeanState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Shown):
     """Base of all methods; single-pass ones without a memory at the aggregator inherit `reduce`.
 
     Args:
@@ -58,14 +59,39 @@ class Method:
                 f"write for example {type(self).__name__}(TopK(ratio=0.01))"
             )
 
+    @property
+    def summable(self) -> bool:
+        """Whether messages may be summed in flight: then `reduce` gets one for all workers."""
+        return self.compressor.linear
+
+    @property
+    def sized(self) -> bool:
+        """Whether the messages of a step are equally long on all ranks."""
+        return self.compressor.sized
+
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
         """Instances with the given compressor, for the contract tests."""
         return (cls(compressor),)
 
-    def init(self, x: Array) -> tuple[State, State]:
-        """States of a worker and of the aggregator, for vectors like x: float32[d]."""
+    def for_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Method:
+        """The method for vectors that hold arrays of these shapes, one after the other in C order.
+
+        Adapters ask before they open a channel; whoever has a bare vector does not.
+        """
+        return self
+
+    def init(self, x: Array, workers: int = 1) -> tuple[State, State]:
+        """States of a worker and of the aggregator of so many, for vectors like x: float32[d]."""
         raise NotImplementedError
+
+    def uncompressed(self) -> Method | None:
+        """What treats parameters that stay uncompressed alike; None if plain averages do."""
+        return None
+
+    def skip(self, gradient: Array, key: Key) -> Payload:
+        """A message as long as this step's others that says only: drop the step on all ranks."""
+        return self.compressor.skip(gradient, key)
 
     def push(self, state: State, gradient: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, State]:
         """Compress what this worker has to say.
@@ -81,22 +107,46 @@ class Method:
         raise NotImplementedError
 
     def reduce(
-        self, server: State, messages: Sequence[Payload], workers: int
-    ) -> tuple[Array, State]:
+        self, server: State, messages: Sequence[Payload], key: Key
+    ) -> tuple[Array | Payload, State]:
         """Mean over workers of what the messages say.
 
         Args:
             server: the aggregator's state.
             messages: one for each worker in rank order, or a single one that stands for their sum.
-            workers: number of workers.
+            key: the aggregator's, equal on all ranks; `key.workers` is the number of workers.
+
+        Returns:
+            What all workers get, and the state: a float32[d], or from methods that compress in
+            both directions the payload that a server would broadcast.
         """
         xp = namespace(server.mean)
         xp.fill(server.mean, 0.0)
         for message in messages:
             message.add_to(server.mean)
-        xp.divide(server.mean, workers, out=server.mean)
+        xp.divide(server.mean, key.workers, out=server.mean)
         return server.mean, server
 
-    def pull(self, state: State, aggregate: Array) -> tuple[Array, State]:
+    def pull(self, state: State, aggregate: Array | Payload) -> tuple[Array, State]:
         """Turn the aggregate into the direction; commits the worker's state."""
         return aggregate, state
+
+    def add_message(self, state: State, message: Payload, dense: Array) -> None:
+        """dense += what a worker's own message says of its gradient, float32[d].
+
+        Args:
+            state: the worker's after the step of the message.
+        """
+        message.add_to(dense)
+
+    def span(self, field: str, start: int, stop: int, d: int) -> tuple[int, int]:
+        """Where in a vector of the states lies what belongs to elements start to stop of d.
+
+        Checkpoints keep it under the name of the parameter that those elements are of.
+        """
+        return start, stop
+
+
+def vector_like(x: Array) -> Array:
+    """float32[d] of zeros, like x: float32[d]."""
+    return namespace(x).zeros(x.shape[0], getattr(x, "device", None))

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.keys import Key
-from ef_horovod.methods.base import Method
+from ef_horovod.methods.base import Method, vector_like
+from ef_horovod.methods.down import require_down
+from ef_horovod.methods.participation import participates, require_share
 from ef_horovod.registry import register_method
 
 
 class EF21State(NamedTuple):
-    """A worker's tracked gradient and, with momentum, its moving average."""
+    """What a worker tracks."""
 
     tracked: Array  # float32[d], h_i: exactly what all other ranks believe of this worker
-    velocity: Array | None = None  # float32[d], v_i
+    velocity: Array | None = None  # float32[d], v_i, with momentum
     next_velocity: Array | None = None  # float32[d], becomes v_i when the step commits
     started: bool = False  # whether velocity holds a gradient yet
+    estimate: Array | None = None  # float32[d], with `down`: what the aggregator has announced
     pending: Payload | None = None  # sent, not yet added to tracked
 
 
 class EF21Server(NamedTuple):
-    """The replicated aggregate."""
+    """The aggregator's view."""
 
     total: Array  # float32[d], sum_i h_i: a sum, so that it equals the workers' h_i to the last bit
     mean: Array  # float32[d]
+    estimate: Array | None = None  # float32[d], with `down`: what the workers know of the mean
 
 
 @register_method
@@ -36,31 +42,51 @@ class EF21(Method):
     """c_i = C(g_i - h_i); h_i += c_i; direction = H = mean_i h_i, kept as H += mean_i c_i.
 
     h_i starts at zero, so the first message is C(g_i), as in the paper. The state is in gradient
-    units and free of the learning rate. With `momentum` = eta in (0, 1], the worker compresses the
-    difference to v_i = (1 - eta) v_i + eta g_i instead (EF21-SGDM), which takes the noise of small
-    batches out of what is tracked; v_i starts at the first gradient. eta = 1 is EF21-SGD.
+    units and free of the learning rate. Options make the variants:
 
-    Memory: h_i, their sum and mean; with momentum two vectors more.
+    - full gradients: EF21; of a batch: EF21-SGD; the estimates of `PAGE`: EF21-PAGE.
+    - `momentum` = eta in (0, 1]: the worker compresses the difference to
+      v_i = (1 - eta) v_i + eta g_i (EF21-SGDM), which takes the noise of small batches out of what
+      is tracked; v_i starts at the first gradient. eta = 1 is EF21-SGD.
+    - `participation` = p in (0, 1]: in each step max(1, floor(p n)) workers, drawn alike on all
+      ranks, send; the others keep h_i, and v_i too, and send a header (EF21-PP).
+    - `down` = C_down: the aggregator announces b = C_down(H - G), G += b, and the direction is G
+      (EF21-BC).
+    - `weights` = smoothness constants L_i, one for each worker: w_i = L_i / sum_j L_j, and
+      c_i = C(g_i / (n w_i) - h_i), H = sum_i w_i h_i (EF21-W).
+
+    Polyak's momentum (EF21-HB) and proximal steps (EF21-Prox) are the optimizer's: SGD with
+    momentum on H is EF21-HB.
+
+    Memory: h_i, their sum and mean; with momentum two vectors more, with `down` two more.
 
     Args:
         compressor: a contraction (`TopK`, `OneBit`, unscaled `RandomK`, `Cast`).
-        momentum: eta, or None for plain EF21; smaller averages longer.
+        momentum: eta, or None; smaller averages longer.
+        participation: share of the workers that send in a step, or None for all.
+        down: the aggregator's compressor, a contraction, or None.
+        weights: positive numbers, one for each worker in rank order, or None for equal ones.
 
     Raises:
-        ValueError: momentum outside (0, 1], or a compressor that is not a contraction.
+        ValueError: a number out of range, or a compressor that is not a contraction.
+        UnsupportedError: `down` is no compressor; at the first step, other than n weights.
 
     Example:
         >>> import ef_horovod as ef
-        >>> ef.EF21(ef.TopK(ratio=0.01), momentum=0.1)
-        EF21(compressor=TopK(ratio=0.01, k=None), momentum=0.1)
+        >>> ef.EF21(ef.TopK(ratio=0.01), momentum=0.1).momentum
+        0.1
 
     References:
         Richtarik, Sokolov, Fatkhullin: EF21 (NeurIPS 2021), Algorithm 2. Fatkhullin et al.: EF21
-        with Bells & Whistles (2021), EF21-SGD. Fatkhullin, Tyurin, Richtarik: Momentum Provably
-        Improves Error Feedback (NeurIPS 2023), Algorithm 1.
+        with Bells & Whistles (2021), Table 2: EF21-SGD, EF21-PP, EF21-BC. Fatkhullin, Tyurin,
+        Richtarik: Momentum Provably Improves Error Feedback (NeurIPS 2023), Algorithm 1. Richtarik,
+        Gasanov, Burlachenko: Error Feedback Reloaded (ICLR 2024): EF21-W.
     """
 
     momentum: float | None = None
+    participation: float | None = None
+    down: Compressor | None = None
+    weights: tuple[float, ...] | None = None
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "next_velocity", "pending"})
 
     def __post_init__(self) -> None:
@@ -70,29 +96,65 @@ class EF21(Method):
                 f"EF21 got momentum={self.momentum}, expected the weight of the new gradient in "
                 "(0, 1]; 0.1 averages over about ten steps"
             )
-        if self.compressor.contraction(1000) is None:
-            raise ValueError(
-                f"EF21 got {self.compressor}, expected a contraction, for without one h_i diverges;"
-                " take TopK, OneBit or RandomK(scale='contractive')"
-            )
+        require_down(self)
+        for compressor in (self.compressor, self.down):
+            if compressor is not None:
+                require_contraction("EF21", compressor)
+        require_share("EF21", self.participation)
+        if self.weights is not None:
+            if not all(0 < weight < math.inf for weight in self.weights):
+                raise ValueError(
+                    f"EF21 got weights={self.weights}, expected positive numbers; give each "
+                    "worker's smoothness constant L_i"
+                )
+            # Plain numbers, for the config is compared among ranks by what it prints.
+            object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+
+    @property
+    def summable(self) -> bool:
+        """Weighted or missing messages cannot be summed in flight."""
+        return super().summable and self.weights is None and self.participation is None
+
+    @property
+    def sized(self) -> bool:
+        """A worker that does not take part sends a header alone."""
+        return super().sized and self.participation is None
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
         if compressor.contraction(1000) is None:
             return ()
-        return cls(compressor), cls(compressor, momentum=0.3)
+        return (
+            cls(compressor),
+            cls(compressor, momentum=0.3),
+            cls(compressor, participation=0.5),
+            cls(compressor, down=compressor),
+        )
 
-    def init(self, x: Array) -> tuple[EF21State, EF21Server]:
-        xp, d, device = namespace(x), x.shape[0], getattr(x, "device", None)
-        state = EF21State(tracked=xp.zeros(d, device))
+    def init(self, x: Array, workers: int = 1) -> tuple[EF21State, EF21Server]:
+        if self.weights is not None and len(self.weights) != workers:
+            raise UnsupportedError(
+                f"EF21 got {len(self.weights)} weights for {workers} workers, expected one for "
+                "each, in rank order"
+            )
+        state = EF21State(tracked=vector_like(x))
+        server = EF21Server(total=vector_like(x), mean=vector_like(x))
         if self.momentum is not None:
-            state = state._replace(velocity=xp.zeros(d, device), next_velocity=xp.zeros(d, device))
-        return state, EF21Server(total=xp.zeros(d, device), mean=xp.zeros(d, device))
+            state = state._replace(velocity=vector_like(x), next_velocity=vector_like(x))
+        if self.down is not None:
+            state = state._replace(estimate=vector_like(x))
+            server = server._replace(estimate=vector_like(x))
+        return state, server
 
     def push(
         self, state: EF21State, gradient: Array, key: Key = DEFAULT_KEY
     ) -> tuple[Payload, EF21State]:
+        if not participates(self.participation, key):
+            message = self.compressor.absent(gradient)
+            return message, state._replace(pending=message)
         xp = namespace(gradient)
+        if self.weights is not None:
+            xp.divide(gradient, key.workers * self._weight(key.rank), out=gradient)
         if self.momentum is not None:
             if state.started:
                 xp.average(state.velocity, gradient, self.momentum, out=state.next_velocity)
@@ -104,19 +166,46 @@ class EF21(Method):
         return message, state._replace(pending=message)
 
     def reduce(
-        self, server: EF21Server, messages: Sequence[Payload], workers: int
-    ) -> tuple[Array, EF21Server]:
-        for message in messages:
-            message.add_to(server.total)
-        namespace(server.total).divide(server.total, workers, out=server.mean)
-        return server.mean, server
+        self, server: EF21Server, messages: Sequence[Payload], key: Key
+    ) -> tuple[Array | Payload, EF21Server]:
+        xp = namespace(server.total)
+        for rank, message in enumerate(messages):
+            message.add_to(server.total, 1.0 if self.weights is None else self._weight(rank))
+        divisor = key.workers if self.weights is None else 1
+        xp.divide(server.total, divisor, out=server.mean)
+        if self.down is None:
+            return server.mean, server
+        xp.add(server.mean, server.estimate, -1.0)
+        answer, _ = self.down.squeeze(server.mean, key)
+        answer.add_to(server.estimate)
+        return answer, server
 
-    def pull(self, state: EF21State, aggregate: Array) -> tuple[Array, EF21State]:
+    def pull(self, state: EF21State, aggregate: Array | Payload) -> tuple[Array, EF21State]:
         assert state.pending is not None
         state.pending.add_to(state.tracked)
-        return aggregate, EF21State(
-            tracked=state.tracked,
-            velocity=state.next_velocity,
-            next_velocity=state.velocity,
-            started=True,
+        direction = aggregate
+        if self.down is not None:
+            aggregate.add_to(state.estimate)
+            direction = state.estimate
+        if self.momentum is not None and not state.pending.is_absent:
+            state = state._replace(
+                velocity=state.next_velocity, next_velocity=state.velocity, started=True
+            )
+        return direction, state._replace(pending=None)
+
+    def _weight(self, rank: int) -> float:
+        assert self.weights is not None
+        return self.weights[rank] / sum(self.weights)
+
+
+def require_contraction(method: str, compressor: Compressor) -> None:
+    """Raise for compressors with which tracked gradients diverge.
+
+    Raises:
+        ValueError: the compressor is not a contraction.
+    """
+    if compressor.contraction(1000) is None:
+        raise ValueError(
+            f"{method} got {compressor}, expected a contraction, for without one h_i diverges; "
+            "take TopK, OneBit or RandomK(scale='contractive')"
         )

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.keys import Key
-from ef_horovod.methods.base import MeanState, Method
+from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.registry import register_method
+from ef_horovod.schedules import Schedule, value_at
 
 
 class ErrorFeedbackState(NamedTuple):
-    """A worker's error memory, in units of the gradient."""
+    """A worker's error memory."""
 
-    error: Array  # float32[d]
+    error: Array  # float32[d], in units of the gradient, or of the step with `step_inside`
 
 
 @register_method
 @dataclass(frozen=True)
 class ErrorFeedback(Method):
-    """p = g + e; send C(p); e = p - C(p); direction = mean_i C(p_i).
+    """p = g + e; send C(p); e = p - C(p); direction = mean_i C(p_i). Also known as MEM-SGD.
 
     The error is kept in gradient units, so the sum of all that was sent plus the error is the sum
     of all gradients, and with a constant learning rate the virtual iterate x - lr mean_i e_i takes
-    plain SGD steps. One vector of memory on each rank.
+    plain SGD steps. With `step_inside` = the learning rate (a number or a `Decay`), the step is
+    compressed in place of the gradient: p = lr g + e, direction = mean_i C(p_i) / lr, which keeps
+    the virtual iterate exact while the learning rate changes. The two differ where it changes, and
+    for compressors that are not homogeneous, such as a hard threshold. One vector of memory on each
+    rank.
+
+    Args:
+        compressor: a contraction, or another one that `suits_feedback`.
+        step_inside: the learning rate that the optimizer uses, or None.
 
     Raises:
-        ValueError: an unbiased compressor whose error can be larger than what it compresses; the
-            memory would grow without bound.
+        ValueError: a compressor of which no bound is known that keeps the memory from growing.
 
     Example:
         >>> import ef_horovod as ef
         >>> ef.ErrorFeedback(ef.OneBit())
-        ErrorFeedback(compressor=OneBit())
+        ErrorFeedback(OneBit())
 
     References:
         Seide et al.: 1-Bit Stochastic Gradient Descent (Interspeech 2014). Stich, Cordonnier,
@@ -42,34 +51,60 @@ class ErrorFeedback(Method):
         Feedback Fixes SignSGD (ICML 2019), Algorithm 2 (both with the step size inside the error).
     """
 
+    step_inside: Schedule | None = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if _amplifies(self.compressor):
+        require_no_amplifier("ErrorFeedback", self.compressor)
+        if self.step_inside is not None and not value_at(self.step_inside, 0) > 0:
             raise ValueError(
-                f"ErrorFeedback got {self.compressor}, whose error can be larger than what it "
-                "compresses, expected one that keeps the error smaller; take RandomK(scale="
-                "'contractive') and the like, or NoFeedback for unbiased compressors"
+                f"ErrorFeedback got step_inside={self.step_inside!r}, expected the optimizer's "
+                "learning rate, above 0; leave it out to compress gradients"
             )
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
-        return () if _amplifies(compressor) else (cls(compressor),)
+        return (cls(compressor),) if compressor.suits_feedback else ()
 
-    def init(self, x: Array) -> tuple[ErrorFeedbackState, MeanState]:
-        xp, device = namespace(x), getattr(x, "device", None)
-        return ErrorFeedbackState(xp.zeros(x.shape[0], device)), MeanState(
-            xp.zeros(x.shape[0], device)
-        )
+    def init(self, x: Array, workers: int = 1) -> tuple[ErrorFeedbackState, MeanState]:
+        return ErrorFeedbackState(vector_like(x)), MeanState(vector_like(x))
 
     def push(
         self, state: ErrorFeedbackState, gradient: Array, key: Key = DEFAULT_KEY
     ) -> tuple[Payload, ErrorFeedbackState]:
-        namespace(gradient).add(gradient, state.error)
+        xp = namespace(gradient)
+        if self.step_inside is not None:
+            xp.divide(gradient, 1.0 / value_at(self.step_inside, key.step), out=gradient)
+        xp.add(gradient, state.error)
         message, residual = self.compressor.squeeze(gradient, key)
         return message, ErrorFeedbackState(error=residual)
 
+    def reduce(
+        self, server: MeanState, messages: Sequence[Payload], key: Key
+    ) -> tuple[Array | Payload, MeanState]:
+        mean, server = super().reduce(server, messages, key)
+        if self.step_inside is not None:
+            namespace(mean).divide(mean, value_at(self.step_inside, key.step), out=mean)
+        return mean, server
 
-def _amplifies(compressor: Compressor) -> bool:
-    """Unbiased with omega >= 1 at some usual length: e_t would grow like omega**t."""
-    variance = compressor.variance(1000)
-    return compressor.contraction(1000) is None and variance is not None and variance >= 1
+
+def require_no_amplifier(method: str, compressor: Compressor) -> None:
+    """Raise for compressors with which nothing is known to keep an error memory bounded.
+
+    With QSGD(1), for one, it grows by about a tenth in each step, whatever the gradients are.
+
+    Raises:
+        ValueError: such a one.
+    """
+    if compressor.suits_feedback:
+        return
+    if compressor.unbiased:
+        raise ValueError(
+            f"{method} got {compressor}, whose error can be larger than what it compresses, "
+            "expected one that keeps the error smaller; take RandomK(scale='contractive') and the "
+            "like or Scaled(...) for quantizers, or NoFeedback for unbiased compressors"
+        )
+    raise ValueError(
+        f"{method} got {compressor}, of whose error no bound is known, expected a contraction; "
+        "state contraction(d), or suits_feedback if the error has a bound of another kind"
+    )

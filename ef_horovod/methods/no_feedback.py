@@ -2,40 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors.base import DEFAULT_KEY, Payload
+from ef_horovod.arrays import Array
+from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.keys import Key
-from ef_horovod.methods.base import MeanState, Method
+from ef_horovod.methods.base import MeanState, Method, vector_like
+from ef_horovod.methods.down import decoded, require_down
 from ef_horovod.registry import register_method
 
 
 class NoFeedbackState(NamedTuple):
     """Nothing to remember."""
 
+    direction: Array | None = None  # float32[d], with `down`: room for what the server answers
+
 
 @register_method
 @dataclass(frozen=True)
 class NoFeedback(Method):
-    """direction = mean_i C(g_i).
+    """direction = mean_i C(g_i), or with `down` C_down(mean_i C(g_i)).
 
     Right for unbiased compressors and for `Identity`, which makes it plain data-parallel SGD. A
-    biased compressor without feedback stalls or diverges (Karimireddy et al. 2019, Section 3).
+    biased compressor without feedback stalls or diverges (Karimireddy et al. 2019, Section 3): with
+    `TopK` it is the baseline "Top-k SGD", with `QSGD` "QSGD" of the DoubleSqueeze paper.
+
+    Args:
+        compressor: of the workers.
+        down: of the aggregator, or None if it answers as it is.
 
     Example:
         >>> import ef_horovod as ef
         >>> ef.NoFeedback(ef.Identity())
-        NoFeedback(compressor=Identity())
+        NoFeedback(Identity())
     """
 
-    def init(self, x: Array) -> tuple[NoFeedbackState, MeanState]:
-        xp = namespace(x)
-        return NoFeedbackState(), MeanState(xp.zeros(x.shape[0], getattr(x, "device", None)))
+    down: Compressor | None = None
+    scratch: ClassVar[frozenset[str]] = frozenset({"mean", "direction"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_down(self)
+
+    @classmethod
+    def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
+        return cls(compressor), cls(compressor, down=compressor)
+
+    def init(self, x: Array, workers: int = 1) -> tuple[NoFeedbackState, MeanState]:
+        direction = vector_like(x) if self.down is not None else None
+        return NoFeedbackState(direction), MeanState(vector_like(x))
 
     def push(
         self, state: NoFeedbackState, gradient: Array, key: Key = DEFAULT_KEY
     ) -> tuple[Payload, NoFeedbackState]:
         message, _ = self.compressor.squeeze(gradient, key)
         return message, state
+
+    def reduce(
+        self, server: MeanState, messages: Sequence[Payload], key: Key
+    ) -> tuple[Array | Payload, MeanState]:
+        mean, server = super().reduce(server, messages, key)
+        return (mean if self.down is None else self.down.squeeze(mean, key)[0]), server
+
+    def pull(
+        self, state: NoFeedbackState, aggregate: Array | Payload
+    ) -> tuple[Array, NoFeedbackState]:
+        return (aggregate if self.down is None else decoded(aggregate, state.direction)), state

@@ -85,7 +85,7 @@ class Compression(tf.Module):
                 BucketPlan(
                     name,
                     one_slot(name, variable),
-                    None if dense(path_of(variable), variable) else method,
+                    method.uncompressed() if dense(path_of(variable), variable) else method,
                 ),
                 self._transport,
                 exchange=exchange,

@@ -42,6 +42,8 @@ def check_keys(compressor: Compressor) -> None:
         return
     sent = [bytes(compressor.compress(x, KEY._replace(rank=rank))) for rank in range(3)]
     shared = getattr(compressor, "shared", compressor.linear)
+    if shared is None:  # it says that this depends on its parts
+        return
     if shared:
         require(len(set(sent)) == 1, compressor, "draws differently on ranks though it is shared")
     else:
@@ -53,7 +55,7 @@ def check_contraction(compressor: Compressor) -> None:
     for d in (9, 64):
         delta = compressor.contraction(d)
         assert delta is not None
-        for x, decoded in _draws(compressor, d):
+        for x, decoded in _draws(compressor, d, rest=1e-3):
             losses = ((decoded - x) ** 2).sum(1) / (x @ x)
             low = losses.mean() - _uncertainty(losses)
             message = f"loses at least {low:.4g} ||x||^2 on average, claims {1 - delta:.4g} (d={d})"
@@ -65,7 +67,8 @@ def check_unbiased(compressor: Compressor) -> None:
     for d in (9, 64):
         omega = compressor.variance(d)
         assert omega is not None
-        for x, decoded in _draws(compressor, d):
+        # Of a smaller rest, what is rare would be missed: 2000 draws show no event in 10,000.
+        for x, decoded in _draws(compressor, d, rest=0.1):
             signs = np.random.default_rng(7).choice([-1.0, 1.0], size=d)
             for direction in (x, np.sign(x), signs * np.abs(x)):
                 offsets = (decoded - x) @ direction / (x @ x)
@@ -89,6 +92,9 @@ def check_linear(compressor: Compressor) -> None:
         require(values.dtype == np.float32, compressor, f"has summands of {values.dtype}")
         shared = np.shares_memory(values, ours.data) or not values.size
         require(shared, compressor, "summands() is a copy, expected a view of the payload")
+        room = compressor.skip(x, KEY).summands().size
+        message = f"skip has {room} summands, a message with the same key {values.size}"
+        require(room == values.size, compressor, message)
         size = norm(ours.decompress()) + norm(theirs.decompress())
         values += theirs.summands()
         expected = compressor.compress(x + y, KEY).decompress()
@@ -96,12 +102,17 @@ def check_linear(compressor: Compressor) -> None:
         require(off <= ROUNDING * size, compressor, f"is not linear: C(x) + C(y) is off by {off:g}")
 
 
-def _draws(compressor: Compressor, d: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A few x of length d, each with C(x) for many keys: float64[d] and float64[draws, d]."""
+def _draws(compressor: Compressor, d: int, rest: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A few x of length d, each with C(x) for many keys: float64[d] and float64[draws, d].
+
+    `rest` is what stands beside a single large entry in one of them.
+    """
     rng = np.random.default_rng(d)
-    for x in (rng.normal(size=d), np.ones(d), (np.arange(d) == 2) + 1e-3):
+    for x in (rng.normal(size=d), np.ones(d), (np.arange(d) == 2) + rest):
         x = x.astype(np.float32)
-        count = 1 if is_deterministic(compressor, x) else _DRAWS
+        # An unbiased compressor that seems deterministic draws what is rare.
+        once = not compressor.unbiased and is_deterministic(compressor, x)
+        count = 1 if once else _DRAWS
         parts = [compressor.compress(x, Key(9, step)).decompress() for step in range(count)]
         yield x.astype(float), np.array(parts, float)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ef_horovod.arrays import Array
-from ef_horovod.transports.base import Transport
+from ef_horovod.transports.base import Measure, Transport
 
 
 class EchoTransport(Transport):
@@ -25,7 +25,9 @@ class EchoTransport(Transport):
     def __init__(self, size: int) -> None:
         super().__init__(0, size)
 
-    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
         self._count_allgather([data.size] * self.size)
         return lambda: [data] * self.size
 

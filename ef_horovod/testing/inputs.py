@@ -30,7 +30,10 @@ from ef_horovod.testing.tools import (
 def check_vector(compressor: Compressor, x: np.ndarray, frameworks: Sequence[str]) -> None:
     """All that must hold for any single float32[d] x, and equal bytes from all frameworks."""
     payload = compressor.compress(x.copy(), KEY)
-    exact = payload.nbytes == len(bytes(payload)) == compressor.nbytes(x.size)
+    announced = compressor.nbytes(x.size)
+    exact = payload.nbytes == len(bytes(payload)) and (
+        payload.nbytes == announced if compressor.sized else payload.nbytes >= announced
+    )
     require(
         exact,
         compressor,
@@ -44,7 +47,8 @@ def check_vector(compressor: Compressor, x: np.ndarray, frameworks: Sequence[str
     for framework in frameworks:
         _check_in(framework, compressor, x, bytes(payload), decoded)
     delta = compressor.contraction(x.size)
-    if x.size and delta is not None and is_deterministic(compressor, x):
+    certain = not compressor.unbiased  # otherwise it may draw what is rare: losses are averages
+    if x.size and delta is not None and certain and is_deterministic(compressor, x):
         lost, allowed = norm(x - decoded.astype(float)), math.sqrt(1 - delta) * norm(x)
         allowed += ROUNDING * norm(x) + SMALLEST * math.sqrt(x.size)
         require(
@@ -99,7 +103,9 @@ def check_skip(compressor: Compressor) -> None:
     """A payload that asks to drop the step is as large as any other, and is never decoded."""
     for d in LENGTHS:
         payload = compressor.skip(np.zeros(d, np.float32))
-        good = payload.is_skip and payload.nbytes == compressor.nbytes(d)
+        least = compressor.nbytes(d)
+        fits = payload.nbytes == least if compressor.sized else payload.nbytes >= least
+        good = payload.is_skip and fits
         require(good, compressor, f"skip for {d} elements has no flag or another size")
 
 

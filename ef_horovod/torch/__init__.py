@@ -18,6 +18,7 @@ import ef_horovod as _core
 from ef_horovod import _openmpi
 from ef_horovod.policy import small_or_vector
 from ef_horovod.torch.compression import Compression
+from ef_horovod.torch.estimation import EstimatedGradient
 from ef_horovod.torch.optimizer import DistributedOptimizer
 
 _openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
@@ -25,7 +26,13 @@ _openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not fin
 if TYPE_CHECKING:  # for editors and type checkers
     from ef_horovod import *  # noqa: F403
 
-__all__ = ["Compression", "DistributedOptimizer", "small_or_vector", *_core.__all__]
+__all__ = [
+    "Compression",
+    "DistributedOptimizer",
+    "EstimatedGradient",
+    "small_or_vector",
+    *_core.__all__,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -88,7 +88,9 @@ class Compression:
         self._buckets = {
             name: Bucket.open(
                 BucketPlan(
-                    name, one_slot(name, parameter), None if dense(name, parameter) else method
+                    name,
+                    one_slot(name, parameter),
+                    method.uncompressed() if dense(name, parameter) else method,
                 ),
                 self._transport,
                 exchange=exchange,

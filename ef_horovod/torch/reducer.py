@@ -97,6 +97,10 @@ class Reducer:
         """Whether gradients of a step have been taken that `finish` has not delivered."""
         return any(bucket.filled for bucket in self.buckets)
 
+    def named_parameters(self) -> list[tuple[torch.Tensor, str]]:
+        """All parameters whose gradients are averaged, with their names."""
+        return [(parameter, slot.name) for parameter, (_, slot) in self._place.items()]
+
     def reset_passes(self) -> None:
         """Count backward passes from the start."""
         self._passes_left = dict.fromkeys(self._place, self.options.passes)

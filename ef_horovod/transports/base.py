@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from ef_horovod.arrays import Array, dtype_name
-from ef_horovod.errors import UnsupportedError
+from ef_horovod.errors import PayloadError, UnsupportedError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
+
+Measure = Callable[[np.ndarray], int]
 
 
 def ring_share(nbytes: int, ranks: int) -> int:
@@ -39,12 +41,16 @@ class Transport(ABC):
         self.bytes_received = 0
 
     @abstractmethod
-    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
         """Collect every rank's buffer.
 
         Args:
             name: of the collective.
-            data: uint8[m], m >= 1; m may differ between ranks but is cheapest when it does not.
+            data: uint8[m], m >= 1; cheapest when m is the same at every step.
+            measure: for buffers whose lengths differ between ranks: tells how many bytes the one
+                at the start of its argument takes. Without it, all are as long as `data`.
 
         Returns:
             A function that waits and gives uint8 arrays in rank order, to read only.
@@ -79,6 +85,33 @@ class Transport(ABC):
         share = ring_share(nbytes, self.size)
         self.bytes_sent += share
         self.bytes_received += share
+
+
+def split(
+    name: str, gathered: np.ndarray, own: int, size: int, measure: Measure | None
+) -> list[np.ndarray]:
+    """Each rank's buffer, uint8, from all of them one behind the other.
+
+    Args:
+        name: of the collective, for messages.
+        gathered: uint8[sum of lengths].
+        own: length of this rank's buffer.
+        size: number of ranks.
+        measure: see `Transport.allgather`.
+
+    Raises:
+        PayloadError: the parts do not add up.
+    """
+    lengths, position = [], 0
+    for _ in range(size):
+        lengths.append(own if measure is None else measure(gathered[position:]))
+        position += lengths[-1]
+    if position != gathered.size:
+        raise PayloadError(
+            f"'{name}' gathered {gathered.size} bytes from {size} ranks, expected {position}; "
+            "use the same config on all ranks"
+        )
+    return np.split(gathered, np.cumsum(lengths)[:-1])
 
 
 def require_summable(values: Any) -> None:

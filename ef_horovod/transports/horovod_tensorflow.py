@@ -17,10 +17,10 @@ import numpy as np
 import tensorflow as tf
 
 from ef_horovod.arrays import Array, dtype_name, namespace
-from ef_horovod.errors import CollectiveTimeoutError, PayloadError
+from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.alarm import Alarm
-from ef_horovod.transports.base import Transport, require_summable
-from ef_horovod.transports.waiting import default_timeout
+from ef_horovod.transports.base import Measure, Transport, require_summable, split
+from ef_horovod.transports.horovod import HorovodTransport
 
 _shutting_down = threading.Lock()  # never released
 
@@ -31,28 +31,21 @@ def _shut_down_once() -> None:
         hvd.shutdown()
 
 
-class HorovodTensorFlowTransport(Transport):
-    """The ranks of a Horovod process set, at once: each collective blocks where it is started.
-
-    Args:
-        prefix: put before every name, so that two users of one job do not meet.
-        process_set: a `hvd.ProcessSet`; default all ranks.
-        timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
-    """
+class HorovodTensorFlowTransport(HorovodTransport):
+    """The ranks of a Horovod process set, at once: each collective blocks where it is started."""
 
     def __init__(
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
     ) -> None:
-        self._process_set = process_set or hvd.global_process_set
-        rank = self._process_set.rank() if self._process_set.included() else -1
-        super().__init__(rank, self._process_set.size(), timeout or default_timeout())
-        self._prefix = prefix
+        super().__init__(prefix, process_set, timeout)
         self.alarm = Alarm(self.timeout, self._waited, _shut_down_once)
 
-    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
-        gathered = self._at_once(name, data)
-        self._count_allgather([data.size] * self.size)
-        return lambda: self.parts(name, gathered, data.size)
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        parts = split(name, self._at_once(name, data), data.size, self.size, measure)
+        self._count_allgather([part.size for part in parts])
+        return lambda: parts
 
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
@@ -84,19 +77,6 @@ class HorovodTensorFlowTransport(Transport):
             return hvd.allgather(
                 rows, name=self.named(name), ignore_name_scope=True, process_set=self._process_set
             )
-
-    def named(self, name: str) -> str:
-        """What Horovod knows a collective by."""
-        return f"{self._prefix}.{name}"
-
-    def parts(self, name: str, gathered: np.ndarray, own: int) -> list[np.ndarray]:
-        """Each rank's part of what was gathered from messages of equal size."""
-        if gathered.size != own * self.size:
-            raise PayloadError(
-                f"'{name}' gathered {gathered.size} bytes on rank {self.rank}, expected "
-                f"{self.size} times its own {own}; use the same config on all ranks"
-            )
-        return list(gathered.reshape(self.size, own))
 
     def _at_once(self, name: str, data: Array) -> np.ndarray:
         self.alarm.start(name)
@@ -132,10 +112,17 @@ class Courier(Transport):
         self._leaving: dict[str, np.ndarray] = {}
         self._arrived: dict[str, np.ndarray] = {}
 
-    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
         self._leave(name, data)
-        self._count_allgather([data.size] * self.size)
-        return lambda: self._transport.parts(name, self._arrived.pop(name), data.size)
+
+        def finish() -> list[np.ndarray]:
+            parts = split(name, self._arrived.pop(name), data.size, self.size, measure)
+            self._count_allgather([part.size for part in parts])
+            return parts
+
+        return finish
 
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)

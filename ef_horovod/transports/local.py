@@ -9,7 +9,12 @@ import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import CollectiveTimeoutError
-from ef_horovod.transports.base import DEFAULT_TIMEOUT_SECONDS, Transport, require_summable
+from ef_horovod.transports.base import (
+    DEFAULT_TIMEOUT_SECONDS,
+    Measure,
+    Transport,
+    require_summable,
+)
 
 
 class LocalTransport(Transport):
@@ -28,12 +33,15 @@ class LocalTransport(Transport):
         super().__init__(rank, mailbox.size, timeout)
         self._mailbox = mailbox
 
-    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
         collect = self._deposit(f"allgather.{name}", np.array(data, np.uint8))
+        self.bytes_sent += data.size * (self.size - 1)
 
         def finish() -> list[np.ndarray]:
             parts = collect()
-            self._count_allgather([part.size for part in parts])
+            self.bytes_received += sum(part.size for part in parts) - data.size
             return parts
 
         return finish

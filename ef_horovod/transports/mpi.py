@@ -16,7 +16,7 @@ import numpy as np
 
 from ef_horovod import _openmpi
 from ef_horovod.arrays import Array
-from ef_horovod.transports.base import Transport, require_summable
+from ef_horovod.transports.base import Measure, Transport, require_summable
 from ef_horovod.transports.waiting import default_timeout, wait_until
 
 _openmpi.set_prefix()  # importing MPI initialises it
@@ -41,7 +41,9 @@ class MPITransport(Transport):
         self._names: dict[int, str] = {}
         self._under_way: set[str] = set()
 
-    def allgather(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
         tag = self._begin(name)
         sends = [self._comm.Isend([data, MPI.BYTE], peer, tag) for peer in self._peers()]
 

@@ -35,6 +35,17 @@ def test_registry_lists_all_compressors():
         "TopK",
         "RandomK",
         "OneBit",
+        "OneBitBlocks",
+        "Clip",
+        "QSGD",
+        "TernGrad",
+        "Natural",
+        "NaturalDithering",
+        "RandomBlock",
+        "HardThreshold",
+        "RandomSparsify",
+        "Then",
+        "Scaled",
     }
     assert all(cls.examples() for cls in registry.COMPRESSORS.values())
 

@@ -12,7 +12,9 @@ from hypothesis.extra.numpy import arrays
 import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.torch as device
-from ef_horovod.arrays import namespace
+from ef_horovod.arrays import namespace, torch_matrices, torch_quantize
+from ef_horovod.arrays.grid import Grid
+from ef_horovod.arrays.matrices import Matrix
 
 LARGE = 300_000  # beyond the length from which top_k samples
 
@@ -131,6 +133,26 @@ Y = rng.normal(size=10_001).astype(np.float32)
 INDICES = np.sort(rng.choice(10_001, 500, replace=False))
 VALUES = Y[:500] * 3
 CODES = (Y * 1000).astype(np.float16).view(np.uint16)
+SCALES = np.abs(Y[:1001]) + np.float32(0.5)
+SCALES[3] = 0.0
+STREAM = rng.integers(0, 256, 4 * 10_001).astype(np.uint8)
+DIGITS = rng.integers(0, 243, 2001).astype(np.uint8)
+SHORT = [
+    host.shorten(Y, 9, 0, 5, subtract=False),
+    host.shorten(Y * np.float32(1e-20), 16, 87, None, subtract=False),
+]
+SLICES = [(9000, 9500), (0, 1), (4, 9), (20, 20), (100, 3000)]
+MATRICES = [Matrix(0, 1, 1, 1), Matrix(5, 30, 41, 4), Matrix(1300, 70, 100, 3)]
+FACTORS = list(rng.normal(size=(2, 500)).astype(np.float32))  # left and right, more than enough
+SEED = 0xC5AAFEEC074C4D21
+GRIDS = [
+    Grid("uniform", 1),
+    Grid("uniform", 7),
+    Grid("uniform", 32767),
+    Grid("powers", 3),
+    Grid("powers", 127),
+    Grid("ternary", 1),
+]
 CALLS = {
     "fill": [(2.5,)],
     "assign": [(Y,)],
@@ -141,6 +163,7 @@ CALLS = {
     "abs_max": [()],
     "squared_norm": [()],
     "top_k": [(1,), (100,), (10_001,)],
+    "at_least": [(50.0,), (1e-30,), (1e9,)],
     "take": [(INDICES,)],
     "scatter_add": [(INDICES, VALUES, 1.0), (INDICES, VALUES, -0.5)],
     "scatter_put": [(INDICES, VALUES)],
@@ -158,8 +181,48 @@ CALLS = {
         for shift in (-3, 0, 20)
         for weight in (1.0, -0.5)
     ],
+    "block_max": [(7,), (100,), (20_000,)],
+    "block_squares": [(7,), (100,), (20_000,)],
+    "block_halves": [(7,), (100,), (20_000,)],
+    "quantize": [
+        (SCALES, block, grid, SEED, {"subtract": subtract})
+        for block, grid, subtract in (
+            *((100, grid, True) for grid in GRIDS),
+            (33, GRIDS[1], False),
+            (20_000, GRIDS[3], True),
+            (11, GRIDS[5], True),
+        )
+    ],
+    "add_quantized": [
+        (DIGITS if grid.kind == "ternary" else STREAM, SCALES, block, grid, weight)
+        for grid in GRIDS[:4] + GRIDS[5:]
+        for block, weight in ((100, 1.0), (33, -0.5))
+    ],
+    "shorten": [
+        (width, shift, seed, {"subtract": subtract})
+        for width, shift, seed, subtract in (
+            (9, 0, SEED, True),
+            (9, 87, 5, False),
+            (12, 0, None, True),
+            (16, 0, None, False),
+            (31, 87, None, True),
+        )
+    ],
+    "add_shortened": [(SHORT[0], 9, 0, 1.0), (SHORT[1], 16, 87, -0.5)],
+    "add_sides": [(BITS, SCALES, -2 * SCALES, block, w) for block in (33, 20_000) for w in (1, -1)],
+    "take_slices": [(SLICES,)],
+    "put_slices": [(SLICES, VALUES.repeat(10))],
+    "factors": [(MATRICES, FACTORS[1], {"left": True}), (MATRICES, FACTORS[0], {"left": False})],
+    "add_products": [(MATRICES, *FACTORS, 1.0), (MATRICES, *FACTORS, -1.0)],
+    "add_slices": [(SLICES, VALUES.repeat(10), 1.0), (SLICES, VALUES.repeat(10), -0.5)],
 }
-IN_ANOTHER_ORDER = ("abs_sum", "squared_norm")  # sums: equal up to rounding
+IN_ANOTHER_ORDER = {  # sums: equal up to rounding, of so much where terms cancel
+    "abs_sum": 0,
+    "squared_norm": 0,
+    "block_squares": 0,
+    "block_halves": 0,
+    "factors": 1e-3,
+}
 DEVICE_OPS = {name for name in vars(device) if hasattr(getattr(device, name), "on_device")}
 
 
@@ -174,7 +237,8 @@ def test_every_device_op_is_tested():
 @pytest.mark.parametrize("work", [1 << 22, 1 << 10], ids=["whole", "chunks"])
 def test_device_op_equals_host_kernel(name, call, length, work, monkeypatch):
     """On CPU tensors, a device op returns and writes the same bits as the host kernel."""
-    monkeypatch.setattr(device, "_WORK", work)
+    for module in (device, torch_quantize, torch_matrices):
+        monkeypatch.setattr(module, "_WORK", work)
     x = (np.random.default_rng(3).normal(size=length) * 100).astype(np.float32)
     x[::5] = 0.0
     x[1::50] *= 1e-40
@@ -189,7 +253,7 @@ def test_device_op_equals_host_kernel(name, call, length, work, monkeypatch):
         results.append(function(own, *args, **options, **out))
     assert xs[0].tobytes() == xs[1].tobytes()
     if name in IN_ANOTHER_ORDER:
-        assert results[0] == pytest.approx(results[1], rel=1e-6)
+        assert results[0] == pytest.approx(results[1], rel=1e-6, abs=IN_ANOTHER_ORDER[name])
         return
     for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in results], strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -197,6 +261,16 @@ def test_device_op_equals_host_kernel(name, call, length, work, monkeypatch):
 
 def fit(argument, length):
     """Arrays cut to what belongs to x of another length."""
+    if argument is MATRICES:
+        return [matrix for matrix in argument if matrix.stop <= length]
+    if isinstance(argument, list):
+        return [(min(start, length), min(stop, length)) for start, stop in argument]
+    if (
+        any(argument is whole for whole in (STREAM, DIGITS, SCALES, *SHORT))
+        or np.size(argument) > 10_001
+        or any(argument is side for side in FACTORS)
+    ):
+        return argument  # longer than needed
     if argument is INDICES or argument is VALUES:
         fitting = length and np.searchsorted(INDICES, length)
         return argument[:fitting]

@@ -130,3 +130,74 @@ def test_divergence_is_a_non_finite_error_for_linear_methods_too() -> None:
             steps=1,
             step_size=0.1,
         )
+
+
+def test_a_server_gets_one_message_and_gives_one_answer_for_each_worker():
+    up, down = ef.TopK(k=3), ef.OneBit()
+    options = {"steps": 7, "exchange": "server"}
+    squeezed = run(ef.DoubleSqueeze(up, down=down), **options)
+    assert squeezed.bytes_sent == 7 * up.nbytes(30)
+    assert squeezed.bytes_received == 7 * down.nbytes(30)
+    assert [entry["bytes_received"] for entry in squeezed.history] == [
+        (t + 1) * down.nbytes(30) for t in range(7)
+    ]
+    whole = run(ef.EF21(up), **options)
+    assert (whole.bytes_sent, whole.bytes_received) == (7 * up.nbytes(30), 7 * 4 * 30)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *SOME,
+        ef.DoubleSqueeze(ef.TopK(k=3), down=ef.RandomK(0.2)),
+        ef.ErrorCompensatedX(ef.OneBit(), down=ef.TopK(k=3)),
+        ef.EF21(ef.TopK(k=3), participation=0.5, down=ef.TopK(k=9), weights=(1, 2, 3, 4)),
+        ef.EF21Plus(ef.TopK(k=3)),
+        ef.NoFeedback(ef.Identity(), down=ef.OneBit()),
+    ],
+    ids=repr,
+)
+def test_the_exchange_changes_what_is_counted_and_nothing_else(method):
+    server, gather = (run(method, steps=30, exchange=kind) for kind in ("server", "gather"))
+    assert server.x.tobytes() == gather.x.tobytes()
+    if method.sized:
+        assert gather.bytes_sent == gather.bytes_received == 3 * server.bytes_sent
+
+
+def test_who_does_not_take_part_sends_a_header():
+    method = ef.EF21(ef.TopK(k=3), participation=0.5)
+    sent = run(method, steps=10, exchange="server").bytes_sent
+    assert sent == 10 * (ef.TopK(k=3).nbytes(30) + 16) // 2
+
+
+@pytest.mark.parametrize("lr", [0.125, ef.Decay(0.5, initial=0.25)], ids=repr)
+def test_the_learning_rate_may_be_a_decay_and_go_inside(lr):
+    """ErrorFeedback(step_inside=): x moves by exactly what was decoded of lr g + e."""
+    feedback = ef.ErrorFeedback(ef.TopK(k=3), step_inside=lr)
+    result = run(feedback, np.zeros(30, np.float32), step_size=lr, steps=50)
+    x, errors = np.zeros(30), np.zeros((4, 30))
+    for t in range(50):
+        p = ef.schedules.value_at(lr, t) * (x - TARGETS) + errors
+        q = [ef.TopK(k=3).compress(row.astype(np.float32)).decompress() for row in p]
+        errors, x = p - q, x - np.mean(q, 0)
+    np.testing.assert_allclose(result.x, x, atol=1e-5)
+    by_function = run(feedback, np.zeros(30, np.float32), step_size=lr_of(lr), steps=50)
+    assert result.x.tobytes() == by_function.x.tobytes()
+
+
+def lr_of(schedule):
+    return lambda t: ef.schedules.value_at(schedule, t)
+
+
+def test_an_answer_that_overflows_is_a_non_finite_error() -> None:
+    """Finite messages whose sum the aggregator cannot compress."""
+    huge = np.full(3, 3e38, np.float32)
+    with pytest.raises(ef.NonFiniteError, match=r"step 0: .* lower step_size"):
+        ef.simulate(
+            ef.DoubleSqueeze(ef.TopK(k=3), down=ef.TopK(k=1)),
+            lambda worker, x, step: huge,
+            np.zeros(3, np.float32),
+            workers=2,
+            steps=1,
+            step_size=0.1,
+        )

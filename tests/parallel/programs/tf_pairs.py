@@ -1,4 +1,4 @@
-"""Every method x compressor through a tape in a tf.function, for 200 steps; digests and losses."""
+"""Every compressor and method through a tape in a tf.function, for 200 steps; digests, losses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from common import report
 from tf_common import CLASSES, INPUTS, data, digest, loss_of
 
 import ef_horovod.tensorflow as ef
-from ef_horovod import registry
+from ef_horovod.testing.pairs import selection
 
 STEPS = 200
 
@@ -64,9 +64,8 @@ def train(method):
 def main() -> None:
     hvd.init()
     results = {}
-    for compressor in [c for cls in registry.COMPRESSORS.values() for c in cls.examples()]:
-        for method in [m for cls in registry.METHODS.values() for m in cls.examples(compressor)]:
-            results[repr(method)] = train(method)
+    for method in selection():
+        results[repr(method)] = train(method)
     report(hvd.rank(), results)
 
 

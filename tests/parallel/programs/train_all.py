@@ -1,4 +1,7 @@
-"""Every method x compressor, by both adapters, for 200 steps; digests of the parameters."""
+"""Many methods x compressors, by both adapters; digests of the parameters.
+
+Arguments: adapter ("ef" or "stock"), pairs ("all" or "selection"), steps.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,7 @@ from common import ARGUMENTS, report
 from torch_common import batches, build_model, digest, train
 
 import ef_horovod.torch as ef
-from ef_horovod import registry
-
-STEPS = 200
+from ef_horovod.testing import pairs
 
 
 def wrap(adapter: str, method: ef.Method, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -28,13 +29,13 @@ def wrap(adapter: str, method: ef.Method, model: torch.nn.Module) -> torch.optim
 
 def main() -> None:
     hvd.init()
+    adapter, which, steps = ARGUMENTS
     results = {}
-    for compressor in [c for cls in registry.COMPRESSORS.values() for c in cls.examples()]:
-        for method in [m for cls in registry.METHODS.values() for m in cls.examples(compressor)]:
-            model = build_model()
-            start = digest(model)
-            loss = train(model, wrap(ARGUMENTS[0], method, model), batches(hvd.rank()), STEPS)
-            results[repr(method)] = {"start": start, "end": digest(model), "loss": loss}
+    for method in pairs.every_method() if which == "all" else pairs.selection():
+        model = build_model()
+        start = digest(model)
+        loss = train(model, wrap(adapter, method, model), batches(hvd.rank()), int(steps))
+        results[repr(method)] = {"start": start, "end": digest(model), "loss": loss}
     report(hvd.rank(), results)
 
 

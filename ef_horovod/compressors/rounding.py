@@ -1,0 +1,97 @@
+"""What the quantizers share: blocks with a scale each, their bytes, and what follows from omega."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.grid import Grid, blocks
+from ef_horovod.arrays.numpy_quantize import largest_code
+from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.errors import PayloadError
+from ef_horovod.wire import Fields
+
+
+def require_range(what: str, value: int | None, low: int, high: int) -> None:
+    """Raise ValueError unless an integer option is None or from `low` to `high`."""
+    if value is not None and not low <= value <= high:
+        raise ValueError(
+            f"{what}={value!r} is out of range, expected a whole number from {low} to {high}; "
+            "choose one"
+        )
+
+
+def require_block(what: str, value: int | None) -> None:
+    """Raise ValueError unless a block's length is None (the whole vector) or fits its field."""
+    require_range(what, value, 1, 2**31 - 1)
+
+
+def block_length(option: int | None, d: int) -> int:
+    """Entries of the longest block of a vector of d: at least 1."""
+    return max(1, d if option is None else min(option, d))
+
+
+def contraction_of(omega: float) -> float | None:
+    """What an unbiased compressor with variance omega is as a contraction, if it is one."""
+    return 1.0 - omega if omega < 1 else None
+
+
+def scale_of(exact: np.ndarray, compressor: Compressor) -> np.ndarray:
+    """Scales as float32, never smaller than the exact ones: what they scale never sticks out.
+
+    Args:
+        exact: float64[blocks].
+        compressor: for the message.
+
+    Raises:
+        NonFiniteError: a scale is not finite, as after a NaN or an infinity in its block.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        scales = exact.astype(np.float32)
+        scales = np.where(scales < exact, np.nextafter(scales, np.float32(np.inf)), scales)
+    require_finite(scales, compressor)
+    return scales.astype("<f4", copy=False)
+
+
+def read_block(word: int, what: str, d: int) -> int:
+    """The length of blocks from their field, 0 for the whole vector."""
+    if word > 2**31 - 1:
+        raise PayloadError(
+            f"{what} payload has blocks of {word} entries, expected at most {2**31 - 1}; "
+            "it was damaged on the way"
+        )
+    return block_length(word or None, d)
+
+
+def read_scales(fields: Fields, what: str, count: int) -> np.ndarray:
+    """`count` scales, checked to be finite and at least 0."""
+    scales = fields.array("<f4", count)
+    if not np.all((scales >= 0) & (scales < np.inf)):
+        raise PayloadError(
+            f"{what} payload has a scale that is below 0 or not finite, expected finite numbers "
+            "of at least 0; it was damaged on the way"
+        )
+    return scales
+
+
+def add_rounded(
+    fields: Fields, what: str, grid: Grid, block: int, dense: Array, weight: float
+) -> None:
+    """dense += weight * what scales and codes on a grid stand for, after checking all of them."""
+    d = dense.shape[0]
+    scales = read_scales(fields, what, blocks(d, block))
+    codes = fields.array("u1", grid.nbytes(d))
+    fields.end()
+    if _highest(codes, grid, d) > (242 if grid.kind == "ternary" else grid.levels):
+        raise PayloadError(
+            f"{what} payload has a code that stands for no number, expected levels up to "
+            f"{grid.levels}; it was damaged on the way"
+        )
+    namespace(dense).add_quantized(dense, codes, scales, block, grid, weight)
+
+
+def _highest(codes: np.ndarray, grid: Grid, d: int) -> int:
+    if grid.kind == "ternary":
+        return int(codes.max(initial=0))
+    mask = (1 << (grid.width - 1)) - 1
+    return largest_code(codes, grid.width, d, mask) if grid.levels < mask else 0

@@ -1,0 +1,102 @@
+"""DoubleSqueeze: compression with error feedback on both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.keys import Key
+from ef_horovod.methods.base import Method, vector_like
+from ef_horovod.methods.down import decoded, require_down
+from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.registry import register_method
+
+
+class DoubleSqueezeState(NamedTuple):
+    """A worker's error memory, in units of the gradient."""
+
+    error: Array  # float32[d], delta_i
+    direction: Array  # float32[d], room for the server's answer
+
+
+class DoubleSqueezeServer(NamedTuple):
+    """The aggregator's error memory."""
+
+    error: Array  # float32[d], delta
+    mean: Array  # float32[d]
+
+
+@register_method
+@dataclass(frozen=True)
+class DoubleSqueeze(Method):
+    """v_i = g_i + d_i; send q_i = C(v_i); d_i = v_i - q_i, and the same at the aggregator:
+    v = mean_i q_i + d; answer q = C_down(v); d = v - q; direction = q.
+
+    With a constant learning rate the virtual iterate x - lr (d + mean_i d_i) takes plain SGD
+    steps. With `down=Identity()` it is MEM-SGD, which `ErrorFeedback` is too. Memory: one vector a
+    worker and one at the aggregator; where every rank plays the aggregator's part, both on each.
+
+    Args:
+        compressor: of the workers.
+        down: of the aggregator.
+
+    Raises:
+        ValueError: a compressor whose error can be larger than what it compresses.
+        UnsupportedError: `down` is no compressor.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> ef.DoubleSqueeze(ef.TopK(ratio=0.01), down=ef.TopK(ratio=0.05)).down
+        TopK(ratio=0.05)
+
+    References:
+        Tang, Lian, Yu, Zhang, Liu: DoubleSqueeze: Parallel Stochastic Gradient Descent with
+        Double-Pass Error-Compensated Compression (ICML 2019), Algorithm 1.
+    """
+
+    down: Compressor = Identity()  # noqa: RUF009 - frozen
+    scratch: ClassVar[frozenset[str]] = frozenset({"mean", "direction"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_down(self, optional=False)
+        for compressor in (self.compressor, self.down):
+            require_no_amplifier("DoubleSqueeze", compressor)
+
+    @classmethod
+    def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
+        try:
+            return (cls(compressor, down=compressor),)
+        except ValueError:
+            return ()
+
+    def init(self, x: Array, workers: int = 1) -> tuple[DoubleSqueezeState, DoubleSqueezeServer]:
+        return (
+            DoubleSqueezeState(error=vector_like(x), direction=vector_like(x)),
+            DoubleSqueezeServer(error=vector_like(x), mean=vector_like(x)),
+        )
+
+    def push(
+        self, state: DoubleSqueezeState, gradient: Array, key: Key = DEFAULT_KEY
+    ) -> tuple[Payload, DoubleSqueezeState]:
+        namespace(gradient).add(gradient, state.error)
+        message, residual = self.compressor.squeeze(gradient, key)
+        return message, state._replace(error=residual)
+
+    def reduce(
+        self, server: DoubleSqueezeServer, messages: Sequence[Payload], key: Key
+    ) -> tuple[Payload, DoubleSqueezeServer]:
+        mean, _ = super().reduce(server, messages, key)
+        namespace(mean).add(mean, server.error)
+        answer, residual = self.down.squeeze(mean, key)
+        # The residual took the mean's memory; the old error's is free.
+        return answer, DoubleSqueezeServer(error=residual, mean=server.error)
+
+    def pull(
+        self, state: DoubleSqueezeState, aggregate: Array | Payload
+    ) -> tuple[Array, DoubleSqueezeState]:
+        return decoded(aggregate, state.direction), state

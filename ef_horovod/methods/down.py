@@ -1,0 +1,31 @@
+"""The way back: what aggregators send when they compress too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import Compressor, Payload
+from ef_horovod.errors import UnsupportedError
+
+
+def decoded(payload: Payload, out: Array) -> Array:
+    """`out`, overwritten with what the payload says."""
+    namespace(out).fill(out, 0.0)
+    payload.add_to(out)
+    return out
+
+
+def require_down(method: Any, *, optional: bool = True) -> None:
+    """Raise unless `method.down` is a compressor, or None where that is allowed.
+
+    Raises:
+        UnsupportedError: it is something else.
+    """
+    if isinstance(method.down, Compressor) or (optional and method.down is None):
+        return
+    name = type(method).__name__
+    raise UnsupportedError(
+        f"{name} got down={method.down!r}, expected a compressor for the aggregator's answers; "
+        f"write for example {name}(TopK(ratio=0.01), down=TopK(ratio=0.01))"
+    )

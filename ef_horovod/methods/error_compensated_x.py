@@ -1,0 +1,169 @@
+"""ErrorCompensatedX: the errors of the last two steps, for variance-reduced methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.keys import Key
+from ef_horovod.methods.base import Method, vector_like
+from ef_horovod.methods.down import decoded, require_down
+from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.registry import register_method
+from ef_horovod.schedules import Schedule, require_weight, value_at
+
+
+class ECXState(NamedTuple):
+    """A worker's errors and its replica of the direction."""
+
+    last: Array  # float32[d], delta_{t-1}
+    before: Array  # float32[d], delta_{t-2}
+    direction: Array  # float32[d], v: the same on all ranks
+    answer: Array  # float32[d], room for the aggregator's
+    filtered: Array | None = None  # float32[d], e, with beta < 1
+    next_filtered: Array | None = None  # float32[d], becomes e when the step commits
+    alpha: float = 1.0  # of the step that is under way
+
+
+class ECXServer(NamedTuple):
+    """The aggregator's errors."""
+
+    last: Array
+    before: Array
+    mean: Array
+    filtered: Array | None = None
+    next_filtered: Array | None = None
+
+
+@register_method
+@dataclass(frozen=True)
+class ErrorCompensatedX(Method):
+    """v_t = (1 - alpha_t) v_{t-1} + alpha_t q_t, where q_t stands for mean_i A_i(x_t), compressed
+    on both ways with the errors of two steps:
+
+        Delta_t = (alpha_{t-1}/alpha_t)(2 - alpha_t) delta_{t-1}
+                  - (alpha_{t-2}/alpha_t)(1 - alpha_t) delta_{t-2}
+        e_t = (1 - beta) e_{t-1} + beta Delta_t;  w = A + e_t;  send C(w);  delta_t = w - C(w)
+
+    at each worker, and at the aggregator with its own errors. What a worker pushes is A_i: the
+    gradient for momentum, and what the estimators `STORM`, `ROOTSGD` and `IGT` make of gradients
+    for the methods of these names. With beta = 1 the errors telescope: the sum of all v differs
+    from its uncompressed value by alpha_t times one error. alpha = 1 is then DoubleSqueeze.
+
+    2 - alpha exceeds 1, so with beta = 1 a weak compressor makes the errors grow without bound. A
+    constant alpha and beta = 1 / (2 - alpha) give e_t = delta_{t-1}: ordinary error feedback.
+    Smaller beta smooth more than that. What we measured (docs/results/ecx.md):
+
+    - Momentum (A is the gradient) with `OneBit` or half of the entries: beta = 1. With `OneBit` at
+      large steps all smaller beta were unstable, ordinary error feedback among them.
+    - `STORM`, `IGT` and `ROOTSGD` with sparse messages: 0.3, the default. At large steps it stays
+      near the uncompressed method where beta >= 0.5 and ordinary error feedback diverge.
+    - These with `OneBit`: no beta did well at all step sizes; try a smaller step.
+
+    Memory: two errors, the direction and room for the answer on each worker, two errors at the
+    aggregator; with beta < 1 two more at both.
+
+    Args:
+        compressor: of the workers.
+        down: of the aggregator; `Identity()` for none.
+        alpha: weight of the new A in (0, 1]: a number, `Decay(2/3)` for STORM, `Decay(1)` for
+            ROOT-SGD.
+        beta: in (0, 1], how much of Delta_t is taken over.
+
+    Raises:
+        ValueError: a number out of range, or a compressor that amplifies errors.
+        UnsupportedError: `down` is no compressor.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> ef.ErrorCompensatedX(ef.OneBit(), down=ef.OneBit(), alpha=0.1).beta
+        0.3
+
+    References:
+        Tang, Li, Liu, Yan: ErrorCompensatedX: error compensation for variance reduced algorithms
+        (NeurIPS 2021). The coefficients follow from asking the errors to telescope.
+    """
+
+    down: Compressor = Identity()  # noqa: RUF009 - frozen
+    alpha: Schedule = 0.1
+    beta: float = 0.3
+    scratch: ClassVar[frozenset[str]] = frozenset({"mean", "answer", "next_filtered", "alpha"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_down(self, optional=False)
+        require_weight("alpha", self.alpha)
+        require_weight("beta", self.beta)
+        for compressor in (self.compressor, self.down):
+            require_no_amplifier("ErrorCompensatedX", compressor)
+
+    @classmethod
+    def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
+        try:
+            return (cls(compressor, down=compressor, alpha=0.5, beta=0.3),)
+        except ValueError:
+            return ()
+
+    def init(self, x: Array, workers: int = 1) -> tuple[ECXState, ECXServer]:
+        def filters() -> dict[str, Array]:
+            names = ("filtered", "next_filtered") if self.beta < 1 else ()
+            return {name: vector_like(x) for name in names}
+
+        last, before, direction, answer = (vector_like(x) for _ in range(4))
+        state = ECXState(last, before, direction, answer, **filters())
+        return state, ECXServer(*(vector_like(x) for _ in range(3)), **filters())
+
+    def uncompressed(self) -> ErrorCompensatedX:
+        return ErrorCompensatedX(Identity(), alpha=self.alpha, beta=1.0)
+
+    def push(
+        self, state: ECXState, gradient: Array, key: Key = DEFAULT_KEY
+    ) -> tuple[Payload, ECXState]:
+        self._compensate(gradient, state, key.step)
+        message, residual = self.compressor.squeeze(gradient, key)
+        return message, state._replace(
+            last=residual,
+            before=state.last,
+            filtered=state.next_filtered,
+            next_filtered=state.filtered,
+            alpha=value_at(self.alpha, key.step),
+        )
+
+    def reduce(
+        self, server: ECXServer, messages: Sequence[Payload], key: Key
+    ) -> tuple[Payload, ECXServer]:
+        mean, _ = super().reduce(server, messages, key)
+        self._compensate(mean, server, key.step)
+        answer, residual = self.down.squeeze(mean, key)
+        return answer, ECXServer(
+            last=residual,
+            before=server.last,
+            mean=server.before,  # free now
+            filtered=server.next_filtered,
+            next_filtered=server.filtered,
+        )
+
+    def pull(self, state: ECXState, aggregate: Array | Payload) -> tuple[Array, ECXState]:
+        answer = decoded(aggregate, state.answer)
+        namespace(answer).average(state.direction, answer, state.alpha, out=state.direction)
+        return state.direction, state
+
+    def _compensate(self, a: Array, state: ECXState | ECXServer, step: int) -> None:
+        """a += e_t; changes no other array but `next_filtered`."""
+        xp = namespace(a)
+        now = value_at(self.alpha, step)
+        one, two = (value_at(self.alpha, max(step - back, 0)) / now for back in (1, 2))
+        weight_last, weight_before = one * (2 - now), -two * (1 - now)
+        if state.filtered is None:
+            xp.add(a, state.last, weight_last)
+            if weight_before:  # alpha = 1 is DoubleSqueeze to the last bit, signs of zeros too
+                xp.add(a, state.before, weight_before)
+            return
+        xp.average(state.filtered, state.last, self.beta, out=state.next_filtered)
+        xp.add(state.next_filtered, state.last, self.beta * (weight_last - 1))
+        xp.add(state.next_filtered, state.before, self.beta * weight_before)
+        xp.add(a, state.next_filtered)

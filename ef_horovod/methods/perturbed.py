@@ -1,0 +1,112 @@
+"""Compressed SGD that escapes saddle points: noise, and now and then a clean error memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.keys import Key
+from ef_horovod.methods.base import MeanState, Method, vector_like
+from ef_horovod.methods.error_feedback import ErrorFeedbackState, require_no_amplifier
+from ef_horovod.registry import register_method
+
+RESETS = ("flush", "drop")
+
+
+@register_method
+@dataclass(frozen=True)
+class PerturbedCompressedSGD(Method):
+    """u = e + g + noise; send C(u); e = u - C(u); direction = mean_i C(u_i); e reset periodically.
+
+    The noise is Gaussian, drawn anew for each worker and step from the key, and goes through the
+    error memory. Every `reset_every` steps the memory is cleared, which bounds the error of
+    compressors that are not linear: "flush" sends u as it is in that step, so nothing is lost;
+    "drop" forgets it. Linear compressors (`RandomK` with shared indices) need no reset. One vector
+    of memory on each rank.
+
+    Args:
+        compressor: one that does not amplify.
+        noise: standard deviation of each coordinate of each worker's noise; the mean over n workers
+            has noise / sqrt(n).
+        reset_every: steps between resets, or None.
+        reset: "flush" or "drop".
+
+    Raises:
+        ValueError: a number out of range, another reset, or a compressor that amplifies errors.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> ef.PerturbedCompressedSGD(ef.RandomK(0.1), noise=0.01).reset
+        'flush'
+
+    References:
+        Avdiukhin, Yaroslavtsev: Escaping Saddle Points with Compressed SGD (NeurIPS 2021). The
+        paper's body was not at hand: the order of noise and feedback, and "flush" as the meaning of
+        its reset, are a reading of its abstract.
+    """
+
+    noise: float = 0.0
+    reset_every: int | None = None
+    reset: str = "flush"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_no_amplifier("PerturbedCompressedSGD", self.compressor)
+        if not self.noise >= 0 or self.reset not in RESETS:
+            raise ValueError(
+                f"PerturbedCompressedSGD got noise={self.noise}, reset={self.reset!r}, expected a "
+                f"standard deviation of at least 0 and one of {RESETS}; 0 is plain error feedback"
+            )
+        if self.reset_every is not None and self.reset_every < 1:
+            raise ValueError(
+                f"PerturbedCompressedSGD got reset_every={self.reset_every}, expected a number of "
+                "steps, at least 1; leave it out for no reset"
+            )
+
+    @classmethod
+    def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
+        try:
+            return (
+                cls(compressor, noise=0.1, reset_every=7),
+                cls(compressor, noise=0.1, reset_every=7, reset="drop"),
+            )
+        except ValueError:
+            return ()
+
+    def uncompressed(self) -> Method | None:
+        return PerturbedCompressedSGD(Identity(), self.noise) if self.noise else None
+
+    def init(self, x: Array, workers: int = 1) -> tuple[ErrorFeedbackState, MeanState]:
+        return ErrorFeedbackState(vector_like(x)), MeanState(vector_like(x))
+
+    def push(
+        self, state: ErrorFeedbackState, gradient: Array, key: Key = DEFAULT_KEY
+    ) -> tuple[Payload, ErrorFeedbackState]:
+        xp = namespace(gradient)
+        xp.add(gradient, state.error)
+        if self.noise:
+            noise = normal(gradient.shape[0], key)
+            xp.add(gradient, xp.from_host(noise, getattr(gradient, "device", None)), self.noise)
+        message, residual = self._compressor_at(key.step).squeeze(gradient, key)
+        forget = self.reset == "drop" and self._resets_at(key.step)
+        return message, ErrorFeedbackState(error=vector_like(gradient) if forget else residual)
+
+    def skip(self, gradient: Array, key: Key) -> Payload:
+        return self._compressor_at(key.step).skip(gradient, key)
+
+    def _compressor_at(self, step: int) -> Compressor:
+        return Identity() if self.reset == "flush" and self._resets_at(step) else self.compressor
+
+    def _resets_at(self, step: int) -> bool:
+        return self.reset_every is not None and (step + 1) % self.reset_every == 0
+
+
+def normal(length: int, key: Key) -> np.ndarray:
+    """float32[length] of standard normal numbers that follow from the key and its rank."""
+    # A generator of its own from the counter: nothing is kept, no global generator is touched.
+    generator = np.random.Generator(np.random.Philox(key=key.apart(3).draw(shared=False)))
+    return generator.standard_normal(length, np.float32)

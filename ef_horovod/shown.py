@@ -1,0 +1,30 @@
+"""How compressors and methods show themselves: as one would write them."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar
+
+
+class Shown:
+    """Dataclasses under it are shown without the fields that have their default.
+
+    Compressors that are always there are shown without the names of their fields.
+    """
+
+    shown_as: ClassVar[str] = ""  # the name, where it is another class's
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Shown.__repr__  # type: ignore[method-assign] # or dataclass brings its own
+
+    def __repr__(self) -> str:
+        words = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Shown) and field.default is MISSING:
+                words.append(repr(value))
+            elif field.repr and (field.default is MISSING or value != field.default):
+                words.append(f"{field.name}={value!r}")
+        return f"{self.shown_as or type(self).__name__}({', '.join(words)})"

@@ -1,0 +1,38 @@
+"""Which methods with which compressors the contract tests try."""
+
+from __future__ import annotations
+
+from ef_horovod import registry
+from ef_horovod.compressors.base import Compressor
+from ef_horovod.compressors.randomk import RandomK
+from ef_horovod.compressors.topk import TopK
+from ef_horovod.methods.base import Method
+
+
+def every_compressor() -> list[Compressor]:
+    """The examples of all registered compressors."""
+    return [example for kind in registry.COMPRESSORS.values() for example in kind.examples()]
+
+
+def every_method() -> list[Method]:
+    """The examples of all registered methods, with every compressor that they take."""
+    return [
+        example
+        for compressor in every_compressor()
+        for kind in registry.METHODS.values()
+        for example in kind.examples(compressor)
+    ]
+
+
+def selection() -> list[Method]:
+    """A few dozen of them, for tests that take long: every compressor once, every method twice.
+
+    Compressors take part with the first method that takes them; methods with one compressor whose
+    messages are gathered and one whose messages are summed in flight.
+    """
+    of_compressors: dict[str, Method] = {}
+    for method in every_method():
+        of_compressors.setdefault(repr(method.compressor), method)
+    usual = (TopK(ratio=0.2), RandomK(ratio=0.1))
+    of_methods = [method for method in every_method() if method.compressor in usual]
+    return list(dict.fromkeys([*of_compressors.values(), *of_methods]))

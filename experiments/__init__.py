@@ -1,0 +1,1 @@
+"""The papers' claims, reproduced by `launch/reproduce NAME`: one module an experiment."""

@@ -1,0 +1,93 @@
+"""Steps of every method x compressor x exchange on this rank; where they lead, as digests.
+
+Argument: "mpi" (a channel over mpi4py), "torch" or "tensorflow" (the adapters over Horovod).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from common import ARGUMENTS, report
+from same_gradients import SEED, SHAPE, STEPS, digest, exchanges_of, gradient
+
+from ef_horovod.testing.pairs import every_method
+
+
+def over_mpi():
+    from ef_horovod.channel import Channel, finish_step
+    from ef_horovod.transports.mpi import MPITransport
+
+    transport = MPITransport()
+
+    def walk(method, exchange):
+        x = np.zeros(SHAPE, np.float32).reshape(-1)
+        method = method.for_shapes([SHAPE])
+        channel = Channel("bucket.0", x, method, transport, exchange=exchange, seed=SEED)
+        for step in range(STEPS):
+            channel.gradient[:] = gradient(transport.rank, step).reshape(-1)
+            channel.start(step)
+            (direction,) = finish_step([channel])
+            x = x - direction
+        return x
+
+    return transport.rank, walk
+
+
+def with_torch():
+    import horovod.torch as hvd
+    import torch
+
+    import ef_horovod.torch as ef
+
+    hvd.init()
+
+    def walk(method, exchange):
+        x = torch.nn.Parameter(torch.zeros(SHAPE))
+        optimizer = ef.DistributedOptimizer(
+            torch.optim.SGD([x], lr=1.0),
+            [("x", x)],
+            compression=method,
+            exchange=exchange,
+            seed=SEED,
+        )
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            (x * torch.from_numpy(gradient(hvd.rank(), step))).sum().backward()
+            optimizer.step()
+        return x.detach().numpy()
+
+    return hvd.rank(), walk
+
+
+def with_tensorflow():
+    import horovod.tensorflow as hvd
+    import tensorflow as tf
+
+    import ef_horovod.tensorflow as ef
+
+    hvd.init()
+
+    def walk(method, exchange):
+        x = tf.Variable(tf.zeros(SHAPE))
+        reducer = ef.Reducer([x], method, exchange=exchange, seed=SEED)
+        for step in range(STEPS):
+            (direction,) = reducer.reduce([tf.constant(gradient(hvd.rank(), step))])
+            x.assign_sub(direction)
+        return x.numpy()
+
+    return hvd.rank(), walk
+
+
+def main() -> None:
+    ways = {"mpi": over_mpi, "torch": with_torch, "tensorflow": with_tensorflow}
+    rank, walk = ways[ARGUMENTS[0]]()
+    report(
+        rank,
+        {
+            f"{method} by {exchange}": digest(walk(method, exchange))
+            for method in every_method()
+            for exchange in exchanges_of(method)
+        },
+    )
+
+
+main()

@@ -1,0 +1,63 @@
+"""Every method x compressor x exchange: simulation, MPI, torch and TensorFlow end in the same bits.
+
+Two ranks, for a sum of two numbers is the same in any order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from launching import horovodrun, mpirun
+from same_gradients import SEED, SHAPE, STEPS, digest, exchanges_of, gradient
+
+import ef_horovod as ef
+from ef_horovod.testing.pairs import every_method
+
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
+
+RANKS = 2
+FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
+
+
+@pytest.fixture(scope="module")
+def simulated() -> dict[str, str]:
+    return {
+        f"{method} by {exchange}": digest(simulate(method, exchange))
+        for method in every_method()
+        for exchange in exchanges_of(method)
+    }
+
+
+def simulate(method: ef.Method, exchange: str) -> np.ndarray:
+    run = ef.simulate(
+        method,
+        lambda rank, x, step: gradient(rank, step),
+        np.zeros(SHAPE, np.float32),
+        workers=RANKS,
+        steps=STEPS,
+        step_size=1.0,
+        seed=SEED,
+        name="bucket.0",
+        exchange=exchange,
+    )
+    return run.x
+
+
+@pytest.mark.parametrize("way", ["mpi", "torch", "tensorflow"])
+def test_every_method_compressor_and_exchange(
+    way: str, simulated: dict[str, str], tmp_path: Path
+) -> None:
+    launch: Any = mpirun if way == "mpi" else horovodrun
+    results = launch(RANKS, "same_numbers.py", tmp_path, way, timeout=600, environment=FAST_CYCLE)
+    for rank, result in enumerate(results):
+        different = [name for name, end in simulated.items() if result.get(name) != end]
+        assert result.keys() == simulated.keys()
+        assert not different, f"rank {rank} by {way}: {len(different)} of {len(result)} differ"
+
+
+def test_the_numbers_of_methods_differ(simulated: dict[str, str]) -> None:
+    """Or equal digests above would show nothing."""
+    assert len(set(simulated.values())) > len(simulated) / 3
