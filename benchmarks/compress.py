@@ -6,7 +6,9 @@
 
 A step of error feedback adds the error to the gradient, compresses and keeps what was lost. All
 contenders take turns, so that a slow moment of the machine meets each of them; medians are shown.
-Index sets are random ones, and clustered ones: runs of 100 neighbours at random places.
+Index sets are random ones, and clustered ones: runs of 100 neighbours at random places. The last
+table has a row for each compressor and method of the registry, those of --import too, in a rank of
+two that hears its own message twice.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +37,11 @@ import numpy as np
 import torch
 
 import ef_horovod as ef
-from ef_horovod import index_code
+from ef_horovod import index_code, registry
+from ef_horovod.channel import Channel, ChannelStats, finish_step
+from ef_horovod.listing import examples_of
+from ef_horovod.testing.echo import EchoTransport
+from ef_horovod.testing.pairs import every_compressor
 
 RATIO = 0.01
 BASE, TORCH_TOP_K, TORCH_ONE_BIT = (
@@ -43,12 +50,15 @@ BASE, TORCH_TOP_K, TORCH_ONE_BIT = (
     "torch ops: 1-bit step",
 )
 TOP_K, ONE_BIT = "ErrorFeedback(TopK(0.01))", "ErrorFeedback(OneBit())"
+CODED = "ErrorFeedback(Then(TopK, Natural))"
 LIMITS = [  # what, at most this many times the time of what
     (TOP_K, 1 / 8, TORCH_TOP_K),
     (TOP_K, 4, BASE),
     (ONE_BIT, 1 / 3, TORCH_ONE_BIT),
+    (CODED, 1.2, TOP_K),
 ]
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1)
+REGISTERED_N = 1_000_000  # entries, at most, of the table of all that is registered
 FEWEST_INDICES = 2000  # smaller sets are not looked at: the work for a call is most of it
 NS_PER_INDEX, OVER_ENTROPY = 15.0, 1.06  # limits of index sets
 Step = Callable[[], object]
@@ -73,6 +83,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=25_000_000, help="entries (default: 25 million)")
     parser.add_argument("--repeat", type=int, default=9, help="rounds to take medians of")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="modules",
+        metavar="MODULE",
+        help="a module or package of yours that registers something",
+    )
     parser.add_argument("--check", action="store_true", help="fail if a limit is missed")
     return parser.parse_args(words)
 
@@ -162,6 +180,10 @@ def measure_steps(n: int, repeat: int) -> dict[str, list[float]]:
         BASE: Bare(source.copy()),
         TORCH_TOP_K: TorchTopK(source.copy()),
         TOP_K: Feedback(ef.ErrorFeedback(ef.TopK(RATIO)), source.copy()),
+        CODED: Feedback(ef.ErrorFeedback(ef.Then(ef.TopK(RATIO), ef.Natural())), source.copy()),
+        "ErrorFeedback(RandomSparsify(0.01))": Feedback(
+            ef.ErrorFeedback(ef.RandomSparsify(RATIO)), source.copy()
+        ),
         "EF21(TopK(0.01))": Feedback(ef.EF21(ef.TopK(RATIO)), source.copy()),
         TORCH_ONE_BIT: TorchOneBit(source.copy()),
         ONE_BIT: Feedback(ef.ErrorFeedback(ef.OneBit()), source.copy()),
@@ -203,6 +225,25 @@ def measure_codes(n: int, repeat: int) -> list[CodedSet]:
         bits = 8 * index_code.indices_nbytes(k, n) / k
         rows.append(CodedSet(density, bits, entropy(k, n) / k, *(1e9 * t / k for t in times)))
     return rows
+
+
+def measure_registered(n: int, repeat: int) -> list[ChannelStats]:
+    """Steps of a channel with each compressor, without feedback, and with each method."""
+    methods: list[ef.Method] = [ef.NoFeedback(compressor) for compressor in every_compressor()]
+    methods += [method for kind in registry.METHODS.values() for method in examples_of(kind)]
+    x = np.random.default_rng(3).normal(size=n).astype(np.float32)
+    for method in methods:  # kernels are compiled, or loaded, when they are first called
+        take_steps(method, x, 1)
+    return [take_steps(method, x, repeat) for method in methods]
+
+
+def take_steps(method: ef.Method, x: np.ndarray, steps: int) -> ChannelStats:
+    channel = Channel("x", x, method, EchoTransport(2))
+    for step in range(steps):
+        np.copyto(channel.gradient, x)
+        channel.start(step)
+        finish_step([channel])
+    return channel.stats()
 
 
 def entropy(k: int, n: int) -> float:
@@ -264,6 +305,18 @@ def show_codes(rows: list[CodedSet]) -> None:
         )
 
 
+def show_registered(rows: list[ChannelStats]) -> None:
+    n = rows[0].num_elements
+    print(f"\n{f'{n:,} float32':75}{'bytes':>10}{'lost':>8}{'compress ns':>13}{'decode ns':>11}")
+    for row in rows:
+        compress, decode = (
+            1e9 * seconds / row.steps / n
+            for seconds in (row.seconds_compress, row.seconds_decompress)
+        )
+        sent = row.bytes_out // row.steps
+        print(f"{row.method:75}{sent:10}{row.relative_error:8.3f}{compress:13.2f}{decode:11.2f}")
+
+
 def hold_limits(steps: dict[str, float], codes: list[CodedSet]) -> bool:
     """Print each limit and whether it holds; whether all do."""
     slowest = max((max(row[3:]) for row in codes), default=0.0)
@@ -284,6 +337,7 @@ def hold_limits(steps: dict[str, float], codes: list[CodedSet]) -> bool:
 
 def main(words: list[str]) -> int:
     options = parse(words)
+    registry.load(options.modules)
     torch.set_num_threads(1)
     all_steps = measure_steps(options.n, options.repeat)
     all_parts, indices = measure_parts(options.n, options.repeat)
@@ -292,6 +346,8 @@ def main(words: list[str]) -> int:
     codes = measure_codes(options.n, options.repeat)
     show(steps, parts, options.n, indices)
     show_codes(codes)
+    registered = measure_registered(min(options.n, REGISTERED_N), options.repeat)
+    show_registered(registered)
     held = hold_limits(steps, codes)
     if options.json:
         report = {
@@ -299,6 +355,7 @@ def main(words: list[str]) -> int:
             "indices": indices,
             "seconds": all_steps | all_parts,
             "index_sets": [row._asdict() for row in codes],
+            "registered": [asdict(row) for row in registered],
             "held": held,
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")

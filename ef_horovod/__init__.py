@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ answ
     from ef_horovod.compressors.cast import Cast as Cast
     from ef_horovod.compressors.clip import Clip as Clip
     from ef_horovod.compressors.dithering import NaturalDithering as NaturalDithering
+    from ef_horovod.compressors.hardthreshold import HardThreshold as HardThreshold
     from ef_horovod.compressors.identity import Identity as Identity
     from ef_horovod.compressors.natural import Natural as Natural
     from ef_horovod.compressors.onebit import OneBit as OneBit
@@ -47,7 +48,10 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ answ
     from ef_horovod.compressors.qsgd import QSGD as QSGD
     from ef_horovod.compressors.randomblock import RandomBlock as RandomBlock
     from ef_horovod.compressors.randomk import RandomK as RandomK
+    from ef_horovod.compressors.randomsparsify import RandomSparsify as RandomSparsify
+    from ef_horovod.compressors.scaled import Scaled as Scaled
     from ef_horovod.compressors.terngrad import TernGrad as TernGrad
+    from ef_horovod.compressors.then import Then as Then
     from ef_horovod.compressors.topk import TopK as TopK
     from ef_horovod.methods.doublesqueeze import DoubleSqueeze as DoubleSqueeze
     from ef_horovod.methods.ef21 import EF21 as EF21
@@ -56,6 +60,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ answ
     from ef_horovod.methods.error_feedback import ErrorFeedback as ErrorFeedback
     from ef_horovod.methods.no_feedback import NoFeedback as NoFeedback
     from ef_horovod.methods.perturbed import PerturbedCompressedSGD as PerturbedCompressedSGD
+    from ef_horovod.methods.powersgd import PowerSGD as PowerSGD
 
 __version__ = "0.1.0"
 

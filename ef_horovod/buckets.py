@@ -42,6 +42,7 @@ class BucketPlan(NamedTuple):
             method = NoFeedback(Identity())
             if exchange != "server" and not transport.has_server:
                 exchange = "dense"
+        method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
         return Channel(self.name, like, method, transport, exchange=exchange, seed=seed)
 
     @property

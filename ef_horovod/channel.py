@@ -25,6 +25,7 @@ from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
+from ef_horovod.spelling import write_method
 from ef_horovod.transports.base import Answer, Transport
 
 
@@ -85,7 +86,7 @@ class Channel:
             self.worker, self.server = method.init(self.gradient, transport.size)
         if self.exchange == "server":  # which has the other half
             self.server = None
-            transport.open_bucket(name, like.shape[0], repr(method), seed)
+            transport.open_bucket(name, like.shape[0], write_method(method), seed)
         self._xp, self._device, self._transport = xp, device, transport
         self._key = Key(seed, 0, tensor_id(name), transport.rank, transport.size)
         self._lost = self.gradient  # after a step: what its compression lost
@@ -211,7 +212,7 @@ class Channel:
         whole = xp.zeros(lost.shape[0], getattr(lost, "device", None))
         xp.assign(whole, lost)
         assert self._message is not None
-        self._message.add_to(whole)
+        self.method.add_message(self.worker, self._message, whole)
         norm = xp.squared_norm(whole)
         return math.sqrt(xp.squared_norm(lost) / norm) if norm > 0 else 0.0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ef_horovod._progress import CommandFailed
 from ef_horovod.build_horovod import FRAMEWORKS, BuildError, Options, build_horovod
+from ef_horovod.errors import EFHorovodError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
-    except (BuildError, CommandFailed) as error:
+    except (BuildError, CommandFailed, EFHorovodError) as error:
         print(f"ef-horovod: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -88,7 +89,46 @@ def _positive(text: str) -> int:
     return number
 
 
-COMMANDS = (_add_build_horovod,)
+def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "list",
+        help="tables of all compressors and methods: what is sent, bytes, guarantees, memory",
+        description=(
+            "Lists what the registry knows, with numbers that the classes state and the contract "
+            "tests check. Packages named with --import are listed as well: those of your own, "
+            "which your training script imports."
+        ),
+    )
+    parser.add_argument(
+        "what", nargs="?", choices=("compressors", "methods"), help="one of the two (both)"
+    )
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="modules",
+        metavar="MODULE",
+        help="import this module or package first (repeatable)",
+    )
+    parser.add_argument(
+        "--elements", type=_positive, default=1_000_000, metavar="D", help="length of a vector"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="as a page, which docs/compressors.md is"
+    )
+    parser.set_defaults(run=_run_list)
+
+
+def _run_list(arguments: argparse.Namespace) -> None:
+    from ef_horovod import listing, registry
+
+    sys.path.insert(0, "")  # as `python -m` does, so that a folder's own modules are found
+    registry.load(arguments.modules)
+    chosen = (arguments.what,) if arguments.what else ("compressors", "methods")
+    print(listing.page(chosen, arguments.elements, markdown=arguments.markdown))
+
+
+COMMANDS = (_add_build_horovod, _add_list)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -71,7 +71,7 @@ def start(
         that stands for their sum. If any rank asked to drop the step, at least one `is_skip`.
     """
     if exchange == "reduce":
-        return _start_reduce(transport, name, payload)
+        return _start_reduce(transport, name, payload, sized)
     if sized:
         finish = transport.allgather(name, payload.data)
     else:
@@ -79,18 +79,22 @@ def start(
     return lambda: [_checked(data, rank, payload, name) for rank, data in enumerate(finish())]
 
 
-def _start_reduce(transport: Transport, name: str, payload: Payload) -> Callable[[], list[Payload]]:
+def _start_reduce(
+    transport: Transport, name: str, payload: Payload, sized: bool
+) -> Callable[[], list[Payload]]:
     summed = Payload(payload.data.copy())
     values = summed.summands()
+    # Where lengths vary from step to step: zeros up to a size class, so that most shapes were seen.
+    room = values if sized else wire.padded_values(values)
     if payload.is_skip:
-        values.fill(np.nan)  # there is no room for a flag, but a NaN survives every sum
-    finish = transport.allreduce(name, values)
+        room.fill(np.nan)  # there is no room for a flag, but a NaN survives every sum
+    finish = transport.allreduce(name, room)
 
     def wait() -> list[Payload]:
         total = finish()
         if not np.all(np.isfinite(total)):
             return [payload.as_skip()]
-        values[:] = total
+        values[:] = total[: values.size]
         return [summed]
 
     return wait

@@ -51,7 +51,9 @@ def save_memories(buckets: Sequence[Filled]) -> dict[str, dict[str, Any]]:
     for bucket in buckets:
         for half, field, value in _memories(bucket):
             for slot in bucket.slots:
-                part = _part(value, slot)
+                part = value
+                if _is_vector(value):
+                    part = namespace(value).read(value, *_span(bucket, field, slot))
                 parameters.setdefault(slot.name, {})[f"{half}.{field}"] = part
     return parameters
 
@@ -73,7 +75,7 @@ def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any
             parts = [parameters[slot.name][f"{half}.{field}"] for slot in bucket.slots]
             if _is_vector(value):
                 for slot, part in zip(bucket.slots, parts, strict=True):
-                    namespace(value).write(value, slot.start, part)
+                    namespace(value).write(value, _span(bucket, field, slot)[0], part)
             else:
                 held = getattr(bucket.channel, half)
                 setattr(bucket.channel, half, held._replace(**{field: parts[0]}))
@@ -93,9 +95,10 @@ def _memories(bucket: Filled) -> Iterator[tuple[str, str, Any]]:
                 yield half, field, value
 
 
-def _part(value: Any, slot: Slot) -> Any:
-    """A parameter's own part of what a bucket remembers."""
-    return namespace(value).read(value, slot.start, slot.stop) if _is_vector(value) else value
+def _span(bucket: Filled, field: str, slot: Slot) -> tuple[int, int]:
+    """Where in a vector a parameter's own part lies."""
+    channel = bucket.channel
+    return channel.method.span(field, slot.start, slot.stop, channel.gradient.shape[0])
 
 
 def _is_vector(value: Any) -> bool:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
+
+from ef_horovod.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from ef_horovod.compressors.base import Compressor
@@ -57,7 +59,30 @@ def compressor_of(wire_id: int) -> type[Compressor] | None:
     return _BY_WIRE_ID.get(wire_id)
 
 
-def import_all(package: str, path: list[str]) -> None:
+def import_all(package: str, path: Iterable[str]) -> None:
     """Import every module of a package, so that each registers what it defines."""
     for module in pkgutil.iter_modules(path):
         importlib.import_module(f"{package}.{module.name}")
+
+
+def load(modules: Iterable[str]) -> None:
+    """Import modules or packages of others, so that what they define is known here.
+
+    Training scripts simply import them, on all ranks; this is for commands, which are given names.
+    A package of several modules registers them all by `import_all(__name__, __path__)` in its
+    `__init__.py`.
+
+    Args:
+        modules: dotted names, as in an import statement.
+
+    Raises:
+        UnsupportedError: there is no such module.
+    """
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(
+                f"got no module '{error.name}' when importing '{name}', expected one that Python "
+                "finds; install its package, or put its folder into PYTHONPATH"
+            ) from error

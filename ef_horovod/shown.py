@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 class Shown:
     """Dataclasses under it are shown without the fields that have their default.
 
-    The first field of a method is its compressor and is shown without its name.
+    Compressors that are always there are shown without the names of their fields.
     """
 
     shown_as: ClassVar[str] = ""  # the name, where it is another class's
@@ -23,8 +23,8 @@ class Shown:
         words = []
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if field.name == "compressor":
+            if isinstance(value, Shown) and field.default is MISSING:
                 words.append(repr(value))
-            elif field.default is MISSING or value != field.default:
+            elif field.repr and (field.default is MISSING or value != field.default):
                 words.append(f"{field.name}={value!r}")
         return f"{self.shown_as or type(self).__name__}({', '.join(words)})"

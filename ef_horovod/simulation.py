@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ef_horovod import exchange as exchanges
+from ef_horovod import wire
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
@@ -16,6 +17,7 @@ from ef_horovod.estimators import Estimator
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
 from ef_horovod.schedules import Schedule, value_at
+from ef_horovod.transports.base import Transport, ring_share
 from ef_horovod.transports.local import local_group
 
 Gradient = Callable[[int, Array, int], Array]
@@ -56,6 +58,8 @@ def simulate(
     exchange: str = "auto",
     estimator: Estimator = Estimator(),  # noqa: B008 - frozen
     observe: Callable[[Array], dict[str, Any]] | None = None,
+    stop: Callable[[dict[str, Any]], bool] | None = None,
+    transport: Transport | None = None,
 ) -> Run:
     """Minimise with `x <- x - step_size * direction`, each worker sending real payloads.
 
@@ -74,6 +78,11 @@ def simulate(
             method compresses both ways. The iterates are the same; what is counted differs.
         estimator: what workers give to the method in place of their gradients.
         observe: called with x after every step; its dict joins the history.
+        stop: called with the last entry of the history; True ends the run after this step.
+        transport: of an MPI job, whose ranks share the workers among them and all call this with
+            the same arguments; each returns the same x and history, and its own workers' states.
+            The iterates are the same to the last bit if messages are gathered, and to rounding if
+            they are summed in flight. None: all workers are in this process.
 
     Raises:
         UnsupportedError: `method` is not a method, or the estimator is not meant for it.
@@ -95,12 +104,14 @@ def simulate(
     estimator.require_fit(method)
     xp, like = namespace(x0), namespace(x0).like(x0)
     x = before = xp.detached(x0) * 1  # a copy, should gradient() change x in place
-    network = _Server(workers) if exchange == "server" else _Peers(method, exchange, workers)
-    states = [method.init(xp.flat_float32(x0), workers)[0] for _ in range(workers)]
-    crew = [_Worker(method, state, gradient, estimator) for state in states]
+    if len(x0.shape) > 1:  # else it is any vector, not a parameter of one dimension
+        method = method.for_shapes([tuple(x0.shape)])
+    network = _network(method, exchange, workers, transport)
+    states = [method.init(xp.flat_float32(x0), workers)[0] for _ in network.mine]
+    crew = [_Worker(method, state, gradient, estimator, transport) for state in states]
     server, run = method.init(xp.flat_float32(x0), workers)[1], Run(x)
     for step in range(steps):
-        keys = [Key(seed, step, tensor_id(name), i, workers) for i in range(workers)]
+        keys = [Key(seed, step, tensor_id(name), i, workers) for i in network.mine]
         messages = [one.push(x, before, key) for one, key in zip(crew, keys, strict=True)]
         aggregate, server = _reduce(method, server, network.meet(messages), keys[0].of_server())
         network.answer(aggregate)
@@ -114,6 +125,8 @@ def simulate(
             "direction_norm": float(np.sqrt(xp.squared_norm(direction))),
         }
         run.history.append(entry | (observe(x) if observe else {}))
+        if stop and stop(run.history[-1]):
+            break
     run.x, run.states = x, [one.state for one in crew]
     run.bytes_sent, run.bytes_received = network.bytes_sent, network.bytes_received
     return run
@@ -123,10 +136,16 @@ class _Worker:
     """One worker: its state and, for estimators that build on it, its last estimate."""
 
     def __init__(
-        self, method: Method, state: Any, gradient: Gradient, estimator: Estimator
+        self,
+        method: Method,
+        state: Any,
+        gradient: Gradient,
+        estimator: Estimator,
+        transport: Transport | None,
     ) -> None:
         self.state = state
         self._method, self._gradient, self._estimator = method, gradient, estimator
+        self._has_others = transport is not None
         self._last: Array | None = None
 
     def push(self, x: Array, before: Array, key: Key) -> Payload:
@@ -140,6 +159,8 @@ class _Worker:
         try:
             message, self._pushed = self._method.push(self.state, own, key)
         except NonFiniteError as error:
+            if self._has_others:  # who wait for a message; with this one all ranks raise
+                return self._method.skip(own, key)
             raise NonFiniteError(f"worker {key.rank}, step {key.step}: {error}") from None
         return message
 
@@ -149,14 +170,25 @@ class _Worker:
         return direction
 
 
+def _network(
+    method: Method, exchange: str, workers: int, transport: Transport | None
+) -> _Server | _Peers | _Ranks:
+    if exchange == "server" and transport is None:
+        return _Server(workers)
+    kind = exchanges.choose(exchange, method)
+    kind = "reduce" if kind == "dense" else kind  # the same sum, of payloads
+    if transport is None:
+        return _Peers(kind, method.sized, workers)
+    return _Ranks(kind, method.sized, workers, transport)
+
+
 class _Peers:
     """Workers that talk among each other, as an exchange does it."""
 
-    def __init__(self, method: Method, exchange: str, workers: int) -> None:
-        kind = exchanges.choose(exchange, method)
-        self._kind = "reduce" if kind == "dense" else kind  # the same sum, of payloads
-        self._sized = method.sized
+    def __init__(self, kind: str, sized: bool, workers: int) -> None:
+        self._kind, self._sized = kind, sized
         self._endpoints = local_group(workers)
+        self.mine = range(workers)
 
     def meet(self, messages: Sequence[Payload]) -> list[Payload]:
         """What every worker receives."""
@@ -183,6 +215,7 @@ class _Server:
 
     def __init__(self, workers: int) -> None:
         self._workers = len(local_group(workers))  # which raises unless it is at least 1
+        self.mine = range(workers)
         self._up = 0  # by all workers
         self.bytes_received = 0
 
@@ -201,6 +234,68 @@ class _Server:
     @property
     def bytes_sent(self) -> int:
         return self._up // self._workers
+
+
+class _Ranks:
+    """Workers on the ranks of an MPI job, in rank order, as many on each as on the others or one
+    more; a rank sends the messages of all of its workers as one."""
+
+    def __init__(self, kind: str, sized: bool, workers: int, transport: Transport) -> None:
+        n, ranks, rank = workers, transport.size, transport.rank
+        if n < ranks:
+            raise ValueError(
+                f"got {n} workers for {ranks} ranks, expected at least as many; start fewer ranks"
+            )
+        self._kind, self._sized, self._workers, self._transport = kind, sized, n, transport
+        self._own = 0  # bytes by this rank; the transport may carry other things as well
+        self._as_if = 0  # bytes by all workers, were each on a rank of its own
+        self.mine = range(rank * n // ranks, (rank + 1) * n // ranks)
+
+    def meet(self, messages: Sequence[Payload]) -> list[Payload]:
+        """What every rank receives."""
+        if self._kind == "gather" and self._workers > self._transport.size:
+            received = self._gather(messages)
+            sizes = [m.nbytes if self._sized else wire.padded(m.data).size for m in received]
+            self._as_if += sum(sizes) * (self._workers - 1)
+            return received
+        own, before = self._summed(messages), self._transport.bytes_sent
+        received = exchanges.start(self._kind, self._transport, "step", own, sized=self._sized)()
+        self._own += self._transport.bytes_sent - before
+        return received
+
+    def _summed(self, messages: Sequence[Payload]) -> Payload:
+        """One message for those of this rank's workers."""
+        own, *others = messages
+        if self._kind == "gather":
+            return own
+        own = Payload(own.data.copy())
+        for message in others:
+            own.summands()[:] += message.summands()
+        self._as_if += self._workers * ring_share(own.summands().nbytes, self._workers)
+        return own.as_skip() if any(message.is_skip for message in messages) else own
+
+    def _gather(self, messages: Sequence[Payload]) -> list[Payload]:
+        packed = np.concatenate([message.data for message in messages])
+        received = []
+        for buffer in self._transport.allgather("step", packed)():
+            while buffer.size:
+                received.append(Payload.from_start(buffer))
+                buffer = buffer[received[-1].nbytes :]
+        return received
+
+    def answer(self, aggregate: Array | Payload) -> None:
+        """Nothing: every rank plays the aggregator's part itself."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank, if it has one worker; else by a worker on average, as if it had."""
+        if self._workers == self._transport.size:
+            return self._own
+        return self._as_if // self._workers
+
+    @property
+    def bytes_received(self) -> int:
+        return self.bytes_sent
 
 
 def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import math
+from dataclasses import fields
 from typing import Any
 
 from ef_horovod import registry
@@ -32,6 +33,25 @@ def read_compressor(text: str) -> Compressor:
     if not isinstance(found, Compressor):
         raise ValueError(f"got {text!r}, expected a compressor; write for example 'topk:0.01'")
     return found
+
+
+def write_method(method: Method) -> str:
+    """The method as text that `read_method` reads, with all that `repr` leaves out.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> write_method(ef.PowerSGD(rank=2).for_shapes([(30, 40)]))
+        'PowerSGD(rank=2, shapes=((30, 40),))'
+    """
+    hidden = [field.name for field in fields(method) if not field.repr]
+    options = {name: getattr(method, name) for name in hidden}
+    more = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    shown = repr(method)
+    return (
+        f"{shown[:-1]}{', ' if not shown.endswith('()') else ''}{', '.join(more)})"
+        if more
+        else shown
+    )
 
 
 def read_method(

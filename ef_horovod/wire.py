@@ -7,7 +7,7 @@ read from a payload is trusted: lengths, counts and bounds are checked before me
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,6 +89,13 @@ def padded(payload: np.ndarray) -> np.ndarray:
     return out
 
 
+def padded_values(values: np.ndarray) -> np.ndarray:
+    """float32 numbers followed by zeros to their size class, at least four in all."""
+    out = np.zeros(size_class(max(values.nbytes, 1)) // 4, np.float32)
+    out[: values.size] = values
+    return out
+
+
 def padded_nbytes(data: np.ndarray) -> int:
     """How many bytes the padded payload at the start of `data` takes.
 
@@ -123,9 +130,13 @@ class Fields:
             part = part.copy()
         return part.view(dtype)
 
-    def unpack(self, layout: struct.Struct) -> tuple[int, ...]:
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
         """The next fields of a struct."""
         return layout.unpack(self.array("u1", layout.size).tobytes())
+
+    def rest(self) -> np.ndarray:
+        """uint8: all that was not read yet."""
+        return self.array("u1", self._body.size - self._position)
 
     def end(self) -> None:
         """Raise unless all bytes were read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ class Report:
             [
                 f"## {self.name}",
                 ", ".join(f"{key} {value}" for key, value in self.settings.items()),
-                tabulate(self.rows, headers="keys", tablefmt="github", disable_numparse=True),
+                *(
+                    tabulate(list(rows), headers="keys", tablefmt="github", disable_numparse=True)
+                    for _, rows in groupby(self.rows, key=tuple)  # a table for each set of columns
+                ),
                 tabulate(
                     verdicts, headers=["claim", "expected", "measured", "holds?"], tablefmt="github"
                 ),
@@ -72,33 +76,54 @@ class Report:
         )
 
     def write(self, out: Path, plot: Callable[[Report, Path], None]) -> None:
-        """NAME.md, NAME.json and NAME.png into a folder."""
+        """NAME.md, NAME.json and NAME.png into a folder; what stands above the results stays."""
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{self.name}.md").write_text(self.text() + "\n")
+        page, text = out / f"{self.name}.md", self.text() + "\n"
+        before = page.read_text() if page.is_file() else ""
+        start = before.find(f"## {self.name}\n")
+        page.write_text(before[: max(start, 0)] + text)
         content = asdict(self)
         (out / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
         plot(self, out / f"{self.name}.png")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of a plot: the curves whose label starts with a prefix."""
+
+    prefix: str
+    xlabel: str
+    ylabel: str
+    xscale: str = "linear"
+    yscale: str = "log"
 
 
 def plot_curves(
     report: Report, path: Path, *, xlabel: str, ylabel: str, panels: Sequence[str] = ("",)
 ) -> None:
     """Curves whose label starts with a panel's name, a panel each, y logarithmic."""
+    plot_panels(report, path, [[Panel(name, xlabel, ylabel) for name in panels]])
+
+
+def plot_panels(report: Report, path: Path, grid: Sequence[Sequence[Panel]]) -> None:
+    """Rows of panels, equally many in each."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows, columns = len(grid), len(grid[0])
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5 * len(panels), 3.8), squeeze=False, layout="constrained"
+        rows, columns, figsize=(5 * columns, 3.8 * rows), squeeze=False, layout="constrained"
     )
-    for panel, axis in zip(panels, axes[0], strict=True):
-        labels = [label for label in report.curves if label.startswith(panel)]
+    for panel, axis in zip((p for row in grid for p in row), axes.flat, strict=True):
+        labels = [label for label in report.curves if label.startswith(panel.prefix)]
         for i, label in enumerate(labels):
             curve = report.curves[label]
-            name = label.removeprefix(panel).strip(" :")
-            axis.semilogy(curve["x"], curve["y"], color=COLOURS[i % len(COLOURS)], label=name)
-        axis.set(title=panel, xlabel=xlabel, ylabel=ylabel)
+            name = label.removeprefix(panel.prefix).strip(" :")
+            axis.plot(curve["x"], curve["y"], color=COLOURS[i % len(COLOURS)], label=name)
+        axis.set(title=panel.prefix.strip(" :"), xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axis.set(xscale=panel.xscale, yscale=panel.yscale)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)

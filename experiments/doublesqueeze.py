@@ -2,6 +2,7 @@
 
 a9a, 8 workers, batches of 32, the learning rate divided by ten half way. Claim: compression on both
 ways with two error memories ends where uncompressed SGD does; without memory it stalls far above.
+A small network follows in `doublesqueeze_network`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ef_horovod as ef
 from ef_horovod import theory
 from experiments.claims import Report, plot_curves
 from experiments.convex import minimiser
+from experiments.doublesqueeze_network import add_network, plot_network, prepare
 from experiments.libsvm import load_problem
 from experiments.workers import Workers
 
@@ -53,6 +55,7 @@ EXPECTED = {
 
 def run(workers: Workers, data: Path, quick: bool) -> Report:
     """All methods at each rate; quick: one rate, fewer rounds."""
+    network = prepare(workers, data, quick)  # first, for it may miss something
     rounds = 400 if quick else 4000
     report = Report(
         "doublesqueeze",
@@ -66,6 +69,8 @@ def run(workers: Workers, data: Path, quick: bool) -> Report:
             for name, method in methods().items()
         }
         _judge(report, ends, rate, quick)
+    if network is not None:
+        add_network(report, network, quick)
     return report
 
 
@@ -90,7 +95,9 @@ def _train(
 
     def gradient(worker: int, x: np.ndarray, step: int) -> np.ndarray:
         rng = np.random.default_rng((worker, step))
-        return problem.batch_gradient(worker, x, rng.integers(0, ROWS // WORKERS, BATCH))
+        return problem.batch_gradient(
+            worker, x, rng.integers(0, len(problem.shards[worker].labels), BATCH)
+        )
 
     iterates: list[np.ndarray] = []
     history = workers.run(
@@ -140,7 +147,8 @@ def _judge(report: Report, ends: dict[str, float], rate: float, quick: bool) -> 
 
 
 def plot(report: Report, path: Path) -> None:
-    """Loss against rounds."""
+    """Loss against rounds; the network's in NAME-network.png."""
     panels = [f"learning rate {r:g}" for r in RATES]
     shown = [p for p in panels if any(label.startswith(p) for label in report.curves)]
     plot_curves(report, path, xlabel="round", ylabel="$f - f^*$", panels=shown)
+    plot_network(report, path.with_name(f"{report.name}-network.png"))

@@ -95,9 +95,11 @@ def _run_case(
         workers=WORKERS,
         steps=case.steps,
         step_size=step,
-        observe=lambda x: {"squared_norm": float(np.sum(problem.mean_gradient(x) ** 2))},
+        observe=lambda x: {"x": x},
     )
-    norms = np.array([entry["squared_norm"] for entry in history])
+    norms = workers.map(
+        lambda x: float(np.sum(problem.mean_gradient(x) ** 2)), [entry["x"] for entry in history]
+    )
     # As the authors count: 32 bits a kept value, indices and the first round are free.
     bits = 32 * kept * np.arange(1, len(norms) + 1)
     reached = [int(bits[np.argmax(norms < t)]) if np.any(norms < t) else None for t in TARGETS]

@@ -3,7 +3,7 @@
 For a fixed sequence of vectors and a number of entries in total, a hard threshold makes the error
 smallest, exactly. In training (EF-GD-star on phishing: gradients minus those at the minimum, so
 that compression is the only source of error) it has a far smaller total error than top-k at equal
-volume, and the same loss.
+volume, and the same loss. A network follows in `hard_threshold_network`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import ef_horovod as ef
 from ef_horovod import theory
 from experiments.claims import Report, plot_curves
 from experiments.convex import minimiser
+from experiments.counting import Counts, counted
+from experiments.hard_threshold_network import add_network, plot_network, prepare
 from experiments.libsvm import load_problem
 from experiments.workers import Workers
 
@@ -25,6 +27,7 @@ WORKERS, BUDGET = 20, 1.0  # entries that a worker sends in a step, on average
 
 def run(workers: Workers, data: Path, quick: bool) -> Report:
     """Fixed sequences, then training; quick: fewer steps."""
+    network = prepare(workers, data, quick)  # first, for it may miss something
     steps = 300 if quick else 1500
     report = Report("hard-threshold", {"workers": WORKERS, "steps": steps, "data": "phishing"})
     _fixed_sequence(report)
@@ -42,6 +45,8 @@ def run(workers: Workers, data: Path, quick: bool) -> Report:
         trained = _compare(report, workers, label, problem, gradient, best, step, steps)
         if label == "EF-GD-star":
             _judge(report, trained, quick)
+    if network is not None:
+        add_network(report, network, quick)
     return report
 
 
@@ -75,9 +80,9 @@ def _compare(
     """{compressor: (volume, total error, f - f*)}; the threshold is calibrated to the budget."""
 
     def train(compressor: ef.Compressor) -> tuple[float, float, float]:
-        counts: dict[str, float] = {"entries": 0.0, "error": 0.0}
+        counts = Counts()
         history = workers.run(
-            counting(compressor, step, counts),
+            counted(ef.ErrorFeedback(compressor, step_inside=step), counts),
             gradient,
             best + 0.5,
             workers=WORKERS,
@@ -87,7 +92,7 @@ def _compare(
         )
         name = f"{label}: {type(compressor).__name__}"
         report.curve(name, range(steps), [max(entry["gap"], 1e-16) for entry in history])
-        entries, error = (workers.sum(counts[key]) / WORKERS for key in ("entries", "error"))
+        entries, error = (workers.sum(n) / WORKERS for n in (counts.entries, counts.error))
         return entries / steps, error, history[-1]["gap"]
 
     found = theory.calibrate(lambda t: train(ef.HardThreshold(t))[0], BUDGET, start=0.02)
@@ -122,19 +127,7 @@ def _judge(report: Report, results: dict[str, tuple[float, float, float]], quick
     )
 
 
-def counting(compressor: ef.Compressor, step: float, counts: dict[str, float]) -> ef.Method:
-    """Error feedback, step inside, that adds up ||e||^2 and the entries sent."""
-
-    class Counting(ef.ErrorFeedback):
-        def push(self, state: Any, gradient: Any, key: Any = None) -> Any:
-            message, state = super().push(state, gradient, key)
-            counts["error"] += float(np.sum(np.square(state.error, dtype=np.float64)))
-            counts["entries"] += float(np.frombuffer(bytes(message)[16:20], "<u4")[0])
-            return message, state
-
-    return Counting(compressor, step_inside=step)
-
-
 def plot(report: Report, path: Path) -> None:
-    """Loss against steps."""
+    """Loss against steps; the network's accuracy in NAME-network.png."""
     plot_curves(report, path, xlabel="step", ylabel="$f - f^*$", panels=("EF-GD-star", "EF-GD:"))
+    plot_network(report, path.with_name(f"{report.name}-network.png"))

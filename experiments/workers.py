@@ -1,16 +1,16 @@
-"""Workers for the experiments: processes under mpirun, or all of them in this one."""
+"""Workers for the experiments: on the ranks of an MPI job, or all of them in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 import ef_horovod as ef
-from ef_horovod.channel import Channel, finish_step
 from ef_horovod.estimators import Estimator
-from ef_horovod.schedules import value_at
+from experiments.counting import Counts, counted
 
 Observe = Callable[[np.ndarray], dict[str, Any]]
 
@@ -19,7 +19,7 @@ class Workers:
     """Runs methods; what `launch/reproduce` chose decides where.
 
     Args:
-        transport: of this MPI job, whose ranks are the workers; None for `ef.simulate`.
+        transport: of this MPI job, whose ranks share the workers; None for one process.
     """
 
     def __init__(self, transport: Any = None) -> None:
@@ -32,9 +32,39 @@ class Workers:
 
     def sum(self, number: float) -> float:
         """A number of every rank, added up; itself where one process has all workers."""
+        return float(self._sums(np.array([number], np.float64))[0])
+
+    def map(
+        self, function: Callable[[np.ndarray], float], points: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """function(point) of each, float64[m], the same on all ranks, which share the work."""
+        size, rank = (1, 0) if self.transport is None else self._place()
+        values = np.zeros(len(points))
+        for i in range(rank, len(points), size):
+            values[i] = function(points[i])
+        return self._sums(values)
+
+    def part(self, count: int) -> Workers | None:
+        """The first `count` workers by themselves; None on a rank that is not one of them.
+
+        Collective: all ranks call it. In one process there is nothing to leave out.
+
+        Raises:
+            ValueError: the job has fewer ranks.
+        """
         if self.transport is None:
-            return number
-        return float(self.transport.allreduce("sum", np.array([number]))()[0])
+            return self
+        from mpi4py import MPI
+
+        from ef_horovod.transports.mpi import MPITransport
+
+        rank, size = self.transport.rank, self.transport.size
+        if size < count:
+            raise ValueError(
+                f"got {size} ranks, expected at least {count}; start as many with mpirun -np"
+            )
+        inside = MPI.COMM_WORLD.Split(0 if rank < count else MPI.UNDEFINED, rank)
+        return Workers(MPITransport(inside)) if rank < count else None
 
     def run(
         self,
@@ -45,83 +75,90 @@ class Workers:
         workers: int,
         steps: int,
         step_size: float | ef.Decay | Callable[[int], float],
-        observe: Observe,
+        observe: Observe = lambda x: {},
         seed: int = 0,
         estimator: Estimator = Estimator(),  # noqa: B008 - frozen
-        stop: Callable[[dict[str, Any]], bool] = lambda entry: False,
+        stop: Callable[[dict[str, Any]], bool] | None = None,
     ) -> list[dict[str, Any]]:
         """History of `x <- x - step_size * direction`: one dict a step.
 
         Args:
             method: with its compressor.
             gradient: gradient(worker, x, step).
-            x0: float64[d].
-            workers: n; under mpirun the number of ranks.
+            x0: float64[d] or float32[d].
+            workers: n; where there are fewer than ranks, rank 0 has all of them.
             steps: at most.
             step_size: a number, a schedule or a function of the step.
-            observe: of the new x, for the history.
+            observe: of the new x, for the history; every rank calls it, so what takes long is
+                better left to `map`.
             seed: of random compressors.
             estimator: what workers say in place of their gradients.
             stop: looks at the last entry of the history.
 
         Returns:
-            Entries with "step", "bytes_sent" (by a worker so far) and what `observe` gave.
+            Entries with what `observe` gave, "step", "bytes_sent" (by a worker so far, to all
+            others), and what a worker and a server would have sent each other so far, on average
+            over workers: "bytes_up" and "bytes_down".
         """
-        if self.transport is None:
-            run = ef.simulate(
-                method,
-                gradient,
-                x0,
-                workers=workers,
-                steps=steps,
-                step_size=step_size,
-                seed=seed,
-                estimator=estimator,
-                observe=observe,
+        if self.transport is not None and workers < self.transport.size:
+            return self._from_lead(
+                lambda: Workers().run(
+                    method,
+                    gradient,
+                    x0,
+                    workers=workers,
+                    steps=steps,
+                    step_size=step_size,
+                    observe=observe,
+                    seed=seed,
+                    estimator=estimator,
+                    stop=stop,
+                )
             )
-            return run.history
-        estimate = _Estimate(estimator, gradient, self.transport.rank)
-        return self._run_on_ranks(method, estimate, x0, steps, step_size, observe, seed, stop)
+        counts, totals = Counts(), []
 
-    def _run_on_ranks(
-        self,
-        method: ef.Method,
-        estimate: _Estimate,
-        x0: np.ndarray,
-        steps: int,
-        step_size: Any,
-        observe: Observe,
-        seed: int,
-        stop: Any,
-    ) -> list[dict[str, Any]]:
-        transport = self.transport
-        channel = Channel("x", np.zeros(x0.size, np.float32), method, transport, seed=seed)
-        x, history = x0.copy(), []
-        for step in range(steps):
-            channel.gradient[:] = estimate(x, step)
-            channel.start(step)
-            directions = finish_step([channel])
-            if directions is None:
-                raise ef.NonFiniteError(f"step {step}: a gradient was not finite; lower step_size")
-            size = step_size(step) if callable(step_size) else value_at(step_size, step)
-            x = x - size * directions[0]
-            history.append({"step": step, "bytes_sent": channel.stats().bytes_out, **observe(x)})
-            if stop(history[-1]):
-                break
+        def watch(x: np.ndarray) -> dict[str, Any]:
+            totals.append((counts.up, counts.down))
+            return observe(x)
+
+        history = ef.simulate(
+            counted(method, counts),
+            gradient,
+            x0,
+            workers=workers,
+            steps=steps,
+            step_size=step_size,
+            seed=seed,
+            estimator=estimator,
+            observe=watch,
+            stop=stop,
+            transport=self.transport,
+        ).history
+        self._add_counts(history, np.array(totals), workers)
         return history
 
+    def _add_counts(
+        self, history: list[dict[str, Any]], both_ways: np.ndarray, workers: int
+    ) -> None:
+        """What is known of this rank's workers becomes an average over all."""
+        totals = self._sums(both_ways.reshape(-1)).reshape(-1, 2) / workers
+        sent = self._sums(np.array([float(entry["bytes_sent"]) for entry in history]))
+        for i, entry in enumerate(history):
+            entry["bytes_sent"] = int(sent[i]) // (self.transport.size if self.transport else 1)
+            entry["bytes_received"] = entry["bytes_sent"]  # on average: each goes to one of them
+            entry["bytes_up"], entry["bytes_down"] = totals[i]
 
-class _Estimate:
-    """One worker's estimates, as `ef.simulate` makes them for all."""
+    def _sums(self, numbers: np.ndarray) -> np.ndarray:
+        """float64[m] of every rank, added up."""
+        if self.transport is None or numbers.size == 0:
+            return numbers
+        return self.transport.allreduce("numbers", numbers)()
 
-    def __init__(self, estimator: Estimator, gradient: Any, worker: int) -> None:
-        self._estimator, self._gradient, self._worker = estimator, gradient, worker
-        self._before: np.ndarray | None = None
-        self._last: np.ndarray | None = None
+    def _place(self) -> tuple[int, int]:
+        return self.transport.size, self.transport.rank
 
-    def __call__(self, x: np.ndarray, step: int) -> np.ndarray:
-        before = x if self._before is None else self._before
-        points = self._estimator.points(x, before, step)
-        gradients = [self._gradient(self._worker, point, step) for point in points]
-        self._before, self._last = x, self._estimator.combine(gradients, self._last, step)
-        return self._last
+    def _from_lead(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on all ranks."""
+        data = pickle.dumps(make()) if self.leads else b"-"
+        first, *_ = self.transport.allgather("from lead", np.frombuffer(data, np.uint8))()
+        return pickle.loads(first.tobytes())

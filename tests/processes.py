@@ -11,7 +11,7 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent  # not resolved: a venv's python is a link
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two cores, several ranks
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -39,7 +39,7 @@ def run_job(
     job = subprocess.Popen(
         command,
         cwd=cwd,
-        env={**os.environ, **_ENVIRONMENT, **(environment or {})},
+        env={**os.environ, **ENVIRONMENT, **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

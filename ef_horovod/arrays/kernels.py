@@ -200,3 +200,41 @@ def _mix(z):  # type: ignore[no-untyped-def]
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def bernoulli_indices(seed, tails, guide, bound, out):  # type: ignore[no-untyped-def]
+    """Ascending indices below bound, each there with one probability, as many as fit into out.
+
+    The gaps between them are geometric: word j of the seed (as in `kernels_quantize.draw`) stands
+    for a gap of as many entries as there are tails above it, found from `guide[its upper bits]` on.
+    With all tails above it, that many entries are passed over, and the next word counts on.
+
+    Args:
+        seed: uint64.
+        tails: uint64[1024], falling: the probability of a gap above j, in 1 / 2**64.
+        guide: int64[1024]: tails that are above every word with these upper ten bits.
+        bound: of the indices.
+        out: int64[m].
+
+    Returns:
+        How many there are; more than out.size means that out was too small.
+    """
+    count, index, state = 0, np.int64(-1), np.uint64(seed)
+    while True:
+        state += np.uint64(0x9E3779B97F4A7C15)
+        word = _mix(state)
+        gap = guide[word >> np.uint64(54)]
+        while gap < tails.size and word < tails[gap]:
+            gap += 1
+        index += gap
+        if gap == tails.size:
+            if index >= bound:
+                return count
+            continue
+        index += 1
+        if index >= bound:
+            return count
+        if count < out.size:
+            out[count] = index
+        count += 1

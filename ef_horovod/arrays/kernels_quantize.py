@@ -248,10 +248,11 @@ def _round(x, start, random, scales, limits, block, powers, sign_bit, room, code
 
 
 @njit(cache=True, nogil=True)
-def quantize(x, scales, limits, block, powers, width, seed, lost, out):  # type: ignore[no-untyped-def]
+def quantize(x, scales, limits, block, powers, width, seed, lost, share, out):  # type: ignore[no-untyped-def]
     """Round x / scale at random to integers, or to powers of two; width 0 packs in base 3.
 
-    Into uint32 words, or uint8 for base 3. `lost` is x, to become what was lost, or empty.
+    Into uint32 words, or uint8 for base 3. `lost` is x, to become x - share * what was rounded to,
+    or empty.
     """
     random64, codes = np.empty(_CHUNK // 2, np.uint64), np.empty(_CHUNK, np.uint32)
     random, room = random64.view(np.uint32), np.empty(_CHUNK, np.float32)
@@ -267,7 +268,7 @@ def quantize(x, scales, limits, block, powers, width, seed, lost, out):  # type:
             _pack_ternary(own, out[start // 5 : (start + part.size + 4) // 5])
         if lost.size:
             part = lost[start : start + _CHUNK]
-            _add_codes(part, start, own, scales, block, powers, -_ONE, sign_bit, room)
+            _add_codes(part, start, own, scales, block, powers, -share, sign_bit, room)
 
 
 @njit(cache=True, nogil=True)
@@ -286,10 +287,10 @@ def add_quantized(x, packed, scales, block, powers, width, weight):  # type: ign
 
 
 @njit(cache=True, nogil=True)
-def shorten(x, width, factor, seed, dither, lost, words):  # type: ignore[no-untyped-def]
+def shorten(x, width, factor, seed, dither, lost, share, words):  # type: ignore[no-untyped-def]
     """The upper `width` bits of x * factor, with random bits added to the lower ones if `dither`.
 
-    `lost` is x, to become what was lost, or empty; factor is a power of two.
+    `lost` is x, to become x - share * what was rounded to, or empty; factor is a power of two.
     """
     random64 = np.zeros(_CHUNK // 2, np.uint64)
     random, codes = random64.view(np.uint32), np.empty(_CHUNK, np.uint32)
@@ -313,7 +314,7 @@ def shorten(x, width, factor, seed, dither, lost, words):  # type: ignore[no-unt
             for i in range(own.size):
                 bits[i] = codes[i] << drop
             for i in range(own.size):
-                own[i] -= scaled[i] * (_ONE / factor)
+                own[i] -= share * (scaled[i] * (_ONE / factor))
 
 
 @njit(cache=True, nogil=True)

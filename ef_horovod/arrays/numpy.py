@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ef_horovod.arrays.numpy_matrices import *  # noqa: F403 - low rank
 from ef_horovod.arrays.numpy_quantize import *  # noqa: F403 - the quantizers' part
 
 _SAMPLES = 1 << 15

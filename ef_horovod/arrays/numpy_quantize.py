@@ -53,12 +53,12 @@ def block_halves(x: np.ndarray, block: int) -> np.ndarray:
 
 
 def quantize(
-    x: np.ndarray, scales: np.ndarray, block: int, grid: Grid, seed: int, *, subtract: bool
+    x: np.ndarray, scales: np.ndarray, block: int, grid: Grid, seed: int, *, subtract: float
 ) -> np.ndarray:
     """uint8[grid.nbytes(n)]: x / its block's scale, rounded at random to a neighbour on the grid.
 
     Unbiased up to the largest number of the grid, which stands for all that is larger. Entry i
-    draws from (seed, i) alone. With `subtract`, x becomes what was lost.
+    draws from (seed, i) alone. x becomes x - subtract * the rounded numbers: with 1, what was lost.
     """
     nbytes, width = grid.nbytes(x.size), _stream_width(grid)
     out = np.empty(-(-nbytes // 4), np.uint32)
@@ -71,6 +71,7 @@ def quantize(
         width,
         np.uint64(seed),
         x if subtract else _NOTHING,
+        np.float32(subtract),
         out if width else out.view(np.uint8)[:nbytes],
     )
     return out.view(np.uint8)[:nbytes]
@@ -93,19 +94,20 @@ def add_quantized(
 
 
 def shorten(
-    x: np.ndarray, width: int, shift: int, seed: int | None, *, subtract: bool
+    x: np.ndarray, width: int, shift: int, seed: int | None, *, subtract: float
 ) -> np.ndarray:
     """uint8[ceil(n * width / 8)]: the upper `width` bits of each x_i * 2**shift.
 
     The lower bits are dropped, which rounds towards 0; with a seed they are rounded at random,
-    unbiased below the largest number that has so few bits. With `subtract`, x becomes what was
-    lost.
+    unbiased below the largest number that has so few bits. x becomes x - subtract * the shortened
+    numbers: with 1, what was lost.
     """
     nbytes = bits_nbytes(x.size, width)
     out = np.empty(-(-nbytes // 4), np.uint32)
     dither, lost = seed is not None, x if subtract else _NOTHING
     factor = np.float32(2.0**shift)
-    _kernels().shorten(x, width, factor, np.uint64(seed or 0), dither, lost, out)
+    share = np.float32(subtract)
+    _kernels().shorten(x, width, factor, np.uint64(seed or 0), dither, lost, share, out)
     return out.view(np.uint8)[:nbytes]
 
 

@@ -24,6 +24,7 @@ from ef_horovod.arrays.tensorflow_device import on as _on
 from ef_horovod.arrays.tensorflow_device import parts as _parts
 from ef_horovod.arrays.tensorflow_device import put as _put
 from ef_horovod.arrays.tensorflow_device import to_host as to_host
+from ef_horovod.arrays.tensorflow_matrices import *  # noqa: F403 - low rank
 from ef_horovod.arrays.tensorflow_quantize import *  # noqa: F403 - the quantizers' part
 
 _WORK = 1 << 22  # entries handled at once where an op needs temporaries; a multiple of 8

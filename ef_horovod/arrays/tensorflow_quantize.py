@@ -50,7 +50,7 @@ def block_halves(x: tf.Variable, block: int) -> np.ndarray:
 
 @kernel
 def quantize(
-    x: tf.Variable, scales: np.ndarray, block: int, grid: Grid, seed: int, *, subtract: bool
+    x: tf.Variable, scales: np.ndarray, block: int, grid: Grid, seed: int, *, subtract: float
 ) -> np.ndarray:
     limits = grid.limits(scales)
     safe, packed = np.where(limits > 0, scales, np.float32(1)).astype(np.float32), []
@@ -64,7 +64,8 @@ def quantize(
         else:
             packed.append(to_host(_pack(codes, grid.width)))
         if subtract:
-            put(x, start, part - _values(codes, _spread(scales, start, part, block), grid))
+            values = _values(codes, _spread(scales, start, part, block), grid)
+            put(x, start, part - values * np.float32(subtract))
     return np.concatenate([*packed, np.empty(0, np.uint8)])
 
 
@@ -83,7 +84,7 @@ def add_quantized(
 
 @kernel
 def shorten(
-    x: tf.Variable, width: int, shift: int, seed: int | None, *, subtract: bool
+    x: tf.Variable, width: int, shift: int, seed: int | None, *, subtract: float
 ) -> np.ndarray:
     drop, most, packed = 32 - width, (0x7F800000 >> (32 - width)) - 1, []
     for start, part in parts(x, _step()):
@@ -95,7 +96,7 @@ def shorten(
         codes = _or(tf.minimum(_right(magnitudes, drop), most), signs)
         packed.append(to_host(_pack(codes, width)))
         if subtract:
-            put(x, start, part - _lengthen(codes, width, shift))
+            put(x, start, part - _lengthen(codes, width, shift) * np.float32(subtract))
     return np.concatenate([*packed, np.empty(0, np.uint8)])
 
 

@@ -17,6 +17,7 @@ from ef_horovod.arrays.numpy import Like
 from ef_horovod.arrays.torch_device import from_host as from_host
 from ef_horovod.arrays.torch_device import kernel as _kernel
 from ef_horovod.arrays.torch_device import to_host as to_host
+from ef_horovod.arrays.torch_matrices import *  # noqa: F403 - low rank
 from ef_horovod.arrays.torch_quantize import *  # noqa: F403 - the quantizers' part
 
 _WORK = 1 << 22  # entries handled at once where a device op needs temporaries

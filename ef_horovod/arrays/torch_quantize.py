@@ -45,7 +45,7 @@ def block_halves(x: torch.Tensor, block: int) -> np.ndarray:
 
 @kernel
 def quantize(
-    x: torch.Tensor, scales: np.ndarray, block: int, grid: Grid, seed: int, *, subtract: bool
+    x: torch.Tensor, scales: np.ndarray, block: int, grid: Grid, seed: int, *, subtract: float
 ) -> np.ndarray:
     limits, stretch = grid.limits(scales), from_host(scales, x.device)
     most, safe = from_host(limits, x.device), from_host(_safe(scales, limits), x.device)
@@ -57,7 +57,7 @@ def quantize(
         codes = levels | ((part < 0).long() << (grid.width - 1))
         packed.append(to_host(_pack_ternary(codes) if _ternary(grid) else _pack(codes, grid.width)))
         if subtract:
-            part.sub_(_values(codes, stretch[b], grid))
+            part.sub_(_values(codes, stretch[b], grid) * subtract)
     return np.concatenate([*packed, np.empty(0, np.uint8)])
 
 
@@ -78,7 +78,7 @@ def add_quantized(
 
 @kernel
 def shorten(
-    x: torch.Tensor, width: int, shift: int, seed: int | None, *, subtract: bool
+    x: torch.Tensor, width: int, shift: int, seed: int | None, *, subtract: float
 ) -> np.ndarray:
     drop, most = 32 - width, (0x7F800000 >> (32 - width)) - 1
     packed = []
@@ -90,7 +90,7 @@ def shorten(
         codes = (magnitudes >> drop).clamp(max=most) | ((bits < 0).long() << (width - 1))
         packed.append(to_host(_pack(codes, width)))
         if subtract:
-            part.sub_(_lengthen(codes, width, shift))
+            part.sub_(_lengthen(codes, width, shift) * subtract)
     return np.concatenate([*packed, np.empty(0, np.uint8)])
 
 

@@ -27,8 +27,13 @@ class Compressor(Shown):
     """
 
     wire_id: ClassVar[int]
-    # Whether a payload's size follows from d alone, so that all ranks' are equally long.
-    sized: ClassVar[bool] = True
+    # Whether `encode` takes a share s for `residual` too, and leaves x - s C(x): `Scaled` asks.
+    weighs_residual: ClassVar[bool] = False
+
+    @property
+    def sized(self) -> bool:
+        """Whether a payload's size follows from d alone, so that all ranks' are equally long."""
+        return True
 
     @property
     def linear(self) -> bool:
@@ -47,6 +52,16 @@ class Compressor(Shown):
     def variance(self, d: int) -> float | None:
         """omega with E||C(x) - x||^2 <= omega ||x||^2, for unbiased compressors, else None."""
         return None
+
+    @property
+    def suits_feedback(self) -> bool:
+        """Whether an error memory stays bounded with it, whatever bounded gradients come.
+
+        True for contractions. A bound of another kind serves as well: an absolute one, as that of
+        `HardThreshold`, or a contraction in another norm, as those of `OneBit("l2")` and of
+        `TernGrad` with a clip.
+        """
+        return self.contraction(1000) is not None
 
     @classmethod
     def examples(cls) -> tuple[Compressor, ...]:
@@ -127,11 +142,21 @@ class Compressor(Shown):
         payload = self._payload(self.encode(flat, key, residual=True), flat.shape[0], xp.like(x))
         return payload, xp.shaped(flat, xp.like(x))
 
-    def skip(self, x: Array) -> Payload:
-        """A payload of the usual size for x that says only: drop this step on all ranks."""
+    def skip(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
+        """A payload of the usual size for x that says only: drop this step on all ranks.
+
+        Where sizes follow from the key, and messages may be summed, it is the size for that key.
+        """
         d = int(np.prod(x.shape))
+        if self.linear and not self.sized:
+            return self.skip_like_zeros(x, key)
         body = np.zeros(self.body_nbytes(d), np.uint8)
         return self._payload((body,), d, namespace(x).like(x)).as_skip()
+
+    def skip_like_zeros(self, x: Array, key: Key) -> Payload:
+        """`skip`, with the body of a message of zeros: for those whose `summands` look at it."""
+        nothing = self.compress(np.zeros(int(np.prod(x.shape)), np.float32), key)
+        return nothing.flagged(wire.SKIP, namespace(x).like(x))
 
     def absent(self, x: Array) -> Payload:
         """A payload for x that says nothing in this step: it counts as zeros."""
@@ -220,8 +245,12 @@ class Payload:
 
     def as_replacement(self) -> Payload:
         """The same numbers, to take the place of what was tracked."""
-        header = self.header._replace(flags=self.header.flags | wire.REPLACE)
-        return Payload(np.concatenate([header.pack(), self._body]), self._like)
+        return self.flagged(wire.REPLACE, self._like)
+
+    def flagged(self, flag: int, like: Like | None) -> Payload:
+        """The same body with a flag more in the header, to decompress to an array like `like`."""
+        header = self.header._replace(flags=self.header.flags | flag)
+        return Payload(np.concatenate([header.pack(), self._body]), like)
 
     def as_skip(self) -> Payload:
         """A payload of the same kind and size that says only: drop this step."""

@@ -73,6 +73,8 @@ class NaturalDithering(Compressor):
                 f"NaturalDithering got norm={self.norm!r}, expected 2 or math.inf; choose one"
             )
 
+    weighs_residual = True
+
     @property
     def unbiased(self) -> bool:
         return True
@@ -96,7 +98,7 @@ class NaturalDithering(Compressor):
         scales = 4 * blocks(d, block_length(self.bucket, d))
         return _LAYOUT.size + scales + self._grid.nbytes(d)
 
-    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+    def encode(self, x: Array, key: Key, *, residual: float) -> tuple[np.ndarray, ...]:
         xp, block = namespace(x), block_length(self.bucket, x.shape[0])
         if self.norm == 2:
             norms = np.sqrt(xp.block_squares(x, block))

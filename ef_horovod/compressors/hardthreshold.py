@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-import numpy as np
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors import sparse
-from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.compressors.base import require_finite
+from ef_horovod.compressors.sparse import (
+    Chosen,
+    Entries,
+    Sparsifier,
+    coded,
+    coded_nbytes,
+    read_coded,
+)
 from ef_horovod.keys import Key
 from ef_horovod.registry import register_compressor
+from ef_horovod.wire import Fields
 
 
 @register_compressor(wire_id=13)
 @dataclass(frozen=True)
-class HardThreshold(Compressor):
+class HardThreshold(Sparsifier):
     """Keep x_i where |x_i| >= threshold, exactly; nothing at all where there is none.
 
     With error feedback every entry of the error memory stays below the threshold, whatever the
@@ -47,7 +52,6 @@ class HardThreshold(Compressor):
     """
 
     threshold: float
-    sized: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (self.threshold > 0 and math.isfinite(self.threshold)):
@@ -56,18 +60,29 @@ class HardThreshold(Compressor):
                 "units of a gradient; theory.calibrate finds one for a number of entries a step"
             )
 
+    @property
+    def sized(self) -> bool:
+        return False
+
+    @property
+    def suits_feedback(self) -> bool:
+        return True  # by its absolute bound
+
     @classmethod
     def examples(cls) -> tuple[HardThreshold, ...]:
         return cls(1.0), cls(0.05)
 
-    def body_nbytes(self, d: int) -> int:
-        return sparse.body_nbytes(0, d)
+    def count(self, d: int) -> int:
+        return 0
 
-    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+    def places_nbytes(self, d: int) -> int:
+        return coded_nbytes(0, d)
+
+    def choose(self, x: Array, key: Key) -> Chosen:
         indices, values = namespace(x).at_least(x, self.threshold)
         require_finite(values, self)  # NaN and infinity are never below
-        return sparse.encode(x, indices, values, residual=residual)
+        return Chosen(coded(indices, x.shape[0]), Entries(indices), values)
 
     @classmethod
-    def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
-        sparse.accumulate(body, dense, weight, cls.__name__)
+    def read(cls, fields: Fields, d: int) -> Entries:
+        return read_coded(fields, d, cls.__name__)

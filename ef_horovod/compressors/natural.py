@@ -43,6 +43,8 @@ class Natural(Compressor):
         Learning (2019), Definition 1 and Theorem 2.
     """
 
+    weighs_residual = True
+
     @property
     def unbiased(self) -> bool:
         return True
@@ -60,7 +62,7 @@ class Natural(Compressor):
     def body_nbytes(self, d: int) -> int:
         return _LAYOUT.size + bits_nbytes(d, _WIDTH)
 
-    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+    def encode(self, x: Array, key: Key, *, residual: float) -> tuple[np.ndarray, ...]:
         return shorten(x, _WIDTH, key.draw(shared=False), self, residual=residual)
 
     @classmethod

@@ -30,9 +30,15 @@ class OneBit(Compressor):
     signs, which makes C a contraction for every x != 0: ||C(x) - x||^2 = ||x||^2 - ||x||_1^2 / d.
     Use it with error feedback.
 
+    With "l2" the largest magnitude m shrinks: max |x - C(x)| <= sqrt(1 - 1 / b) m in blocks of b
+    entries, so that an error memory stays bounded all the same. For no entry loses more than m - s
+    or s - a, where the scale s is at least m / sqrt(b), a is the smallest magnitude, and s^2 is at
+    most m^2 - (m^2 - a^2) / b.
+
     Args:
         scale: "l1"; "l2" for ||x|| / sqrt(d), which keeps the norm but is no contraction:
-            ||C(x) - x||^2 = 2 (||x|| - ||x||_1 / sqrt(d)) ||x|| comes close to 2 ||x||^2; or
+            ||C(x) - x||^2 = 2 (||x|| - ||x||_1 / sqrt(d)) ||x|| comes close to 2 ||x||^2 (error
+            feedback takes it all the same, see below); or
             "two_means" for the mean of the entries >= 0 and that of all others, which keeps the
             sum and loses no more than "l1".
         block: entries that share a scale, or None for the whole vector.
@@ -75,6 +81,10 @@ class OneBit(Compressor):
     def contraction(self, d: int) -> float | None:
         # The worst case is one entry different from zero; two means differ from l1 only for better.
         return None if self.scale == "l2" else 1.0 / block_length(self.block, d)
+
+    @property
+    def suits_feedback(self) -> bool:
+        return True
 
     @classmethod
     def examples(cls) -> tuple[OneBit, ...]:

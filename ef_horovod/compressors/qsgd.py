@@ -67,6 +67,8 @@ class QSGD(Compressor):
         require_range("QSGD: levels", self.levels, 1, _MAX_LEVELS)
         require_block("QSGD: bucket", self.bucket)
 
+    weighs_residual = True
+
     @property
     def unbiased(self) -> bool:
         return True
@@ -90,7 +92,7 @@ class QSGD(Compressor):
         scales = 4 * blocks(d, block_length(self.bucket, d))
         return _LAYOUT.size + scales + self._grid.nbytes(d)
 
-    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+    def encode(self, x: Array, key: Key, *, residual: float) -> tuple[np.ndarray, ...]:
         xp, block = namespace(x), block_length(self.bucket, x.shape[0])
         scales = scale_of(np.sqrt(xp.block_squares(x, block)) / self.levels, self)
         seed = key.draw(shared=False)

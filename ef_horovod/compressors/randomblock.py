@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.numpy_quantize import random_words
-from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.density import kept, require_ratio
 from ef_horovod.compressors.rounding import require_block
+from ef_horovod.compressors.sparse import Chosen, Scale, Sparsifier, require_scale
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
 from ef_horovod.registry import register_compressor
@@ -21,9 +22,22 @@ from ef_horovod.wire import Fields
 _LAYOUT = struct.Struct("<QII")  # seed, k, block: values start at a multiple of 8 bytes
 
 
+class Runs(NamedTuple):
+    """Runs of neighbouring entries: (start, stop) of each."""
+
+    slices: list[tuple[int, int]]
+    size: int
+
+    def put(self, x: Array, values: np.ndarray) -> None:
+        namespace(x).put_slices(x, self.slices, values)
+
+    def add(self, x: Array, values: np.ndarray, weight: float) -> None:
+        namespace(x).add_slices(x, self.slices, values, weight)
+
+
 @register_compressor(wire_id=11)
 @dataclass(frozen=True)
-class RandomBlock(Compressor):
+class RandomBlock(Sparsifier):
     """Keep k = max(1, floor(ratio * d)) entries in runs of neighbours at random places.
 
     As `RandomK`, with memory read in runs instead of entry by entry: no index is drawn for each
@@ -57,17 +71,13 @@ class RandomBlock(Compressor):
 
     ratio: float
     block: int = 4096
-    scale: Literal["contractive", "unbiased"] = "contractive"
+    scale: Scale = "contractive"
     shared: bool = True
 
     def __post_init__(self) -> None:
         require_ratio("RandomBlock", self.ratio)
         require_block("RandomBlock: block", self.block)
-        if self.scale not in ("contractive", "unbiased"):
-            raise ValueError(
-                f"RandomBlock got scale={self.scale!r}, expected 'contractive' (for error "
-                "feedback) or 'unbiased'; choose one of them"
-            )
+        require_scale("RandomBlock", self.scale)
 
     @property
     def linear(self) -> bool:
@@ -78,49 +88,38 @@ class RandomBlock(Compressor):
         return self.scale == "unbiased"
 
     def contraction(self, d: int) -> float | None:
-        return kept(self.ratio, None, d) / max(d, 1) if self.scale == "contractive" else None
+        return None if self.unbiased else self.count(d) / max(d, 1)
 
     def variance(self, d: int) -> float | None:
-        return d / max(kept(self.ratio, None, d), 1) - 1 if self.unbiased else None
+        return self.gain(d) - 1 if self.unbiased else None
 
     @classmethod
     def examples(cls) -> tuple[RandomBlock, ...]:
         return cls(0.1), cls(0.3, block=5, scale="unbiased", shared=False)
 
-    def body_nbytes(self, d: int) -> int:
-        return _LAYOUT.size + 4 * kept(self.ratio, None, d)
+    def count(self, d: int) -> int:
+        return kept(self.ratio, None, d)
 
-    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+    def gain(self, d: int) -> float:
+        return d / max(self.count(d), 1) if self.unbiased else 1.0
+
+    def choose(self, x: Array, key: Key) -> Chosen:
         xp, d = namespace(x), x.shape[0]
         require_finite(xp.abs_max(x), self)
-        k = kept(self.ratio, None, d)
-        seed = key.draw(shared=self.shared)
+        seed, k = key.draw(shared=self.shared), self.count(d)
         runs = _runs(seed, k, self.block, d)
-        values = xp.take_slices(x, runs)
-        with np.errstate(over="ignore"):  # refused below
-            sent = values * np.float32(d / k) if self.unbiased and k else values
-        require_finite(sent, self)
-        if residual:
-            xp.put_slices(x, runs, values - sent)
         head = np.frombuffer(_LAYOUT.pack(seed, k, self.block), np.uint8)
-        return head, sent.astype("<f4", copy=False)
+        return Chosen((head,), Runs(runs, k), xp.take_slices(x, runs))
 
     @classmethod
-    def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
-        fields, d = Fields(body, cls.__name__), dense.shape[0]
+    def read(cls, fields: Fields, d: int) -> Runs:
         seed, k, block = fields.unpack(_LAYOUT)
-        values = fields.array("<f4", k)
-        fields.end()
         if k > d or not 0 < block < 2**31:
             raise PayloadError(
                 f"RandomBlock payload has {k} values in runs of {block}, expected at most {d} in "
                 f"runs of 1 to {2**31 - 1}; it was damaged on the way"
             )
-        namespace(dense).add_slices(dense, _runs(seed, k, block, d), values, weight)
-
-    @classmethod
-    def summands(cls, body: np.ndarray) -> np.ndarray:
-        return body[_LAYOUT.size :].view("<f4")
+        return Runs(_runs(seed, k, block, d), k)
 
 
 def _runs(seed: int, k: int, block: int, d: int) -> list[tuple[int, int]]:

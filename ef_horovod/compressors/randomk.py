@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.density import kept, require_ratio
+from ef_horovod.compressors.sparse import Chosen, Entries, Scale, Sparsifier, require_scale
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
 from ef_horovod.registry import register_compressor
@@ -21,7 +21,7 @@ _LAYOUT = struct.Struct("<QII")  # seed, k, reserved: values start at a multiple
 
 @register_compressor(wire_id=4)
 @dataclass(frozen=True)
-class RandomK(Compressor):
+class RandomK(Sparsifier):
     """Keep k = max(1, floor(ratio * d)) entries drawn uniformly without replacement.
 
     Receivers draw the same subset from the payload's 64-bit seed, so no index is sent. With
@@ -52,15 +52,11 @@ class RandomK(Compressor):
 
     ratio: float
     shared: bool = True
-    scale: Literal["contractive", "unbiased"] = "contractive"
+    scale: Scale = "contractive"
 
     def __post_init__(self) -> None:
         require_ratio("RandomK", self.ratio)
-        if self.scale not in ("contractive", "unbiased"):
-            raise ValueError(
-                f"RandomK got scale={self.scale!r}, expected 'contractive' (for error feedback) or "
-                "'unbiased'; choose one of them"
-            )
+        require_scale("RandomK", self.scale)
 
     @property
     def linear(self) -> bool:
@@ -71,48 +67,38 @@ class RandomK(Compressor):
         return self.scale == "unbiased"
 
     def contraction(self, d: int) -> float | None:
-        return kept(self.ratio, None, d) / max(d, 1) if self.scale == "contractive" else None
+        return None if self.unbiased else self.count(d) / max(d, 1)
 
     def variance(self, d: int) -> float | None:
-        return d / max(kept(self.ratio, None, d), 1) - 1 if self.unbiased else None
+        return self.gain(d) - 1 if self.unbiased else None
 
     @classmethod
     def examples(cls) -> tuple[RandomK, ...]:
         return cls(0.1), cls(0.3, shared=False), cls(0.3, scale="unbiased")
 
-    def body_nbytes(self, d: int) -> int:
-        return _LAYOUT.size + 4 * kept(self.ratio, None, d)
+    def count(self, d: int) -> int:
+        return kept(self.ratio, None, d)
 
-    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+    def gain(self, d: int) -> float:
+        return d / max(self.count(d), 1) if self.unbiased else 1.0
+
+    def choose(self, x: Array, key: Key) -> Chosen:
         xp, d = namespace(x), x.shape[0]
         require_finite(xp.abs_max(x), self)
-        k = kept(self.ratio, None, d)
-        seed = key.draw(shared=self.shared)
+        seed, k = key.draw(shared=self.shared), self.count(d)
         indices = _draw_indices(seed, k, d)
-        values = xp.take(x, indices)
-        with np.errstate(over="ignore"):  # refused below
-            sent = values * np.float32(d / k) if self.unbiased and k else values
-        require_finite(sent, self)
-        if residual:
-            xp.scatter_put(x, indices, values - sent)
-        return np.frombuffer(_LAYOUT.pack(seed, k, 0), np.uint8), sent.astype("<f4", copy=False)
+        head = np.frombuffer(_LAYOUT.pack(seed, k, 0), np.uint8)
+        return Chosen((head,), Entries(indices), xp.take(x, indices))
 
     @classmethod
-    def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
-        fields = Fields(body, cls.__name__)
+    def read(cls, fields: Fields, d: int) -> Entries:
         seed, k, reserved = fields.unpack(_LAYOUT)
-        values = fields.array("<f4", k)
-        fields.end()
-        if k > dense.shape[0] or reserved:
+        if k > d or reserved:
             raise PayloadError(
                 f"RandomK payload has {k} values and a reserved word of {reserved}, expected at "
-                f"most {dense.shape[0]} and 0; it was damaged on the way"
+                f"most {d} and 0; it was damaged on the way"
             )
-        namespace(dense).scatter_add(dense, _draw_indices(seed, k, dense.shape[0]), values, weight)
-
-    @classmethod
-    def summands(cls, body: np.ndarray) -> np.ndarray:
-        return body[_LAYOUT.size :].view("<f4")
+        return Entries(_draw_indices(seed, k, d))
 
 
 def _draw_indices(seed: int, k: int, d: int) -> np.ndarray:

@@ -22,7 +22,7 @@ _SHIFT = 87  # brings the smallest float32, 2**-149, to 2**-62
 
 
 def shorten(
-    x: Array, width: int, seed: int | None, compressor: Compressor, *, residual: bool
+    x: Array, width: int, seed: int | None, compressor: Compressor, *, residual: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(shift, codes) of `width` bits; see `shorten` of the array functions."""
     xp = namespace(x)

@@ -1,51 +1,164 @@
-"""The body of sparse payloads: some entries as they are, with their places."""
+"""What sparsifiers share: some entries are sent, with their places, and all others are lost."""
 
 from __future__ import annotations
 
 import struct
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
 from ef_horovod.index_code import decode_indices, encode_indices, indices_nbytes
+from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
-_LAYOUT = struct.Struct("<I")  # k
+Scale = Literal["contractive", "unbiased"]
+HEAD_NBYTES = 16  # of places that follow from a seed: values behind it are aligned
+_COUNT = struct.Struct("<I")  # k
 
 
-def body_nbytes(k: int, d: int) -> int:
-    """Exact size of a body with k of d entries."""
-    return _LAYOUT.size + indices_nbytes(k, d) + 4 * k
+class Places(Protocol):
+    """Where the entries of a message are: k different places, in the order of the values."""
+
+    @property
+    def size(self) -> int:
+        """k."""
+
+    def put(self, x: Array, values: np.ndarray) -> None:
+        """x = values there."""
+
+    def add(self, x: Array, values: np.ndarray, weight: float) -> None:
+        """x += weight * values there."""
 
 
-def encode(
-    x: Array, indices: np.ndarray, values: np.ndarray, *, residual: bool
-) -> tuple[np.ndarray, ...]:
-    """uint32 k, the code of the ascending indices, k float32 values.
+class Entries(NamedTuple):
+    """Single entries, by their indices."""
 
-    With `residual`, x becomes zero where it is sent.
+    indices: np.ndarray  # int64[k]
+
+    @property
+    def size(self) -> int:
+        return self.indices.size
+
+    def put(self, x: Array, values: np.ndarray) -> None:
+        namespace(x).scatter_put(x, self.indices, values)
+
+    def add(self, x: Array, values: np.ndarray, weight: float) -> None:
+        namespace(x).scatter_add(x, self.indices, values, weight)
+
+
+class Chosen(NamedTuple):
+    """What a sparsifier makes of a vector."""
+
+    head: tuple[np.ndarray, ...]  # parts of the body that say where the places are
+    places: Places
+    values: np.ndarray  # float32[k] on the host: the entries as they are, no view of x
+
+
+class Sparsifier(Compressor):
+    """Base of compressors that send some entries, as they are or all times one constant.
+
+    A subclass says which ones (`choose`), how the places are written (`read`, `places_nbytes`), and
+    how many they are (`count`). Bodies are the places, then k float32 values; `Then` codes the
+    values by another compressor instead.
     """
-    if residual:
-        namespace(x).scatter_put(x, indices, np.zeros_like(values))
-    head = np.frombuffer(_LAYOUT.pack(indices.size), np.uint8)
-    return head, encode_indices(indices, x.shape[0]), values.astype("<f4", copy=False)
+
+    def gain(self, d: int) -> float:
+        """What entries are multiplied by before they are sent: 1 if they are sent as they are."""
+        return 1.0
+
+    def count(self, d: int) -> int:
+        """k for d elements; the smallest one of a sparsifier not `sized`."""
+        raise NotImplementedError
+
+    def places_nbytes(self, d: int) -> int:
+        """Exact size of the places of `count(d)` entries."""
+        return HEAD_NBYTES
+
+    def choose(self, x: Array, key: Key) -> Chosen:
+        """The entries of float32[d] x to send; x stays untouched.
+
+        Raises:
+            NonFiniteError: x has a NaN or an infinity.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, fields: Fields, d: int) -> Places:
+        """The places at the start of a body, all below d.
+
+        Raises:
+            PayloadError: there are none.
+        """
+        raise NotImplementedError
+
+    def amplified(self, values: np.ndarray, d: int) -> np.ndarray:
+        """What is sent of the entries: the same array for a gain of 1.
+
+        Raises:
+            NonFiniteError: an entry is too large for it.
+        """
+        gain = self.gain(d)
+        if gain == 1:
+            return values
+        with np.errstate(over="ignore"):  # refused in the next line
+            sent = values * np.float32(gain)
+        require_finite(sent, self)
+        return sent
+
+    def body_nbytes(self, d: int) -> int:
+        return self.places_nbytes(d) + 4 * self.count(d)
+
+    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+        head, places, values = self.choose(x, key)
+        sent = self.amplified(values, x.shape[0])
+        if residual:
+            places.put(x, values - sent)
+        return *head, sent.astype("<f4", copy=False)
+
+    @classmethod
+    def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
+        fields = Fields(body, cls.__name__)
+        places = cls.read(fields, dense.shape[0])
+        values = fields.array("<f4", places.size)
+        fields.end()
+        places.add(dense, values, weight)
+
+    @classmethod
+    def summands(cls, body: np.ndarray) -> np.ndarray:
+        return body[HEAD_NBYTES:].view("<f4")
 
 
-def accumulate(body: np.ndarray, dense: Array, weight: float, what: str) -> None:
-    """dense += weight * the entries; `what` is the compressor's name.
+def require_scale(name: str, scale: str) -> None:
+    """Raise ValueError unless scale is one that random sparsifiers know."""
+    if scale not in ("contractive", "unbiased"):
+        raise ValueError(
+            f"{name} got scale={scale!r}, expected 'contractive' (for error feedback) or "
+            "'unbiased'; choose one of them"
+        )
+
+
+def coded_nbytes(k: int, d: int) -> int:
+    """Exact size of `coded` places."""
+    return _COUNT.size + indices_nbytes(k, d)
+
+
+def coded(indices: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint32 k and the code of int64[k] ascending indices below d."""
+    return np.frombuffer(_COUNT.pack(indices.size), np.uint8), encode_indices(indices, d)
+
+
+def read_coded(fields: Fields, d: int, what: str) -> Entries:
+    """What `coded` wrote; `what` is the compressor's name.
 
     Raises:
-        PayloadError: the body is malformed; dense is untouched then.
+        PayloadError: it is malformed.
     """
-    d = dense.shape[0]
-    fields = Fields(body, what)
-    (k,) = fields.unpack(_LAYOUT)
+    (k,) = fields.unpack(_COUNT)
     if k > d:
         raise PayloadError(
             f"{what} payload has {k} entries, expected at most {d}; it was damaged on the way"
         )
-    code = fields.array("u1", indices_nbytes(k, d))
-    values = fields.array("<f4", k)
-    fields.end()
-    namespace(dense).scatter_add(dense, decode_indices(code, k, d), values, weight)
+    return Entries(decode_indices(fields.array("u1", indices_nbytes(k, d)), k, d))

@@ -36,6 +36,13 @@ class TernGrad(Compressor):
     for b entries with a common M, whatever they are. One large entry raises the variance of all
     others in its bucket: that is what buckets and clipping are for.
 
+    With a clip there is no bound on ||x - C(x)|| / ||x|| below 1, yet error feedback is stable: in
+    a bucket of b entries the largest magnitude shrinks on average, E max |x - C(x)| <=
+    (1 - q / 2) max |x| with q = min(clip / sqrt(b), 1 / (2 b)). For x is cut to M >=
+    min(1, clip / sqrt(b)) max |x|, entries above M lose M, and each of the others ends above
+    (1 - 1 / (2 b)) M with a probability of at most 1 / (2 b). Without a clip it is unbiased and
+    needs no memory; `Scaled` makes it a contraction, whose memory is smaller.
+
     Args:
         clip: cut x to +-clip standard deviations first, taken about 0 within a bucket (2.5 in the
             paper), which makes C biased and without a bound that holds for every x; or None.
@@ -68,9 +75,15 @@ class TernGrad(Compressor):
                 "deviations or None; the paper takes 2.5"
             )
 
+    weighs_residual = True
+
     @property
     def unbiased(self) -> bool:
         return self.clip is None
+
+    @property
+    def suits_feedback(self) -> bool:
+        return self.clip is not None or super().suits_feedback
 
     def variance(self, d: int) -> float | None:
         # With M = 1 and one entry at 1, (1 + (b-1) t) / (1 + (b-1) t^2) - 1 is largest where all
@@ -89,7 +102,7 @@ class TernGrad(Compressor):
         scales = 4 * blocks(d, block_length(self.bucket, d))
         return _LAYOUT.size + scales + _GRID.nbytes(d)
 
-    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+    def encode(self, x: Array, key: Key, *, residual: float) -> tuple[np.ndarray, ...]:
         xp, block = namespace(x), block_length(self.bucket, x.shape[0])
         scales = scale_of(self._largest(x, block), self)
         codes = xp.quantize(x, scales, block, _GRID, key.draw(shared=False), subtract=residual)

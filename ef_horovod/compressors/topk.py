@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors import sparse
-from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.density import kept, require_ratio
+from ef_horovod.compressors.sparse import (
+    Chosen,
+    Entries,
+    Sparsifier,
+    coded,
+    coded_nbytes,
+    read_coded,
+)
 from ef_horovod.keys import Key
 from ef_horovod.registry import register_compressor
+from ef_horovod.wire import Fields
 
 
 @register_compressor(wire_id=3)
 @dataclass(frozen=True)
-class TopK(Compressor):
+class TopK(Sparsifier):
     """Keep the k largest |x_i| exactly; among equal magnitudes the lower index wins.
 
     Args:
@@ -55,21 +61,24 @@ class TopK(Compressor):
             raise ValueError(f"TopK got k={self.k}, expected at least 1; use ratio= for a fraction")
 
     def contraction(self, d: int) -> float:
-        return kept(self.ratio, self.k, d) / max(d, 1)
+        return self.count(d) / max(d, 1)
 
     @classmethod
     def examples(cls) -> tuple[TopK, ...]:
         return cls(ratio=0.01), cls(ratio=0.2), cls(k=3)
 
-    def body_nbytes(self, d: int) -> int:
-        k = kept(self.ratio, self.k, d)
-        return sparse.body_nbytes(k, d)
+    def count(self, d: int) -> int:
+        return kept(self.ratio, self.k, d)
 
-    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
-        indices, values = namespace(x).top_k(x, kept(self.ratio, self.k, x.shape[0]))
+    def places_nbytes(self, d: int) -> int:
+        return coded_nbytes(self.count(d), d)
+
+    def choose(self, x: Array, key: Key) -> Chosen:
+        d = x.shape[0]
+        indices, values = namespace(x).top_k(x, self.count(d))
         require_finite(values, self)  # NaN and infinity rank above all numbers, so they are here
-        return sparse.encode(x, indices, values, residual=residual)
+        return Chosen(coded(indices, d), Entries(indices), values)
 
     @classmethod
-    def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
-        sparse.accumulate(body, dense, weight, cls.__name__)
+    def read(cls, fields: Fields, d: int) -> Entries:
+        return read_coded(fields, d, cls.__name__)

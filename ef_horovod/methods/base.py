@@ -72,13 +72,20 @@ class Method(Shown):
 
     @property
     def sized(self) -> bool:
-        """Whether messages are equally long on all ranks and steps."""
+        """Whether the messages of a step are equally long on all ranks."""
         return self.compressor.sized
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
         """Instances with the given compressor, for the contract tests."""
         return (cls(compressor),)
+
+    def for_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Method:
+        """The method for vectors that hold arrays of these shapes, one after the other in C order.
+
+        Adapters ask before they open a channel; whoever has a bare vector does not.
+        """
+        return self
 
     def init(self, x: Array, workers: int = 1) -> tuple[State, State]:
         """States of a worker and of the aggregator of so many, for vectors like x: float32[d]."""
@@ -88,9 +95,13 @@ class Method(Shown):
         """What treats parameters that stay uncompressed alike; None if plain averages do."""
         return None
 
+    def message_length(self, d: int, step: int) -> int:
+        """Numbers in a step's messages, and in the mean of them, for gradients of d numbers."""
+        return d
+
     def skip(self, gradient: Array, key: Key) -> Payload:
         """A message as long as this step's others that says only: drop the step on all ranks."""
-        return self.compressor.skip(gradient)
+        return self.compressor.skip(gradient, key)
 
     def push(self, state: State, gradient: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, State]:
         """Compress what this worker has to say.
@@ -136,6 +147,21 @@ class Method(Shown):
         What it changes are arrays of the state, in place.
         """
         return self.pull(state, aggregate)[0]
+
+    def add_message(self, state: State, message: Payload, dense: Array) -> None:
+        """dense += what a worker's own message says of its gradient, float32[d].
+
+        Args:
+            state: the worker's after the step of the message.
+        """
+        message.add_to(dense)
+
+    def span(self, field: str, start: int, stop: int, d: int) -> tuple[int, int]:
+        """Where in a vector of the states lies what belongs to elements start to stop of d.
+
+        Checkpoints keep it under the name of the parameter that those elements are of.
+        """
+        return start, stop
 
 
 def vector_like(x: Array) -> Array:

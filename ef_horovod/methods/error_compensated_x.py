@@ -54,8 +54,15 @@ class ErrorCompensatedX(Method):
     for the methods of these names. With beta = 1 the errors telescope: the sum of all v differs
     from its uncompressed value by alpha_t times one error. alpha = 1 is then DoubleSqueeze.
 
-    2 - alpha exceeds 1, so a weak compressor makes plain beta = 1 diverge; the low-pass filter
-    beta < 1 keeps it stable, and 0.3 did so in all our measurements.
+    2 - alpha exceeds 1, so with beta = 1 a weak compressor makes the errors grow without bound. A
+    constant alpha and beta = 1 / (2 - alpha) give e_t = delta_{t-1}: ordinary error feedback.
+    Smaller beta smooth more than that. What we measured (docs/results/ecx.md):
+
+    - Momentum (A is the gradient) with `OneBit` or half of the entries: beta = 1. With `OneBit` at
+      large steps all smaller beta were unstable, ordinary error feedback among them.
+    - `STORM`, `IGT` and `ROOTSGD` with sparse messages: 0.3, the default. At large steps it stays
+      near the uncompressed method where beta >= 0.5 and ordinary error feedback diverge.
+    - These with `OneBit`: no beta did well at all step sizes; try a smaller step.
 
     Memory: two errors, the direction and room for the answer on each worker, two errors at the
     aggregator; with beta < 1 two more at both.

@@ -34,12 +34,11 @@ class ErrorFeedback(Method):
     rank.
 
     Args:
-        compressor: one that does not amplify.
+        compressor: a contraction, or another one that `suits_feedback`.
         step_inside: the learning rate that the optimizer uses, or None.
 
     Raises:
-        ValueError: an unbiased compressor whose error can be larger than what it compresses; the
-            memory would grow without bound.
+        ValueError: a compressor of which no bound is known that keeps the memory from growing.
 
     Example:
         >>> import ef_horovod as ef
@@ -65,7 +64,7 @@ class ErrorFeedback(Method):
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
-        return () if _amplifies(compressor) else (cls(compressor),)
+        return (cls(compressor),) if compressor.suits_feedback else ()
 
     def init(self, x: Array, workers: int = 1) -> tuple[ErrorFeedbackState, MeanState]:
         return ErrorFeedbackState(vector_like(x)), MeanState(vector_like(x))
@@ -90,20 +89,22 @@ class ErrorFeedback(Method):
 
 
 def require_no_amplifier(method: str, compressor: Compressor) -> None:
-    """Raise for compressors with which error feedback diverges.
+    """Raise for compressors with which nothing is known to keep an error memory bounded.
+
+    With QSGD(1), for one, it grows by about a tenth in each step, whatever the gradients are.
 
     Raises:
         ValueError: such a one.
     """
-    if _amplifies(compressor):
+    if compressor.suits_feedback:
+        return
+    if compressor.unbiased:
         raise ValueError(
             f"{method} got {compressor}, whose error can be larger than what it compresses, "
             "expected one that keeps the error smaller; take RandomK(scale='contractive') and the "
-            "like, or NoFeedback for unbiased compressors"
+            "like or Scaled(...) for quantizers, or NoFeedback for unbiased compressors"
         )
-
-
-def _amplifies(compressor: Compressor) -> bool:
-    """Unbiased with omega >= 1 at some usual length: e_t would grow like omega**t."""
-    variance = compressor.variance(1000)
-    return compressor.contraction(1000) is None and variance is not None and variance >= 1
+    raise ValueError(
+        f"{method} got {compressor}, of whose error no bound is known, expected a contraction; "
+        "state contraction(d), or suits_feedback if the error has a bound of another kind"
+    )

@@ -36,7 +36,7 @@ class NoFeedback(Method):
     Example:
         >>> import ef_horovod as ef
         >>> ef.NoFeedback(ef.Identity())
-        NoFeedback(compressor=Identity(), down=None)
+        NoFeedback(Identity())
     """
 
     down: Compressor | None = None

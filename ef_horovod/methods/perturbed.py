@@ -96,7 +96,7 @@ class PerturbedCompressedSGD(Method):
         return message, ErrorFeedbackState(error=vector_like(gradient) if forget else residual)
 
     def skip(self, gradient: Array, key: Key) -> Payload:
-        return self._compressor_at(key.step).skip(gradient)
+        return self._compressor_at(key.step).skip(gradient, key)
 
     def _compressor_at(self, step: int) -> Compressor:
         return Identity() if self.reset == "flush" and self._resets_at(step) else self.compressor

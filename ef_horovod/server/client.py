@@ -253,7 +253,7 @@ class ServerTransport(MPITransport):
         if message == expected:
             if message.kind is Kind.PAYLOAD:
                 return Answer(payload=body, counted=counted)
-            if message.kind is Kind.NUMBERS and body.size == 4 * bucket.spec.length:
+            if message.kind is Kind.NUMBERS and body.size == 4 * bucket.length_at(step):
                 return Answer(numbers=body.view(np.float32), counted=counted)
             if message.kind is Kind.DROP:
                 return Answer(counted=counted)
@@ -324,10 +324,15 @@ class _Bucket:
 
     def __init__(self, index: int, spec: BucketSpec) -> None:
         self.index, self.spec, self.server = index, spec, -1
+        self._method = spec.make_method()
         self.round = 0  # answers that were handed on
         self.backlog: list[Answer] = []  # of later rounds that some other bucket has no answer of
         self.step = 0  # of the message that is under way
         self.outgoing = self.incoming = np.empty(0, np.uint8)
+
+    def length_at(self, step: int) -> int:
+        """Numbers in the answers of a step."""
+        return self._method.message_length(self.spec.length, step)
 
     def open(self, server: int) -> None:
         """Make room for messages to and from a server."""

@@ -20,7 +20,7 @@ class BucketSpec(NamedTuple):
 
     name: str
     length: int  # elements of float32
-    method: str  # as repr shows it
+    method: str  # as spelling.write_method gives it
     seed: int
 
     def make_method(self) -> Method:
@@ -92,9 +92,10 @@ def require_agreement(configs: Sequence[Config], method: Method | None) -> None:
         return
     uncompressed = repr(method.uncompressed()), repr(NoFeedback(Identity()))
     for spec in configs[0].buckets:
-        if spec.method != repr(method) and spec.method not in uncompressed:
+        theirs = repr(spec.make_method())
+        if theirs != repr(method) and theirs not in uncompressed:
             raise _mismatch(
-                f"the server has {method!r} and the workers have {spec.method} for '{spec.name}'"
+                f"the server has {method!r} and the workers have {theirs} for '{spec.name}'"
             )
 
 

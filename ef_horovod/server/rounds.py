@@ -182,7 +182,8 @@ class ServedBucket:
             payload = Payload(body)
         except PayloadError as error:
             raise ProtocolError(f"worker {worker} sent for '{self.spec.name}': {error}") from None
-        compressor, d = self.method.compressor, self.spec.length
+        compressor = self.method.compressor
+        d = self.method.message_length(self.spec.length, message.step)
         if payload.num_elements != d or payload.kind not in (type(compressor), Identity):
             raise ProtocolError(
                 f"worker {worker} sent {payload} for '{self.spec.name}', expected {d} elements by "
@@ -260,7 +261,8 @@ class ServedBucket:
 
     def _blame(self, error: Exception) -> EFHorovodError:
         """Find whose message cannot be decoded, and wait for another one from there."""
-        room = np.zeros(self.spec.length, np.float32)
+        length = self.method.message_length(self.spec.length, self._this_step)
+        room = np.zeros(length, np.float32)
         for worker, payload in list(self._messages.items()):
             try:
                 payload.add_to(room)

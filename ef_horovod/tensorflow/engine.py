@@ -110,27 +110,19 @@ class Engine:
         step = int(self.step.numpy())
         return save_state(self._buckets, step, repr(self.options.method), self.transport)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, must_fit: bool = True) -> None:
         """Take them over, now or as soon as the buckets are made.
+
+        Args:
+            state: what `state_dict` gave.
+            must_fit: False for a checkpoint that may be another rank's: if it does not fit any
+                rank, all of them start from zero with a warning, unless it comes after step 1.
 
         Raises:
             ValueError: another rank, number of ranks, method or model; at the first step, on all
                 ranks, if it comes before that.
         """
-        self._loaded, self._must_fit = state, True
-        if self._opened:
-            self._load()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """The same for a checkpoint that may be another rank's.
-
-        Before the first step, memories that do not fit are left alone, and all ranks start from
-        zero with a warning.
-
-        Raises:
-            ValueError: they do not fit, after the first step.
-        """
-        self._loaded, self._must_fit = state, False
+        self._loaded, self._must_fit = state, must_fit
         if self._opened:
             self._load()
 
@@ -138,8 +130,7 @@ class Engine:
         state, self._loaded = self._loaded, None
         if state is not None:
             compression = repr(self.options.method)
-            step = load_state(state, self._buckets, compression, self.transport)
-            self.step.assign(step)
+            self.step.assign(load_state(state, self._buckets, compression, self.transport))
 
     def _begin(self, gradients: list[Gradient]) -> None:
         """At the first call make the buckets and compare what the ranks have."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -100,7 +101,9 @@ class Reducer(tf.Module):
             self._engine = Engine(named, options, transport)
             # Tracked by checkpoints; the model's variables are not, for they are the model's.
             self.step = self._engine.step
-            self.memories = Memories(self._engine.state_dict, self._engine.restore)
+            self.memories = Memories(
+                self._engine.state_dict, partial(self._engine.load_state_dict, must_fit=False)
+            )
 
     @property
     def active(self) -> bool:

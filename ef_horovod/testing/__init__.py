@@ -1,12 +1,13 @@
-"""The contract that every compressor keeps, as checks that a third party can run on its own.
+"""The contracts of compressors and methods, as checks that a third party can run on its own.
 
-    from ef_horovod.testing import check_compressor
+    from ef_horovod.testing import check_compressor, check_method
 
     def test_mine():
         check_compressor(MyCompressor(0.1), frameworks=("numpy", "torch"))
+        check_method(MyMethod(MyCompressor(0.1)), frameworks=("numpy", "torch"))
 
 Each check is a function that raises AssertionError with a sentence about the clause that was
-broken. `each_check` generates those that a compressor's properties call for.
+broken. `each_check` and `each_method_check` generate those that properties call for.
 """
 
 from __future__ import annotations
@@ -34,9 +35,17 @@ from ef_horovod.testing.inputs import (
     check_vector,
     check_zero,
 )
+from ef_horovod.testing.methods import check_method, each_method_check
 from ef_horovod.testing.tools import LENGTHS, vectors
 
-__all__ = ["check_compressor", "check_vector", "each_check", "vectors"]
+__all__ = [
+    "check_compressor",
+    "check_method",
+    "check_vector",
+    "each_check",
+    "each_method_check",
+    "vectors",
+]
 
 
 def check_compressor(compressor: Compressor, *, frameworks: Sequence[str] = ("numpy",)) -> None:

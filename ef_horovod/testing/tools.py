@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.keys import Key
+from ef_horovod.methods.base import Method
 
 LENGTHS = (0, 1, 7, 8, 9, 4099)
 KEY = Key(seed=11, step=5, tensor=3, rank=1)
@@ -19,9 +21,9 @@ SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 ROUNDING = 2.0**-21  # a few roundings to float32
 
 
-def require(condition: Any, compressor: Compressor, message: str) -> None:
+def require(condition: Any, checked: Compressor | Method, message: str) -> None:
     if not condition:  # not `assert`: the checks also hold under python -O
-        raise AssertionError(f"{compressor!r} {message}")
+        raise AssertionError(f"{checked!r} {message}")
 
 
 def vectors(d: int) -> Iterator[np.ndarray]:
@@ -37,7 +39,17 @@ def vectors(d: int) -> Iterator[np.ndarray]:
 
 
 def is_deterministic(compressor: Compressor, x: np.ndarray) -> bool:
-    """Whether the key does not matter for x."""
+    """Whether the key matters neither for x, where draws may agree by chance, nor for noise."""
+    return not _draws(compressor) and _indifferent(compressor, x)
+
+
+@lru_cache
+def _draws(compressor: Compressor) -> bool:
+    noise = np.random.default_rng(0).standard_normal(64, np.float32)
+    return not _indifferent(compressor, noise)
+
+
+def _indifferent(compressor: Compressor, x: np.ndarray) -> bool:
     sent = {bytes(compressor.compress(x, Key(seed=s, step=s, rank=s))) for s in range(8)}
     return len(sent) == 1
 
@@ -47,6 +59,11 @@ def array_of(framework: str, x: np.ndarray) -> Array:
     x = np.array(x, order="C")
     xp = importlib.import_module(f"ef_horovod.arrays.{framework}")
     return xp.from_host(x, None)
+
+
+def framework_of(x: Array) -> str:
+    """ "numpy", "torch" or "tensorflow"."""
+    return namespace(x).__name__.rpartition(".")[2]
 
 
 def cast(x: Array, dtype: str) -> Array:

@@ -15,6 +15,7 @@ its text; what it calls "derived here" follows from an argument that is given in
 
 from __future__ import annotations
 
+from ef_horovod.theory.both_ways import ef21_bc_step
 from ef_horovod.theory.budget import (
     Calibration,
     calibrate,
@@ -81,6 +82,7 @@ __all__ = [
     "dropped_error",
     "ef21_am_pl_step",
     "ef21_am_step",
+    "ef21_bc_step",
     "ef21_pl_step",
     "ef21_pp_step",
     "ef21_sgdm_recalled_step",

@@ -246,6 +246,7 @@ def _nbytes(compressor: Compressor, d: int) -> int:
 
 
 def _summed_nbytes(compressor: Compressor, d: int) -> int:
+    _nbytes(compressor, d)  # refuses sizes that are not known
     # A payload of the real size; x has the right shape and takes no memory.
     return compressor.skip(np.broadcast_to(np.float32(0), d)).summands().nbytes
 

@@ -68,6 +68,7 @@ def xi(alpha: float) -> float:
         EF21 (NeurIPS 2021), Theorem 2 of the authors' poster; named xi in Error
         Feedback Reloaded (ICLR 2024).
     """
+    require_fraction("alpha", alpha)  # before the root is taken
     return math.sqrt(1 - alpha) / theta(alpha)
 
 

@@ -20,7 +20,7 @@ from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.alarm import Alarm
 from ef_horovod.transports.base import Measure, Transport, require_summable, split
-from ef_horovod.transports.waiting import default_timeout
+from ef_horovod.transports.horovod import HorovodTransport
 
 _shutting_down = threading.Lock()  # never released
 
@@ -31,22 +31,13 @@ def _shut_down_once() -> None:
         hvd.shutdown()
 
 
-class HorovodTensorFlowTransport(Transport):
-    """The ranks of a Horovod process set, at once: each collective blocks where it is started.
-
-    Args:
-        prefix: put before every name, so that two users of one job do not meet.
-        process_set: a `hvd.ProcessSet`; default all ranks.
-        timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
-    """
+class HorovodTensorFlowTransport(HorovodTransport):
+    """The ranks of a Horovod process set, at once: each collective blocks where it is started."""
 
     def __init__(
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
     ) -> None:
-        self._process_set = process_set or hvd.global_process_set
-        rank = self._process_set.rank() if self._process_set.included() else -1
-        super().__init__(rank, self._process_set.size(), timeout or default_timeout())
-        self._prefix = prefix
+        super().__init__(prefix, process_set, timeout)
         self.alarm = Alarm(self.timeout, self._waited, _shut_down_once)
 
     def allgather(
@@ -86,10 +77,6 @@ class HorovodTensorFlowTransport(Transport):
             return hvd.allgather(
                 rows, name=self.named(name), ignore_name_scope=True, process_set=self._process_set
             )
-
-    def named(self, name: str) -> str:
-        """What Horovod knows a collective by."""
-        return f"{self._prefix}.{name}"
 
     def _at_once(self, name: str, data: Array) -> np.ndarray:
         self.alarm.start(name)

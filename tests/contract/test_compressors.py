@@ -42,6 +42,10 @@ def test_registry_lists_all_compressors():
         "Natural",
         "NaturalDithering",
         "RandomBlock",
+        "HardThreshold",
+        "RandomSparsify",
+        "Then",
+        "Scaled",
     }
     assert all(cls.examples() for cls in registry.COMPRESSORS.values())
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import python_blocks
 
 import ef_horovod as ef
 from ef_horovod import registry
 from ef_horovod.testing import check_compressor
-
-_PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 @pytest.fixture
@@ -23,8 +21,8 @@ def blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.syspath_prepend(tmp_path)
     for table in ("COMPRESSORS", "METHODS", "_BY_WIRE_ID"):
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
-    found = re.findall(r"```python\n(.*?)```", _PAGE.read_text(), re.DOTALL)
-    assert len(found) == 3
+    found = python_blocks("CONTRIBUTING.md")
+    assert len(found) == 4
     for i, text in enumerate(found):
         (tmp_path / f"contributed{i}.py").write_text(text)
         monkeypatch.delitem(sys.modules, f"contributed{i}", raising=False)
@@ -39,10 +37,12 @@ def test_compressor_keeps_the_contract(blocks: list[str]) -> None:
     exec(blocks[1], {"Window": module.Window})
 
 
-def test_method_converges(blocks: list[str]) -> None:
-    method = importlib.import_module("contributed2").FadingErrorFeedback(ef.TopK(k=2))
+def test_method_converges_and_keeps_the_contract(blocks: list[str]) -> None:
+    module = importlib.import_module("contributed2")
+    method = module.FadingErrorFeedback(ef.TopK(k=2))
     targets = np.random.default_rng(0).normal(size=(3, 6))
     run = ef.simulate(
         method, lambda i, x, t: x - targets[i], np.zeros(6), workers=3, steps=300, step_size=0.05
     )
     assert np.linalg.norm(run.x - targets.mean(0)) < 0.3 * np.linalg.norm(targets.mean(0))
+    exec(blocks[3], {"FadingErrorFeedback": module.FadingErrorFeedback})

@@ -5,6 +5,8 @@ u is the same average without compression, Dl = delta + mean_i delta_i.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from workers import CONTRACTIONS, Workers, gradients
@@ -87,6 +89,20 @@ def test_a_filter_breaks_exactness():
         for beta in (1.0, 0.3)
     }
     assert off[1.0] < 1e-5 < 0.01 < off[0.3]
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("compressor", MILD, ids=repr)
+def test_one_filter_makes_of_it_the_error_of_one_step(compressor, alpha):
+    """beta = 1 / (2 - alpha): e_t = delta_{t-1}."""
+    g = gradients(5, 60, d=D)
+    method = ECX(compressor, down=compressor, alpha=alpha, beta=1 / (2 - alpha))
+    directions, _ = run(method, g, "last")
+    answers, _ = run(ef.DoubleSqueeze(compressor, down=compressor), g, "error")
+    plain = averages(alpha, answers)
+    np.testing.assert_allclose(directions, plain, atol=1e-5 * np.abs(plain).max())
+    other, _ = run(replace(method, beta=0.3), g, "last")
+    assert np.abs(other - plain).max() > 0.01 * np.abs(plain).max()
 
 
 @pytest.mark.parametrize("compressor", CONTRACTIONS, ids=repr)

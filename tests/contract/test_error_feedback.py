@@ -79,6 +79,97 @@ def test_compressors_that_amplify_are_refused(make):
         make(ef.RandomK(0.3, scale="unbiased"))
 
 
+REFUSED = [
+    ef.QSGD(4, bucket=None),
+    ef.TernGrad(),
+    ef.Then(ef.RandomK(0.3, scale="unbiased"), ef.Natural()),
+    ef.RandomSparsify(0.3, scale="unbiased"),
+]
+UNKNOWN = [  # biased, and without any bound
+    ef.Then(ef.TopK(ratio=0.5), ef.QSGD(1)),
+    ef.Then(ef.TopK(ratio=0.5), ef.OneBit("l2")),
+    ef.Then(ef.HardThreshold(0.1), ef.QSGD(1)),
+    ef.Then(ef.RandomK(0.3, scale="unbiased"), ef.Cast("float16")),
+]
+TAKEN = [
+    ef.HardThreshold(1.0),
+    ef.OneBit("l2"),
+    ef.OneBit("l2", block=9),
+    ef.TernGrad(clip=2.5),
+    ef.Scaled(ef.QSGD(1)),
+    ef.Scaled(ef.TernGrad()),
+    ef.Then(ef.TopK(ratio=0.1), ef.Natural()),
+    ef.Then(ef.HardThreshold(0.5), ef.QSGD(127)),
+    ef.Then(ef.HardThreshold(0.5), ef.OneBit("l2")),
+    ef.Then(ef.TopK(ratio=0.5), ef.Scaled(ef.QSGD(1))),
+]
+
+
+@pytest.mark.parametrize("compressor", REFUSED, ids=repr)
+def test_unbiased_ones_with_a_large_variance_are_refused(compressor):
+    with pytest.raises(ValueError, match=r"or Scaled\(...\) for quantizers"):
+        ef.ErrorFeedback(compressor)
+
+
+@pytest.mark.parametrize("compressor", UNKNOWN, ids=repr)
+def test_those_of_which_no_bound_is_known_are_refused(compressor):
+    with pytest.raises(ValueError, match="of whose error no bound is known"):
+        ef.ErrorFeedback(compressor)
+
+
+@pytest.mark.parametrize("compressor", TAKEN, ids=repr)
+@pytest.mark.parametrize("kind", ["gaussian", "constant", "one large"])
+def test_those_that_are_taken_keep_the_memory_bounded(compressor, kind):
+    """The memory of the last steps is no larger than that of earlier ones, for any gradients."""
+    d, steps = 30, 600
+    group, sizes = Workers(ef.ErrorFeedback(compressor), 1, d=d), []
+    rng = np.random.default_rng(0)
+    constant = {"constant": np.ones(d), "one large": np.eye(d)[3]}
+    for t in range(steps):
+        g = rng.normal(size=d) if kind == "gaussian" else constant[kind]
+        group.step([g.astype(np.float32)], t)
+        sizes.append(np.linalg.norm(group.states[0].error))
+    assert max(sizes[steps // 2 :]) <= 1.5 * max(sizes[: steps // 2]) + 1e-5
+    assert max(sizes) < 40 * np.sqrt(d)
+
+
+def test_a_refused_one_makes_it_grow_for_ever():
+    """The same without the guard: QSGD(1), whose omega is sqrt(d)."""
+    d, error = 30, np.zeros(30, np.float32)
+    rng = np.random.default_rng(0)
+    for t in range(300):
+        p = error + rng.normal(size=d).astype(np.float32)
+        _, error = ef.QSGD(1).squeeze(p, ef.Key(step=t))
+    assert np.linalg.norm(error) > 1e8
+
+
+@pytest.mark.parametrize("d", [1, 2, 9, 200])
+@pytest.mark.parametrize("block", [None, 4])
+def test_the_largest_magnitude_shrinks_with_the_l2_scale(d, block):
+    """max |x - C(x)| <= sqrt(1 - 1 / b) max |x|, which ||x - C(x)|| does not."""
+    rng, b = np.random.default_rng(d), min(block or d, d)
+    flat_but_one = np.ones(d)
+    flat_but_one[0] = 1e-6
+    candidates = [rng.normal(size=d) ** power for power in (1, 3, 9)]
+    for x in [*candidates, np.eye(d)[0], np.ones(d), flat_but_one]:
+        x = x.astype(np.float32)
+        _, lost = ef.OneBit("l2", block=block).squeeze(x.copy())
+        assert np.abs(lost).max() <= np.sqrt(1 - 1 / b) * np.abs(x).max() * (1 + 1e-5) + 1e-7
+
+
+@pytest.mark.parametrize("clip", [0.5, 2.5, 100.0])
+def test_the_largest_magnitude_shrinks_on_average_with_a_clip(clip):
+    b = 20
+    q = min(clip / np.sqrt(b), 1 / (2 * b))
+    compressor = ef.TernGrad(clip=clip)
+    rng = np.random.default_rng(0)
+    for x in (rng.normal(size=b), np.eye(b)[0], np.ones(b), np.linspace(0.9, 1, b)):
+        x = x.astype(np.float32)
+        found = [np.abs(compressor.squeeze(x.copy(), ef.Key(step=t))[1]).max() for t in range(2000)]
+        spread = 5 * np.std(found) / np.sqrt(2000)
+        assert np.mean(found) <= (1 - q / 2) * np.abs(x).max() + spread + 1e-6
+
+
 @each_compressor
 @pytest.mark.parametrize("down", [None, ef.TopK(k=20)], ids=repr)
 def test_no_feedback_is_the_mean_of_messages_compressed_again_on_the_way_down(compressor, down):

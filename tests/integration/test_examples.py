@@ -37,7 +37,7 @@ def test_simulation_shows_what_feedback_is_for() -> None:
     rows = re.findall(r"(\S.*\S)\s+gap (\S+), +([\d,]+) bytes", run_example("numpy_simulate.py"))
     gaps = {name: float(gap) for name, gap, _ in rows}
     sent = {name: int(number.replace(",", "")) for name, _, number in rows}
-    exact = "NoFeedback(compressor=Identity())"
+    exact = "NoFeedback(Identity())"
     plain = "NoFeedback(TopK(ratio=0.02))"
     ef21 = "EF21(TopK(ratio=0.02))"
     assert gaps[exact] < 1e-5

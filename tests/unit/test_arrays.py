@@ -12,8 +12,9 @@ from hypothesis.extra.numpy import arrays
 import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.torch as device
-from ef_horovod.arrays import namespace, torch_quantize
+from ef_horovod.arrays import namespace, torch_matrices, torch_quantize
 from ef_horovod.arrays.grid import Grid
+from ef_horovod.arrays.matrices import Matrix
 
 LARGE = 300_000  # beyond the length from which top_k samples
 
@@ -141,6 +142,8 @@ SHORT = [
     host.shorten(Y * np.float32(1e-20), 16, 87, None, subtract=False),
 ]
 SLICES = [(9000, 9500), (0, 1), (4, 9), (20, 20), (100, 3000)]
+MATRICES = [Matrix(0, 1, 1, 1), Matrix(5, 30, 41, 4), Matrix(1300, 70, 100, 3)]
+FACTORS = list(rng.normal(size=(2, 500)).astype(np.float32))  # left and right, more than enough
 SEED = 0xC5AAFEEC074C4D21
 GRIDS = [
     Grid("uniform", 1),
@@ -209,14 +212,17 @@ CALLS = {
     "add_sides": [(BITS, SCALES, -2 * SCALES, block, w) for block in (33, 20_000) for w in (1, -1)],
     "take_slices": [(SLICES,)],
     "put_slices": [(SLICES, VALUES.repeat(10))],
+    "factors": [(MATRICES, FACTORS[1], {"left": True}), (MATRICES, FACTORS[0], {"left": False})],
+    "add_products": [(MATRICES, *FACTORS, 1.0), (MATRICES, *FACTORS, -1.0)],
     "add_slices": [(SLICES, VALUES.repeat(10), 1.0), (SLICES, VALUES.repeat(10), -0.5)],
 }
-IN_ANOTHER_ORDER = (
-    "abs_sum",
-    "squared_norm",
-    "block_squares",
-    "block_halves",
-)  # sums: equal up to rounding
+IN_ANOTHER_ORDER = {  # sums: equal up to rounding, of so much where terms cancel
+    "abs_sum": 0,
+    "squared_norm": 0,
+    "block_squares": 0,
+    "block_halves": 0,
+    "factors": 1e-3,
+}
 DEVICE_OPS = {name for name in vars(device) if hasattr(getattr(device, name), "on_device")}
 
 
@@ -231,7 +237,7 @@ def test_every_device_op_is_tested():
 @pytest.mark.parametrize("work", [1 << 22, 1 << 10], ids=["whole", "chunks"])
 def test_device_op_equals_host_kernel(name, call, length, work, monkeypatch):
     """On CPU tensors, a device op returns and writes the same bits as the host kernel."""
-    for module in (device, torch_quantize):
+    for module in (device, torch_quantize, torch_matrices):
         monkeypatch.setattr(module, "_WORK", work)
     x = (np.random.default_rng(3).normal(size=length) * 100).astype(np.float32)
     x[::5] = 0.0
@@ -247,7 +253,7 @@ def test_device_op_equals_host_kernel(name, call, length, work, monkeypatch):
         results.append(function(own, *args, **options, **out))
     assert xs[0].tobytes() == xs[1].tobytes()
     if name in IN_ANOTHER_ORDER:
-        assert results[0] == pytest.approx(results[1], rel=1e-6)
+        assert results[0] == pytest.approx(results[1], rel=1e-6, abs=IN_ANOTHER_ORDER[name])
         return
     for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in results], strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -255,11 +261,14 @@ def test_device_op_equals_host_kernel(name, call, length, work, monkeypatch):
 
 def fit(argument, length):
     """Arrays cut to what belongs to x of another length."""
+    if argument is MATRICES:
+        return [matrix for matrix in argument if matrix.stop <= length]
     if isinstance(argument, list):
         return [(min(start, length), min(stop, length)) for start, stop in argument]
     if (
         any(argument is whole for whole in (STREAM, DIGITS, SCALES, *SHORT))
         or np.size(argument) > 10_001
+        or any(argument is side for side in FACTORS)
     ):
         return argument  # longer than needed
     if argument is INDICES or argument is VALUES:

@@ -19,7 +19,7 @@ import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.tensorflow as device
 from ef_horovod import registry
-from ef_horovod.arrays import namespace, tensorflow_quantize
+from ef_horovod.arrays import namespace, tensorflow_matrices, tensorflow_quantize
 from ef_horovod.channel import Channel, finish_step
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.transports.local import local_group
@@ -62,7 +62,7 @@ def test_every_native_op_is_tested():
 @pytest.mark.parametrize("work", [1 << 22, 1 << 10], ids=["whole", "chunks"])
 def test_native_op_equals_host_kernel(name, call, kind, length, work, monkeypatch):
     """A native op returns and writes the same bits as the host kernel."""
-    for module in (device, tensorflow_quantize):
+    for module in (device, tensorflow_quantize, tensorflow_matrices):
         monkeypatch.setattr(module, "_WORK", work)
     x = (np.random.default_rng(3).normal(size=length) * 100).astype(np.float32)
     x[::5] = 0.0
@@ -75,7 +75,7 @@ def test_native_op_equals_host_kernel(name, call, kind, length, work, monkeypatc
     found = getattr(device, name)(own, *native, **options, **outs[1])
     assert own.numpy().tobytes() == x.tobytes()
     if name in IN_ANOTHER_ORDER:
-        assert found == pytest.approx(expected, rel=1e-6)
+        assert found == pytest.approx(expected, rel=1e-6, abs=IN_ANOTHER_ORDER[name])
         return
     for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in (found, expected)], strict=True):
         assert type(a) is type(b)
@@ -313,19 +313,18 @@ def step(ranks, gradients, t):
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_methods_on_variables_are_those_on_numpy(method):
-    """To the last bit; OneBit's scale is a sum, and sums have another order here."""
+    """To the last bit but for sums (OneBit's scale, factors), which have another order here."""
     rng, d = np.random.default_rng(4), 301
     native, numpy = channels(method, variable(np.zeros(d))), channels(method, np.zeros(d, "f"))
     for t in range(6):
         gradients = rng.normal(size=(3, d)).astype(np.float32)
         if t == 3:
-            gradients[1, 7] = np.nan
+            gradients[:, 7] = np.nan  # on all ranks, for not all take part in every method
         sent, directions = step(native, gradients, t)
         expected_sent, expected = step(numpy, gradients, t)
-        absent = getattr(method, "participation", None)  # then rank 1's entry may not count
-        if any(direction is None for direction in expected) or (t == 3 and not absent):
+        if t == 3:
             assert directions == expected == [None] * 3
-        elif isinstance(method.compressor, ef.OneBit):
+        elif isinstance(method.compressor, ef.OneBit) or isinstance(method, ef.PowerSGD):
             np.testing.assert_allclose(directions, expected, rtol=1e-5, atol=1e-5)
             assert [len(s) for s in sent] == [len(s) for s in expected_sent]
         else:
@@ -333,13 +332,15 @@ def test_methods_on_variables_are_those_on_numpy(method):
             assert np.array(directions).tobytes() == np.array(expected).tobytes()
     for a, b in zip(native, numpy, strict=True):
         arrays = [
-            x for x in (a.gradient, *(a.worker or ()), *(a.server or ())) if hasattr(x, "shape")
+            x
+            for x in (a.gradient, *(a.worker or ()), *(a.server or ()))
+            if hasattr(x, "shape") and x.shape[0] == d
         ]
         assert all(isinstance(x, tf.Variable) for x in arrays)
         assert len({device.address(x) for x in arrays}) == len(arrays)
         error = b.stats().relative_error
         assert a.stats().relative_error == pytest.approx(error, rel=1e-4, nan_ok=True)
-        assert (a.stats().bytes_out, a.stats().skipped) == (b.stats().bytes_out, b.stats().skipped)
+        assert (a.stats().bytes_out, a.stats().skipped) == (b.stats().bytes_out, 1)
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
@@ -354,7 +355,7 @@ def test_variables_are_compressed(compressor, shape, dtype):
     assert isinstance(payload.decompress(), tf.Tensor)
     assert payload.decompress().dtype == own.dtype
     assert payload.nbytes == expected.nbytes
-    assert not compressor.sized or payload.nbytes == compressor.nbytes(x.size)
+    assert expected.nbytes == compressor.nbytes(x.size) or not compressor.sized
     squeezed, residual = compressor.squeeze(own)
     assert bytes(squeezed) == bytes(payload)
     assert (residual is own) == (shape in ((100,), (0,)) and dtype == "float32")
@@ -371,4 +372,5 @@ def test_variables_with_a_bad_entry_are_refused(compressor, bad):
     for way in (compressor.compress, compressor.squeeze):
         with pytest.raises(NonFiniteError, match="expected finite numbers"):
             way(tf.Variable(x))
-    assert compressor.skip(tf.Variable(x)).nbytes == compressor.nbytes(50)
+    expected = compressor.skip(np.zeros_like(x)).nbytes
+    assert compressor.skip(tf.Variable(x)).nbytes == expected

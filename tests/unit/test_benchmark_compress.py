@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import ef_horovod as ef
+from ef_horovod import registry
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "compress.py"
@@ -71,7 +72,7 @@ def test_ef21_steps_track_the_gradient(benchmark):
 def test_limits(benchmark, capsys):
     slow = {benchmark.TORCH_TOP_K: 8.0, benchmark.TORCH_ONE_BIT: 3.0, benchmark.BASE: 0.25}
     codes = [benchmark.CodedSet(0.1, 5.3, 5.0, 15.0, 15.0, 15.0, 15.0)]
-    good = slow | {benchmark.TOP_K: 1.0, benchmark.ONE_BIT: 1.0}
+    good = slow | {benchmark.TOP_K: 1.0, benchmark.ONE_BIT: 1.0, benchmark.CODED: 1.2}
     assert benchmark.hold_limits(good, codes)
     assert "MISSED" not in capsys.readouterr().out
     for name in ("bits", "encode", "decode", "encode_clustered", "decode_clustered"):
@@ -81,6 +82,7 @@ def test_limits(benchmark, capsys):
     for changed in (
         {benchmark.TOP_K: 1.01},
         {benchmark.ONE_BIT: 1.01},
+        {benchmark.CODED: 1.21},
         {benchmark.BASE: 0.24},
         {benchmark.TORCH_TOP_K: 7.9},
     ):
@@ -101,14 +103,25 @@ def test_table_and_times(tmp_path):
     report = json.loads(out.read_text())
     assert report["n"] == 100_000
     assert report["indices"] == 1000
-    assert len(report["seconds"]) == 8
+    assert len(report["seconds"]) == 10
     for name, seconds in report["seconds"].items():
         assert name in run.stdout
         assert len(seconds) == 3
         assert min(seconds) > 0
-    assert run.stdout.count("allowed") == 5
+    assert run.stdout.count("allowed") == 6
     assert [row["density"] for row in report["index_sets"]] == [0.03, 0.1]
     for row in report["index_sets"]:
         assert 1 < row["bits"] / row["entropy"] < 1.06
         assert f"{row['bits'] / row['entropy']:.3f}" in run.stdout
         assert min(row.values()) > 0
+    methods = {row["method"]: row for row in report["registered"]}
+    for kind in registry.COMPRESSORS.values():
+        for example in kind.examples():
+            row = methods[repr(ef.NoFeedback(example))]
+            assert row["method"] in run.stdout
+            assert row["steps"] == 3
+            if example.sized and row["exchange"] == "gather":
+                assert row["bytes_out"] == 3 * example.nbytes(100_000)
+    for name in registry.METHODS:
+        assert any(method.startswith(f"{name}(") for method in methods)
+    assert methods["NoFeedback(TopK(k=3))"]["relative_error"] > 0.99

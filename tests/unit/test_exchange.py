@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import exchange
+from ef_horovod import exchange, wire
 from ef_horovod.transports.local import local_group
 
 X = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
 
 
-def meet(kind, payloads):
+def meet(kind, payloads, *, sized=True):
     """What each rank receives."""
     group = local_group(len(payloads), timeout=1)
     waits = [
-        exchange.start(kind, endpoint, "x", payload)
+        exchange.start(kind, endpoint, "x", payload, sized=sized)
         for endpoint, payload in zip(group, payloads, strict=True)
     ]
     return [wait() for wait in waits], group
@@ -66,6 +66,35 @@ def test_gather_brings_every_payload_in_rank_order():
     for messages in received:
         assert [bytes(m) for m in messages] == [bytes(p) for p in payloads]
     assert [endpoint.bytes_sent for endpoint in group] == [2 * payloads[0].nbytes] * 3
+
+
+VARYING = [ef.RandomSparsify(0.3), ef.Then(ef.RandomSparsify(0.3), ef.Identity())]
+
+
+@pytest.mark.parametrize("compressor", VARYING, ids=repr)
+@pytest.mark.parametrize("skipping", [None, 0, 2])
+def test_sums_of_lengths_that_follow_from_the_key_alone(compressor, skipping):
+    """Also where a rank asks to drop the step, and where nothing at all is kept."""
+    entries = set()
+    for step in range(20):
+        few = type(compressor) is ef.RandomSparsify and step < 10
+        own = ef.RandomSparsify(0.01) if few else compressor
+        keys = [ef.Key(step=step, rank=i) for i in range(3)]
+        payloads = [own.compress(x, key) for x, key in zip(X, keys, strict=True)]
+        entries.add(payloads[0].summands().size)
+        if skipping is not None:
+            payloads[skipping] = own.skip(X[skipping], keys[skipping])
+        received, group = meet("reduce", payloads, sized=False)
+        if skipping is not None:
+            assert all(messages[0].is_skip for messages in received)
+            continue
+        expected = sum(payload.decompress().astype(np.float64) for payload in payloads)
+        for (message,) in received:
+            np.testing.assert_allclose(message.decompress(), expected, atol=1e-5)
+        padded = wire.size_class(max(payloads[0].summands().nbytes, 1))
+        assert group[0].bytes_sent == 2 * 2 * padded // 3
+    assert len(entries) > 3
+    assert 0 in entries or type(compressor) is ef.Then
 
 
 @pytest.mark.parametrize("compressor", [ef.Identity(), ef.RandomK(0.3)], ids=repr)

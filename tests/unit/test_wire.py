@@ -42,6 +42,16 @@ GOLDEN = {
     ef.HardThreshold(
         3.0
     ): "ef010d00 12000000 0900000000000000 03000000 0626 00004040 000080c0 00000041",
+    ef.RandomSparsify(0.4): "ef010e00 14000000 0900000000000000 c5aafeec074c4d21 9a9999999999d93f"
+    " 00004040",
+    ef.RandomSparsify(0.4, shared=False, scale="unbiased"): "ef010e00 28000000 0900000000000000"
+    " 31c81a6a9be7c663 9a9999999999d93f 0000a0c0 00000000 0000a03f 000020bf 0000a041 00002040",
+    ef.Then(ef.TopK(k=3), ef.Natural()): "ef010f00 12000000 0900000000000000 03090000"
+    " 03000000 0626 00000000 81020b02",
+    ef.Then(ef.RandomK(0.3), ef.Cast("bfloat16")): "ef010f00 1c000000 0900000000000000 04020000"
+    " c5aafeec074c4d21 02000000 00000000 19000000 4046 80c6",
+    ef.Scaled(ef.TernGrad(bucket=8)): "ef011000 16000000 0900000000000000 84bc053f 08000000"
+    " 08000000 00000041 0000803f 3724",
     ef.RandomBlock(0.4, block=2): "ef010b00 1c000000 0900000000000000 c5aafeec074c4d21 03000000"
     " 02000000 000080be 00000041 0000003f",
 }
@@ -140,6 +150,27 @@ def test_short_header_and_spare_bytes_are_refused():
         (11, struct.pack("<QII", 1, 2, 0) + bytes(4 * 2), "2 values in runs of 0"),
         (12, struct.pack("<IIf", 0, 3, 1) + bytes(9), "3 scales for a block, expected 1 or 2"),
         (12, struct.pack("<IIf", 0, 1, math.inf) + bytes(1), "a scale that is below 0 or not"),
+        (14, struct.pack("<Qd", 1, 0.0), "p=0.0, expected a probability"),
+        (14, struct.pack("<Qd", 1, -0.5), "p=-0.5, expected a probability"),
+        (14, struct.pack("<Qd", 1, math.nan), "p=nan, expected a probability"),
+        (14, struct.pack("<Qd", 1, 1.0) + bytes(8), "expected 12 more at byte 16"),
+        (14, struct.pack("<Qd", 1, 1.0) + bytes(16), "has 32 bytes, expected 28"),
+        (15, struct.pack("<BBH", 9, 3, 0), "kinds 9 and 3 with a reserved word of 0, expected a"),
+        (15, struct.pack("<BBH", 3, 3, 0) + bytes(4), "of kinds 3 and 3"),
+        (15, struct.pack("<BBH", 3, 15, 0) + bytes(4), "of kinds 3 and 15"),
+        (15, struct.pack("<BBH", 15, 9, 0) + bytes(4), "of kinds 15 and 9"),
+        (15, struct.pack("<BBH", 3, 99, 0) + bytes(8), "of kinds 3 and 99"),
+        (15, struct.pack("<BBH", 3, 9, 1) + bytes(8), "a reserved word of 1"),
+        (15, struct.pack("<BBHI", 3, 9, 0, 4) + bytes(8), "4 entries, expected at most 3"),
+        (15, struct.pack("<BBHI", 3, 9, 0, 0) + bytes(5), "Natural payload has 5 bytes, expected"),
+        (15, struct.pack("<BBHII", 3, 9, 0, 0, 7), "shift 7 or a number that is not finite"),
+        (16, struct.pack("<fBBH", 0.0, 9, 0, 0) + bytes(8), "scale 0.0, kind 9"),
+        (16, struct.pack("<fBBH", 1.5, 9, 0, 0) + bytes(8), "scale 1.5, kind 9"),
+        (16, struct.pack("<fBBH", math.nan, 9, 0, 0) + bytes(8), "scale nan, kind 9"),
+        (16, struct.pack("<fBBH", 0.5, 16, 0, 0) + bytes(8), "scale 0.5, kind 16"),
+        (16, struct.pack("<fBBH", 0.5, 15, 0, 0) + bytes(8), "scale 0.5, kind 15"),
+        (16, struct.pack("<fBBH", 0.5, 9, 1, 0) + bytes(8), r"reserved words of \[1, 0\]"),
+        (16, struct.pack("<fBBHI", 0.5, 9, 0, 0, 0) + b"\xff" * 4, "a number that is not finite"),
     ],
 )
 def test_fields_that_cannot_be_are_refused(kind, body, message):

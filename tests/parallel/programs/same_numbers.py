@@ -20,6 +20,7 @@ def over_mpi():
 
     def walk(method, exchange):
         x = np.zeros(SHAPE, np.float32).reshape(-1)
+        method = method.for_shapes([SHAPE])
         channel = Channel("bucket.0", x, method, transport, exchange=exchange, seed=SEED)
         for step in range(STEPS):
             channel.gradient[:] = gradient(transport.rank, step).reshape(-1)

@@ -45,16 +45,18 @@ def by_halves(method):
     vectors = [
         [bucket_of(gradients_of(rank, step)) for rank in range(SIZE)] for step in range(STEPS)
     ]
-    inits = [method.init(vectors[0][0]) for _ in range(SIZE)]
+    inits = [method.init(vectors[0][0], SIZE) for _ in range(SIZE)]
     states, server = [worker for worker, _ in inits], inits[0][1]
     directions = []
     for step, of_ranks in enumerate(vectors):
-        keys = [Key(SEED, step, tensor_id("bucket.0"), rank) for rank in range(SIZE)]
+        keys = [Key(SEED, step, tensor_id("bucket.0"), rank, SIZE) for rank in range(SIZE)]
         pushed = [
             method.push(state, vector, key)
             for state, vector, key in zip(states, of_ranks, keys, strict=True)
         ]
-        aggregate, server = method.reduce(server, [message for message, _ in pushed], SIZE)
+        aggregate, server = method.reduce(
+            server, [message for message, _ in pushed], keys[0].of_server()
+        )
         pulled = [method.pull(state, aggregate) for _, state in pushed]
         states = [state for _, state in pulled]
         directions.append(pulled[RANK][0].copy())

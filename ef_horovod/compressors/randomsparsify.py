@@ -1,0 +1,150 @@
+"""Each entry kept or dropped by a coin of its own, and only the kept values sent."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.compressors.base import require_finite
+from ef_horovod.compressors.sparse import Chosen, Entries, Scale, Sparsifier, require_scale
+from ef_horovod.errors import PayloadError
+from ef_horovod.keys import Key
+from ef_horovod.registry import register_compressor
+from ef_horovod.wire import Fields
+
+_LAYOUT = struct.Struct("<Qd")  # seed, p
+_TAILS = 1024  # gaps that one random word can stand for
+
+
+@register_compressor(wire_id=14)
+@dataclass(frozen=True)
+class RandomSparsify(Sparsifier):
+    """Keep each entry with probability p, independently of all others.
+
+    As `RandomK` with a number of entries that varies: p d on average, with a standard deviation of
+    sqrt(p (1 - p) d). Receivers draw the same entries from the payload's seed, so no index is sent.
+    With `shared`, all ranks draw the same ones: values can be summed in flight. The gaps between
+    kept entries are drawn, not a coin for each entry: work grows with p d.
+
+    `RandomK` has a fixed size and the same constants; independent coins are for analyses that ask
+    for them.
+
+    Args:
+        p: probability to keep an entry, in (0, 1]; smaller is more aggressive.
+        shared: the same entries for all ranks (linear, for allreduce), or other ones on each.
+        scale: "contractive" sends the entries as they are (delta = p, for error feedback);
+            "unbiased" multiplies them by 1 / p (omega = 1 / p - 1).
+
+    Raises:
+        ValueError: p or scale out of range.
+
+    Wire format:
+        uint64 seed, float64 p, then the kept float32 values in the order of their places, which
+        follow from seed, p and d (docs/wire-format.md). The size varies from step to step, so
+        messages are padded to a size class on the way.
+
+    Example:
+        >>> import ef_horovod as ef, numpy
+        >>> x = ef.RandomSparsify(0.25, scale="unbiased").compress(numpy.ones(10_000)).decompress()
+        >>> [float(value) for value in numpy.unique(x)]
+        [0.0, 4.0]
+
+    References:
+        Tang, Yu, Lian, Zhang, Liu: DoubleSqueeze (ICML 2019), Section 3.2, "random
+        sparsification"; Wangni, Wang, Liu, Zhang: Gradient Sparsification (NeurIPS 2018), with
+        equal probabilities.
+    """
+
+    p: float
+    shared: bool = True
+    scale: Scale = "contractive"
+
+    def __post_init__(self) -> None:
+        require_scale("RandomSparsify", self.scale)
+        if not 0 < self.p <= 1:
+            raise ValueError(
+                f"RandomSparsify got p={self.p}, expected a probability in (0, 1]; "
+                "0.01 keeps one entry in a hundred on average"
+            )
+
+    @property
+    def sized(self) -> bool:
+        return False
+
+    @property
+    def linear(self) -> bool:
+        return self.shared
+
+    @property
+    def unbiased(self) -> bool:
+        return self.scale == "unbiased"
+
+    def contraction(self, d: int) -> float | None:
+        return None if self.unbiased else self.p
+
+    def variance(self, d: int) -> float | None:
+        return 1 / self.p - 1 if self.unbiased else None
+
+    @classmethod
+    def examples(cls) -> tuple[RandomSparsify, ...]:
+        return cls(0.1), cls(0.3, shared=False, scale="unbiased")
+
+    def count(self, d: int) -> int:
+        return 0
+
+    def gain(self, d: int) -> float:
+        return 1 / self.p if self.unbiased else 1.0
+
+    def choose(self, x: Array, key: Key) -> Chosen:
+        xp = namespace(x)
+        require_finite(xp.abs_max(x), self)
+        seed = key.draw(shared=self.shared)
+        indices = _draw_indices(seed, self.p, x.shape[0])
+        head = np.frombuffer(_LAYOUT.pack(seed, self.p), np.uint8)
+        return Chosen((head,), Entries(indices), xp.take(x, indices))
+
+    @classmethod
+    def read(cls, fields: Fields, d: int) -> Entries:
+        seed, p = fields.unpack(_LAYOUT)
+        if not 0 < p <= 1:
+            raise PayloadError(
+                f"RandomSparsify payload has p={p}, expected a probability in (0, 1]; "
+                "it was damaged on the way"
+            )
+        return Entries(_draw_indices(seed, p, d))
+
+
+def _draw_indices(seed: int, p: float, d: int) -> np.ndarray:
+    """int64[k]: the ascending indices below d that are kept."""
+    from ef_horovod.arrays import kernels
+
+    tails, guide = _gaps(p)
+    # Six standard deviations above the mean: too small once in 10**9 draws.
+    indices = np.empty(min(d, int(p * d + 6 * math.sqrt(p * (1 - p) * d)) + 16), np.int64)
+    count = kernels.bernoulli_indices(np.uint64(seed), tails, guide, d, indices)
+    if count > indices.size:
+        indices = np.empty(count, np.int64)
+        kernels.bernoulli_indices(np.uint64(seed), tails, guide, d, indices)
+    return indices[:count]
+
+
+@lru_cache(maxsize=64)
+def _gaps(p: float) -> tuple[np.ndarray, np.ndarray]:
+    """(tails, guide) of `kernels.bernoulli_indices`, in integers: no two machines can differ."""
+    one = 1 << 128
+    lost = one - int(Fraction(p) * one)  # 1 - p
+    tails, tail = [], one
+    for _ in range(_TAILS):
+        tail = tail * lost >> 128
+        tails.append(min(tail >> 64, (1 << 64) - 1))
+    falling = np.array(tails, np.uint64)
+    # Words with upper bits b end at (b + 1) * 2**54 - 1: tails above that are above all of them.
+    last = np.array([((b + 1) << 54) - 1 for b in range(_TAILS)], np.uint64)
+    guide = _TAILS - np.searchsorted(falling[::-1], last, side="right")
+    return falling, guide.astype(np.int64)

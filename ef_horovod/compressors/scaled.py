@@ -1,0 +1,135 @@
+"""An unbiased compressor, scaled down to a contraction."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from ef_horovod import registry
+from ef_horovod.arrays import Array
+from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
+from ef_horovod.compressors.sparse import Sparsifier
+from ef_horovod.compressors.terngrad import TernGrad
+from ef_horovod.compressors.then import Then
+from ef_horovod.errors import PayloadError, UnsupportedError
+from ef_horovod.keys import Key
+from ef_horovod.registry import register_compressor
+from ef_horovod.wire import Fields
+
+_LAYOUT = struct.Struct("<fBBH")  # scale, kind of the compressor, reserved
+
+
+@register_compressor(wire_id=16)
+@dataclass(frozen=True)
+class Scaled(Compressor):
+    """C(x) / (1 + omega(d)) of an unbiased C: a contraction with delta = 1 / (1 + omega(d)).
+
+    Error feedback and EF21 need a contraction. An unbiased compressor with omega < 1 is one as it
+    is, with delta = 1 - omega; scaled, its delta is larger for every omega, and there is one for
+    omega >= 1 as well: this is how coarse quantizers such as `QSGD(4)` and `TernGrad()` are used
+    with error feedback. Leave unbiased compressors unscaled for `NoFeedback`.
+
+    Random sparsifiers scaled down are themselves without their gain: take
+    `RandomK(scale="contractive")` and the like, which send the same entries and multiply nothing.
+
+    E||s C(x) - x||^2 = s^2 E||C(x) - x||^2 + (1 - s)^2 ||x||^2 is smallest at s = 1 / (1 + omega),
+    where it is at most omega / (1 + omega) ||x||^2. Receivers multiply by s as they add, and
+    quantizers as they subtract what is sent from x: it costs no pass over memory.
+
+    Args:
+        compressor: an unbiased one that is no sparsifier.
+
+    Raises:
+        UnsupportedError: it is biased, no compressor, or a sparsifier.
+
+    Wire format:
+        float32 scale, uint8 kind of the compressor, uint8 0, uint16 0, then its body.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> ef.Scaled(ef.Natural()).contraction(100)  # without a scale: 7 / 8
+        0.8888888888888888
+
+    References:
+        Fatkhullin et al.: EF21 with Bells & Whistles (2021), Section 1: U(omega) scaled by
+        1 / (1 + omega) is in B(1 / (1 + omega)).
+    """
+
+    compressor: Compressor
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.compressor, Compressor)
+        if isinstance(self.compressor, (Sparsifier, Then)):
+            raise UnsupportedError(
+                f"Scaled got {self.compressor!r}, expected an unbiased compressor that is no "
+                "sparsifier; take scale='contractive' there, and for coded values write "
+                "Then(RandomK(0.01), Scaled(QSGD(7)))"
+            )
+        if not known or not self.compressor.unbiased or not self._readable(type(self.compressor)):
+            raise UnsupportedError(
+                f"Scaled got {self.compressor!r}, expected an unbiased compressor, for what is "
+                "biased has no omega to scale by; contractions need no scale"
+            )
+
+    @property
+    def sized(self) -> bool:
+        return self.compressor.sized
+
+    @property
+    def linear(self) -> bool:
+        return self.compressor.linear
+
+    def scale(self, d: int) -> float:
+        """1 / (1 + omega(d))."""
+        omega = self.compressor.variance(d)
+        assert omega is not None, "unbiased compressors state their variance"
+        return 1 / (1 + omega)
+
+    def contraction(self, d: int) -> float:
+        return self.scale(d)
+
+    @classmethod
+    def examples(cls) -> tuple[Scaled, ...]:
+        return (cls(TernGrad(bucket=512)),)
+
+    def body_nbytes(self, d: int) -> int:
+        return _LAYOUT.size + self.compressor.body_nbytes(d)
+
+    def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
+        scale = float(np.float32(self.scale(x.shape[0])))
+        fused = residual and self.compressor.weighs_residual
+        # A share in place of True is what `weighs_residual` stands for.
+        parts = self.compressor.encode(x, key, residual=scale if fused else False)  # type: ignore[arg-type]
+        if residual and not fused:
+            body = np.concatenate([part.view(np.uint8) for part in parts])
+            self.compressor.accumulate(body, x, -scale)
+        return np.frombuffer(_LAYOUT.pack(scale, self.compressor.wire_id, 0, 0), np.uint8), *parts
+
+    @classmethod
+    def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
+        fields = Fields(body, cls.__name__)
+        scale, number, *reserved = fields.unpack(_LAYOUT)
+        kind = registry.compressor_of(number)
+        if not 0 < scale <= 1 or kind is None or not cls._readable(kind) or any(reserved):
+            raise PayloadError(
+                f"Scaled payload has scale {scale}, kind {number} and reserved words of "
+                f"{reserved}, expected a scale in (0, 1], an unbiased compressor and zeros; import "
+                "the module that defines it on all ranks, or look for damage on the way"
+            )
+        kind.accumulate(fields.rest(), dense, weight * scale)
+
+    @classmethod
+    def summands(cls, body: np.ndarray) -> np.ndarray:
+        kind = registry.compressor_of(int(body[4]))
+        assert kind is not None, "a payload that was made here names a registered kind"
+        return kind.summands(body[_LAYOUT.size :])
+
+    def skip(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
+        return self.skip_like_zeros(x, key) if self.linear else super().skip(x, key)
+
+    @staticmethod
+    def _readable(kind: type[Compressor]) -> bool:
+        """Whether bodies of this kind may be nested: reading them does not recur."""
+        return not issubclass(kind, (Sparsifier, Then, Scaled))

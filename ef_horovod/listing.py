@@ -1,0 +1,238 @@
+"""Tables of what the registry knows: from the classes' own statements and docstrings.
+
+Nothing here names a compressor or a method, so those of other packages are listed alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ef_horovod import exchange, registry
+from ef_horovod.compressors.base import Compressor
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.compressors.topk import TopK
+from ef_horovod.keys import Key
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+
+Row = list[str]
+_NOTHING = "-"
+_STEPS = 20
+
+
+class Table(NamedTuple):
+    """A table, and what its columns mean."""
+
+    title: str
+    about: str
+    headers: Row
+    rows: list[Row]
+    widths: tuple[int, ...]  # of columns in a terminal, in characters
+
+
+def page(what: Sequence[str], d: int, *, markdown: bool = False) -> str:
+    """All tables as one text.
+
+    Args:
+        what: "compressors", "methods" or both.
+        d: length of the vectors that sizes are given for.
+        markdown: whether it becomes a page of the documentation.
+
+    Example:
+        >>> "TopK(ratio=0.01)" in page(["compressors"], 1000)
+        True
+    """
+    tables = [table for name in what for table in _TABLES[name](d)]
+    if not markdown:
+        return "\n\n".join(f"{t.title}\n\n{_text(t)}\n\n{_filled(t.about)}" for t in tables)
+    parts = [_HEAD, *(f"## {t.title}\n\n{_filled(t.about)}\n\n{_markdown(t)}" for t in tables)]
+    return "\n\n".join(parts)
+
+
+_HEAD = """# Compressors and methods
+
+Made by `ef-horovod list --markdown > docs/compressors.md`; a test says when that is due. Without
+`--markdown` the command prints to a terminal, and with `--import PACKAGE` it lists what a package
+of yours registers. Bodies of payloads are in [wire-format.md](wire-format.md), methods with their
+maths in [methods.md](methods.md)."""
+
+
+def compressor_tables(d: int) -> list[Table]:
+    """What compressors guarantee, a row for each example; what they send, a row for each class."""
+    kinds = list(registry.COMPRESSORS.values())
+    numbers = Table(
+        f"Compressors for {d:,} elements",
+        "Bytes of a payload with its header (at least: where the number follows from the data). "
+        "contraction: delta with E|C(x) - x|^2 <= (1 - delta) |x|^2, for every x; variance: omega "
+        "with E|C(x) - x|^2 <= omega |x|^2, of the unbiased. linear: payloads may be summed in "
+        "flight. exchange: what `auto` takes.",
+        [
+            *("compressor", "bytes", "of float32", "contraction", "variance"),
+            *("unbiased", "linear", "exchange"),
+        ],
+        [_compressor_row(example, d) for kind in kinds for example in kind.examples()],
+        (64, 20, 12, 14, 10, 8, 8, 10),
+    )
+    words = Table(
+        "What compressors send",
+        "From their docstrings.",
+        ["class", "what it does", "body of a payload", "source"],
+        [_words(kind, ("Wire format:", "References:")) for kind in kinds],
+        (17, 34, 44, 36),
+    )
+    return [numbers, words]
+
+
+def method_tables(d: int) -> list[Table]:
+    """What methods cost, a row for each example; what they do, a row for each class."""
+    kinds = list(registry.METHODS.values())
+    numbers = Table(
+        f"Methods for {d:,} elements",
+        "up: bytes of a worker's message, several where they differ between steps; down: of the "
+        "answer that a parameter server would send "
+        "each worker. Memory in vectors of that length, as remembered between steps + room to "
+        "work in, for n workers; without a server each rank has both halves. exchange: what `auto` "
+        "takes.",
+        ["method", "up", "down", "worker's memory", "aggregator's memory", "exchange"],
+        [_method_row(method, d) for kind in kinds for method in examples_of(kind)],
+        (75, 20, 12, 16, 20, 10),
+    )
+    words = Table(
+        "What methods do",
+        "From their docstrings; g is a worker's gradient, C the compressor.",
+        ["class", "what it does", "source"],
+        [_words(kind, ("References:",)) for kind in kinds],
+        (24, 60, 50),
+    )
+    return [numbers, words]
+
+
+_TABLES = {"compressors": compressor_tables, "methods": method_tables}
+
+
+def _compressor_row(compressor: Compressor, d: int) -> Row:
+    nbytes, variance = compressor.nbytes(d), compressor.variance(d)
+    return [
+        repr(compressor),
+        _bytes(nbytes, compressor.sized),
+        f"1/{4 * d / nbytes:,.1f}" if compressor.sized else _NOTHING,
+        _below_one(compressor.contraction(d)),
+        _NOTHING if variance is None else f"{variance:.3g}",
+        *("yes" if said else "no" for said in (compressor.unbiased, compressor.linear)),
+        exchange.choose("auto", NoFeedback(compressor)),
+    ]
+
+
+def _method_row(method: Method, d: int) -> Row:
+    x = np.zeros(d, np.float32)
+    down = getattr(method, "down", None)
+    return [
+        repr(method),
+        _message(method, x),
+        f"{down.nbytes(d) if isinstance(down, Compressor) else 4 * d:,}",
+        *(_memory(method, x, half) for half in (0, 1)),
+        exchange.choose("auto", method),
+    ]
+
+
+def _message(method: Method, x: np.ndarray) -> str:
+    """Bytes of a worker's message; some methods send more in every few steps."""
+    nbytes = method.compressor.nbytes(x.size)
+    if not method.sized:
+        return f"{nbytes:,} or less" if method.compressor.sized else _bytes(nbytes, False)
+    sizes = sorted({method.skip(x, Key(step=step)).nbytes for step in range(_STEPS)})
+    return " or ".join(f"{size:,}" for size in sizes)
+
+
+def examples_of(kind: type[Method]) -> Sequence[Method]:
+    """A method's variants with top-k, or with the first compressor that it takes."""
+    compressors = [c for other in registry.COMPRESSORS.values() for c in other.examples()]
+    for compressor in (TopK(ratio=0.01), Identity(), *compressors):
+        examples = kind.examples(compressor)
+        if examples:
+            return examples
+    return ()
+
+
+def _memory(method: Method, x: np.ndarray, half: int) -> str:
+    """Vectors in a worker's state (half 0) or in the aggregator's (half 1): kept + room."""
+    two, three = (_vectors(method, method.init(x, n)[half], x.size) for n in (2, 3))
+    return " + ".join(
+        _in_workers(at_two, at_three) for at_two, at_three in zip(two, three, strict=True)
+    )
+
+
+def _vectors(method: Method, state: Any, d: int) -> tuple[float, float]:
+    kept = room = 0.0
+    for name, value in state._asdict().items() if state is not None else ():
+        parts = value if isinstance(value, tuple) else (value,)
+        vectors = sum(part.size for part in parts if hasattr(part, "shape")) / d
+        if name in method.scratch:
+            room += vectors
+        else:
+            kept += vectors
+    return kept, room
+
+
+def _in_workers(at_two: float, at_three: float) -> str:
+    """A number of vectors that grows with the workers by the same for each."""
+    each = at_three - at_two
+    constant = at_two - 2 * each
+    if not each:
+        return f"{constant:.3g}"
+    factor = "n" if each == 1 else f"{each:.3g} n"
+    return f"{factor} + {constant:.3g}" if constant else factor
+
+
+def _bytes(nbytes: int, sized: bool) -> str:
+    return f"{nbytes:,}" if sized else f"at least {nbytes:,}"
+
+
+def _below_one(value: float | None) -> str:
+    """delta, so that only what loses nothing shows as 1."""
+    if value is not None and value < 1 and float(f"{value:.3g}") == 1:
+        return f"1 - {1 - value:.1g}"
+    return _NOTHING if value is None else f"{value:.3g}"
+
+
+def _words(kind: type, sections: Iterable[str]) -> Row:
+    """A class's name, the first paragraph of its docstring, and sections of it."""
+    text = inspect.cleandoc(kind.__doc__ or "")
+    if text.startswith(f"{kind.__name__}("):  # what dataclasses write where there is none
+        text = _NOTHING
+    first = " ".join(text.partition("\n\n")[0].split()).rstrip(":")
+    return [kind.__name__, first, *(_section(text, name) for name in sections)]
+
+
+def _section(text: str, name: str) -> str:
+    found = re.search(rf"^{re.escape(name)}\n((?: +.*\n?)+)", text, re.MULTILINE)
+    return " ".join(found[1].split()) if found else _NOTHING
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 100)
+
+
+def _text(table: Table) -> str:
+    from tabulate import tabulate
+
+    rows = [
+        [textwrap.fill(cell, width) for cell, width in zip(row, table.widths, strict=True)]
+        for row in table.rows
+    ]
+    multiline = any("\n" in cell for row in rows for cell in row)
+    form = "simple_grid" if multiline else "simple"
+    return tabulate(rows, table.headers, tablefmt=form, disable_numparse=True)
+
+
+def _markdown(table: Table) -> str:
+    from tabulate import tabulate
+
+    rows = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in table.rows]
+    return tabulate(rows, table.headers, tablefmt="github", disable_numparse=True)

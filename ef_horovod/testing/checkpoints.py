@@ -1,0 +1,49 @@
+"""Whether a method's memories survive a checkpoint."""
+
+from __future__ import annotations
+
+from ef_horovod.buckets import Slot
+from ef_horovod.memories import load_memories, save_memories
+from ef_horovod.methods.base import Method
+from ef_horovod.testing.frameworks import OneChannel
+from ef_horovod.testing.tools import require
+from ef_horovod.testing.workers import D, channels, gradients, run_channels
+
+_RANKS, _SAVED_AT, _STEPS = 3, 5, 14
+# A bucket of two parameters: what is saved is cut into their parts and put together again.
+_SLOTS = [Slot("a", None, 0, 200), Slot("b", None, 200, D)]
+
+
+def check_checkpoint(method: Method) -> None:
+    """A run from a checkpoint goes on as the uninterrupted one.
+
+    Through the state dict, into channels that have been somewhere else.
+    """
+    whole, resumed = channels(method, _RANKS), channels(method, _RANKS)
+    g = gradients(_RANKS, _STEPS)
+    for t in range(_SAVED_AT):
+        run_channels(whole, g[t], t)
+        run_channels(resumed, list(g[t, ::-1]), t)
+    for source, target in zip(whole, resumed, strict=True):
+        saved = save_memories([OneChannel(source, _SLOTS)])
+        for parameter in saved.values():
+            _require_kinds(method, parameter)
+        load_memories([OneChannel(target, _SLOTS)], saved)
+    for t in range(_SAVED_AT, _STEPS):
+        pairs = zip(run_channels(whole, g[t], t), run_channels(resumed, g[t], t), strict=True)
+        same = all(a is not None and b is not None and a.tobytes() == b.tobytes() for a, b in pairs)
+        message = (
+            f"goes on in another way from a checkpoint (step {t}); what a state remembers must "
+            "be in its fields, and not in `scratch`"
+        )
+        require(same, method, message)
+
+
+def _require_kinds(method: Method, parameter: dict[str, object]) -> None:
+    for field, value in parameter.items():
+        good = hasattr(value, "shape") or isinstance(value, bool | int | float)
+        message = (
+            f"remembers a {type(value).__name__} in {field}, which no checkpoint holds; expected "
+            "vectors, tuples of vectors and numbers, or list the field in `scratch`"
+        )
+        require(good, method, message)

@@ -1,0 +1,123 @@
+"""One algorithm, one copy: whether a method sends the same bytes in all frameworks.
+
+Each way takes steps on one sequence of gradients, through what its users run: the channel for
+NumPy and torch, the adapter's ops for TensorFlow. Other ranks say what rank 0 says, so that what
+was received matters too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ef_horovod import wire
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.buckets import BucketPlan, Slot, one_slot
+from ef_horovod.channel import Channel, finish_step
+from ef_horovod.memories import save_memories
+from ef_horovod.methods.base import Method
+from ef_horovod.testing.echo import EchoTransport
+from ef_horovod.testing.tools import array_of, bits, require
+from ef_horovod.transports.base import Measure
+
+SHAPE, STEPS, RANKS, NAME = (28, 25), 50, 3, "0.weights"
+LENGTH = SHAPE[0] * SHAPE[1]
+
+Facts = dict[str, Any]  # "sent", "directions", "memories": what was sent and remembered, as bytes
+
+
+@dataclass
+class OneChannel:
+    """A bucket of one channel, for `save_memories`."""
+
+    channel: Channel
+    slots: list[Slot]
+
+
+class Recorder(EchoTransport):
+    """Notes what is sent."""
+
+    def __init__(self) -> None:
+        super().__init__(RANKS)
+        self.sent: list[bytes] = []
+
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        self.sent.append(data.tobytes())
+        return super().allgather(name, data, measure)
+
+    def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
+        self.sent.append(bits(values))
+        return super().allreduce(name, values)
+
+
+def check_frameworks(method: Method, frameworks: Sequence[str]) -> None:
+    """All frameworks send the bytes that NumPy sends, and end with its memories."""
+    expected = by_channel(method)
+    require_messages(method, expected["sent"])
+    for framework in frameworks:
+        for way, facts in _ways(method, framework).items():
+            for what, of_numpy in expected.items():
+                same = facts[what] == of_numpy
+                require(same, method, f"has other {what} with {way} than with NumPy")
+
+
+def _ways(method: Method, framework: str) -> dict[str, Facts]:
+    """What a framework's users run, with the outcome."""
+    if framework != "tensorflow":
+        return {framework: by_channel(method, framework)}
+    in_graphs = importlib.import_module("ef_horovod.testing.frameworks_tensorflow")
+    tf = importlib.import_module("tensorflow")
+    return {
+        "eager TensorFlow": in_graphs.by_ops(method),
+        "tf.function": in_graphs.by_ops(method, tf.function),
+    }
+
+
+def require_messages(method: Method, sent: list[bytes]) -> None:
+    """Raise unless the steps told something: otherwise there is nothing to compare."""
+    said = [data for data in sent if not _says_nothing(data)]
+    told = len(set(said)) == len(said) > STEPS // 4
+    require(told, method, "sends the same in several steps, though its gradients differ")
+
+
+def _says_nothing(data: bytes) -> bool:
+    """Whether it is a message of a worker that does not take part in a step."""
+    return len(data) == wire.HEADER_NBYTES and data[3] == wire.ABSENT
+
+
+def gradient_sequence() -> np.ndarray:
+    """float32[STEPS, LENGTH]: correlated over steps, of very different sizes."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=LENGTH) * np.exp(rng.normal(size=LENGTH))
+    return (base + 0.5 * rng.normal(size=(STEPS, LENGTH))).astype(np.float32)
+
+
+def by_channel(method: Method, framework: str = "numpy") -> Facts:
+    """Steps by a channel of NumPy arrays or torch tensors."""
+    like = array_of(framework, np.zeros(LENGTH, np.float32))
+    slots = one_slot(NAME, like.reshape(SHAPE))  # as a matrix, for methods that look at shapes
+    transport, directions = Recorder(), []
+    channel = BucketPlan(NAME, slots, method).open(like, transport, seed=3)
+    for step, gradient in enumerate(gradient_sequence()):
+        namespace(like).assign(channel.gradient, array_of(framework, gradient))
+        channel.start(step)
+        finished = finish_step([channel])
+        require(finished is not None, method, f"drops step {step}, whose gradients are finite")
+        directions.append(bits(finished[0] if finished else like))
+    return facts(transport.sent, directions, OneChannel(channel, slots))
+
+
+def facts(sent: list[bytes], directions: list[bytes], bucket: Any) -> Facts:
+    """What was sent and delivered, and what is remembered at the end, all as bytes."""
+    (memories,) = save_memories([bucket]).values() or ({},)
+    return {
+        "sent": sent,
+        "directions": directions,
+        "memories": {field: np.asarray(value).tobytes() for field, value in memories.items()},
+    }

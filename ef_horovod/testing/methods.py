@@ -1,0 +1,299 @@
+"""The contract that every method keeps (methods/base.py), as checks that anybody can run.
+
+Each check is a function that raises AssertionError with a sentence about the clause that was
+broken. Workers, states and messages are real; the network is this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ef_horovod import exchange as exchanges
+from ef_horovod import registry
+from ef_horovod.channel import Channel
+from ef_horovod.compressors.base import Payload
+from ef_horovod.compressors.topk import TopK
+from ef_horovod.errors import NonFiniteError, UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.simulation import simulate
+from ef_horovod.testing.checkpoints import check_checkpoint
+from ef_horovod.testing.frameworks import check_frameworks
+from ef_horovod.testing.tools import array_of, is_deterministic, norm, require
+from ef_horovod.testing.workers import D, Workers, channels, gradients, memory, run_channels
+
+WORKERS = 3
+_BAD = (np.nan, np.inf, -np.inf)
+
+
+def check_method(method: Method, *, frameworks: Sequence[str] = ("numpy",)) -> None:
+    """Raise AssertionError, naming the broken clause, unless a method keeps the contract.
+
+    It runs on three workers, and takes a few seconds.
+
+    Args:
+        method: instance of a registered class.
+        frameworks: "numpy" and those whose arrays it has to take as well: "torch", and
+            "tensorflow", which needs Horovod built for it.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> check_method(ef.ErrorFeedback(ef.TopK(ratio=0.1)))
+    """
+    for check in each_method_check(method, frameworks):
+        check()
+    check_frameworks(method, [name for name in frameworks if name != "numpy"])
+
+
+def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) -> Iterator[partial]:
+    """All checks but the comparison of frameworks, each to be called without arguments."""
+    yield partial(check_registered, method)
+    yield partial(check_messages, method)
+    for bad in (None, *_BAD):
+        yield partial(check_dropped_push, method, bad)
+    for bad in _BAD:
+        yield partial(check_bad_gradient, method, bad)
+    yield partial(check_lost, method)
+    yield partial(check_exchanges, method)
+    yield partial(check_checkpoint, method)
+    yield partial(check_simulation, method)
+    for framework in frameworks:
+        if framework == "tensorflow":
+            continue  # its users run the adapter's ops: see check_frameworks
+        if framework != "numpy":
+            yield partial(check_states, method, framework)
+        yield partial(check_channels, method, framework)
+
+
+def check_registered(method: Method) -> None:
+    """Known by its name, a value among others, with examples and states as they should be."""
+    kind = type(method)
+    known = registry.METHODS.get(kind.__name__) is kind
+    require(known, method, "is not registered; put @register_method before its class")
+    same = method == method and hash(method) == hash(method)
+    require(same, method, "does not equal itself; make it a frozen dataclass")
+    examples = kind.examples(TopK(k=3))
+    listed = all(isinstance(example, Method) for example in examples)
+    require(listed, method, "lists something else than methods in examples(compressor)")
+    for state in method.init(np.zeros(D, np.float32), WORKERS):
+        named = state is None or hasattr(state, "_asdict")
+        require(named, method, f"has a state of {type(state).__name__}, expected a NamedTuple")
+
+
+def check_dropped_push(method: Method, bad: float | None) -> None:
+    """A push that is thrown away, or refuses a `bad` gradient, leaves no trace in the states."""
+    kept, control = Workers(method, WORKERS), Workers(method, WORKERS)
+    for t, g in enumerate(gradients(WORKERS, 8)):
+        rank = _speaker(method, kept, g, t)
+        spoiled = 100 * g[rank, ::-1].copy()
+        spoiled[::7] = spoiled[::7] if bad is None else bad
+        before = memory(method, kept.states[rank])
+        try:
+            method.push(kept.states[rank], spoiled, kept.key(t, rank))
+            refused = False
+        except NonFiniteError:
+            refused = True
+        expected = "takes" if bad is None else "refuses with NonFiniteError"
+        message = f"push does not do with {bad} in a gradient what it should: it {expected} it"
+        require(refused == (bad is not None), method, message)
+        same = memory(method, kept.states[rank]) == before
+        require(same, method, "push changes an array of the state that it is given")
+        messages, direction = kept.step(g, t)
+        others, other = control.step(g, t)
+        same = [bytes(m) for m in messages] == [bytes(m) for m in others]
+        same = same and direction.tobytes() == other.tobytes() and _same(kept, control)
+        require(same, method, f"goes on in another way after a dropped push (step {t})")
+
+
+def check_lost(method: Method) -> None:
+    """push leaves x - C(x) in the gradient, as far as can be seen: a channel's statistics use it.
+
+    Seen where the compressor is a deterministic contraction, which bounds it.
+    """
+    compressor, (one, *_) = method.compressor, gradients(1, 1)[0]
+    delta = compressor.contraction(D)
+    if delta is None or not is_deterministic(compressor, one):
+        return
+    group, errors, bounded = channels(method, WORKERS), [], True
+    if group[0].exchange == "dense":
+        return
+    for t, g in enumerate(gradients(WORKERS, 9)):
+        run_channels(group, g, t)
+        sent = group[0]._message
+        if sent is not None and not sent.is_absent:
+            errors.append(group[0].stats().relative_error)
+            bounded &= sent.num_elements == D  # or it says something that is made of x
+    least = 0.1 * norm(one - compressor.compress(one).decompress()) / norm(one)
+    message = (
+        f"push leaves {errors} of what it compressed in the gradient, expected what "
+        f"{compressor!r} lost of it"
+    )
+    limit = np.sqrt(1 - delta) + 1e-6 if bounded else np.inf
+    good = max(errors) <= limit and np.median(errors) >= least
+    require(good, method, message)
+
+
+def check_messages(method: Method) -> None:
+    """Messages are as long as `sized` says, that of `skip` too, and can be summed if `summable`."""
+    group, lengths, known = Workers(method, WORKERS), set(), False
+    for t, g in enumerate(gradients(WORKERS, 8)):
+        messages, _ = group.step(g, t)
+        sizes = {message.nbytes for message in messages}
+        lengths |= sizes
+        known |= any(m.nbytes == method.compressor.nbytes(m.num_elements) for m in messages)
+        _require_summands(method, messages[0])
+        skip = method.skip(g[0].copy(), group.key(t))
+        require(skip.is_skip, method, "skip gives a message without the flag that says so")
+        if method.sized:
+            equal = sizes == {skip.nbytes}
+            message = f"is sized, but sends {sizes} and skips with {skip.nbytes} bytes (step {t})"
+            require(equal, method, message)
+    if method.sized:
+        message = f"sends {lengths} bytes, none of them its compressor's {method.compressor}"
+        require(known, method, message)
+    else:
+        require(len(lengths) > 1, method, "is not sized, yet all its messages are equally long")
+
+
+def _require_summands(method: Method, message: Payload) -> None:
+    try:
+        good = not method.summable or message.summands() is not None
+    except NotImplementedError:
+        good = False
+    require(good, method, f"is summable, but sends {message}, whose numbers cannot be summed")
+
+
+def check_states(method: Method, framework: str) -> None:
+    """Messages, directions and states in a framework equal NumPy's to the last bit."""
+
+    def zeros(d: int) -> Any:
+        return array_of(framework, np.zeros(d, np.float32))
+
+    ours, theirs = Workers(method, WORKERS), Workers(method, WORKERS, zeros)
+    for t, g in enumerate(gradients(WORKERS, 50)):
+        messages, direction = ours.step(g, t)
+        others, other = theirs.step([array_of(framework, part) for part in g], t)
+        same = [bytes(m) for m in messages] == [bytes(m) for m in others]
+        require(same, method, f"sends other bytes for {framework} than for numpy (step {t})")
+        same = direction.tobytes() == other.tobytes()
+        require(same, method, f"gives another direction for {framework} than for numpy (step {t})")
+    require(_same(ours, theirs), method, f"remembers other numbers in {framework} than in numpy")
+
+
+def check_channels(method: Method, framework: str) -> None:
+    """Channels over a transport take the steps that the method takes: all arrays live on.
+
+    Catches a channel that hands out memory which a state still needs.
+    """
+    like = array_of(framework, np.zeros(D, np.float32))
+    ranks, reference = channels(method, WORKERS, like), Workers(method, WORKERS, name="weights")
+    bits = ranks[0].exchange == "gather"
+    for t, g in enumerate(gradients(WORKERS, 12)):
+        _, expected = reference.step(g, t)
+        for direction in run_channels(ranks, g, t):
+            message = f"takes another direction in a channel of {framework} arrays (step {t})"
+            require(direction is not None and _close(direction, expected, bits), method, message)
+    if bits:
+        for channel, state in zip(ranks, reference.states, strict=True):
+            same = memory(method, channel.worker) == memory(method, state)
+            same = same and memory(method, channel.server) == memory(method, reference.server)
+            require(same, method, f"remembers other numbers in a channel of {framework} arrays")
+
+
+def check_bad_gradient(method: Method, bad: float) -> None:
+    """A gradient that is not finite on one rank drops the step on all, and leaves no trace."""
+    ranks, control = channels(method, WORKERS), channels(method, WORKERS)
+    for t, g in enumerate(gradients(WORKERS, 8)):
+        if t in (0, 3, 6):  # in step 6 some methods reset
+            spoiled = g.copy()
+            spoiled[_speaking(method, ranks, g, t), D // 2] = bad
+            dropped = [direction is None for direction in run_channels(ranks, spoiled, t)]
+            require(all(dropped), method, f"does not drop step {t} on all ranks for {bad} on one")
+        pairs = zip(run_channels(ranks, g, t), run_channels(control, g, t), strict=True)
+        same = all(_close(ours, theirs, True) for ours, theirs in pairs)
+        require(same, method, f"goes on in another way after a dropped step (step {t})")
+    for channel, other in zip(ranks, control, strict=True):
+        counts = (channel.stats().skipped, channel.stats().steps)
+        require(counts == (3, 8), method, f"counts {counts} dropped and taken steps, not (3, 8)")
+        if channel.worker is not None:
+            same = memory(method, channel.worker) == memory(method, other.worker)
+            require(same, method, "remembers something of a dropped step")
+
+
+def check_exchanges(method: Method) -> None:
+    """A `summable` method's messages may be summed in flight; of others that is refused."""
+    if not method.summable:
+        try:
+            exchanges.choose("reduce", method)
+        except UnsupportedError:
+            return
+        require(False, method, "is not summable, but exchange='reduce' is not refused")
+    gathered = channels(method, WORKERS, exchange="gather")
+    reduced = channels(method, WORKERS, exchange="reduce")
+    for t, g in enumerate(gradients(WORKERS, 10)):
+        pairs = zip(run_channels(gathered, g, t), run_channels(reduced, g, t), strict=True)
+        same = all(_close(summed, one, False) for one, summed in pairs)
+        message = f"is summable, but goes elsewhere if its messages are summed (step {t})"
+        require(same, method, message)
+
+
+def check_simulation(method: Method) -> None:
+    """`simulate` and channels over a transport go to the same place."""
+    g = gradients(WORKERS, 12)
+    run = simulate(
+        method,
+        lambda worker, x, step: g[step, worker].astype(np.float64),
+        np.zeros(D),
+        workers=WORKERS,
+        steps=len(g),
+        step_size=1.0,
+        seed=1,
+        name="weights",
+    )
+    ranks, x = channels(method, WORKERS), np.zeros(D)
+    for t, parts in enumerate(g):
+        direction = run_channels(ranks, parts, t)[0]
+        x = x - (np.nan if direction is None else direction.astype(np.float64))
+    same = np.array_equal(run.x, x)
+    require(same, method, "ends elsewhere in simulate than in channels over a transport")
+
+
+def _speaker(method: Method, group: Workers, g: np.ndarray, t: int) -> int:
+    """A worker that sends numbers in step t."""
+    states = enumerate(zip(group.states, g, strict=True))
+    return next(
+        rank
+        for rank, (state, own) in states
+        if not method.push(state, own.copy(), group.key(t, rank))[0].is_absent
+    )
+
+
+def _speaking(method: Method, ranks: Sequence[Channel], g: np.ndarray, t: int) -> int:
+    """The last of the ranks that send numbers in step t."""
+    if ranks[0].worker is None:  # dense
+        return t % WORKERS
+    speakers = [
+        rank
+        for rank, (channel, own) in enumerate(zip(ranks, g, strict=True))
+        if not method.push(channel.worker, own.copy(), channel._key._replace(step=t))[0].is_absent
+    ]
+    return speakers[t % len(speakers)]
+
+
+def _same(ours: Workers, theirs: Workers) -> bool:
+    """Whether two groups remember the same, bit for bit."""
+    method = ours.method
+    pairs = zip([*ours.states, ours.server], [*theirs.states, theirs.server], strict=True)
+    return all(memory(method, a) == memory(method, b) for a, b in pairs)
+
+
+def _close(got: np.ndarray | None, expected: np.ndarray | None, exact: bool) -> bool:
+    """Equal to the last bit, or as sums in flight are, which are rounded in another order."""
+    if got is None or expected is None:
+        return False
+    if exact:
+        return got.tobytes() == expected.tobytes()
+    return bool(np.all(np.abs(got - expected) <= 1e-5 * np.abs(expected).max() + 1e-7))

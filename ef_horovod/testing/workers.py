@@ -1,0 +1,132 @@
+"""Workers with one aggregator in this process, for the checks and tests of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.channel import Channel, finish_step
+from ef_horovod.compressors.base import Payload
+from ef_horovod.keys import Key, tensor_id
+from ef_horovod.methods.base import Method
+from ef_horovod.testing.tools import array_of, bits, framework_of, host
+from ef_horovod.transports.local import local_group
+
+D = 500
+
+
+def float32_zeros(d: int) -> np.ndarray:
+    """float32[d] of zeros."""
+    return np.zeros(d, np.float32)
+
+
+def gradients(
+    workers: int, steps: int, *, integers: bool = False, seed: int = 0, d: int = D
+) -> np.ndarray:
+    """float32[steps, workers, d]: correlated over steps, as gradients are."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(1, workers, d)) * np.exp(rng.normal(size=d))
+    g = base + 0.5 * rng.normal(size=(steps, workers, d))
+    return np.rint(8 * g).astype(np.float32) if integers else g.astype(np.float32)
+
+
+class Workers:
+    """`count` workers with one aggregator, as a gather exchange runs them.
+
+    The directions of all workers are required to be equal to the last bit.
+
+    Args:
+        method: what they run.
+        count: number of workers.
+        zeros: makes float32[d] of zeros of the framework to use; NumPy's by default.
+        d: length of the vectors.
+        name: of the vector, for the keys of random compressors.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> messages, direction = Workers(ef.EF21(ef.TopK(k=3)), 2).step(gradients(2, 1)[0])
+        >>> len(messages), direction.shape
+        (2, (500,))
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        count: int = 1,
+        zeros: Callable[[int], Array] | None = None,
+        *,
+        d: int = D,
+        name: str = "",
+    ) -> None:
+        self.method, self.count, self.d = method, count, d
+        self.tensor = tensor_id(name) if name else 0
+        inits = [method.init((zeros or float32_zeros)(d), count) for _ in range(count)]
+        self.states: list[Any] = [worker for worker, _ in inits]
+        self.server: Any = inits[0][1]
+
+    def key(self, t: int, rank: int = 0) -> Key:
+        """The key of a worker's step."""
+        return Key(1, t, self.tensor, rank, self.count)
+
+    def step(self, gradients: Sequence[Array], t: int = 0) -> tuple[list[Payload], np.ndarray]:
+        """Messages and the direction (a copy) after a step from one gradient for each worker."""
+        own = [g * 1 for g in gradients]
+        pushed = [
+            self.method.push(state, g, self.key(t, i))
+            for i, (state, g) in enumerate(zip(self.states, own, strict=True))
+        ]
+        messages = [message for message, _ in pushed]
+        aggregate, self.server = self.method.reduce(self.server, messages, self.key(t).of_server())
+        pulled = [self.method.pull(state, aggregate) for _, state in pushed]
+        self.states = [state for _, state in pulled]
+        directions = [host(direction).copy() for direction, _ in pulled]
+        if len({direction.tobytes() for direction in directions}) != 1:
+            raise AssertionError(f"{self.method!r} gives workers different directions in step {t}")
+        return messages, directions[0]
+
+    def run(self, gradients: Sequence[Sequence[Array]]) -> np.ndarray:
+        """Directions, float32[steps, d], for gradients of float32[steps, count, d]."""
+        return np.array([self.step(g, t)[1] for t, g in enumerate(gradients)])
+
+    def mean(self, field: str) -> np.ndarray:
+        """float64[d]: the mean over workers of an array that their states hold."""
+        parts = [np.asarray(getattr(state, field), np.float64) for state in self.states]
+        return np.asarray(np.mean(parts, axis=0))
+
+
+def memory(method: Method, state: Any) -> dict[str, Any]:
+    """What a state remembers between steps: bytes of its vectors, and its numbers, by name."""
+    held = {}
+    for name, value in state._asdict().items():
+        if name in method.scratch or value is None:
+            continue
+        parts = value if isinstance(value, tuple) else (value,)
+        for i, part in enumerate(parts):
+            held[f"{name}.{i}"] = bits(part) if hasattr(part, "shape") else part
+    return held
+
+
+def channels(
+    method: Method, count: int, like: Array = None, exchange: str = "auto"
+) -> list[Channel]:
+    """A channel of float32[D], named "weights", on each of `count` ranks."""
+    like = float32_zeros(D) if like is None else like
+    return [
+        Channel("weights", like, method, transport, exchange=exchange, seed=1)
+        for transport in local_group(count, timeout=5)
+    ]
+
+
+def run_channels(
+    group: Sequence[Channel], gradients: Sequence[np.ndarray], step: int
+) -> list[np.ndarray | None]:
+    """One step of all ranks in this thread; their directions, copied, or None if dropped."""
+    for channel, g in zip(group, gradients, strict=True):
+        framework = framework_of(channel.gradient)
+        namespace(channel.gradient).assign(channel.gradient, array_of(framework, g))
+        channel.start(step)
+    finished = [finish_step([channel]) for channel in group]
+    return [None if parts is None else host(parts[0]).copy() for parts in finished]

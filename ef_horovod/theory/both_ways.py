@@ -1,0 +1,44 @@
+"""The step size of EF21 with compression on both ways."""
+
+from __future__ import annotations
+
+from ef_horovod.theory.smoothness import Smoothness
+from ef_horovod.theory.steps import xi
+
+
+def ef21_bc_step(constants: Smoothness, alpha: float, alpha_down: float) -> float:
+    """EF21-BC, nonconvex: 1 / (L + L_QM ((1 + xi(alpha)) (1 + xi(alpha_down)) - 1)).
+
+    Derived here, for compressors with ||C(x) - x||^2 <= (1 - alpha) ||x||^2 and ||C(x)|| <= ||x||
+    in every draw, as Top-k; the paper's own constants were not at hand. Let q = sqrt(1 - alpha), so
+    that xi = q / (1 - q), likewise r and alpha_down, D_t = ||x^{t+1} - x^t||, a_t = sqrt(mean ||h_i
+    - grad f_i||^2) for what the workers track, and e_t = ||G - mean h_i|| for what is announced:
+
+        a_{t+1} <= q (a_t + L_QM D_t),    e_{t+1} <= r (e_t + a_t + L_QM D_t).
+
+    Summed over t, as norms of sequences and but for the start, a <= xi L_QM D and e <= xi_down (a
+    + L_QM D), so ||G - grad f|| <= a + e <= ((1 + xi) (1 + xi_down) - 1) L_QM D. With c for that
+    factor, f falls as long as step^2 c^2 + step L <= 1, and 1 / (L + c) is such a step.
+
+    Args:
+        constants: of the problem.
+        alpha: contraction of the workers' compressor, in (0, 1].
+        alpha_down: contraction of `down`; 1 gives `ef21_step`.
+
+    Raises:
+        ValueError: alpha or alpha_down outside (0, 1].
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> constants = ef.theory.Smoothness(1.0, [1.0])
+        >>> ef.theory.ef21_bc_step(constants, alpha=0.75, alpha_down=0.75)
+        0.25
+        >>> bool(ef.theory.ef21_bc_step(constants, 0.1, 1.0) == ef.theory.ef21_step(constants, 0.1))
+        True
+
+    References:
+        Fatkhullin et al.: EF21 with Bells & Whistles (2021), Table 2 for the method and Table 1 for
+        the order of the rounds, 1 / (alpha alpha_down eps^2).
+    """
+    factor = xi(alpha) + xi(alpha_down) + xi(alpha) * xi(alpha_down)
+    return 1 / (constants.L + constants.L_QM * factor)

@@ -1,0 +1,33 @@
+"""What the ranks of a Horovod job have in common, whichever framework carries the bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from horovod.common.process_sets import global_process_set
+
+from ef_horovod.transports.base import Transport
+from ef_horovod.transports.waiting import default_timeout
+
+
+class HorovodTransport(Transport):
+    """The ranks of a Horovod process set; `hvd.init()` must have been called.
+
+    Args:
+        prefix: put before every name, so that two users of one job do not meet.
+        process_set: a `hvd.ProcessSet`; default all ranks.
+        timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
+    """
+
+    def __init__(
+        self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
+    ) -> None:
+        self._process_set = process_set or global_process_set
+        # Horovod never asks a rank outside the set to take part, but it may make the object.
+        rank = self._process_set.rank() if self._process_set.included() else -1
+        super().__init__(rank, self._process_set.size(), timeout or default_timeout())
+        self._prefix = prefix
+
+    def named(self, name: str) -> str:
+        """What Horovod knows a collective by."""
+        return f"{self._prefix}.{name}"
