@@ -43,15 +43,12 @@ def write_method(method: Method) -> str:
         >>> write_method(ef.PowerSGD(rank=2).for_shapes([(30, 40)]))
         'PowerSGD(rank=2, shapes=((30, 40),))'
     """
-    hidden = [field.name for field in fields(method) if not field.repr]
-    options = {name: getattr(method, name) for name in hidden}
-    more = [f"{name}={value!r}" for name, value in options.items() if value is not None]
-    shown = repr(method)
-    return (
-        f"{shown[:-1]}{', ' if not shown.endswith('()') else ''}{', '.join(more)})"
-        if more
-        else shown
-    )
+    shown, hidden = repr(method), [field.name for field in fields(method) if not field.repr]
+    given = [(name, getattr(method, name)) for name in hidden]
+    more = [f"{name}={value!r}" for name, value in given if value is not None]
+    if not more:
+        return shown
+    return f"{shown[:-1]}{'' if shown.endswith('()') else ', '}{', '.join(more)})"
 
 
 def read_method(

@@ -90,7 +90,7 @@ class QuorumBucket(ServedBucket):
             yield from self._answer_of(chosen)
 
     def _answer_of(self, chosen: frozenset[int]) -> Iterator[tuple[np.ndarray, list[int]]]:
-        d = self.spec.length
+        d = self.method.message_length(self.spec.length, self.step)
         nothing = Payload(wire.Header(self.method.compressor.wire_id, wire.ABSENT, 0, d).pack())
         counted = {worker: self._messages[worker] for worker in chosen}
         payloads = [counted.get(worker, nothing) for worker in range(self.workers)]

@@ -26,7 +26,7 @@ def open_every(transport):
         zeros = torch.from_numpy(zeros)
     return {
         f"x{i} by {method}": Channel(
-            f"x{i}", zeros, method, transport, exchange="server", seed=SEED
+            f"x{i}", zeros, method.for_shapes([SHAPE]), transport, exchange="server", seed=SEED
         )
         for i, method in enumerate(every_method())
     }
