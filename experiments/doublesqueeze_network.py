@@ -29,7 +29,7 @@ from experiments.networks import (
 from experiments.workers import Workers
 
 SHAPE, BATCH, SEEDS = Convolutional(64), 32, (0, 1)
-RATES, DROP = (0.1, 0.2, 0.4), 2 / 3
+RATES, DROP = (0.1, 0.2, 0.4, 0.8), 2 / 3
 RATIO = 1 / 32  # of top-k, about the paper's
 
 FAMILIES = {

@@ -13,7 +13,7 @@ from ef_horovod.arrays.numpy_quantize import random_words
 from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.density import kept, require_ratio
 from ef_horovod.compressors.rounding import require_block
-from ef_horovod.compressors.sparse import Chosen, Scale, Sparsifier, require_scale
+from ef_horovod.compressors.sparse import Chosen, RandomSparsifier, Scale, require_scale
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
 from ef_horovod.registry import register_compressor
@@ -37,7 +37,7 @@ class Runs(NamedTuple):
 
 @register_compressor(wire_id=11)
 @dataclass(frozen=True)
-class RandomBlock(Sparsifier):
+class RandomBlock(RandomSparsifier):
     """Keep k = max(1, floor(ratio * d)) entries in runs of neighbours at random places.
 
     As `RandomK`, with memory read in runs instead of entry by entry: no index is drawn for each
@@ -79,29 +79,12 @@ class RandomBlock(Sparsifier):
         require_block("RandomBlock: block", self.block)
         require_scale("RandomBlock", self.scale)
 
-    @property
-    def linear(self) -> bool:
-        return self.shared
-
-    @property
-    def unbiased(self) -> bool:
-        return self.scale == "unbiased"
-
-    def contraction(self, d: int) -> float | None:
-        return None if self.unbiased else self.count(d) / max(d, 1)
-
-    def variance(self, d: int) -> float | None:
-        return self.gain(d) - 1 if self.unbiased else None
-
     @classmethod
     def examples(cls) -> tuple[RandomBlock, ...]:
         return cls(0.1), cls(0.3, block=5, scale="unbiased", shared=False)
 
     def count(self, d: int) -> int:
         return kept(self.ratio, None, d)
-
-    def gain(self, d: int) -> float:
-        return d / max(self.count(d), 1) if self.unbiased else 1.0
 
     def choose(self, x: Array, key: Key) -> Chosen:
         xp, d = namespace(x), x.shape[0]

@@ -10,7 +10,13 @@ import numpy as np
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.density import kept, require_ratio
-from ef_horovod.compressors.sparse import Chosen, Entries, Scale, Sparsifier, require_scale
+from ef_horovod.compressors.sparse import (
+    Chosen,
+    Entries,
+    RandomSparsifier,
+    Scale,
+    require_scale,
+)
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
 from ef_horovod.registry import register_compressor
@@ -21,7 +27,7 @@ _LAYOUT = struct.Struct("<QII")  # seed, k, reserved: values start at a multiple
 
 @register_compressor(wire_id=4)
 @dataclass(frozen=True)
-class RandomK(Sparsifier):
+class RandomK(RandomSparsifier):
     """Keep k = max(1, floor(ratio * d)) entries drawn uniformly without replacement.
 
     Receivers draw the same subset from the payload's 64-bit seed, so no index is sent. With
@@ -58,29 +64,12 @@ class RandomK(Sparsifier):
         require_ratio("RandomK", self.ratio)
         require_scale("RandomK", self.scale)
 
-    @property
-    def linear(self) -> bool:
-        return self.shared
-
-    @property
-    def unbiased(self) -> bool:
-        return self.scale == "unbiased"
-
-    def contraction(self, d: int) -> float | None:
-        return None if self.unbiased else self.count(d) / max(d, 1)
-
-    def variance(self, d: int) -> float | None:
-        return self.gain(d) - 1 if self.unbiased else None
-
     @classmethod
     def examples(cls) -> tuple[RandomK, ...]:
         return cls(0.1), cls(0.3, shared=False), cls(0.3, scale="unbiased")
 
     def count(self, d: int) -> int:
         return kept(self.ratio, None, d)
-
-    def gain(self, d: int) -> float:
-        return d / max(self.count(d), 1) if self.unbiased else 1.0
 
     def choose(self, x: Array, key: Key) -> Chosen:
         xp, d = namespace(x), x.shape[0]

@@ -12,7 +12,13 @@ import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import require_finite
-from ef_horovod.compressors.sparse import Chosen, Entries, Scale, Sparsifier, require_scale
+from ef_horovod.compressors.sparse import (
+    Chosen,
+    Entries,
+    RandomSparsifier,
+    Scale,
+    require_scale,
+)
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
 from ef_horovod.registry import register_compressor
@@ -24,7 +30,7 @@ _TAILS = 1024  # gaps that one random word can stand for
 
 @register_compressor(wire_id=14)
 @dataclass(frozen=True)
-class RandomSparsify(Sparsifier):
+class RandomSparsify(RandomSparsifier):
     """Keep each entry with probability p, independently of all others.
 
     As `RandomK` with a number of entries that varies: p d on average, with a standard deviation of
@@ -77,19 +83,8 @@ class RandomSparsify(Sparsifier):
     def sized(self) -> bool:
         return False
 
-    @property
-    def linear(self) -> bool:
-        return self.shared
-
-    @property
-    def unbiased(self) -> bool:
-        return self.scale == "unbiased"
-
-    def contraction(self, d: int) -> float | None:
-        return None if self.unbiased else self.p
-
-    def variance(self, d: int) -> float | None:
-        return 1 / self.p - 1 if self.unbiased else None
+    def share(self, d: int) -> float:
+        return self.p
 
     @classmethod
     def examples(cls) -> tuple[RandomSparsify, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+from typing import ClassVar
+
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
@@ -9,7 +12,10 @@ from ef_horovod.arrays.grid import Grid, blocks
 from ef_horovod.arrays.numpy_quantize import largest_code
 from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
+from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
+
+_LEVELS = struct.Struct("<II")  # levels, bucket (0: the whole vector)
 
 
 def require_range(what: str, value: int | None, low: int, high: int) -> None:
@@ -72,6 +78,60 @@ def read_scales(fields: Fields, what: str, count: int) -> np.ndarray:
             "of at least 0; it was damaged on the way"
         )
     return scales
+
+
+class RoundsToLevels(Compressor):
+    """Base of compressors that round at random to levels of a block's norm.
+
+    A subclass has the fields `levels` and `bucket`, says which grid its levels are, up to how many
+    levels there may be, and what the lowest level above 0 of each block is.
+
+    Wire format:
+        uint32 levels, uint32 bucket (0: the whole vector), a float32 for each block, then codes.
+    """
+
+    grid: ClassVar[str]  # a kind of `Grid`
+    max_levels: ClassVar[int]
+    levels: int
+    bucket: int | None
+    weighs_residual = True
+
+    def lowest(self, x: Array, block: int) -> np.ndarray:
+        """The lowest level above 0 of each block of float32[d] x: float64[blocks]."""
+        raise NotImplementedError
+
+    @property
+    def unbiased(self) -> bool:
+        return True
+
+    def contraction(self, d: int) -> float | None:
+        omega = self.variance(d)
+        assert omega is not None
+        return contraction_of(omega)
+
+    def body_nbytes(self, d: int) -> int:
+        scales = 4 * blocks(d, block_length(self.bucket, d))
+        return _LEVELS.size + scales + Grid(self.grid, self.levels).nbytes(d)
+
+    def encode(self, x: Array, key: Key, *, residual: float) -> tuple[np.ndarray, ...]:
+        block, grid = block_length(self.bucket, x.shape[0]), Grid(self.grid, self.levels)
+        scales = scale_of(self.lowest(x, block), self)
+        seed = key.draw(shared=False)
+        codes = namespace(x).quantize(x, scales, block, grid, seed, subtract=residual)
+        head = np.frombuffer(_LEVELS.pack(self.levels, self.bucket or 0), np.uint8)
+        return head, scales, codes
+
+    @classmethod
+    def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
+        fields = Fields(body, cls.__name__)
+        levels, bucket = fields.unpack(_LEVELS)
+        if not 1 <= levels <= cls.max_levels:
+            raise PayloadError(
+                f"{cls.__name__} payload has {levels} levels, expected 1 to {cls.max_levels}; "
+                "it was damaged on the way"
+            )
+        block = read_block(bucket, cls.__name__, dense.shape[0])
+        add_rounded(fields, cls.__name__, Grid(cls.grid, levels), block, dense, weight)
 
 
 def add_rounded(

@@ -131,6 +131,37 @@ class Sparsifier(Compressor):
         return body[HEAD_NBYTES:].view("<f4")
 
 
+class RandomSparsifier(Sparsifier):
+    """Base of sparsifiers whose places follow from a seed.
+
+    A subclass has the fields `shared`, whether all ranks draw the same places, and `scale`.
+    """
+
+    shared: bool
+    scale: Scale
+
+    def share(self, d: int) -> float:
+        """The part of d entries that is kept, on average."""
+        return self.count(d) / max(d, 1)
+
+    @property
+    def linear(self) -> bool:
+        return self.shared
+
+    @property
+    def unbiased(self) -> bool:
+        return self.scale == "unbiased"
+
+    def contraction(self, d: int) -> float | None:
+        return None if self.unbiased else self.share(d)
+
+    def variance(self, d: int) -> float | None:
+        return self.gain(d) - 1 if self.unbiased else None
+
+    def gain(self, d: int) -> float:
+        return d / max(self.count(d), 1) if self.unbiased else 1.0
+
+
 def require_scale(name: str, scale: str) -> None:
     """Raise ValueError unless scale is one that random sparsifiers know."""
     if scale not in ("contractive", "unbiased"):
