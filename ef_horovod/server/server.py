@@ -314,7 +314,7 @@ class Server:
             self._answer(self.buckets.values())  # fewer may be enough now
             return
         waiting = [bucket for bucket in self.buckets.values() if bucket.begun]
-        if self._present and (waiting or not self.buckets):
+        if self._present and (waiting or not self._fingerprint):
             self._require_all_present()
 
     def _require_all_present(self) -> None:
