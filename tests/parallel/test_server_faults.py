@@ -176,4 +176,4 @@ def expected_end() -> dict[str, Any]:
 
 def test_workers_may_end_one_after_the_other_where_a_server_has_no_bucket(tmp_path: Path) -> None:
     results = server_job(2, 2, "server_leaves.py", tmp_path)
-    assert [result["sum"] for result in results] == [200.0] * 2
+    assert [result["sum"] for result in results] == [2000.0] * 2
