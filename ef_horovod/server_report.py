@@ -238,13 +238,14 @@ def plot(log: Log, file: Path) -> None:
     for i, (server, entries) in enumerate(log.servers.items()):
         color, seconds = _COLORS[i % len(_COLORS)], [entry["seconds"] for entry in entries]
         rates = [entry["rounds_per_second"] for entry in entries]
-        speed.plot(seconds, rates, ".-", color=color, label=f"server {server}")
-        for way, line in (("up", ".-"), ("down", ".:")):
+        speed.plot(seconds, rates, "o-", color=color, label=f"server {server}")
+        for way, line in (("up", "o-"), ("down", "x:")):
             nbytes = [entry[f"bytes_{way}"] / 1e6 for entry in entries]
             traffic.plot(seconds, nbytes, line, color=color, label=f"server {server}, {way}")
     speed.set(xlabel="seconds", ylabel="rounds per second", ylim=(0, None))
-    traffic.set(xlabel="seconds", ylabel="MB in a round, all workers", ylim=(0, None))
+    traffic.set(xlabel="seconds", ylabel="MB in a round, all workers together", ylim=(0, None))
     for panel in (speed, traffic):
+        panel.set_xlim(0, None)
         panel.legend(frameon=False, fontsize="small")
         panel.grid(alpha=0.3)
     _plot_waiting(log, waiting)
