@@ -81,6 +81,15 @@ def command(
     elsewhere = arguments.host or arguments.hostfile
     threads = arguments.threads or (1 if elsewhere else max(1, cores // ranks))
     variables = [word for name in _THREADS for word in ("-x", f"{name}={threads}")]
+    line = [*mpirun(arguments), "-np", str(arguments.servers), *variables]
+    line += [sys.executable, "-m", "ef_horovod.server", *for_server, ":"]
+    return [*line, "-np", str(arguments.workers), *variables, *program]
+
+
+def mpirun(arguments: argparse.Namespace) -> list[str]:
+    """mpirun with the options that hold for all ranks, for `arguments` as `make_parser` reads."""
+    ranks, cores = arguments.servers + arguments.workers, os.cpu_count() or 1
+    elsewhere = arguments.host or arguments.hostfile
     line = [_mpirun()]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         line += ["--allow-run-as-root"]  # refused otherwise; in a container root is the usual user
@@ -92,10 +101,7 @@ def command(
         line += ["--oversubscribe"]
     line += ["--bind-to", "none"]  # or ranks with several threads share one core
     line += ["--mca", "mpi_yield_when_idle", "1"]  # whoever waits in MPI leaves the core to others
-    line += ["--mca", "odls_base_sigkill_timeout", str(_SECONDS_TO_SAVE)]
-    line += ["-np", str(arguments.servers), *variables]
-    line += [sys.executable, "-m", "ef_horovod.server", *for_server, ":"]
-    return [*line, "-np", str(arguments.workers), *variables, *program]
+    return [*line, "--mca", "odls_base_sigkill_timeout", str(_SECONDS_TO_SAVE)]
 
 
 def _mpirun() -> str:

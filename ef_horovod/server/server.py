@@ -150,7 +150,8 @@ class Server:
             f"{elements:,} elements by {', '.join(sorted({spec.method for spec in specs}))}, from "
             f"step {step} on"
         )
-        self._watch = Watch(self._totals, 4 * elements * self.workers, self._say, self._log)
+        dense_nbytes, number = 4 * elements * self.workers, self._group.number
+        self._watch = Watch(self._totals, dense_nbytes, self._say, self._log, number)
         self._tell(Kind.WELCOME, "" if self._participation is None else str(self._quorum))
 
     def _totals(self) -> Totals:
@@ -224,13 +225,11 @@ class Server:
                     f"worker {worker} sent bucket {message.bucket} with tag {tag}, expected one of "
                     f"the buckets {sorted(self.buckets)} of this server with its tag"
                 )
-            if bucket.accept(worker, message, body):
-                if self._participation is not None:
-                    self._answer(self.buckets.values())
-                    return
-                if self._watch is not None:
-                    self._watch.completed_by(worker)
-                self._answer([bucket])
+            complete = bucket.accept(worker, message, body)
+            if self._watch is not None and self._participation is None:
+                self._watch.arrived(worker, bucket.index, complete)
+            if complete:
+                self._answer([bucket] if self._participation is None else self.buckets.values())
         elif message.kind is Kind.HELLO and not self._fingerprint:
             try:
                 self._configs[worker] = Config.from_json(body_text(body))
@@ -315,7 +314,7 @@ class Server:
             self._answer(self.buckets.values())  # fewer may be enough now
             return
         waiting = [bucket for bucket in self.buckets.values() if bucket.begun]
-        if self._present and (waiting or not self.buckets):
+        if self._present and (waiting or not self._fingerprint):
             self._require_all_present()
 
     def _require_all_present(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -29,7 +29,8 @@ class Watch:
         totals: reads the counters.
         dense_nbytes: what all workers would send in a round as float32.
         say: gets a line for people.
-        log: file that JSON lines are appended to, or None.
+        log: file that JSON lines are appended to, or None; servers of a job can share it.
+        server: this server's number.
         every: seconds between two reports.
         clock: seconds, from anywhere.
     """
@@ -40,11 +41,12 @@ class Watch:
         dense_nbytes: int,
         say: Callable[[str], None],
         log: Path | None = None,
+        server: int = 0,
         every: float = EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._totals, self._dense, self._say = totals, dense_nbytes, say
-        self._every, self._clock = every, clock
+        self._server, self._every, self._clock = server, every, clock
         self._file: TextIO | None = None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +54,22 @@ class Watch:
         self._begin = self._last = clock()
         self._before = totals()
         self._last_ones: Counter[int] = Counter()
+        self._waited: dict[int, float] = defaultdict(
+            float
+        )  # seconds that all others waited for a worker
+        self._latest: dict[int, float] = {}  # bucket to the time of its round's latest message
 
-    def completed_by(self, worker: int) -> None:
-        """A bucket's round was complete when this worker's message came: all others waited."""
+    def arrived(self, worker: int, bucket: int, complete: bool) -> None:
+        """A worker's message is in; if it completes its bucket's round, all others waited for it.
+
+        Counted as waiting is the time since the last message but one of the round.
+        """
+        now = self._clock()
+        if not complete:
+            self._latest[bucket] = now
+            return
         self._last_ones[worker] += 1
+        self._waited[worker] += now - self._latest.pop(bucket, now)
 
     def look(self) -> None:
         """Report, if it is time to."""
@@ -70,6 +84,7 @@ class Watch:
             self._write(self._entry(rounds, totals, now))
         self._last, self._before = now, totals
         self._last_ones.clear()
+        self._waited.clear()
 
     def close(self) -> None:
         """The last report."""
@@ -85,6 +100,7 @@ class Watch:
         slowest = self._last_ones.most_common(1)
         worker, times = slowest[0] if slowest else (None, 0)
         return {
+            "server": self._server,
             "seconds": round(now - self._begin, 3),
             "round": totals.rounds,
             "rounds_per_second": rounds / max(now - self._last, 1e-9),
@@ -94,6 +110,8 @@ class Watch:
             "ratio_down": down / self._dense if self._dense else None,
             "slowest_worker": worker,
             "slowest_share": times / max(sum(self._last_ones.values()), 1),
+            # Seconds that all others waited for a worker, summed over buckets.
+            "waited": {str(who): round(self._waited[who], 6) for who in sorted(self._waited)},
             "dropped": totals.dropped,
             "refused": totals.refused,
         }

@@ -228,6 +228,11 @@ class _Distributed:
             self._reducer.close()
             self._reducer = None
 
+    @property
+    def transport(self) -> Transport | None:
+        """To the other workers, whose `rank` and `size` it knows; None with a single rank."""
+        return self._reducer.transport if self._reducer is not None else None
+
     def stats(self) -> list[ChannelStats]:
         """One row for each bucket and a last one with the total; empty with a single rank.
 

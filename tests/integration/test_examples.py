@@ -57,3 +57,25 @@ def test_a_server_and_its_workers() -> None:
     assert distances[-1] < 0.01
     (up, down) = map(int, re.findall(r"sent 1/(\d+) of dense, received 1/(\d+)", output)[0])
     assert min(up, down) >= 50
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio"),
+    [
+        ("DoubleSqueeze(OneBit(), down=OneBit())", 30),
+        ("DoubleSqueeze(TopK(0.01), down=TopK(0.01))", 50),
+    ],
+)
+def test_torch_with_a_server(method: str, ratio: float) -> None:
+    """A few steps: the loss falls, and both ways have as few bytes as promised."""
+    launch = [sys.executable, "-m", "ef_horovod.server.launch", "-s", "1", "-w", "2"]
+    script = str(ROOT / "examples" / "server_torch.py")
+    words = ["--epochs", "3", "--method", method]
+    output = run_job([*launch, "--", sys.executable, script, *words])
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    assert losses[-1] < 1.5, "ten classes: 2.3 at the start"
+    found = re.findall(r"accuracy ([\d.]+); .*1/([\d.]+) of dense.*1/([\d.]+)\)", output)
+    assert len(found) == 1, f"worker 0 alone reports: {output}"
+    accuracy, up, down = map(float, found[0])
+    assert accuracy > 0.5, "one of ten by chance"
+    assert min(up, down) > ratio

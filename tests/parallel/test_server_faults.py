@@ -172,3 +172,8 @@ def expected_end() -> dict[str, Any]:
         both = [gradients(rank, step)["b"] for rank in range(2)]
         x["b"] = x["b"] - (both[0] + both[1]) / np.float32(2)
     return {"w": run.x.reshape(50, 40).tolist(), "b": x["b"].tolist()}
+
+
+def test_workers_may_end_one_after_the_other_where_a_server_has_no_bucket(tmp_path: Path) -> None:
+    results = server_job(2, 2, "server_leaves.py", tmp_path)
+    assert [result["sum"] for result in results] == [2000.0] * 2

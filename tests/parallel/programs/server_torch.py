@@ -25,7 +25,7 @@ def main() -> None:
         exchange="server",
         seed=SEED,
     )
-    transport = optimizer._reducer.transport
+    transport = optimizer.transport
     started, skipped = [], []
     for step in range(STEPS + 1):
         optimizer.zero_grad()
