@@ -22,7 +22,7 @@ from ef_horovod.tensorflow.graphs import refuse_replicas, refuse_xla
 from ef_horovod.tensorflow.rows import Rows
 from ef_horovod.tensorflow.sync import in_sync_op
 from ef_horovod.tensorflow.variables import native, path_of
-from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 
@@ -49,14 +49,14 @@ class Engine:
     Args:
         named: variables with names that are equal on all ranks.
         options: see there.
-        transport: to the other ranks.
+        transport: to the other ranks, or to servers.
     """
 
     def __init__(
         self,
         named: list[tuple[str, Any]],
         options: Options,
-        transport: HorovodTensorFlowTransport,
+        transport: GraphTransport,
     ) -> None:
         self.options, self.transport = options, transport
         self._named = named
@@ -143,6 +143,8 @@ class Engine:
             self._open()
             self._load_everywhere()
             require_same_config(self.transport, self._describe())
+            if isinstance(self.transport, ServerCourier):
+                self.transport.handshake(int(self.step.numpy()))
         self._opened = True
 
     def _load_everywhere(self) -> None:
@@ -157,7 +159,7 @@ class Engine:
         if everyones in ({0}, {1}):
             return
         problem = problem or "other ranks could not load theirs"
-        if self._must_fit:
+        if self._must_fit or self.transport.has_server:  # which knows each bucket once
             raise ValueError(problem)
         warnings.warn(
             f"error memories start from zero on rank {self.transport.rank}: {problem}; to keep "
@@ -176,15 +178,24 @@ class Engine:
             bucket_bytes=options.bucket_bytes,
             device_of=lambda variable: native(variable).device,
         )
+        self._rows = {
+            i: self._make_rows(name, variable)
+            for i, ((name, variable), kind) in enumerate(zip(self._named, kinds, strict=True))
+            if kind == "rows"
+        }
         self._buckets = [
             Bucket(plan, self.transport, exchange=options.exchange, seed=options.seed)
             for plan in plans
         ]
-        self._rows = {
-            i: Rows(name, tuple(variable.shape), self.transport)
-            for i, ((name, variable), kind) in enumerate(zip(self._named, kinds, strict=True))
-            if kind == "rows"
-        }
+
+    def _make_rows(self, name: str, variable: Any) -> Rows:
+        if isinstance(self.transport, ServerCourier):
+            raise UnsupportedError(
+                f"the gradient of '{path_of(variable)}' is tf.IndexedSlices with "
+                "exchange='server', expected a dense one, for servers know no rows; pass "
+                "sparse_as_dense=True"
+            )
+        return Rows(name, tuple(variable.shape), self.transport)
 
     def _describe(self) -> list[str]:
         options = self.options
