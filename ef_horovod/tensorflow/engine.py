@@ -79,8 +79,7 @@ class Engine:
         refuse_replicas()
         gradients = [self._densified(g) for g in gradients]
         self._begin(gradients)
-        if self.options.check_sync:
-            self._compare_in_second_call()
+        in_sync = self._compare_in_second_call() if self.options.check_sync else tf.constant(True)
         step = self.step.read_value()
         place_of = {name: i for i, (name, _) in enumerate(self._named)}
         places = [[place_of[slot.name] for slot in bucket.slots] for bucket in self._buckets]
@@ -89,7 +88,8 @@ class Engine:
             for bucket, its in zip(self._buckets, places, strict=True)
         ]
         rows = {i: exchange.exchange(gradients[i]) for i, exchange in self._rows.items()}
-        rows_good = tf.reduce_all([True, *(finite for _, finite in rows.values())])
+        # With `in_sync` among them, though it is never False: waits must not change places.
+        rows_good = tf.reduce_all([in_sync, *(finite for _, finite in rows.values())])
         factor = loss_scale * (1 if self.options.average else self.transport.size)
         directions, good, next_step = receive(self._buckets, arrived, step, factor, rows_good)
         self.step.assign(next_step)
@@ -219,12 +219,15 @@ class Engine:
                     "for each set of variables that is trained"
                 )
 
-    def _compare_in_second_call(self) -> None:
-        """Ops that compare all ranks' variables once, when the first update has been made."""
+    def _compare_in_second_call(self) -> tf.Tensor:
+        """Ops that compare all ranks' variables once, when the first update has been made.
+
+        What comes of them is True; they raise otherwise.
+        """
         calls = self._calls.read_value()
         self._calls.assign_add(1)
         variables = [native(variable) for _, variable in self._named]
-        tf.cond(
+        return tf.cond(
             tf.equal(calls, 1),
             lambda: in_sync_op(variables, self.transport),
             lambda: tf.constant(True),

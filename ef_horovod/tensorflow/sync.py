@@ -104,5 +104,6 @@ def require_equal(digests: Sequence[np.ndarray]) -> None:
             f"the parameters of rank 0 and rank {other} differ, expected the "
             "same bits on all ranks; check that the optimizer or the tape is wrapped "
             "(ef.DistributedOptimizer, ef.DistributedGradientTape) and that the first values were "
-            "broadcast (ef.TrainingCallback or ef.broadcast_variables)"
+            "broadcast (ef.TrainingCallback or ef.broadcast_variables), or with "
+            "parameter servers come from one seed"
         )
