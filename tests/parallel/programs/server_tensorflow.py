@@ -154,7 +154,9 @@ def rows():
     x = tf.Variable(tf.zeros(SHAPE))
     reducer = ef.Reducer([x], METHOD, exchange="server")
     slices = tf.IndexedSlices(tf.ones((1, SHAPE[1])), [2], SHAPE)
-    return reducer._engine.transport.rank, error_of(lambda: reducer.reduce([slices]))
+    error = error_of(lambda: reducer.reduce([slices]))
+    reducer.reduce([tf.ones(SHAPE)])  # nothing has begun by that error
+    return reducer._engine.transport.rank, error
 
 
 SCENARIOS = (numbers, fit, overlap, silent, unequal_start, rows)
