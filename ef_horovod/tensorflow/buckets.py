@@ -17,7 +17,7 @@ from ef_horovod.arrays import tensorflow as tensors
 from ef_horovod.buckets import BucketPlan, Slot
 from ef_horovod.channel import finish_step
 from ef_horovod.tensorflow.variables import native, on_gpu
-from ef_horovod.transports.horovod_tensorflow import Courier, HorovodTensorFlowTransport
+from ef_horovod.transports.server_tensorflow import GraphTransport
 
 _ALIGNMENT = 64  # bytes; TensorFlow takes over such arrays without a copy
 
@@ -27,23 +27,26 @@ class Bucket:
 
     Args:
         plan: its variables and how they travel.
-        transport: to the other ranks.
-        exchange: "auto", "gather" or "reduce".
+        transport: to the other ranks, or to servers.
+        exchange: "auto", "gather", "reduce" or "server".
         seed: of random compressors.
     """
 
     def __init__(
-        self, plan: BucketPlan, transport: HorovodTensorFlowTransport, *, exchange: str, seed: int
+        self, plan: BucketPlan, transport: GraphTransport, *, exchange: str, seed: int
     ) -> None:
         self.slots: list[Slot] = plan.slots
         first = native(self.slots[0].parameter)
         self.on_gpu = on_gpu(first)
         like = tensors.zeros(plan.length, first.device if self.on_gpu else None)
-        self._transport, self._courier = transport, Courier(transport)
+        self._transport, self._courier = transport, transport.courier()
         self.channel = plan.open(like, self._courier, exchange=exchange, seed=seed)
 
     def send(self, step: tf.Tensor, loss_scale: tf.Tensor, gradients: list[tf.Tensor]) -> tf.Tensor:
-        """Ops that compress the gradients and exchange them; what has arrived."""
+        """Ops that compress the gradients and exchange them; what has arrived.
+
+        From servers nothing has by then; `receive` waits for them.
+        """
         inputs = [step, loss_scale, *gradients]
         dtype = tf.float32 if self.channel.exchange in ("dense", "reduce") else tf.uint8
         # Stateless, so that no control dependency makes one bucket wait for another; that a step

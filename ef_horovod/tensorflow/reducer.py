@@ -17,11 +17,18 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
+from ef_horovod.policy import (
+    DensePolicy,
+    refuse_elastic,
+    refuse_process_set,
+    require_method,
+    small_or_vector,
+)
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
 from ef_horovod.tensorflow.variables import name_variables
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
 
 _instances = itertools.count()
 
@@ -43,7 +50,9 @@ class Reducer(tf.Module):
         op: `hvd.Average` or `hvd.Sum`.
         dense: `dense(path, variable)` says which variables stay uncompressed (they share one
             allreduce); default `small_or_vector`.
-        exchange: "auto", "gather" (any compressor) or "reduce" (linear ones).
+        exchange: "auto", "gather" (any compressor) or "reduce" (linear ones) among Horovod's ranks;
+            or "server" in a job that `launch/server` started, which needs no `hvd.init()`, and
+            where sparse gradients need `sparse_as_dense`.
         bucket_bytes: variables are packed into buckets of about this many bytes of float32; each
             is compressed as one vector and sent in one collective as soon as its gradients exist.
         seed: of random compressors.
@@ -79,7 +88,7 @@ class Reducer(tf.Module):
         timeout: float | None = None,
     ) -> None:
         super().__init__(name="ef_reducer")
-        require_options(compression, op=op, exchange=exchange)
+        require_options(compression, op=op, exchange=exchange, process_set=process_set)
         options = Options(
             method=compression,
             average=op == hvd.Average,
@@ -94,10 +103,8 @@ class Reducer(tf.Module):
         self._count = len(named)
         self._engine: Engine | None = None
         self.memories: Memories | None = None
-        process_set = process_set or hvd.global_process_set
-        prefix = f"ef{next(_instances)}"  # make reducers in the same order on all ranks
-        if process_set.included() and process_set.size() > 1:
-            transport = HorovodTensorFlowTransport(prefix, process_set, timeout)
+        transport = _open_transport(exchange, process_set, timeout)
+        if transport is not None:
             self._engine = Engine(named, options, transport)
             # Tracked by checkpoints; the model's variables are not, for they are the model's.
             self.step = self._engine.step
@@ -166,8 +173,28 @@ class Reducer(tf.Module):
             self._engine.load_state_dict(state)
 
 
+def _open_transport(
+    exchange: str, process_set: Any, timeout: float | None
+) -> GraphTransport | None:
+    """To the other ranks or to the servers; None if there is nobody to average with."""
+    if exchange == "server":
+        from ef_horovod.server.client import ServerTransport
+
+        return ServerCourier(ServerTransport(timeout))
+    process_set = process_set or hvd.global_process_set
+    prefix = f"ef{next(_instances)}"  # make reducers in the same order on all ranks
+    if process_set.included() and process_set.size() > 1:
+        return HorovodTensorFlowTransport(prefix, process_set, timeout)
+    return None
+
+
 def require_options(
-    compression: Any, *, op: Any = hvd.Average, exchange: str = "auto", **others: Any
+    compression: Any,
+    *,
+    op: Any = hvd.Average,
+    exchange: str = "auto",
+    process_set: Any = None,
+    **others: Any,
 ) -> None:
     """Raise for what `ef.Reducer` refuses, before there are variables to make one for.
 
@@ -188,4 +215,6 @@ def require_options(
             f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense vectors; "
             "use hvd.DistributedGradientTape without compression for it"
         )
+    if exchange == "server":
+        refuse_process_set(process_set)
     exchanges.choose(exchange, require_method(compression))

@@ -15,7 +15,13 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
+from ef_horovod.policy import (
+    DensePolicy,
+    refuse_elastic,
+    refuse_process_set,
+    require_method,
+    small_or_vector,
+)
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Options, Reducer
 from ef_horovod.transports.base import Transport
@@ -119,11 +125,7 @@ def _open_transport(exchange: str, process_set: Any, timeout: float | None) -> T
     if exchange == "server":
         from ef_horovod.server.client import ServerTransport
 
-        if process_set is not None:
-            raise UnsupportedError(
-                "got a process_set with exchange='server', expected none, for the job's workers "
-                "are those that mpirun started; leave it out"
-            )
+        refuse_process_set(process_set)
         return ServerTransport(timeout)
     process_set = process_set or hvd.global_process_set
     prefix = f"ef{next(_instances)}"  # wrap optimizers in the same order on all ranks

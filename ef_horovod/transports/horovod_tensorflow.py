@@ -71,6 +71,10 @@ class HorovodTensorFlowTransport(HorovodTransport):
                 process_set=self._process_set,
             )
 
+    def courier(self) -> Courier:
+        """What a channel in a graph sends with."""
+        return Courier(self)
+
     def gather_rows(self, name: str, rows: tf.Tensor) -> tf.Tensor:
         """All ranks' rows below each other; every rank may have another number of them."""
         with tf.device("/CPU:0"):
