@@ -246,7 +246,7 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
 import ef_horovod.arrays.tensorflow as device
-from ef_horovod.arrays import tensorflow_quantize
+from ef_horovod.arrays import tensorflow_matrices, tensorflow_quantize
 from test_arrays import CALLS, fit
 
 def watch(owner, name):
@@ -258,7 +258,7 @@ def watch(owner, name):
 
 x = device.zeros(100, "/CPU:1")
 one = x.device
-for owner in (device, tensorflow_quantize, tf, type(x)):
+for owner in (device, tensorflow_matrices, tensorflow_quantize, tf, type(x)):
     for function in ("to_host", "put", "_put", "reduce_sum", "reduce_max", "assign", "assign_add"):
         if hasattr(owner, function):
             watch(owner, function)
