@@ -15,6 +15,7 @@ from ef_horovod.keys import Key
 from ef_horovod.shown import Shown
 
 DEFAULT_KEY = Key()
+_LONGEST = 2**40  # numbers; no vector of a model is longer
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,14 @@ class Compressor(Shown):
         return None
 
     @property
+    def contracts(self) -> bool:
+        """Whether it is a contraction for vectors of every length, as methods have to ask.
+
+        `QSGD(100, bucket=None)` is one for a thousand numbers, and far from it for a million.
+        """
+        return self.contraction(_LONGEST) is not None
+
+    @property
     def suits_feedback(self) -> bool:
         """Whether an error memory stays bounded with it, whatever bounded gradients come.
 
@@ -61,7 +70,7 @@ class Compressor(Shown):
         `HardThreshold`, or a contraction in another norm, as those of `OneBit("l2")` and of
         `TernGrad` with a clip.
         """
-        return self.contraction(1000) is not None
+        return self.contracts
 
     @classmethod
     def examples(cls) -> tuple[Compressor, ...]:

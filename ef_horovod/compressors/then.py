@@ -102,8 +102,8 @@ class Then(Compressor):
 
     @property
     def suits_feedback(self) -> bool:
-        if self.sparsifier.contraction(1000) is not None:
-            return self.contraction(1000) is not None
+        if self.sparsifier.contracts:
+            return self.contracts
         return self.sparsifier.suits_feedback and self.values.suits_feedback
 
     def contraction(self, d: int) -> float | None:

@@ -66,7 +66,7 @@ class EF21Plus(Method):
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
-        return () if compressor.contraction(1000) is None else (cls(compressor),)
+        return (cls(compressor),) if compressor.contracts else ()
 
     def init(self, x: Array, workers: int = 1) -> tuple[EF21PlusState, EF21PlusServer]:
         return (

@@ -81,6 +81,7 @@ def test_compressors_that_amplify_are_refused(make):
 
 REFUSED = [
     ef.QSGD(4, bucket=None),
+    ef.QSGD(100, bucket=None),  # fine for a thousand numbers, but not for a million
     ef.TernGrad(),
     ef.Then(ef.RandomK(0.3, scale="unbiased"), ef.Natural()),
     ef.RandomSparsify(0.3, scale="unbiased"),
