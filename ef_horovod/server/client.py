@@ -56,10 +56,11 @@ class ServerTransport(MPITransport):
 
     Raises:
         CollectiveTimeoutError: some ranks of the job did not start as server or worker.
-        UnsupportedError: there is no server in this job.
+        UnsupportedError: there is no server in this job, or this process has one of these already.
     """
 
     def __init__(self, timeout: float | None = None, comm: Any = None) -> None:
+        require_first(comm)
         limit = timeout or default_timeout()
         self._group = connect(WORKER, limit, comm)
         super().__init__(self._group.peers, limit)
@@ -74,6 +75,7 @@ class ServerTransport(MPITransport):
         self._broken: EFHorovodError | None = None
         self._closed = False
         self._hopeless = False  # whether servers do not even end the job
+        _opened.append((comm or MPI.COMM_WORLD, self))
         atexit.register(self._at_exit)  # runs before mpi4py ends MPI, for it was registered later
 
     @property
@@ -199,7 +201,13 @@ class ServerTransport(MPITransport):
 
         Raises:
             ProtocolError: a server has no folder for checkpoints, or it is not between two steps.
+            UnsupportedError: the servers know of no bucket yet.
         """
+        if self._config is None:
+            raise UnsupportedError(
+                "got checkpoint() before the first step, expected it after one, for servers have "
+                "no memories before; take the first checkpoint later"
+            )
         self._saved.clear()
         message = pack(Message(Kind.SAVE, self.rank, step=step), text_body(""))
         self._send(message, self._group.servers, CONTROL_TAG)
@@ -208,6 +216,14 @@ class ServerTransport(MPITransport):
             lambda: sorted(set(self._group.servers) - self._saved),
             f"the checkpoint of step {step}",
         )
+
+    def require_not_begun(self) -> None:
+        if self._config is not None:
+            raise UnsupportedError(
+                "got memories to restore after the first step or checkpoint, expected them before, "
+                "for servers read those of the same step when they meet the workers; load them "
+                "before training begins"
+            )
 
     def close(self, error: str = "") -> None:
         """Tell the servers that this worker ends; the job ends when all workers have.
@@ -317,6 +333,26 @@ class ServerTransport(MPITransport):
     def _send(self, data: np.ndarray, ranks: Sequence[int], tag: int) -> None:
         for rank in ranks:
             self._sends.append((self._all.Isend([data, MPI.BYTE], rank, tag), data))
+
+
+def require_first(comm: Any = None) -> None:
+    """Raise if this process is a worker of the job already, by another optimizer or the like.
+
+    Args:
+        comm: of servers and workers; default COMM_WORLD.
+
+    Raises:
+        UnsupportedError: always there.
+    """
+    if any(c == (comm or MPI.COMM_WORLD) and not one._closed for c, one in _opened):
+        raise UnsupportedError(
+            "got a second optimizer, reducer, tape or Worker in a job with parameter servers, "
+            "expected one in a process, for servers hear of all buckets at once; give all "
+            "parameters to one, in parameter groups if their settings differ"
+        )
+
+
+_opened: list[tuple[Any, ServerTransport]] = []  # with their communicators
 
 
 class _Bucket:

@@ -143,8 +143,7 @@ class Engine:
             self._open()
             self._load_everywhere()
             require_same_config(self.transport, self._describe())
-            if isinstance(self.transport, ServerCourier):
-                self.transport.handshake(int(self.step.numpy()))
+            self.transport.handshake(describe(self._buckets), int(self.step.numpy()))
         self._opened = True
 
     def _load_everywhere(self) -> None:

@@ -56,8 +56,9 @@ def DistributedOptimizer(
     the wrapped optimizer's class with the same state and parameter groups; with a single rank it
     is the plain optimizer. `synchronize()`, `skip_synchronize()` and
     `set_backward_passes_per_step()` work as in Horovod, `zero_grad(set_to_none=...)` too. New are
-    `stats()`, `step_skipped` and `compression_state_dict()` / `load_compression_state_dict()`:
-    error memories belong to a rank, so every rank saves and loads its own.
+    `stats()`, `step_skipped`, `compression_state_dict()` / `load_compression_state_dict()` (error
+    memories belong to a rank, so every rank saves and loads its own) and `checkpoint()`, which has
+    servers save theirs too.
 
     If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks: parameters
     and memories stay as they were, gradients become NaN, `step_skipped` is True.
@@ -247,8 +248,33 @@ class _Distributed:
         """This rank's error memories by parameter name; save one file a rank."""
         return self._reducer.state_dict() if self._reducer is not None else {}
 
+    def checkpoint(self) -> dict[str, Any]:
+        """Have the servers write their memories; this rank's, as `compression_state_dict` has them.
+
+        All workers call it after the same step, and save the result with the model and the inner
+        optimizer's `state_dict()`, one file a worker. Without servers there is nobody to ask.
+
+        Raises:
+            ProtocolError: the servers were started without --checkpoint, or with --quorum.
+            RuntimeError: called between backward() and step().
+        """
+        reducer = self._reducer
+        if reducer is None:
+            return {}
+        if reducer.under_way or (self._synchronized and not self.step_skipped):
+            raise RuntimeError(
+                "checkpoint() was called between backward() and step(), expected it after step(), "
+                "when memories and model belong to the same step"
+            )
+        return reducer.checkpoint()
+
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `compression_state_dict` returned on this rank."""
+        """Take over what `compression_state_dict` or `checkpoint` returned on this rank.
+
+        Raises:
+            UnsupportedError: with servers, after the first step: they read theirs before it.
+            ValueError: another rank, number of ranks, method or model.
+        """
         if self._reducer is not None:
             self._reducer.load_state_dict(state)
 

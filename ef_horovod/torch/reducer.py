@@ -119,6 +119,16 @@ class Reducer:
         self.options = replace(self.options, passes=passes)
         self.reset_passes()
 
+    def begin(self) -> None:
+        """Before the first exchange: see that all ranks mean the same, and servers too; collective.
+
+        Not in a hook, for ranks run hooks in their own order.
+        """
+        if not self._config_checked:
+            require_same_config(self.transport, self._describe())
+            self.transport.handshake(describe(self.buckets), self.step)
+            self._config_checked = True
+
     def finish(self) -> bool:
         """Send what is not yet under way, wait, and put the directions into `p.grad`.
 
@@ -127,9 +137,7 @@ class Reducer:
             False, memories are as before, and all gradients are NaN so that nobody uses them.
         """
         self._require_unchanged()
-        if not self._config_checked:  # here and not in a hook: ranks run hooks in their own order
-            require_same_config(self.transport, self._describe())
-            self._config_checked = True
+        self.begin()
         for bucket in self.buckets:
             if not bucket.started:
                 self._fill_rest(bucket)
@@ -159,6 +167,12 @@ class Reducer:
     def state_dict(self) -> dict[str, Any]:
         """This rank's memories."""
         return save_state(self.buckets, self.step, repr(self.options.method), self.transport)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The same after the servers, if there are any, have written theirs; collective."""
+        self.begin()
+        self.transport.save(self.step)
+        return self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned on this rank of an equal job."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +104,23 @@ class Transport(ABC):
             UnsupportedError: this transport knows no server.
         """
         raise self._without_server()
+
+    # Without servers there is nothing to do in these three.
+
+    def handshake(  # noqa: B027
+        self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
+    ) -> None:
+        """Meet the servers; see `ServerTransport.handshake`."""
+
+    def save(self, step: int) -> None:  # noqa: B027
+        """Have the servers write their memories after so many steps; collective."""
+
+    def require_not_begun(self) -> None:  # noqa: B027
+        """Raise if memories of another step come too late: servers read theirs before the first.
+
+        Raises:
+            UnsupportedError: always there.
+        """
 
     def dense_nbytes(self, nbytes: int) -> int:
         """What this rank would send in place of `nbytes` of float32, without compression."""
