@@ -40,6 +40,9 @@ def test_same_numbers_as_the_simulation(method: ef.Method, workers: int, tmp_pat
         assert result["overlap"] == [True] * STEPS  # sent during backward
         assert result["skipped"] == [step == STEPS - 1 for step in range(STEPS + 1)]
         assert "got a process_set with exchange='server'" in result["process_set"]
+        assert result["second"].startswith(
+            "UnsupportedError: got a second optimizer, reducer, tape"
+        )
 
 
 def test_a_quorum_is_refused(tmp_path: Path) -> None:
