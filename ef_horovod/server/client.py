@@ -69,11 +69,11 @@ class ServerTransport(MPITransport):
         self._index: dict[str, int] = {}
         self._config: Config | None = None
         self._sends: list[Any] = []
-        self.quorum: int | None = None  # how many workers make a round, if not all do
         self._welcomes: set[int] = set()
         self._saved: set[int] = set()
         self._broken: EFHorovodError | None = None
         self._closed = False
+        self._dismissed = False  # the server knows that this worker has ended
         self._hopeless = False  # whether servers do not even end the job
         _opened.append((comm or MPI.COMM_WORLD, self))
         atexit.register(self._at_exit)  # runs before mpi4py ends MPI, for it was registered later
@@ -128,8 +128,8 @@ class ServerTransport(MPITransport):
         if self.quorum is not None and not several_rounds:
             raise UnsupportedError(
                 f"got a server with a quorum of {self.quorum}, expected one that waits for all "
-                "workers, for an optimizer takes one direction a step; start it without --quorum, "
-                "or use ef_horovod.server.Worker"
+                "workers, for TensorFlow's optimizers take one direction a step; start it without "
+                "--quorum, or train with PyTorch or ef_horovod.server.Worker"
             )
 
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
@@ -241,10 +241,20 @@ class ServerTransport(MPITransport):
             error = f"{type(raised).__name__}: {raised}"
         bye = pack(Message(Kind.BYE, self.rank), text_body(error))
         self._send(bye, self._group.servers, CONTROL_TAG)
-        deadline = time.monotonic() + _FAREWELL_SECONDS
-        while self._sends and time.monotonic() < deadline:
+        waits = self.quorum is not None and not error  # for answers that nobody asks for any more
+        deadline = time.monotonic() + (self.timeout if waits else _FAREWELL_SECONDS)
+        while self._sends or (waits and not self._dismissed and self._broken is None):
+            if time.monotonic() > deadline:
+                return
             self._move_on()
+            self._drain()
             time.sleep(1e-3)
+        self._drain()
+
+    def _drain(self) -> None:
+        for bucket in self._buckets if self.quorum is not None else ():
+            while (handle := self._all.Improbe(bucket.server, bucket.index + 1)) is not None:
+                handle.Recv([np.empty_like(bucket.incoming), MPI.BYTE])
 
     def _at_exit(self) -> None:
         self.close()
@@ -320,6 +330,8 @@ class ServerTransport(MPITransport):
             self.quorum = int(text) if text else None
         elif message.kind is Kind.SAVED:
             self._saved.add(server)
+        elif message.kind is Kind.BYE:
+            self._dismissed = True
         elif message.kind is Kind.REFUSED:
             self._broken = ProtocolError(f"the server refused a message: {text}")
         elif message.kind is Kind.ABORT:

@@ -52,6 +52,7 @@ class Transport(ABC):
         self.rank, self.size, self.timeout = rank, size, timeout
         self.bytes_sent = 0  # by this rank, as the algorithms below would put on a network
         self.bytes_received = 0
+        self.quorum: int | None = None  # how many workers make a server's round, if not all do
 
     @abstractmethod
     def allgather(
@@ -121,6 +122,10 @@ class Transport(ABC):
         Raises:
             UnsupportedError: always there.
         """
+
+    def catch_up(self, names: Sequence[str]) -> list[list[Answer]]:
+        """Answers of rounds that went by without this rank; see `ServerTransport.catch_up`."""
+        raise self._without_server()
 
     def dense_nbytes(self, nbytes: int) -> int:
         """What this rank would send in place of `nbytes` of float32, without compression."""
