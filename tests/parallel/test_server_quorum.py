@@ -47,6 +47,14 @@ def test_a_slow_worker_does_not_hold_up_the_others(
     assert np.any(errors)
 
 
+def test_a_worker_ends_with_answers_on_their_way(tmp_path: Path) -> None:
+    limit = {"EF_HOROVOD_TIMEOUT": "60"}  # after which the server would end the job
+    early, late = server_job(
+        1, 2, "server_quorum_ends.py", tmp_path, server=("--quorum=1",), environment=limit
+    )
+    assert late["rounds"] >= 10 > early["rounds"]
+
+
 def test_what_torch_cannot_do_in_rounds(tmp_path: Path) -> None:
     program, quorum = "server_torch_quorum.py", ("--quorum=1",)
     for result in server_job(1, 2, program, tmp_path, "refused", server=quorum):
