@@ -52,7 +52,8 @@ def test_a_worker_ends_with_answers_on_their_way(tmp_path: Path) -> None:
     early, late = server_job(
         1, 2, "server_quorum_ends.py", tmp_path, server=("--quorum=1",), environment=limit
     )
-    assert late["rounds"] >= 10 > early["rounds"]
+    assert early["rounds"] <= 2
+    assert late["rounds"] >= 11
 
 
 def test_what_torch_cannot_do_in_rounds(tmp_path: Path) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 from common import report
 
 import ef_horovod as ef
 from ef_horovod.server import Worker
 
-LENGTH = 300_000
+LENGTH, LATER = 300_000, 10
 
 with Worker([np.zeros(LENGTH, np.float32)], ef.NoFeedback(ef.Identity())) as worker:
     ones = [np.ones(LENGTH, np.float32)]
-    for _ in range(10 if worker.rank else 1):
+    worker.rounds(ones)
+    worker.transport.barrier("both have begun")
+    for _ in range(LATER if worker.rank else 0):
         worker.rounds(ones)
-    if worker.rank == 0:
-        time.sleep(3)
+    worker.transport.barrier("worker 1 has ended")
     report(worker.rank, {"rounds": worker.step})
