@@ -262,6 +262,21 @@ def finish_step(channels: list[Channel], *, good: bool = True) -> list[Array] | 
     return None
 
 
+def finish_rounds(channels: list[Channel], transport: Transport) -> list[list[Array]]:
+    """The same where a server's rounds do not wait for all workers: directions of each round.
+
+    See `Channel.commit_rounds`. Rounds that have gone by in the meantime are among them: so the
+    next gradient is one of a newer model.
+    """
+    for channel in channels:
+        channel.arrived()
+    later = transport.catch_up([channel.name for channel in channels])
+    parts = [
+        channel.commit_rounds(answers) for channel, answers in zip(channels, later, strict=True)
+    ]
+    return [list(of_round) for of_round in zip(*parts, strict=True)]
+
+
 def total_stats(parts: list[ChannelStats]) -> ChannelStats:
     """The sum over channels, as one row named "total"; its error is the root mean square."""
     total = ChannelStats("total", 0, "", "")

@@ -33,7 +33,9 @@ def load_state(
 
     Raises:
         ValueError: another rank, number of ranks, method or model; nothing was changed then.
+        UnsupportedError: there are servers, and the first step has begun.
     """
+    transport.require_not_begun()
     facts = {"compression": compression, "rank": transport.rank, "size": transport.size}
     for fact, expected in facts.items():
         if state.get(fact) != expected:

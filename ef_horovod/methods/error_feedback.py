@@ -102,7 +102,7 @@ def require_no_amplifier(method: str, compressor: Compressor) -> None:
         raise ValueError(
             f"{method} got {compressor}, whose error can be larger than what it compresses, "
             "expected one that keeps the error smaller; take RandomK(scale='contractive') and the "
-            "like, Scaled(...) or a smaller bucket for quantizers, or NoFeedback"
+            "like, Scaled(...) or a smaller bucket for quantizers, or NoFeedback for unbiased ones"
         )
     raise ValueError(
         f"{method} got {compressor}, of whose error no bound is known, expected a contraction; "

@@ -56,10 +56,11 @@ class ServerTransport(MPITransport):
 
     Raises:
         CollectiveTimeoutError: some ranks of the job did not start as server or worker.
-        UnsupportedError: there is no server in this job.
+        UnsupportedError: there is no server in this job, or this process has one of these already.
     """
 
     def __init__(self, timeout: float | None = None, comm: Any = None) -> None:
+        require_first(comm)
         limit = timeout or default_timeout()
         self._group = connect(WORKER, limit, comm)
         super().__init__(self._group.peers, limit)
@@ -68,12 +69,13 @@ class ServerTransport(MPITransport):
         self._index: dict[str, int] = {}
         self._config: Config | None = None
         self._sends: list[Any] = []
-        self.quorum: int | None = None  # how many workers make a round, if not all do
         self._welcomes: set[int] = set()
         self._saved: set[int] = set()
         self._broken: EFHorovodError | None = None
         self._closed = False
+        self._dismissed = False  # the server knows that this worker has ended
         self._hopeless = False  # whether servers do not even end the job
+        _opened.append((comm or MPI.COMM_WORLD, self))
         atexit.register(self._at_exit)  # runs before mpi4py ends MPI, for it was registered later
 
     @property
@@ -126,8 +128,8 @@ class ServerTransport(MPITransport):
         if self.quorum is not None and not several_rounds:
             raise UnsupportedError(
                 f"got a server with a quorum of {self.quorum}, expected one that waits for all "
-                "workers, for an optimizer takes one direction a step; start it without --quorum, "
-                "or use ef_horovod.server.Worker"
+                "workers, for TensorFlow's optimizers take one direction a step; start it without "
+                "--quorum, or train with PyTorch or ef_horovod.server.Worker"
             )
 
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
@@ -199,7 +201,13 @@ class ServerTransport(MPITransport):
 
         Raises:
             ProtocolError: a server has no folder for checkpoints, or it is not between two steps.
+            UnsupportedError: the servers know of no bucket yet.
         """
+        if self._config is None:
+            raise UnsupportedError(
+                "got checkpoint() before the first step, expected it after one, for servers have "
+                "no memories before; take the first checkpoint later"
+            )
         self._saved.clear()
         message = pack(Message(Kind.SAVE, self.rank, step=step), text_body(""))
         self._send(message, self._group.servers, CONTROL_TAG)
@@ -208,6 +216,14 @@ class ServerTransport(MPITransport):
             lambda: sorted(set(self._group.servers) - self._saved),
             f"the checkpoint of step {step}",
         )
+
+    def require_not_begun(self) -> None:
+        if self._config is not None:
+            raise UnsupportedError(
+                "got memories to restore after the first step or checkpoint, expected them before, "
+                "for servers read those of the same step when they meet the workers; load them "
+                "before training begins"
+            )
 
     def close(self, error: str = "") -> None:
         """Tell the servers that this worker ends; the job ends when all workers have.
@@ -225,10 +241,20 @@ class ServerTransport(MPITransport):
             error = f"{type(raised).__name__}: {raised}"
         bye = pack(Message(Kind.BYE, self.rank), text_body(error))
         self._send(bye, self._group.servers, CONTROL_TAG)
-        deadline = time.monotonic() + _FAREWELL_SECONDS
-        while self._sends and time.monotonic() < deadline:
+        waits = self.quorum is not None and not error  # for answers that nobody asks for any more
+        deadline = time.monotonic() + (self.timeout if waits else _FAREWELL_SECONDS)
+        while self._sends or (waits and not self._dismissed and self._broken is None):
+            if time.monotonic() > deadline:
+                return
             self._move_on()
+            self._drain()
             time.sleep(1e-3)
+        self._drain()
+
+    def _drain(self) -> None:
+        for bucket in self._buckets if self.quorum is not None else ():
+            while (handle := self._all.Improbe(bucket.server, bucket.index + 1)) is not None:
+                handle.Recv([np.empty_like(bucket.incoming), MPI.BYTE])
 
     def _at_exit(self) -> None:
         self.close()
@@ -304,6 +330,8 @@ class ServerTransport(MPITransport):
             self.quorum = int(text) if text else None
         elif message.kind is Kind.SAVED:
             self._saved.add(server)
+        elif message.kind is Kind.BYE:
+            self._dismissed = True
         elif message.kind is Kind.REFUSED:
             self._broken = ProtocolError(f"the server refused a message: {text}")
         elif message.kind is Kind.ABORT:
@@ -317,6 +345,26 @@ class ServerTransport(MPITransport):
     def _send(self, data: np.ndarray, ranks: Sequence[int], tag: int) -> None:
         for rank in ranks:
             self._sends.append((self._all.Isend([data, MPI.BYTE], rank, tag), data))
+
+
+def require_first(comm: Any = None) -> None:
+    """Raise if this process is a worker of the job already, by another optimizer or the like.
+
+    Args:
+        comm: of servers and workers; default COMM_WORLD.
+
+    Raises:
+        UnsupportedError: always there.
+    """
+    if any(c == (comm or MPI.COMM_WORLD) and not one._closed for c, one in _opened):
+        raise UnsupportedError(
+            "got a second optimizer, reducer, tape or Worker in a job with parameter servers, "
+            "expected one in a process, for servers hear of all buckets at once; give all "
+            "parameters to one, in parameter groups if their settings differ"
+        )
+
+
+_opened: list[tuple[Any, ServerTransport]] = []  # with their communicators
 
 
 class _Bucket:

@@ -48,7 +48,7 @@ class Kind(enum.IntEnum):
     DROP = 6  # server: some worker's gradient was not finite, the step is dropped
     REFUSED = 7  # server: what the worker sent was refused; a sentence
     ABORT = 8  # server: the job ends; a sentence
-    BYE = 9  # worker: it ends; empty, or the sentence of the error that ends it
+    BYE = 9  # worker: it ends; empty, or the sentence of the error; server with a quorum: heard
     SAVE = 10  # worker: write a checkpoint of the state after this step; JSON
     SAVED = 11  # server: done; JSON
 

@@ -100,7 +100,7 @@ class QuorumBucket(ServedBucket):
         message = Message(kind, 0, self.index, self.step, self.round, fingerprint=self._fingerprint)
         late = sorted(self._participation.present - chosen)
         # Buffers of their own: a late worker may read the answer many rounds later.
-        both = [(pack(message, body), sorted(chosen))]
+        both = [(pack(message, body), sorted(self._participation.present & chosen))]
         if late:
             both.append((pack(message._replace(flags=MISSED), body), late))
         self.dropped += kind is Kind.DROP

@@ -311,6 +311,9 @@ class Server:
             raise ServerError(f"worker {worker} failed: {reason}")
         if self._participation is not None:
             self._participation.present.discard(worker)
+            self._inbox.send(  # no answer comes after this
+                pack(Message(Kind.BYE), text_body("")), [self._group.workers[worker]], CONTROL_TAG
+            )
             self._answer(self.buckets.values())  # fewer may be enough now
             return
         waiting = [bucket for bucket in self.buckets.values() if bucket.begun]

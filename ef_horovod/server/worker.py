@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ef_horovod.buckets import BucketPlan, Slot, plan_buckets
-from ef_horovod.channel import Channel, ChannelStats, finish_step, total_stats
+from ef_horovod.channel import Channel, ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
@@ -131,16 +131,9 @@ class Worker:
         for name, gradient in _items(gradients):
             self.push(name, gradient)
         self._begin_pull()
-        for bucket in self._buckets:
-            bucket.channel.arrived()
-        # What has gone by in the meantime: the next gradient is then one of a newer model.
-        later = self.transport.catch_up([bucket.channel.name for bucket in self._buckets])
-        parts = [
-            bucket.channel.commit_rounds(answers)
-            for bucket, answers in zip(self._buckets, later, strict=True)
-        ]
-        self.step += len(parts[0])
-        return [self._in_form(list(of_round)) for of_round in zip(*parts, strict=True)]
+        found = finish_rounds([bucket.channel for bucket in self._buckets], self.transport)
+        self.step += len(found)
+        return [self._in_form(directions) for directions in found]
 
     def push(self, name: str, gradient: np.ndarray) -> None:
         """Hand in one gradient; its bucket is sent as soon as it is full.

@@ -110,6 +110,11 @@ class Engine:
         step = int(self.step.numpy())
         return save_state(self._buckets, step, repr(self.options.method), self.transport)
 
+    def checkpoint(self) -> dict[str, Any]:
+        """The same after the servers, if there are any, have written theirs; collective."""
+        self.transport.save(int(self.step.numpy()))
+        return self.state_dict()
+
     def load_state_dict(self, state: dict[str, Any], *, must_fit: bool = True) -> None:
         """Take them over, now or as soon as the buckets are made.
 
@@ -119,6 +124,7 @@ class Engine:
                 rank, all of them start from zero with a warning, unless it comes after step 1.
 
         Raises:
+            UnsupportedError: with servers, after the first step: they read theirs before it.
             ValueError: another rank, number of ranks, method or model; at the first step, on all
                 ranks, if it comes before that.
         """
@@ -143,8 +149,7 @@ class Engine:
             self._open()
             self._load_everywhere()
             require_same_config(self.transport, self._describe())
-            if isinstance(self.transport, ServerCourier):
-                self.transport.handshake(int(self.step.numpy()))
+            self.transport.handshake(describe(self._buckets), int(self.step.numpy()))
         self._opened = True
 
     def _load_everywhere(self) -> None:

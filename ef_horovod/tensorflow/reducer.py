@@ -62,6 +62,7 @@ class Reducer(tf.Module):
             differ.
         process_set: Horovod process set to average over; default all ranks.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
+        transport: to the servers or the other ranks, if there is one already.
 
     Raises:
         UnsupportedError: a combination that cannot work, with the way out.
@@ -86,6 +87,7 @@ class Reducer(tf.Module):
         check_sync: bool = True,
         process_set: Any = None,
         timeout: float | None = None,
+        transport: GraphTransport | None = None,
     ) -> None:
         super().__init__(name="ef_reducer")
         require_options(compression, op=op, exchange=exchange, process_set=process_set)
@@ -103,7 +105,7 @@ class Reducer(tf.Module):
         self._count = len(named)
         self._engine: Engine | None = None
         self.memories: Memories | None = None
-        transport = _open_transport(exchange, process_set, timeout)
+        transport = transport or _open_transport(exchange, process_set, timeout)
         if transport is not None:
             self._engine = Engine(named, options, transport)
             # Tracked by checkpoints; the model's variables are not, for they are the model's.
@@ -116,6 +118,11 @@ class Reducer(tf.Module):
     def active(self) -> bool:
         """Whether there are other ranks to average with."""
         return self._engine is not None
+
+    @property
+    def transport(self) -> GraphTransport | None:
+        """To the other workers, whose `rank` and `size` it knows; None with a single rank."""
+        return self._engine.transport if self._engine is not None else None
 
     def reduce(self, gradients: Sequence[Gradient]) -> list[Gradient]:
         """Average gradients over all ranks.
@@ -167,8 +174,27 @@ class Reducer(tf.Module):
         """This rank's error memories by variable, as NumPy arrays; save one file a rank."""
         return self._engine.state_dict() if self._engine is not None else {}
 
+    def checkpoint(self) -> dict[str, Any]:
+        """Have the servers write their memories; this rank's, as `compression_state_dict` has them.
+
+        All workers call it after the same step, and save the result with the variables, or a
+        checkpoint of TensorFlow's or Keras' own, one file a worker. Without servers there is nobody
+        to ask.
+
+        Raises:
+            ProtocolError: the servers were started without --checkpoint.
+            UnsupportedError: with servers, before the first step.
+        """
+        return self._engine.checkpoint() if self._engine is not None else {}
+
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `compression_state_dict` returned on this rank."""
+        """Take over what `compression_state_dict` or `checkpoint` returned on this rank.
+
+        Raises:
+            UnsupportedError: with servers, after the first step: they read theirs before it.
+            ValueError: another rank, number of ranks, method or model; before the first step, that
+                one raises it.
+        """
         if self._engine is not None:
             self._engine.load_state_dict(state)
 
@@ -178,14 +204,19 @@ def _open_transport(
 ) -> GraphTransport | None:
     """To the other ranks or to the servers; None if there is nobody to average with."""
     if exchange == "server":
-        from ef_horovod.server.client import ServerTransport
-
-        return ServerCourier(ServerTransport(timeout))
+        return open_servers(timeout)
     process_set = process_set or hvd.global_process_set
     prefix = f"ef{next(_instances)}"  # make reducers in the same order on all ranks
     if process_set.included() and process_set.size() > 1:
         return HorovodTensorFlowTransport(prefix, process_set, timeout)
     return None
+
+
+def open_servers(timeout: float | None) -> ServerCourier:
+    """To the servers; see `ServerTransport`."""
+    from ef_horovod.server.client import ServerTransport
+
+    return ServerCourier(ServerTransport(timeout))
 
 
 def require_options(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,7 @@ class Transport(ABC):
         self.rank, self.size, self.timeout = rank, size, timeout
         self.bytes_sent = 0  # by this rank, as the algorithms below would put on a network
         self.bytes_received = 0
+        self.quorum: int | None = None  # how many workers make a server's round, if not all do
 
     @abstractmethod
     def allgather(
@@ -103,6 +104,27 @@ class Transport(ABC):
         Raises:
             UnsupportedError: this transport knows no server.
         """
+        raise self._without_server()
+
+    # Without servers there is nothing to do in these three.
+
+    def handshake(  # noqa: B027
+        self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
+    ) -> None:
+        """Meet the servers; see `ServerTransport.handshake`."""
+
+    def save(self, step: int) -> None:  # noqa: B027
+        """Have the servers write their memories after so many steps; collective."""
+
+    def require_not_begun(self) -> None:  # noqa: B027
+        """Raise if memories of another step come too late: servers read theirs before the first.
+
+        Raises:
+            UnsupportedError: always there.
+        """
+
+    def catch_up(self, names: Sequence[str]) -> list[list[Answer]]:
+        """Answers of rounds that went by without this rank; see `ServerTransport.catch_up`."""
         raise self._without_server()
 
     def dense_nbytes(self, nbytes: int) -> int:

@@ -7,7 +7,7 @@ in the second. Between them the graph carries an empty tensor, so that the secon
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -47,9 +47,16 @@ class ServerCourier(Transport):
         """One more, with a count of bytes of its own."""
         return ServerCourier(self._servers, self._lock)
 
-    def handshake(self, step: int) -> None:
-        """As `ServerTransport.handshake`."""
-        self._alone(lambda: self._servers.handshake(step=step))
+    def handshake(
+        self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
+    ) -> None:
+        self._alone(lambda: self._servers.handshake(facts, step, several_rounds=several_rounds))
+
+    def save(self, step: int) -> None:
+        self._alone(lambda: self._servers.save(step))
+
+    def require_not_begun(self) -> None:
+        self._servers.require_not_begun()
 
     def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
         self._servers.open_bucket(name, length, method, seed)

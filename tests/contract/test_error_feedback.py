@@ -108,7 +108,7 @@ TAKEN = [
 
 @pytest.mark.parametrize("compressor", REFUSED, ids=repr)
 def test_unbiased_ones_with_a_large_variance_are_refused(compressor):
-    with pytest.raises(ValueError, match=r"or Scaled\(...\) for quantizers"):
+    with pytest.raises(ValueError, match=r"Scaled\(...\) or a smaller bucket for quantizers"):
         ef.ErrorFeedback(compressor)
 
 

@@ -14,6 +14,7 @@ import ef_horovod as ef
 pytestmark = pytest.mark.parallel
 
 PROGRAM = "server_tensorflow.py"
+SECOND = "UnsupportedError: got a second optimizer, reducer, tape or Worker in a job with parameter"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,17 @@ def test_keras_fit_and_what_needs_horovod(tmp_path: Path) -> None:
             expected = f"UnsupportedError: got ef.{name} without an initialised Horovod"
             assert error.startswith(expected)
         assert "got a process_set with exchange='server'" in process_set
+        assert len(result["second"]) == 3
+        for error in result["second"]:
+            assert error.startswith(SECOND)
+
+
+def test_a_tape_and_an_optimizer(tmp_path: Path) -> None:
+    for result in server_job(1, 2, PROGRAM, tmp_path, "tape"):
+        assert all(total > 0 for total in result["sums"])
+        assert len(result["second"]) == 2
+        for error in result["second"]:
+            assert error.startswith(SECOND)
 
 
 def test_a_bucket_leaves_during_backward(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import ended_job, server_job
+from launching import server_job
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 
 import ef_horovod as ef
@@ -40,10 +40,6 @@ def test_same_numbers_as_the_simulation(method: ef.Method, workers: int, tmp_pat
         assert result["overlap"] == [True] * STEPS  # sent during backward
         assert result["skipped"] == [step == STEPS - 1 for step in range(STEPS + 1)]
         assert "got a process_set with exchange='server'" in result["process_set"]
-
-
-def test_a_quorum_is_refused(tmp_path: Path) -> None:
-    method = repr(ef.EF21(ef.OneBit()))
-    output, _ = ended_job(1, 2, "server_torch.py", tmp_path, method, server=("--quorum=1",))
-    assert "UnsupportedError: got a server with a quorum of 1, expected one that waits" in output
-    assert "for an optimizer takes one direction a step" in output
+        assert result["second"].startswith(
+            "UnsupportedError: got a second optimizer, reducer, tape"
+        )

@@ -40,7 +40,7 @@ def numbers():
         keras.optimizers.SGD(1.0), read_method(ARGUMENTS[1]), exchange="server", seed=SEED
     )
     optimizer.build([x])
-    rank = optimizer._ef.reducer._engine.transport.rank
+    rank = optimizer.transport.rank
 
     def step(g):
         with tf.GradientTape() as tape:
@@ -77,7 +77,7 @@ def fit():
     )
     model.compile(optimizer, loss_of, jit_compile=False)
     optimizer.build(model.trainable_variables)
-    rank = optimizer._ef.reducer._engine.transport.rank
+    rank = optimizer.transport.rank
     start = digest_of(model.trainable_variables)
     inputs, labels = data(rank, 100)
     model.fit(inputs, labels, batch_size=16, epochs=2, verbose=0)
@@ -95,6 +95,11 @@ def fit():
             error_of(lambda: ef.require_in_sync(variables)),
             error_of(lambda: model.fit(inputs, labels, **with_callback)),
             error_of(lambda: ef.Reducer(variables, METHOD, exchange="server", process_set=3)),
+        ],
+        "second": [
+            error_of(lambda: ef.DistributedOptimizer(keras.optimizers.SGD(), exchange="server")),
+            error_of(lambda: ef.DistributedGradientTape(tf.GradientTape(), exchange="server")),
+            error_of(lambda: ef.Reducer(variables, METHOD, exchange="server")),
         ],
     }
 
@@ -119,7 +124,7 @@ def overlap():
         of_x = tf.ensure_shape(tf.numpy_function(late, [g], tf.float32), SHAPE)
         return reducer.reduce([of_x, g])
 
-    rank = engine.transport.rank
+    rank = reducer.transport.rank
     for i in range(3):
         step(tf.constant(gradient(rank, i)))
     return rank, left
@@ -129,7 +134,7 @@ def silent():
     """Worker 1 stays away from step 3 on."""
     x = tf.Variable(tf.zeros(SHAPE))
     reducer = ef.Reducer([x], METHOD, exchange="server")
-    rank = reducer._engine.transport.rank
+    rank = reducer.transport.rank
     step = tf.function(lambda g: reducer.reduce([g])[0])
     for i in range(3):
         step(tf.constant(gradient(rank, i)))
@@ -144,7 +149,7 @@ def unequal_start():
     """Found by comparing the variables after the first step."""
     x = tf.Variable(tf.zeros(SHAPE))
     reducer = ef.Reducer([x], METHOD, exchange="server")
-    rank = reducer._engine.transport.rank
+    rank = reducer.transport.rank
     x.assign_add(tf.fill(SHAPE, float(rank)))
     errors = [error_of(lambda: reducer.reduce([tf.ones(SHAPE)])) for _ in range(2)]
     return rank, errors
@@ -156,10 +161,36 @@ def rows():
     slices = tf.IndexedSlices(tf.ones((1, SHAPE[1])), [2], SHAPE)
     error = error_of(lambda: reducer.reduce([slices]))
     reducer.reduce([tf.ones(SHAPE)])  # nothing has begun by that error
-    return reducer._engine.transport.rank, error
+    return reducer.transport.rank, error
 
 
-SCENARIOS = (numbers, fit, overlap, silent, unequal_start, rows)
+def tape():
+    """Tapes of several steps share a reducer, and leave no room for another one."""
+    x, y = (tf.Variable(tf.zeros(SHAPE)) for _ in range(2))
+
+    def gradient_of(variable):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(variable)
+        tape = ef.DistributedGradientTape(tape, METHOD, exchange="server")
+        return tape.gradient(loss, [variable])[0]
+
+    sums = [float(tf.reduce_sum(gradient_of(x))) for _ in range(2)]
+    optimizer = keras.optimizers.SGD()
+    return tapes_rank(x), {
+        "sums": sums,
+        "second": [
+            error_of(lambda: gradient_of(y)),
+            error_of(lambda: ef.DistributedOptimizer(optimizer, METHOD, exchange="server")),
+        ],
+    }
+
+
+def tapes_rank(variable):
+    (reducer,) = variable._ef_reducers.values()
+    return reducer.transport.rank
+
+
+SCENARIOS = (numbers, fit, overlap, silent, unequal_start, rows, tape)
 
 
 def main() -> None:

@@ -47,6 +47,11 @@ def main() -> None:
                 process_set=3,
             )
         ),
+        "second": error_of(
+            lambda: ef.DistributedOptimizer(
+                torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0), exchange="server"
+            )
+        ),
     }
     report(transport.rank, result)
 
