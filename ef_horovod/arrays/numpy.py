@@ -110,6 +110,11 @@ def add(x: np.ndarray, y: np.ndarray, weight: float = 1.0) -> None:
     _kernels().add(x, y, np.float32(weight))
 
 
+def divide_add(x: np.ndarray, divisor: float, y: np.ndarray) -> None:
+    """x = x / divisor + y in one pass over memory; both operations round."""
+    _kernels().divide_add(x, np.float32(divisor), y)
+
+
 def average(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray) -> None:
     """out = (1 - weight) * x + weight * y; `out` may be x."""
     np.multiply(x, np.float32(1.0 - weight), out=out)
@@ -158,21 +163,18 @@ def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     k = min(k, x.size)
     if k == 0:
         return np.empty(0, np.int64), np.empty(0, np.float32)
-    candidates = _candidates(x, k)
-    magnitudes = np.abs(take(x, candidates))
+    candidates, values = _candidates(x, k)
     # As unsigned bits, magnitudes sort like floats, with infinity and NaN above all.
-    order = magnitudes.view(np.uint32)
+    order = np.abs(values).view(np.uint32)
     threshold = np.partition(order, order.size - k)[order.size - k]
     above = int(np.count_nonzero(order > threshold))
     chosen = np.empty(k, np.int64)
     _kernels().keep_largest(order, threshold, k - above, chosen)
-    indices = candidates[chosen]
-    return indices, take(x, indices)
+    return candidates[chosen], values[chosen]
 
 
-def _candidates(x: np.ndarray, k: int) -> np.ndarray:
-    """Ascending indices of all entries that reach some threshold; at least k, seldom many more."""
-    expected = 0
+def _candidates(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """All entries that reach some threshold, as `at_least`; at least k, seldom many more."""
     if x.size > 4 * _SAMPLES:
         sample = np.abs(x[:: x.size // _SAMPLES])
         share = k / x.size
@@ -181,14 +183,13 @@ def _candidates(x: np.ndarray, k: int) -> np.ndarray:
         if rank < sample.size:
             threshold = np.partition(sample, sample.size - rank)[sample.size - rank]
             expected = int(1.5 * rank / sample.size * x.size) + 1024
-            found = np.empty(expected, np.int64)
-            count = _kernels().collect_at_least(x, threshold, found)
+            count, *found = _reaching(x, threshold, expected)
             if k <= count <= expected:
-                return found[:count]
+                return found[0], found[1]
     return _candidates_by_histogram(x, k)
 
 
-def _candidates_by_histogram(x: np.ndarray, k: int) -> np.ndarray:
+def _candidates_by_histogram(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     counts = np.zeros(4096, np.int64)
     _kernels().exponent_histogram(x.view(np.uint32), counts)
     reaching = np.cumsum(counts[::-1])[::-1]  # entries at or above each bin
@@ -196,19 +197,24 @@ def _candidates_by_histogram(x: np.ndarray, k: int) -> np.ndarray:
     threshold = np.array(lowest << _BIN_SHIFT, np.uint32).view(np.float32)[()]
     if not np.isfinite(threshold):  # k or more entries are not finite: no order to find
         threshold = np.float32(np.inf)
-    found = np.empty(x.size if threshold == np.inf else int(reaching[lowest]), np.int64)
-    count = _kernels().collect_at_least(x, threshold, found)
-    return found[: min(count, found.size)]
+    most = x.size if threshold == np.inf else int(reaching[lowest])
+    return _reaching(x, threshold, most)[1:]
 
 
 def at_least(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Ascending indices of |x_i| >= threshold or NaN, int64, and their values, on the host."""
-    found = np.empty(min(x.size, 1024 + x.size // 64), np.int64)
-    count = _kernels().collect_at_least(x, np.float32(threshold), found)
-    if count > found.size:  # more than usual: once more, with room for all
-        found = np.empty(count, np.int64)
-        _kernels().collect_at_least(x, np.float32(threshold), found)
-    return found[:count], take(x, found[:count])
+    most = min(x.size, 1024 + x.size // 64)
+    count, *found = _reaching(x, threshold, most)
+    if count > most:  # more than usual: once more, with room for all
+        _, *found = _reaching(x, threshold, count)
+    return found[0], found[1]
+
+
+def _reaching(x: np.ndarray, threshold: float, most: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many entries have |x_i| >= threshold or are NaN; indices and values of the first ones."""
+    indices, values = np.empty(most, np.int64), np.empty(most, np.float32)
+    count = _kernels().collect_at_least(x, np.float32(threshold), indices, values)
+    return count, indices[:count], values[:count]
 
 
 def take(x: np.ndarray, indices: np.ndarray) -> np.ndarray:

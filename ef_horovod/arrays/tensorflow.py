@@ -130,6 +130,11 @@ def add(x: tf.Variable, y: tf.Tensor | tf.Variable, weight: float = 1.0) -> None
 
 
 @_kernel
+def divide_add(x: tf.Variable, divisor: float, y: tf.Tensor | tf.Variable) -> None:
+    x.assign(x / np.float32(divisor) + y)
+
+
+@_kernel
 def average(x: tf.Variable, y: tf.Tensor | tf.Variable, weight: float, out: tf.Variable) -> None:
     out.assign(tf.multiply(x, np.float32(1.0 - weight)) + tf.multiply(y, np.float32(weight)))
 

@@ -101,6 +101,11 @@ def add(x: torch.Tensor, y: torch.Tensor, weight: float = 1.0) -> None:
 
 
 @_kernel
+def divide_add(x: torch.Tensor, divisor: float, y: torch.Tensor) -> None:
+    x.div_(divisor).add_(y)
+
+
+@_kernel
 def average(x: torch.Tensor, y: torch.Tensor, weight: float, out: torch.Tensor) -> None:
     torch.mul(x, 1.0 - weight, out=out)
     out.add_(y, alpha=weight)

@@ -130,12 +130,7 @@ class Method(Shown):
             What all workers get, and the state: a float32[d], or from methods that compress in
             both directions the payload that a server would broadcast.
         """
-        xp = namespace(server.mean)
-        xp.fill(server.mean, 0.0)
-        for message in messages:
-            message.add_to(server.mean)
-        xp.divide(server.mean, key.workers, out=server.mean)
-        return server.mean, server
+        return mean_of(messages, key.workers, out=server.mean), server
 
     def pull(self, state: State, aggregate: Array | Payload) -> tuple[Array, State]:
         """Turn the aggregate into the direction; commits the worker's state."""
@@ -162,6 +157,28 @@ class Method(Shown):
         Checkpoints keep it under the name of the parameter that those elements are of.
         """
         return start, stop
+
+
+def mean_of(
+    messages: Sequence[Payload], workers: int, out: Array, plus: Array | None = None
+) -> Array:
+    """`out`, overwritten with what the messages say in sum, over the number of workers.
+
+    Args:
+        messages: one for each worker in rank order, or a single one that stands for their sum.
+        workers: how many they are from.
+        out: float32[d].
+        plus: float32[d] to add to the mean.
+    """
+    xp = namespace(out)
+    xp.fill(out, 0.0)
+    for message in messages:
+        message.add_to(out)
+    if plus is None:
+        xp.divide(out, workers, out=out)
+    else:
+        xp.divide_add(out, workers, plus)
+    return out
 
 
 def vector_like(x: Array) -> Array:

@@ -120,6 +120,7 @@ def on_cpu_tensor(function):
         return isinstance(a, np.ndarray) and function.__name__ in (
             "assign",
             "add",
+            "divide_add",
             "average",
             "divide",
         )
@@ -158,6 +159,7 @@ CALLS = {
     "assign": [(Y,)],
     "divide": [(3,), (4,)],
     "add": [(Y,), (Y, -1.0), (Y, 0.5)],
+    "divide_add": [(3, Y), (4, Y)],
     "average": [(Y, 0.25), (Y, 1.0)],
     "abs_sum": [()],
     "abs_max": [()],
@@ -296,6 +298,40 @@ def test_abs_sum_of_extremes(value):
     assert not np.isfinite(host.abs_sum(x))
     x[77] = np.inf
     assert not np.isfinite(host.abs_sum(x))
+
+
+@pytest.mark.parametrize("length", [0, 31, 4095, 4096, 4097, 12_345])
+def test_abs_sum_has_one_order(length):
+    """32 float32 sums side by side, which go to float64 every 4096 entries."""
+    x = (np.random.default_rng(5).normal(size=length) ** 5).astype(np.float32)
+    whole, total = length - length % 32, 0.0
+    for start in range(0, whole, 4096):
+        rows = np.abs(x[start : min(start + 4096, whole)]).reshape(-1, 32)
+        for lane in np.add.accumulate(rows)[-1]:
+            total += float(lane)
+    for number in np.abs(x[whole:]):
+        total += float(number)
+    assert host.abs_sum(x) == total
+
+
+@pytest.mark.parametrize("length", [1, 63, 4096, 4097, 8200])
+def test_packed_and_collected_entries_are_those_of_numpy(length):
+    x = np.random.default_rng(6).normal(size=length).astype(np.float32)
+    x[::9], x[1::9] = 0.0, -0.0
+    expected = np.packbits(x >= 0, bitorder="little")
+    np.testing.assert_array_equal(host.pack_signs(x, 0.5, subtract=False), expected)
+    x[::11] = np.nan
+    for threshold in (0.0, 1.0, 2.5, 100.0):
+        indices, values = host.at_least(x, threshold)
+        np.testing.assert_array_equal(indices, np.flatnonzero(~(np.abs(x) < threshold)))
+        assert values.tobytes() == x[indices].tobytes()
+    left = np.where(np.isnan(x), np.float32(0), x)
+    signs = np.where(left >= 0, np.float32(0.5), np.float32(-0.5))
+    rest = left - signs
+    np.testing.assert_array_equal(
+        host.pack_signs(left, 0.5, subtract=True), np.packbits(signs > 0, bitorder="little")
+    )
+    assert left.tobytes() == rest.tobytes()
 
 
 def test_received_bytes_are_not_shared_with_tensors():
