@@ -173,6 +173,16 @@ def scatter_add(x, indices, values, weight):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def scatter_add_part(x, start, indices, values, weight):  # type: ignore[no-untyped-def]
+    """x[indices - start] += weight * values, for those of the ascending indices that are in x."""
+    i = np.searchsorted(indices, start)
+    stop = start + x.size
+    while i < indices.size and indices[i] < stop:
+        x[indices[i] - start] += weight * values[i]
+        i += 1
+
+
+@njit(cache=True, nogil=True)
 def scatter_put(x, indices, values):  # type: ignore[no-untyped-def]
     """x[indices] = values."""
     for i in range(indices.size):

@@ -7,6 +7,7 @@ in place, and lengths are not checked: callers inside the package guarantee them
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -73,6 +74,12 @@ def restore(flat: np.ndarray, target: Like) -> np.ndarray:
 def zeros(length: int, device: Any = None) -> np.ndarray:
     """float32[length] of zeros."""
     return np.zeros(length, np.float32)
+
+
+def parts(x: np.ndarray, length: int) -> Iterator[np.ndarray]:
+    """Views of x[:length], x[length : 2 * length] and so on; off the host, x itself at once."""
+    for start in range(0, x.size, max(length, 1)):
+        yield x[start : start + length]
 
 
 def address(x: np.ndarray) -> int:
@@ -198,7 +205,7 @@ def _candidates_by_histogram(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
     if not np.isfinite(threshold):  # k or more entries are not finite: no order to find
         threshold = np.float32(np.inf)
     most = x.size if threshold == np.inf else int(reaching[lowest])
-    return _reaching(x, threshold, most)[1:]
+    return _reaching(x, float(threshold), most)[1:]
 
 
 def at_least(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -227,6 +234,13 @@ def take(x: np.ndarray, indices: np.ndarray) -> np.ndarray:
 def scatter_add(x: np.ndarray, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
     """x[indices] += weight * values, for different indices within bounds."""
     _kernels().scatter_add(x, indices, values, np.float32(weight))
+
+
+def scatter_add_part(
+    x: np.ndarray, start: int, indices: np.ndarray, values: np.ndarray, weight: float
+) -> None:
+    """scatter_add to a longer vector of which x is the part from `start` on; indices ascend."""
+    _kernels().scatter_add_part(x, start, indices, values, np.float32(weight))
 
 
 def scatter_put(x: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:

@@ -11,7 +11,7 @@ TensorFlow takes numbers below 2**-126 for zero in most of its arithmetic; NumPy
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -91,6 +91,11 @@ def device_zeros(length: int, device: str) -> tf.Variable:
     """float32[length] of zeros as a variable on `device`, which may be the CPU."""
     with tf.init_scope(), tf.device(device):  # also while a tf.function is traced
         return tf.Variable(tf.zeros(length), trainable=False)
+
+
+def parts(x: tf.Variable, length: int) -> Iterator[tf.Variable]:
+    """x itself: variables have no views."""
+    yield x
 
 
 def address(x: tf.Tensor | tf.Variable) -> int:

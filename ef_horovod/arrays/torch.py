@@ -7,6 +7,7 @@ Each device op can be tested without a device: `top_k.on_device(cpu_tensor, k)`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,11 @@ def restore(flat: torch.Tensor, target: Like) -> torch.Tensor:
 def zeros(length: int, device: Any = None) -> torch.Tensor:
     """float32[length] of zeros."""
     return torch.zeros(length, dtype=torch.float32, device=device)
+
+
+def parts(x: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
+    """Views of x[:length], x[length : 2 * length] and so on; off the host, x itself at once."""
+    return iter(x.split(max(length, 1)) if x.device.type == "cpu" else (x,))
 
 
 def address(x: torch.Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -15,6 +15,28 @@ from ef_horovod.keys import Key
 from ef_horovod.shown import Shown
 
 DEFAULT_KEY = Key()
+
+
+class Reader(Protocol):
+    """A body that was checked and can be added by parts."""
+
+    def add(self, part: Array, start: int, weight: float) -> None:
+        """part += weight * C(x)[start : start + len(part)]; `start` is a multiple of 8."""
+
+
+class _Nothing:
+    def add(self, part: Array, start: int, weight: float) -> None:
+        """An absent worker's message says nothing of any part."""
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """Of a payload that has to be added as a whole: its only part is all of it."""
+
+    payload: Payload
+
+    def add(self, part: Array, start: int, weight: float) -> None:
+        self.payload.add_to(part, weight)
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,15 @@ class Compressor(Shown):
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         """dense += weight * C(x), for dense float32[d]; checks the body before it writes."""
         raise NotImplementedError
+
+    @classmethod
+    def reader(cls, body: np.ndarray, d: int) -> Reader | None:
+        """The body of d elements, to be added by parts; None if it has to be added as a whole.
+
+        Raises:
+            PayloadError: the body is malformed.
+        """
+        return None
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:
@@ -287,6 +318,23 @@ class Payload:
             PayloadError: the body is malformed; dense is untouched then.
             ValueError: dense has another length, dtype or layout.
         """
+        self._require(dense)
+        if not self.is_absent:
+            self.kind.accumulate(self._body, dense, weight)
+
+    def reader(self, dense: Array) -> Reader:
+        """Adds C(x) to `dense` part by part; an `AtOnce` where that goes by `add_to` only.
+
+        Raises:
+            PayloadError, ValueError: as `add_to`.
+        """
+        self._require(dense)
+        if self.is_absent:
+            return _Nothing()
+        return self.kind.reader(self._body, self.num_elements) or AtOnce(self)
+
+    def _require(self, dense: Array) -> None:
+        """Raise unless the payload has numbers and `dense` is fit to take them."""
         if tuple(dense.shape) != (self.num_elements,) or dtype_name(dense) != "float32":
             raise ValueError(
                 f"got a dense array of shape {tuple(dense.shape)} and dtype {dense.dtype}, "
@@ -297,8 +345,6 @@ class Payload:
                 "got a payload that asks to drop the step, expected one with numbers; check "
                 "is_skip on the payloads of all ranks before using any of them"
             )
-        if not self.is_absent:
-            self.kind.accumulate(self._body, dense, weight)
 
     def summands(self) -> np.ndarray:
         """The float32 numbers of a linear compressor's payload, as a view that may be summed into.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.grid import blocks
-from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.compressors.base import Compressor, Reader, require_finite
 from ef_horovod.compressors.rounding import block_length, read_block, read_scales, require_block
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
@@ -19,6 +19,15 @@ from ef_horovod.wire import Fields
 
 _SCALES = ("l1", "l2", "two_means")
 _LAYOUT = struct.Struct("<II")  # block (0: the whole vector), scales of a block (1 or 2)
+
+
+class _Signs(NamedTuple):
+    scale: float
+    bits: np.ndarray  # uint8[ceil(d / 8)]
+
+    def add(self, part: Array, start: int, weight: float) -> None:
+        bits = self.bits[start // 8 : (start + part.shape[0] + 7) // 8]
+        namespace(part).add_signs(part, bits, self.scale * weight)
 
 
 @register_compressor(wire_id=5)
@@ -106,16 +115,22 @@ class OneBit(Compressor):
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
+        reader = cls.reader(body, dense.shape[0])
+        assert reader is not None
+        reader.add(dense, 0, weight)
+
+    @classmethod
+    def reader(cls, body: np.ndarray, d: int) -> Reader | None:
         fields = Fields(body, cls.__name__)
         (scale,) = fields.array("<f4", 1)
-        bits = fields.array("u1", (dense.shape[0] + 7) // 8)
+        bits = fields.array("u1", (d + 7) // 8)
         fields.end()
         if not 0 <= scale < np.inf:
             raise PayloadError(
                 f"OneBit payload has scale {scale}, expected a finite number of at least 0; "
                 "it was damaged on the way"
             )
-        namespace(dense).add_signs(dense, bits, float(scale) * weight)
+        return _Signs(float(scale), bits)
 
 
 @register_compressor(wire_id=12)
@@ -168,6 +183,10 @@ class OneBitBlocks(OneBit):
         if self.scale == "l1":
             return ((high - low) / lengths)[None]
         return np.stack([high / np.maximum(count, 1), -low / np.maximum(lengths - count, 1)])
+
+    @classmethod
+    def reader(cls, body: np.ndarray, d: int) -> None:
+        return None
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:

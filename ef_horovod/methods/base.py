@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
+from ef_horovod.compressors.base import DEFAULT_KEY, AtOnce, Compressor, Payload
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.keys import Key
 from ef_horovod.shown import Shown
 
+_PART = 1 << 17  # entries of a part: 0.5 MB
+_OPEN = 4  # messages that are decoded at once
 State = Any  # a NamedTuple of each method's own
 
 
@@ -169,15 +171,28 @@ def mean_of(
         workers: how many they are from.
         out: float32[d].
         plus: float32[d] to add to the mean.
+
+    It goes through `out` by parts that stay in the cache, where messages can be read by parts: the
+    numbers and the order of additions are those of all messages one after the other.
     """
     xp = namespace(out)
-    xp.fill(out, 0.0)
-    for message in messages:
-        message.add_to(out)
-    if plus is None:
-        xp.divide(out, workers, out=out)
-    else:
-        xp.divide_add(out, workers, plus)
+    for begin in range(0, max(len(messages), 1), _OPEN):
+        readers = [message.reader(out) for message in messages[begin : begin + _OPEN]]
+        at_once = any(isinstance(reader, AtOnce) for reader in readers)
+        length = out.shape[0] if at_once else _PART
+        for turn, part in enumerate(xp.parts(out, length)):
+            start, size = turn * length, part.shape[0]
+            if begin == 0:
+                xp.fill(part, 0.0)
+            for reader in readers:
+                reader.add(part, start, 1.0)
+            if begin + _OPEN < len(messages):
+                continue
+            if plus is None:
+                xp.divide(part, workers, out=part)
+            else:
+                own = plus if size == out.shape[0] else plus[start : start + size]
+                xp.divide_add(part, workers, own)
     return out
 
 
