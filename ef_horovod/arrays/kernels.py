@@ -27,10 +27,10 @@ def add(x, y, weight):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # no loop that asks for zeros is vectorised
-def divide_add(x, divisor, y):  # type: ignore[no-untyped-def]
-    """x = x / divisor + y, both float32[n], rounded twice."""
+def divide_add(x, divisor, y, out):  # type: ignore[no-untyped-def]
+    """out = x / divisor + y, all float32[n] that share no memory, rounded twice."""
     for i in range(x.size):
-        x[i] = x[i] / divisor + y[i]
+        out[i] = x[i] / divisor + y[i]
 
 
 @njit(cache=True, nogil=True)

@@ -7,7 +7,6 @@ in place, and lengths are not checked: callers inside the package guarantee them
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ import numpy as np
 from ef_horovod.arrays.numpy_matrices import *  # noqa: F403 - low rank
 from ef_horovod.arrays.numpy_quantize import *  # noqa: F403 - the quantizers' part
 
-_SAMPLES = 1 << 15
+_SAMPLES = 1 << 15  # at most, and not more than
+_SAMPLED = 127  # one in so many entries; a prime, for the rows of matrices are not
 _BIN_SHIFT = 19  # exponent_histogram's bins: exponent and four mantissa bits
 
 
@@ -76,10 +76,9 @@ def zeros(length: int, device: Any = None) -> np.ndarray:
     return np.zeros(length, np.float32)
 
 
-def parts(x: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    """Views of x[:length], x[length : 2 * length] and so on; off the host, x itself at once."""
-    for start in range(0, x.size, max(length, 1)):
-        yield x[start : start + length]
+def host_parts(x: np.ndarray, length: int) -> list[np.ndarray]:
+    """NumPy views of x[:length], x[length : 2 * length] and so on; none of what is off the host."""
+    return [x[start : start + length] for start in range(0, x.size, length)]
 
 
 def address(x: np.ndarray) -> int:
@@ -117,9 +116,9 @@ def add(x: np.ndarray, y: np.ndarray, weight: float = 1.0) -> None:
     _kernels().add(x, y, np.float32(weight))
 
 
-def divide_add(x: np.ndarray, divisor: float, y: np.ndarray) -> None:
-    """x = x / divisor + y in one pass over memory; both operations round."""
-    _kernels().divide_add(x, np.float32(divisor), y)
+def divide_add(x: np.ndarray, divisor: float, y: np.ndarray, out: np.ndarray) -> None:
+    """out = x / divisor + y in one pass over memory, each rounded; `out` is apart from x and y."""
+    _kernels().divide_add(x, np.float32(divisor), y, out)
 
 
 def average(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray) -> None:
@@ -183,7 +182,7 @@ def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def _candidates(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """All entries that reach some threshold, as `at_least`; at least k, seldom many more."""
     if x.size > 4 * _SAMPLES:
-        sample = np.abs(x[:: x.size // _SAMPLES])
+        sample = np.abs(x[:: _stride(x.size)])
         share = k / x.size
         # Four standard deviations above the expected rank: too few candidates once in 30,000 calls.
         rank = int(share * sample.size + 4 * math.sqrt(share * sample.size) + 8)
@@ -194,6 +193,11 @@ def _candidates(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
             if k <= count <= expected:
                 return found[0], found[1]
     return _candidates_by_histogram(x, k)
+
+
+def _stride(length: int) -> int:
+    """Entries from one that is sampled to the next."""
+    return max(length // _SAMPLES, _SAMPLED)
 
 
 def _candidates_by_histogram(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ TensorFlow takes numbers below 2**-126 for zero in most of its arithmetic; NumPy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -93,9 +93,9 @@ def device_zeros(length: int, device: str) -> tf.Variable:
         return tf.Variable(tf.zeros(length), trainable=False)
 
 
-def parts(x: tf.Variable, length: int) -> Iterator[tf.Variable]:
-    """x itself: variables have no views."""
-    yield x
+def host_parts(x: tf.Variable, length: int) -> list[np.ndarray]:
+    """None: what is worked on as a variable has no NumPy views."""
+    return []
 
 
 def address(x: tf.Tensor | tf.Variable) -> int:
@@ -132,11 +132,6 @@ def divide(x: tf.Tensor | tf.Variable, divisor: float, out: tf.Variable) -> None
 @_kernel
 def add(x: tf.Variable, y: tf.Tensor | tf.Variable, weight: float = 1.0) -> None:
     x.assign_add(y if weight == 1.0 else tf.multiply(y, np.float32(weight)))
-
-
-@_kernel
-def divide_add(x: tf.Variable, divisor: float, y: tf.Tensor | tf.Variable) -> None:
-    x.assign(x / np.float32(divisor) + y)
 
 
 @_kernel

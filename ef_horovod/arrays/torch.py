@@ -7,7 +7,6 @@ Each device op can be tested without a device: `top_k.on_device(cpu_tensor, k)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -66,9 +65,9 @@ def zeros(length: int, device: Any = None) -> torch.Tensor:
     return torch.zeros(length, dtype=torch.float32, device=device)
 
 
-def parts(x: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
-    """Views of x[:length], x[length : 2 * length] and so on; off the host, x itself at once."""
-    return iter(x.split(max(length, 1)) if x.device.type == "cpu" else (x,))
+def host_parts(x: torch.Tensor, length: int) -> list[np.ndarray]:
+    """NumPy views of x[:length], x[length : 2 * length] and so on; none of what is off the host."""
+    return host.host_parts(x.numpy(), length) if x.device.type == "cpu" else []
 
 
 def address(x: torch.Tensor) -> int:
@@ -104,11 +103,6 @@ def divide(x: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
 @_kernel
 def add(x: torch.Tensor, y: torch.Tensor, weight: float = 1.0) -> None:
     x.add_(y, alpha=weight)
-
-
-@_kernel
-def divide_add(x: torch.Tensor, divisor: float, y: torch.Tensor) -> None:
-    x.div_(divisor).add_(y)
 
 
 @_kernel

@@ -18,25 +18,15 @@ DEFAULT_KEY = Key()
 
 
 class Reader(Protocol):
-    """A body that was checked and can be added by parts."""
+    """A body that was checked, to be added by parts."""
 
-    def add(self, part: Array, start: int, weight: float) -> None:
+    def add(self, part: np.ndarray, start: int, weight: float) -> None:
         """part += weight * C(x)[start : start + len(part)]; `start` is a multiple of 8."""
 
 
 class _Nothing:
-    def add(self, part: Array, start: int, weight: float) -> None:
+    def add(self, part: np.ndarray, start: int, weight: float) -> None:
         """An absent worker's message says nothing of any part."""
-
-
-@dataclass(frozen=True)
-class AtOnce:
-    """Of a payload that has to be added as a whole: its only part is all of it."""
-
-    payload: Payload
-
-    def add(self, part: Array, start: int, weight: float) -> None:
-        self.payload.add_to(part, weight)
 
 
 @dataclass(frozen=True)
@@ -51,6 +41,12 @@ class Compressor(Shown):
     wire_id: ClassVar[int]
     # Whether `encode` takes a share s for `residual` too, and leaves x - s C(x): `Scaled` asks.
     weighs_residual: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "accumulate" in cls.__dict__ and "reader" not in cls.__dict__:
+            # An inherited one would not read what this class writes.
+            cls.reader = Compressor.reader  # type: ignore[method-assign]
 
     @property
     def sized(self) -> bool:
@@ -322,8 +318,8 @@ class Payload:
         if not self.is_absent:
             self.kind.accumulate(self._body, dense, weight)
 
-    def reader(self, dense: Array) -> Reader:
-        """Adds C(x) to `dense` part by part; an `AtOnce` where that goes by `add_to` only.
+    def reader(self, dense: Array) -> Reader | None:
+        """Adds C(x) to parts of `dense` on the host; None if all of it has to be added at once.
 
         Raises:
             PayloadError, ValueError: as `add_to`.
@@ -331,7 +327,7 @@ class Payload:
         self._require(dense)
         if self.is_absent:
             return _Nothing()
-        return self.kind.reader(self._body, self.num_elements) or AtOnce(self)
+        return self.kind.reader(self._body, self.num_elements)
 
     def _require(self, dense: Array) -> None:
         """Raise unless the payload has numbers and `dense` is fit to take them."""

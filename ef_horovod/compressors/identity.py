@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,14 +11,6 @@ from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.keys import Key
 from ef_horovod.registry import register_compressor
 from ef_horovod.wire import Fields
-
-
-class _Numbers(NamedTuple):
-    values: np.ndarray  # float32[d]
-
-    def add(self, part: Array, start: int, weight: float) -> None:
-        xp, own = namespace(part), self.values[start : start + part.shape[0]]
-        xp.add(part, xp.from_host(own, getattr(part, "device", None)), weight)
 
 
 @register_compressor(wire_id=1)
@@ -67,14 +58,11 @@ class Identity(Compressor):
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
-        cls.reader(body, dense.shape[0]).add(dense, 0, weight)
-
-    @classmethod
-    def reader(cls, body: np.ndarray, d: int) -> _Numbers:
+        xp = namespace(dense)
         fields = Fields(body, cls.__name__)
-        values = fields.array("<f4", d)
+        values = fields.array("<f4", dense.shape[0])
         fields.end()
-        return _Numbers(values)
+        xp.add(dense, xp.from_host(values, getattr(dense, "device", None)), weight)
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:

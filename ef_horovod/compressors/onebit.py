@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.grid import blocks
 from ef_horovod.compressors.base import Compressor, Reader, require_finite
@@ -25,9 +26,9 @@ class _Signs(NamedTuple):
     scale: float
     bits: np.ndarray  # uint8[ceil(d / 8)]
 
-    def add(self, part: Array, start: int, weight: float) -> None:
-        bits = self.bits[start // 8 : (start + part.shape[0] + 7) // 8]
-        namespace(part).add_signs(part, bits, self.scale * weight)
+    def add(self, part: np.ndarray, start: int, weight: float) -> None:
+        bits = self.bits[start // 8 : (start + part.size + 7) // 8]
+        host.add_signs(part, bits, self.scale * weight)
 
 
 @register_compressor(wire_id=5)
@@ -115,12 +116,15 @@ class OneBit(Compressor):
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
-        reader = cls.reader(body, dense.shape[0])
-        assert reader is not None
-        reader.add(dense, 0, weight)
+        scale, bits = cls._read(body, dense.shape[0])
+        namespace(dense).add_signs(dense, bits, scale * weight)
 
     @classmethod
     def reader(cls, body: np.ndarray, d: int) -> Reader | None:
+        return _Signs(*cls._read(body, d))
+
+    @classmethod
+    def _read(cls, body: np.ndarray, d: int) -> tuple[float, np.ndarray]:
         fields = Fields(body, cls.__name__)
         (scale,) = fields.array("<f4", 1)
         bits = fields.array("u1", (d + 7) // 8)
@@ -130,7 +134,7 @@ class OneBit(Compressor):
                 f"OneBit payload has scale {scale}, expected a finite number of at least 0; "
                 "it was damaged on the way"
             )
-        return _Signs(float(scale), bits)
+        return float(scale), bits
 
 
 @register_compressor(wire_id=12)
@@ -183,10 +187,6 @@ class OneBitBlocks(OneBit):
         if self.scale == "l1":
             return ((high - low) / lengths)[None]
         return np.stack([high / np.maximum(count, 1), -low / np.maximum(lengths - count, 1)])
-
-    @classmethod
-    def reader(cls, body: np.ndarray, d: int) -> None:
-        return None
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:

@@ -55,18 +55,13 @@ class Ascending(Entries):
 
 
 class _ByParts(NamedTuple):
-    """Ascending entries of a vector of d, and what is there."""
+    """What a message says of ascending entries."""
 
-    d: int
     indices: np.ndarray
     values: np.ndarray
 
-    def add(self, part: Array, start: int, weight: float) -> None:
-        xp = namespace(part)
-        if part.shape[0] == self.d:
-            xp.scatter_add(part, self.indices, self.values, weight)
-        else:  # on the host
-            host.scatter_add_part(xp.to_host(part), start, self.indices, self.values, weight)
+    def add(self, part: np.ndarray, start: int, weight: float) -> None:
+        host.scatter_add_part(part, start, self.indices, self.values, weight)
 
 
 class Chosen(NamedTuple):
@@ -146,7 +141,7 @@ class Sparsifier(Compressor):
     @classmethod
     def reader(cls, body: np.ndarray, d: int) -> Reader | None:
         places, values = cls._read_all(body, d)
-        return _ByParts(d, places.indices, values) if isinstance(places, Ascending) else None
+        return _ByParts(places.indices, values) if isinstance(places, Ascending) else None
 
     @classmethod
     def _read_all(cls, body: np.ndarray, d: int) -> tuple[Places, np.ndarray]:

@@ -215,6 +215,21 @@ class IgnoresWeight(Identity):
         super().accumulate(body, dense, 1.0)
 
 
+@breaks("reader that adds other numbers")
+class ReadsItsOwnWay(OneBit):
+    @classmethod
+    def reader(cls, body, d):
+        return super().reader(body, d)._replace(scale=1.0)
+
+
+@breaks("reader that takes what add_to refuses")
+class ReadsAnything(OneBit):
+    @classmethod
+    def reader(cls, body, d):
+        scale = np.nan_to_num(body[:4].view("<f4"), posinf=0.0, neginf=0.0)
+        return super().reader(np.concatenate([np.abs(scale).view("u1"), body[4:]]), d)
+
+
 @breaks("not linear|is a copy")
 class ClaimsLinear(OneBit):
     linear = True
