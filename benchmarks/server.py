@@ -12,11 +12,11 @@ their directions, compression included. The bound is that of the server's link, 
 direction: bytes of all workers over the bandwidth that one large message from rank 0 to rank 1 had
 in the same job. One worker has nobody to add to, so its Allreduce is a copy.
 
-The second table is what a server computes in a round, without MPI, in passes: the time of one
-numpy copy of the model. `decode` is adding all workers' messages to a vector, one after the other;
-`reduce`, which does that part by part in the cache, may take 3 passes more than it. `checks` are
-headers and checksums of what comes in and goes out. Vectors of 50 M parameters do not fit into
-most caches, and numpy's copy of them goes past the cache, so a pass is shortest there.
+The second table is what a server computes in a round, without MPI: time of its core (not of the
+clock on the wall, so other jobs count less), in passes, which are numpy copies of the model.
+`decode` is adding all workers' messages to a vector, one after the other; `reduce`, which does that
+part by part in the cache, may take 3 passes more. `checks` are headers and checksums of what comes
+in and goes out.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Rounds(NamedTuple):
 
 
 class Computing(NamedTuple):
-    """What a server computes in a round; medians of seconds."""
+    """What a server computes in a round; medians of seconds of its core."""
 
     n: int
     workers: int
@@ -211,9 +211,9 @@ class TimedBucket(ServedBucket):
     seconds = 0.0
 
     def _reduce(self, payloads: list[Payload]) -> tuple[Kind, np.ndarray]:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         result = super()._reduce(payloads)
-        self.seconds = time.perf_counter() - begin
+        self.seconds = time.thread_time() - begin
         return result
 
 
@@ -225,13 +225,13 @@ def measure_computing(n: int, workers: int, name: str, repeat: int) -> Computing
     room, source = np.zeros(n, np.float32), np.ones(n, np.float32)
     times: list[tuple[float, ...]] = []
     for turn in range(WARM_UP + repeat * max(1, SHORT // n)):
-        copy = clock(lambda: np.copyto(room, source))
-        decode = clock(lambda: [payload.add_to(room) for payload in messages])
+        copy = computed(lambda: np.copyto(room, source))
+        decode = computed(lambda: [payload.add_to(room) for payload in messages])
         arriving = [
             pack(Message(Kind.PUSH, worker, step=turn, round=turn), payload.data)
             for worker, payload in enumerate(messages)
         ]
-        whole = clock(lambda: serve_round(bucket, arriving))  # noqa: B023 - called at once
+        whole = computed(lambda: serve_round(bucket, arriving))  # noqa: B023 - called at once
         times.append((copy, bucket.seconds, decode, whole - bucket.seconds))
     return Computing(n, workers, name, *(median(part) for part in zip(*times[WARM_UP:])))  # noqa: B905
 
@@ -250,10 +250,15 @@ def serve_round(bucket: ServedBucket, arriving: list[np.ndarray]) -> None:
     bucket.answer()
 
 
-def clock(step: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+def clock(step: Callable[[], object], now: Callable[[], float] = time.perf_counter) -> float:
+    begin = now()
     step()
-    return time.perf_counter() - begin
+    return now() - begin
+
+
+def computed(step: Callable[[], object]) -> float:
+    """Seconds of the core that this thread took, whoever else wanted it."""
+    return clock(step, time.thread_time)
 
 
 # --- all of it ---------------------------------------------------------------------------------
