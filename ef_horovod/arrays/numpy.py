@@ -7,6 +7,7 @@ in place, and lengths are not checked: callers inside the package guarantee them
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ef_horovod.arrays.numpy_quantize import *  # noqa: F403 - the quantizers' p
 
 _SAMPLES = 1 << 15  # at most, and not more than
 _SAMPLED = 127  # one in so many entries; a prime, for the rows of matrices are not
+_LEAST = np.float32(1e-45)  # the smallest above zero
 _BIN_SHIFT = 19  # exponent_histogram's bins: exponent and four mantissa bits
 
 
@@ -188,6 +190,7 @@ def _candidates(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         rank = int(share * sample.size + 4 * math.sqrt(share * sample.size) + 8)
         if rank < sample.size:
             threshold = np.partition(sample, sample.size - rank)[sample.size - rank]
+            threshold = max(threshold, _LEAST)  # few may differ from zero
             expected = int(1.5 * rank / sample.size * x.size) + 1024
             count, *found = _reaching(x, threshold, expected)
             if k <= count <= expected:
@@ -316,6 +319,7 @@ def _widen(codes: np.ndarray, kind: str, shift: int) -> np.ndarray:
     return (wide * 2.0**-shift).astype(np.float32)
 
 
+@cache
 def _kernels() -> ModuleType:
     """The compiled kernels, imported at their first use (importing Numba takes a while)."""
     from ef_horovod.arrays import kernels

@@ -103,6 +103,9 @@ def test_top_k_falls_back_where_the_sample_misleads(monkeypatch):
         host, "_candidates_by_histogram", lambda *args: called.append(1) or exact(*args)
     )
     assert_top_k(adversaries()["normal"], 3000)
+    sparse = np.zeros(LARGE)
+    sparse[np.arange(0, LARGE, 100)] = -2.0  # as many as are asked for: the sample's rank is a zero
+    assert_top_k(sparse, 3000)
     assert not called
     assert_top_k(adversaries()["spikes where it does not look"], 3000)
     assert called
