@@ -335,22 +335,6 @@ def test_packed_and_collected_entries_are_those_of_numpy(length):
     assert left.tobytes() == rest.tobytes()
 
 
-def test_what_works_on_parts_of_host_memory():
-    x = Y.copy()
-    parts = host.host_parts(x, 3000)
-    assert [part.size for part in parts] == [3000, 3000, 3000, 1001]
-    assert [part.size for part in device.host_parts(torch.from_numpy(x), 9000)] == [9000, 1001]
-    assert device.host_parts(torch.zeros(9, device="meta"), 3) == []
-    for number, part in enumerate(parts):
-        host.scatter_add_part(part, 3000 * number, INDICES, VALUES, -0.5)
-    whole = Y.copy()
-    host.scatter_add(whole, INDICES, VALUES, -0.5)
-    assert x.tobytes() == whole.tobytes()
-    out = np.empty_like(Y)
-    host.divide_add(x, 3, Y, out)
-    assert out.tobytes() == (x / np.float32(3) + Y).tobytes()
-
-
 def test_received_bytes_are_not_shared_with_tensors():
     received = np.frombuffer(np.ones(3, np.float32).tobytes(), np.float32)
     tensor = device.from_host(received)

@@ -29,12 +29,7 @@ COMPRESSORS = [example for cls in registry.COMPRESSORS.values() for example in c
 METHODS = [m for cls in registry.METHODS.values() for c in COMPRESSORS for m in cls.examples(c)]
 DEVICE_OPS = {name for name in vars(device) if hasattr(getattr(device, name), "on_device")}
 WITH_OUT = {"divide", "average"}
-WITH_VECTORS = {
-    "assign",
-    "add",
-    "divide_add",
-    "average",
-}  # the kinds of arrays that they are tried with:
+WITH_VECTORS = {"assign", "add", "average"}  # the kinds of arrays that they are tried with:
 KINDS = {"numpy": np.array, "tensor": tf.constant, "variable": tf.Variable}
 CASES = [
     (name, call, kind)

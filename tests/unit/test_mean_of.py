@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import ef_horovod as ef
+import ef_horovod.arrays.numpy as host
+import ef_horovod.arrays.torch as torch_arrays
 from ef_horovod import registry
 from ef_horovod.arrays import namespace
 from ef_horovod.compressors.base import Payload
@@ -110,3 +112,24 @@ def test_a_class_with_another_format_has_no_inherited_reader():
             super().accumulate(body, dense, -weight)
 
     assert Backwards.reader(np.zeros(0, np.uint8), 0) is None
+
+
+def test_what_works_on_parts_of_host_memory():
+    y = rng.normal(size=10_001).astype(np.float32)
+    indices = np.sort(rng.choice(10_001, 500, replace=False))
+    values, x = 3 * y[:500], y.copy()
+    parts = host.host_parts(x, 3000)
+    assert [part.size for part in parts] == [3000, 3000, 3000, 1001]
+    assert [part.size for part in torch_arrays.host_parts(torch.from_numpy(x), 9000)] == [
+        9000,
+        1001,
+    ]
+    assert torch_arrays.host_parts(torch.zeros(9, device="meta"), 3) == []
+    for number, part in enumerate(parts):
+        host.scatter_add_part(part, 3000 * number, indices, values, -0.5)
+    whole = y.copy()
+    host.scatter_add(whole, indices, values, -0.5)
+    assert x.tobytes() == whole.tobytes()
+    out = np.empty_like(y)
+    host.divide_add(x, 3, y, out)
+    assert out.tobytes() == (x / np.float32(3) + y).tobytes()
