@@ -82,6 +82,34 @@ def test_a_worker_that_ends_early(scenario: str, problem: str, tmp_path: Path) -
     assert time.monotonic() - begin < 60  # not the limit of 120 s
 
 
+@pytest.mark.parametrize(
+    ("scenario", "problem"),
+    [
+        ("never_a_worker", "the process with rank 2 has ended before it became a server or a wor"),
+        ("fails_before_it_is_a_worker", "worker (ValueError: no data at all), expected all ranks"),
+        ("leaves_before_its_first_step", "worker 1 has ended before its first step, expected it"),
+        ("all_leave_before_their_first_step", " has ended before its first step, expected it to"),
+    ],
+)
+def test_a_worker_that_ends_before_its_first_step(
+    scenario: str, problem: str, tmp_path: Path
+) -> None:
+    begin = time.monotonic()
+    output, _ = ended_job(1, 2, PROGRAM, tmp_path, scenario)
+    assert "ef_horovod.server: error: ServerError: " in output
+    assert problem in output
+    assert time.monotonic() - begin < 60  # not the limit of 120 s
+
+
+def test_a_worker_that_ends_before_it_starts_mpi(tmp_path: Path) -> None:
+    """MPI's own start has no limit. If the server was there first, mpirun ends the job."""
+    begin = time.monotonic()
+    limit = {"EF_HOROVOD_TIMEOUT": "5"}
+    output, _ = ended_job(1, 2, "server_ends_at_once.py", tmp_path, environment=limit)
+    assert time.monotonic() - begin < 60
+    assert "waited 5 s for all ranks to start MPI" in output or "exiting improperly" in output
+
+
 @pytest.mark.parametrize("scenario", ["killed", "server_killed"])
 def test_a_killed_rank_ends_the_job(scenario: str, tmp_path: Path) -> None:
     begin = time.monotonic()

@@ -123,6 +123,26 @@ def early_end():
     return error_of(lambda: steps(worker, 3, 5))
 
 
+def never_a_worker():
+    return "" if odd() else error_of(lambda: Worker(arrays(), EF21))
+
+
+def fails_before_it_is_a_worker():
+    if odd():
+        raise ValueError("no data at all")
+    return error_of(lambda: Worker(arrays(), EF21))
+
+
+def leaves_before_its_first_step():
+    transport = ServerTransport()
+    return "" if odd() else error_of(lambda: Worker(arrays(), EF21, transport=transport))
+
+
+def all_leave_before_their_first_step():
+    ServerTransport()
+    return ""
+
+
 def wrong_shape():
     with Worker(arrays(), EF21) as worker:
         wrong = {**gradients(0, 0), "b": np.zeros(41)}
