@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,14 @@ def server_job(
     out: Path,
     *arguments: str,
     server: tuple[str, ...] = (),
+    before: Sequence[str] = (),
     **options: Any,
 ) -> Results:
-    """Run a program on workers beside parameter servers, by `mpirun` with two programs."""
-    launcher = [*server_command(servers, *server), ":", "-np", str(workers)]
+    """Run a program on workers beside parameter servers, by `mpirun` with two programs.
+
+    `before` comes in front of the command line.
+    """
+    launcher = [*before, *server_command(servers, *server), ":", "-np", str(workers)]
     return _run(launcher, workers, program, out, arguments, **options)
 
 
