@@ -37,14 +37,17 @@ def server_job(
     out: Path,
     *arguments: str,
     server: tuple[str, ...] = (),
+    jobs: int = 0,
     before: Sequence[str] = (),
     **options: Any,
 ) -> Results:
     """Run a program on workers beside parameter servers, by `mpirun` with two programs.
 
-    `before` comes in front of the command line.
+    With `jobs`, the servers serve so many in a row (programs/server_again.py). `before` comes in
+    front of the command line.
     """
-    launcher = [*before, *server_command(servers, *server), ":", "-np", str(workers)]
+    serve = servers_in_a_row(servers, jobs, *server) if jobs else server_command(servers, *server)
+    launcher = [*before, *serve, ":", "-np", str(workers)]
     return _run(launcher, workers, program, out, arguments, **options)
 
 
@@ -70,6 +73,12 @@ def ended_job(
 def server_command(servers: int, *arguments: str) -> list[str]:
     """The first half of such a job's command line."""
     python = [sys.executable, "-m", "ef_horovod.server"]
+    return [str(BIN / "mpirun"), "-np", str(servers), *python, *arguments]
+
+
+def servers_in_a_row(servers: int, jobs: int, *arguments: str) -> list[str]:
+    """The same for several jobs."""
+    python = [sys.executable, str(PROGRAMS / "server_again.py"), str(jobs)]
     return [str(BIN / "mpirun"), "-np", str(servers), *python, *arguments]
 
 
