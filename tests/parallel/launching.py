@@ -58,10 +58,12 @@ def ended_job(
     out: Path,
     *arguments: str,
     server: tuple[str, ...] = (),
+    jobs: int = 0,
     **options: Any,
 ) -> tuple[str, dict[int, Any]]:
     """The same for a job that has to fail: what it printed, and what workers could report."""
-    command = [*server_command(servers, *server), ":", "-np", str(workers), sys.executable]
+    serve = servers_in_a_row(servers, jobs, *server) if jobs else server_command(servers, *server)
+    command = [*serve, ":", "-np", str(workers), sys.executable]
     try:
         run_job([*command, str(PROGRAMS / program), str(out), *arguments], **options)
     except JobFailed as failure:
