@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ef_horovod.errors import EFHorovodError
 from ef_horovod.methods.base import Method
 from ef_horovod.spelling import read_compressor, read_method
+from ef_horovod.transports.waiting import default_timeout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until the workers have ended; the exit status."""
     arguments = make_parser().parse_args(argv)
     try:
-        method = method_of(arguments)
+        method, limit = method_of(arguments), arguments.timeout or default_timeout()
     except (ValueError, EFHorovodError) as error:
         print(f"ef_horovod.server: error: {error}", file=sys.stderr)
         return 2
-    from mpi4py import MPI
-
-    from ef_horovod.server.server import Server
 
     def say(line: str) -> None:
         print(f"ef_horovod.server: {line}", file=sys.stderr, flush=True)
+
+    with ended_after(
+        limit,
+        lambda: say(
+            f"error: waited {limit:g} s for all ranks to start MPI; see whether a worker's program "
+            "ended before it did, or raise --timeout or EF_HOROVOD_TIMEOUT"
+        ),
+    ):
+        from mpi4py import MPI
+    from ef_horovod.server.server import Server
 
     server = None
     try:
@@ -50,6 +61,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.excepthook(*sys.exc_info())
         MPI.COMM_WORLD.Abort(1)  # workers that hang somewhere else end, too
     return 0
+
+
+@contextmanager
+def ended_after(seconds: float, say: Callable[[], None]) -> Iterator[None]:
+    """Kill this process if the block takes longer, by a second process.
+
+    MPI's start waits without a limit for ranks that have ended before theirs, and meanwhile no
+    thread and no signal handler of Python runs.
+    """
+    reading, writing = os.pipe()
+    watcher = os.fork()
+    if watcher == 0:
+        os.close(writing)
+        if not select.select([reading], [], [], seconds)[0]:
+            say()
+            os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(0)
+    os.close(reading)
+    try:
+        yield
+    finally:
+        os.close(writing)  # which ends the watcher, as the end of this process would
+        os.waitpid(watcher, 0)
 
 
 def make_parser() -> argparse.ArgumentParser:

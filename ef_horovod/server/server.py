@@ -309,6 +309,11 @@ class Server:
         self._present.discard(worker)
         if reason:
             raise ServerError(f"worker {worker} failed: {reason}")
+        if not self._fingerprint:
+            raise ServerError(
+                f"worker {worker} has ended before its first step, expected it to train as long as "
+                "the others; see why its program ended"
+            )
         if self._participation is not None:
             self._participation.present.discard(worker)
             self._inbox.send(  # no answer comes after this
@@ -317,7 +322,7 @@ class Server:
             self._answer(self.buckets.values())  # fewer may be enough now
             return
         waiting = [bucket for bucket in self.buckets.values() if bucket.begun]
-        if self._present and (waiting or not self._fingerprint):
+        if self._present and waiting:
             self._require_all_present()
 
     def _require_all_present(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,17 @@ def server_job(
     out: Path,
     *arguments: str,
     server: tuple[str, ...] = (),
+    jobs: int = 0,
+    before: Sequence[str] = (),
     **options: Any,
 ) -> Results:
-    """Run a program on workers beside parameter servers, by `mpirun` with two programs."""
-    launcher = [*server_command(servers, *server), ":", "-np", str(workers)]
+    """Run a program on workers beside parameter servers, by `mpirun` with two programs.
+
+    With `jobs`, the servers serve so many in a row (programs/server_again.py). `before` comes in
+    front of the command line.
+    """
+    serve = servers_in_a_row(servers, jobs, *server) if jobs else server_command(servers, *server)
+    launcher = [*before, *serve, ":", "-np", str(workers)]
     return _run(launcher, workers, program, out, arguments, **options)
 
 
@@ -50,10 +58,12 @@ def ended_job(
     out: Path,
     *arguments: str,
     server: tuple[str, ...] = (),
+    jobs: int = 0,
     **options: Any,
 ) -> tuple[str, dict[int, Any]]:
     """The same for a job that has to fail: what it printed, and what workers could report."""
-    command = [*server_command(servers, *server), ":", "-np", str(workers), sys.executable]
+    serve = servers_in_a_row(servers, jobs, *server) if jobs else server_command(servers, *server)
+    command = [*serve, ":", "-np", str(workers), sys.executable]
     try:
         run_job([*command, str(PROGRAMS / program), str(out), *arguments], **options)
     except JobFailed as failure:
@@ -65,6 +75,12 @@ def ended_job(
 def server_command(servers: int, *arguments: str) -> list[str]:
     """The first half of such a job's command line."""
     python = [sys.executable, "-m", "ef_horovod.server"]
+    return [str(BIN / "mpirun"), "-np", str(servers), *python, *arguments]
+
+
+def servers_in_a_row(servers: int, jobs: int, *arguments: str) -> list[str]:
+    """The same for several jobs."""
+    python = [sys.executable, str(PROGRAMS / "server_again.py"), str(jobs)]
     return [str(BIN / "mpirun"), "-np", str(servers), *python, *arguments]
 
 

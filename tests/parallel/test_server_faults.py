@@ -19,29 +19,43 @@ PROGRAM = "server_faults.py"
 LIMIT = {"EF_HOROVOD_TIMEOUT": "10"}
 
 
+IN_A_ROW = ("another_shape", "another_name", "wrong_shape", "traffic", "rogue")
+
+
+@pytest.fixture(scope="module")
+def in_a_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What both workers found in jobs after which the processes go on; these are the same ones."""
+    out = tmp_path_factory.mktemp("in_a_row")
+    results = server_job(1, 2, PROGRAM, out, *IN_A_ROW, jobs=len(IN_A_ROW))
+    return dict(zip(IN_A_ROW, zip(*results, strict=True), strict=True))
+
+
+def test_workers_with_another_method(tmp_path: Path) -> None:
+    problem = (
+        "worker 0 has bucket 'bucket.0' of 2000 elements by EF21(TopK(ratio=0.05)) with seed 0 "
+        "and worker 1 has bucket 'bucket.0' of 2000 elements by EF21(TopK(ratio=0.06)) with"
+    )
+    output, results = ended_job(2, 2, PROGRAM, tmp_path, "another_method")
+    assert f"ef_horovod.server: error: ConfigMismatchError: {problem[:60]}" in output
+    for rank in range(2):
+        assert results[rank].startswith("ConfigMismatchError: ")
+        assert problem in results[rank]
+
+
 @pytest.mark.parametrize(
-    ("servers", "scenario", "problem"),
+    ("scenario", "problem"),
     [
+        ("another_shape", "worker 0 has bucket 'dense.0' of 40 elements"),
         (
-            2,
-            "another_method",
-            "worker 0 has bucket 'bucket.0' of 2000 elements by EF21(TopK(ratio=0.05)) with seed 0 "
-            "and worker 1 has bucket 'bucket.0' of 2000 elements by EF21(TopK(ratio=0.06)) with",
-        ),
-        (1, "another_shape", "worker 0 has bucket 'dense.0' of 40 elements"),
-        (
-            1,
             "another_name",
             "worker 0 has parameter 'b' of shape (40,) and worker 1 has parameter 'c'",
         ),
     ],
 )
-def test_workers_that_disagree(servers: int, scenario: str, problem: str, tmp_path: Path) -> None:
-    output, results = ended_job(servers, 2, PROGRAM, tmp_path, scenario)
-    assert f"ef_horovod.server: error: ConfigMismatchError: {problem[:60]}" in output
-    for rank in range(2):
-        assert results[rank].startswith("ConfigMismatchError: ")
-        assert problem in results[rank]
+def test_workers_that_disagree(scenario: str, problem: str, in_a_row: dict[str, list[Any]]) -> None:
+    for error in in_a_row[scenario]:
+        assert error.startswith("ConfigMismatchError: ")
+        assert problem in error
 
 
 def test_a_server_with_another_method(tmp_path: Path) -> None:
@@ -82,6 +96,34 @@ def test_a_worker_that_ends_early(scenario: str, problem: str, tmp_path: Path) -
     assert time.monotonic() - begin < 60  # not the limit of 120 s
 
 
+@pytest.mark.parametrize(
+    ("scenario", "problem"),
+    [
+        ("never_a_worker", "the process with rank 2 has ended before it became a server or a wor"),
+        ("fails_before_it_is_a_worker", "worker (ValueError: no data at all), expected all ranks"),
+        ("leaves_before_its_first_step", "worker 1 has ended before its first step, expected it"),
+        ("all_leave_before_their_first_step", " has ended before its first step, expected it to"),
+    ],
+)
+def test_a_worker_that_ends_before_its_first_step(
+    scenario: str, problem: str, tmp_path: Path
+) -> None:
+    begin = time.monotonic()
+    output, _ = ended_job(1, 2, PROGRAM, tmp_path, scenario)
+    assert "ef_horovod.server: error: ServerError: " in output
+    assert problem in output
+    assert time.monotonic() - begin < 60  # not the limit of 120 s
+
+
+def test_a_worker_that_ends_before_it_starts_mpi(tmp_path: Path) -> None:
+    """MPI's own start has no limit. If the server was there first, mpirun ends the job."""
+    begin = time.monotonic()
+    limit = {"EF_HOROVOD_TIMEOUT": "5"}
+    output, _ = ended_job(1, 2, "server_ends_at_once.py", tmp_path, environment=limit)
+    assert time.monotonic() - begin < 60
+    assert "waited 5 s for all ranks to start MPI" in output or "exiting improperly" in output
+
+
 @pytest.mark.parametrize("scenario", ["killed", "server_killed"])
 def test_a_killed_rank_ends_the_job(scenario: str, tmp_path: Path) -> None:
     begin = time.monotonic()
@@ -106,18 +148,18 @@ def test_a_job_without_a_server(tmp_path: Path) -> None:
         assert result.startswith("UnsupportedError: got 0 servers and 2 workers in this MPI job")
 
 
-def test_mistakes_in_a_call_are_named(tmp_path: Path) -> None:
-    for errors in server_job(1, 2, PROGRAM, tmp_path, "wrong_shape"):
+def test_mistakes_in_a_call_are_named(in_a_row: dict[str, list[Any]]) -> None:
+    for errors in in_a_row["wrong_shape"]:
         assert "got a gradient 'b' of shape (41,), expected (40,)" in errors[0]
         assert "got a gradient 'x' of shape (3,), expected one of ['w', 'b']" in errors[1]
         assert "got no gradient of ['b'] in this step" in errors[2]
         assert "got the gradient 'w' twice in a step" in errors[3]
 
 
-def test_bytes_up_and_down(tmp_path: Path) -> None:
+def test_bytes_up_and_down(in_a_row: dict[str, list[Any]]) -> None:
     """At most 1/30 of dense for 1-bit and 1/50 for top-k 1 %, headers included."""
     headers = 4 * (40 + 16)  # of four messages, and of the payloads in them
-    for result in server_job(1, 2, PROGRAM, tmp_path, "traffic"):
+    for result in in_a_row["traffic"]:
         dense = 4 * 400_000
         assert result["dense"] == [dense, dense + headers, dense + headers - 4 * 16]
         for name, share, compressor in (("onebit", 30, ef.OneBit()), ("topk", 50, ef.TopK(0.01))):
@@ -147,8 +189,8 @@ REFUSALS = {
 }
 
 
-def test_rogue_messages_are_refused_and_leave_no_trace(tmp_path: Path) -> None:
-    results = server_job(1, 2, PROGRAM, tmp_path, "rogue")
+def test_rogue_messages_are_refused_and_leave_no_trace(in_a_row: dict[str, list[Any]]) -> None:
+    results = in_a_row["rogue"]
     answers = results[1]["answers"]
     assert answers.keys() == REFUSALS.keys()
     for name, sentence in REFUSALS.items():

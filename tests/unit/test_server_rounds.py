@@ -62,7 +62,13 @@ def state_of(bucket):
     return memory(bucket.method, bucket.state)
 
 
-@pytest.mark.parametrize("method", every_method(), ids=repr)
+FLUSHES = [  # dense messages in steps 1 and 3, whose first attempts are dropped
+    ef.PerturbedCompressedSGD(compressor, reset_every=2)
+    for compressor in (ef.TopK(k=5), ef.HardThreshold(1.0), ef.OneBit())
+]
+
+
+@pytest.mark.parametrize("method", [*every_method(), *FLUSHES], ids=repr)
 def test_dropped_steps_leave_no_trace(method):
     """A NaN here, or one in another bucket of which this one hears a round later."""
     crew, plain_crew = Crew(method), Crew(method)

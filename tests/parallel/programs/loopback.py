@@ -1,4 +1,4 @@
-"""Bytes on the loopback device, held against the library's count by both frameworks' programs."""
+"""Bytes on the loopback device, held against the library's count by several programs."""
 
 from __future__ import annotations
 
@@ -29,34 +29,42 @@ def loopback_bytes() -> int:
     raise RuntimeError("no loopback device in /proc/net/dev")
 
 
-def compare(hvd: Any, train: Callable[[int], None], stats: Callable[[], list[Any]]) -> None:
+def compare(
+    rank: int, meet: Callable[[], Any], train: Callable[[int], None], counted: Callable[[], int]
+) -> None:
     """Report both counts of some steps, after a warm-up.
 
     Args:
-        hvd: horovod.torch or horovod.tensorflow.
+        rank: of this process.
+        meet: returns when all ranks have called it.
         train: takes so many steps.
-        stats: of what is trained with.
+        counted: bytes by the library so far.
     """
 
     def measured(action: Callable[[], Any]) -> tuple[int, float]:
         """Bytes that all ranks put on the device during an action, and its seconds."""
-        hvd.allgather_object(0)
+        meet()
         before, begin = loopback_bytes(), time.perf_counter()
         action()
-        hvd.allgather_object(0)
+        meet()
         return loopback_bytes() - before, time.perf_counter() - begin
 
     train(WARM_UP)
-    counted = stats()[-1].bytes_out
+    before = counted()
     control, idle_seconds = measured(lambda: time.sleep(2))
     kernel, seconds = measured(lambda: train(STEPS))
     report(
-        hvd.rank(),
+        rank,
         {
-            "library": stats()[-1].bytes_out - counted,
+            "library": counted() - before,
             "kernel": kernel,
             "control": control / idle_seconds * seconds,
             "steps": STEPS,
             "elements": ELEMENTS,
         },
     )
+
+
+def compare_horovod(hvd: Any, train: Callable[[int], None], stats: Callable[[], list[Any]]) -> None:
+    """The same for what Horovod sends: `hvd` is horovod.torch or horovod.tensorflow."""
+    compare(hvd.rank(), lambda: hvd.allgather_object(0), train, lambda: stats()[-1].bytes_out)

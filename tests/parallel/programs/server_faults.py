@@ -1,4 +1,7 @@
-"""Workers that do what they must not; worker 1 is the odd one out. Argument: the scenario."""
+"""Workers that do what they must not; worker 1 is the odd one out.
+
+Arguments: the scenario, or several that are jobs of their own, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import time
 import numpy as np
 import psutil
 from common import ARGUMENTS, error_of, report
+from meeting import meet
 from server_faults_model import SHAPES, gradients
 
 import ef_horovod as ef
@@ -40,12 +44,18 @@ def another_method():
 
 
 def another_shape():
-    return error_of(lambda: Worker(arrays({**SHAPES, "b": (41 if odd() else 40,)}), EF21))
+    return disagreement({**SHAPES, "b": (41 if odd() else 40,)})
 
 
 def another_name():
-    shapes = {"w": (50, 40), "c" if odd() else "b": (40,)}
-    return error_of(lambda: Worker(arrays(shapes), EF21))
+    return disagreement({"w": (50, 40), "c" if odd() else "b": (40,)})
+
+
+def disagreement(shapes):
+    transport = ServerTransport()
+    error = error_of(lambda: Worker(arrays(shapes), EF21, transport=transport))
+    transport.close()
+    return error
 
 
 def all_alike():
@@ -123,6 +133,26 @@ def early_end():
     return error_of(lambda: steps(worker, 3, 5))
 
 
+def never_a_worker():
+    return "" if odd() else error_of(lambda: Worker(arrays(), EF21))
+
+
+def fails_before_it_is_a_worker():
+    if odd():
+        raise ValueError("no data at all")
+    return error_of(lambda: Worker(arrays(), EF21))
+
+
+def leaves_before_its_first_step():
+    transport = ServerTransport()
+    return "" if odd() else error_of(lambda: Worker(arrays(), EF21, transport=transport))
+
+
+def all_leave_before_their_first_step():
+    ServerTransport()
+    return ""
+
+
 def wrong_shape():
     with Worker(arrays(), EF21) as worker:
         wrong = {**gradients(0, 0), "b": np.zeros(41)}
@@ -158,6 +188,7 @@ def traffic():
     for name, channel in channels.items():
         stats = channel.stats()
         rows[name] = [stats.dense_bytes_out, stats.bytes_out, stats.bytes_in]
+    transport.close()
     return rows
 
 
@@ -234,14 +265,16 @@ def rogue():
             answers["other numbers"] = Rogue(transport).send_again(step)
         directions = worker.pull()
         x = {name: x[name] - directions[name] for name in x}
+    transport.close()
     return {"answers": answers, "x": {name: value.tolist() for name, value in x.items()}}
 
 
 def main() -> None:
-    (scenario,) = ARGUMENTS
-    result = globals()[scenario]()
+    if len(ARGUMENTS) > 1:  # then so does server_again.py
+        meet()
+    results = [globals()[scenario]() for scenario in ARGUMENTS]
     servers = int(os.environ["OMPI_COMM_WORLD_SIZE"]) - 2
-    report(MPI_RANK - servers, result)
+    report(MPI_RANK - servers, results[0] if len(results) == 1 else results)
 
 
 if __name__ == "__main__":

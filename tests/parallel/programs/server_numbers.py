@@ -1,20 +1,25 @@
 """Steps of methods through parameter servers; where they lead, as digests.
 
-The models of `doublesqueeze_oracle.py` are trained; with the argument "every", one channel of every
-method x compressor takes steps as well, all of them under way at once; with "torch", on tensors.
+The models of `doublesqueeze_oracle.py` are trained, and one channel of every method x compressor
+takes steps, all of them under way at once. Arguments: "torch" for tensors in one job; or "cases"
+and [[servers, workers, whether every method takes steps], ...], for which the program runs on all
+ranks, as servers and as workers.
 """
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 from common import ARGUMENTS, report
 from doublesqueeze_oracle import SHAPES, TRAININGS, gradients_of
+from meeting import meet
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 
 from ef_horovod.buckets import plan_buckets
 from ef_horovod.channel import Channel, finish_step
 from ef_horovod.policy import small_or_vector
-from ef_horovod.server import ServerTransport
+from ef_horovod.server import Server, ServerTransport
 from ef_horovod.testing.pairs import every_method
 
 
@@ -79,15 +84,40 @@ def run_training(training, buckets, rank):
     return {key: digest(value) for key, value in x.items()}
 
 
-def main() -> None:
-    transport = ServerTransport()
+def run_worker(transport, every):
     buckets = {name: open_training(training, transport) for name, training in TRAININGS.items()}
-    channels = open_every(transport) if "every" in ARGUMENTS else {}
+    channels = open_every(transport) if every else {}
     ends = {
         name: run_training(training, buckets[name], transport.rank)
         for name, training in TRAININGS.items()
     }
-    report(transport.rank, {"every": run_every(channels, transport.rank), **ends})
+    return {"every": run_every(channels, transport.rank), **ends}
+
+
+def run_cases(cases):
+    """Jobs of all sizes, one after the other, on the first ranks of this one."""
+    from mpi4py import MPI
+
+    world, ends = MPI.COMM_WORLD, {}
+    for servers, workers, every in cases:
+        meet()
+        comm = world.Split(0 if world.rank < servers + workers else MPI.UNDEFINED, world.rank)
+        if world.rank < servers:
+            Server(comm=comm, timeout=300).run()
+        elif world.rank < servers + workers:
+            transport = ServerTransport(300, comm)
+            ends[f"{servers} {workers} {transport.rank}"] = run_worker(transport, every)
+            transport.close()
+    meet()
+    report(world.rank, ends)
+
+
+def main() -> None:
+    if ARGUMENTS[0] == "cases":
+        run_cases(json.loads(ARGUMENTS[1]))
+    else:
+        transport = ServerTransport()
+        report(transport.rank, run_worker(transport, every=True))
 
 
 main()

@@ -1,7 +1,8 @@
 """Training with a server that is interrupted and goes on.
 
 Arguments: "whole" (all steps), "first" (to a checkpoint in the middle), "second" (from there on),
-or "killed" (worker 1 is killed in the middle, after a checkpoint), and the folder for states.
+or "killed" (worker 1 is killed in the middle, after a checkpoint); a method, or "all" for one job
+after the other; and the folder for states.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from common import ARGUMENTS, report
+from meeting import meet
 from same_gradients import digest
 
 import ef_horovod as ef
@@ -48,32 +50,42 @@ def run(worker, x, until, stop_before_good=False):
     return x
 
 
-def main() -> None:
-    phase, method, folder = ARGUMENTS[0], METHODS[ARGUMENTS[1]], Path(ARGUMENTS[2])
+def run_phase(phase, method, kept):
+    """One job; where it leads, and this worker's rank."""
     transport = ServerTransport()
-    kept = folder / f"worker{transport.rank}.pickle"
+    rank, kept = transport.rank, kept / f"worker{transport.rank}.pickle"
     x, state = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}, None
     if phase == "second":
         x, state = pickle.loads(kept.read_bytes())
-    worker = Worker(x, method, bucket_bytes=1, state=state, transport=transport)
-    if phase == "second":
-        # The dropped step was before the checkpoint: its gradients are good now.
-        directions = worker.push_pull(gradients(worker.rank, worker.step, 1))
-        x = {name: x[name] - directions[name] for name in x}
-    else:
-        x = run(worker, x, STEPS, stop_before_good=True)
-        kept.write_bytes(pickle.dumps((x, worker.checkpoint())))
-    if phase == "killed" and worker.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if phase != "first":
-        x = run(worker, x, STEPS) if phase != "whole" else run_good(worker, x)
-    report(worker.rank, {name: digest(value) for name, value in x.items()})
+    with Worker(x, METHODS[method], bucket_bytes=1, state=state, transport=transport) as worker:
+        if phase == "second":
+            x = run_good(worker, x, worker.step + 1)
+        else:
+            x = run(worker, x, STEPS, stop_before_good=True)
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_bytes(pickle.dumps((x, worker.checkpoint())))
+        if phase == "killed" and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if phase != "first":
+            x = run(worker, x, STEPS) if phase != "whole" else run_good(worker, x)
+    return rank, {name: digest(value) for name, value in x.items()}
 
 
-def run_good(worker, x):
-    """The rest of an uninterrupted run."""
+def main() -> None:
+    phase, method, folder = ARGUMENTS[0], ARGUMENTS[1], Path(ARGUMENTS[2])
+    if method != "all":
+        return report(*run_phase(phase, method, folder))
+    meet()
+    ends = {}
+    for one in METHODS:
+        rank, ends[one] = run_phase(phase, one, folder / one)
+    report(rank, ends)
+
+
+def run_good(worker, x, until=STEPS):
+    """On from a dropped step, whose gradients are good now."""
     directions = worker.push_pull(gradients(worker.rank, worker.step, 1))
-    return run(worker, {name: x[name] - directions[name] for name in x}, STEPS)
+    return run(worker, {name: x[name] - directions[name] for name in x}, until)
 
 
 main()

@@ -1,6 +1,7 @@
 """TensorFlow's adapter with parameter servers, without Horovod.
 
-Arguments: a scenario; for "numbers" also a method. There is one set of buckets in a job.
+Arguments: a scenario; for "numbers" also methods, one job for each, for there is one set of buckets
+in a job.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from common import ARGUMENTS, error_of, report
+from meeting import meet
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 from tf_common import accuracy, build_model, data, loss_of
 from tf_common import digest as digest_of
@@ -34,10 +36,17 @@ def memories_of(optimizer):
 
 
 def numbers():
+    if len(ARGUMENTS) > 2:  # then so does server_again.py
+        meet()
+    ends = [numbers_by(method) for method in ARGUMENTS[1:]]
+    return ends[0][0], {"methods": [result for _, result in ends]}
+
+
+def numbers_by(method):
     """Where the steps lead, with two that are dropped and come again."""
     x = tf.Variable(tf.zeros(SHAPE))
     optimizer = ef.DistributedOptimizer(
-        keras.optimizers.SGD(1.0), read_method(ARGUMENTS[1]), exchange="server", seed=SEED
+        keras.optimizers.SGD(1.0), read_method(method), exchange="server", seed=SEED
     )
     optimizer.build([x])
     rank = optimizer.transport.rank
@@ -59,6 +68,7 @@ def numbers():
             unchanged.append(before[:2] == after[:2] and after[2] == before[2] + 1)
         take(tf.constant(g))
     total = optimizer.stats()[-1]
+    optimizer._ef.reducer._engine.transport._servers.close()
     return rank, {
         "x": digest(np.asarray(x)),
         "unchanged": unchanged,
@@ -132,6 +142,7 @@ def overlap():
 
 def silent():
     """Worker 1 stays away from step 3 on."""
+    meet()
     x = tf.Variable(tf.zeros(SHAPE))
     reducer = ef.Reducer([x], METHOD, exchange="server")
     rank = reducer.transport.rank

@@ -1,6 +1,6 @@
 """The torch optimizer with parameter servers: where some methods lead, and what hooks overlap.
 
-Argument: a method. One optimizer, as there is one set of buckets in a job with servers.
+Arguments: methods, one job with one optimizer for each: a job with servers has one set of buckets.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from common import ARGUMENTS, error_of, report
+from meeting import meet
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 
 import ef_horovod.torch as ef
@@ -16,12 +17,12 @@ from ef_horovod.spelling import read_method
 torch.set_num_threads(1)
 
 
-def main() -> None:
+def run(method):
     x = torch.nn.Parameter(torch.zeros(SHAPE))
     optimizer = ef.DistributedOptimizer(
         torch.optim.SGD([x], lr=1.0),
         [("x", x)],
-        compression=read_method(ARGUMENTS[0]),
+        compression=read_method(method),
         exchange="server",
         seed=SEED,
     )
@@ -53,7 +54,15 @@ def main() -> None:
             )
         ),
     }
-    report(transport.rank, result)
+    transport.close()
+    return transport.rank, result
+
+
+def main() -> None:
+    if len(ARGUMENTS) > 1:  # then so does server_again.py
+        meet()
+    ends = [run(method) for method in ARGUMENTS]
+    report(ends[0][0], {"methods": [result for _, result in ends]})
 
 
 main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import horovod.tensorflow as hvd
 import tensorflow as tf
 from common import ARGUMENTS
-from loopback import ELEMENTS, METHODS, compare
+from loopback import ELEMENTS, METHODS, compare_horovod
 
 import ef_horovod.tensorflow as ef
 
@@ -31,7 +31,7 @@ def main() -> None:
         for _ in range(steps):
             step()
 
-    compare(hvd, train, reducer.stats)
+    compare_horovod(hvd, train, reducer.stats)
 
 
 main()

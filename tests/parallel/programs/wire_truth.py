@@ -5,7 +5,7 @@ from __future__ import annotations
 import horovod.torch as hvd
 import torch
 from common import ARGUMENTS
-from loopback import ELEMENTS, METHODS, compare
+from loopback import ELEMENTS, METHODS, compare_horovod
 
 import ef_horovod.torch as ef
 
@@ -28,7 +28,7 @@ def main() -> None:
             (parameter * gradient).sum().backward()
             optimizer.step()
 
-    compare(hvd, train, optimizer.stats)
+    compare_horovod(hvd, train, optimizer.stats)
 
 
 main()
