@@ -112,8 +112,8 @@ def _show(report: Report, best: Best) -> None:
             rate=f"{trained[0].plan.rate.base:g}",
             **{"training loss": mean_and_spread(trained, "loss")},
             **{"test accuracy": mean_and_spread(trained, "accuracy")},
-            **{"bytes up a step": f"{up:,.0f}", "of SGD's": f"1/{dense_up / up:.1f}"},
-            **{"bytes down a step": f"{down:,.0f}", "of SGD's ": f"1/{dense_down / down:.1f}"},
+            **{"bytes up a step": f"{up:,.0f} (1/{dense_up / up:.1f})"},
+            **{"bytes down a step": f"{down:,.0f} (1/{dense_down / down:.1f})"},
         )
         steps, loss, accuracy = (mean_curve(trained, w) for w in ("steps", "loss", "accuracy"))
         both = (mean_curve(trained, "up") + mean_curve(trained, "down")) / 1e6
