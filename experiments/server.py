@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,7 +29,8 @@ from experiments.networks import (
 from experiments.server_job import require_ranks, train_by_server
 from experiments.workers import Workers
 
-SEEDS, STEPS = (0, 1, 2), 600
+SEEDS, STEPS, LOOKS = (0, 1, 2), 300, 6
+TEST = 5000  # images of the test set that a look takes
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # the paper's is 0.1
 QUICK_RATE, QUICK_STEPS = 0.2, 100
 
@@ -49,7 +51,8 @@ def run(workers: Workers, data: Path, quick: bool) -> Report:
     one seed, few steps, a part of the images."""
     require_ranks(workers)
     images = load_images(workers, data, quick)
-    trainer = Trainer(SHAPE, images, BATCH, looks=2 if quick else 8, workers=Workers())
+    images = replace(images, test=images.test[:TEST], test_labels=images.test_labels[:TEST])
+    trainer = Trainer(SHAPE, images, BATCH, looks=2 if quick else LOOKS, workers=Workers())
     rates, seeds, steps = (
         ((QUICK_RATE,), SEEDS[:1], QUICK_STEPS) if quick else (RATES, SEEDS, STEPS)
     )
@@ -95,6 +98,7 @@ def _settings(
 ) -> dict[str, object]:
     return {
         "data": f"CIFAR-10 at 16 x 16, {best['SGD'][0].parameters:,} parameters in one vector",
+        "test images": f"{TEST:,}",
         "ranks": "1 server, 4 workers",
         "batch": BATCH,
         "steps": f"{steps}, the learning rate divided by 10 at {DROP:.0%}",
