@@ -10,7 +10,16 @@ from pathlib import Path
 
 from experiments.workers import Workers
 
-NAMES = ("doublesqueeze", "ecx", "ef21", "ef21-variants", "ef21-w", "hard-threshold", "saddle")
+NAMES = (
+    "doublesqueeze",
+    "ecx",
+    "ef21",
+    "ef21-variants",
+    "ef21-w",
+    "hard-threshold",
+    "saddle",
+    "server",
+)
 
 
 def main(words: list[str]) -> int:
