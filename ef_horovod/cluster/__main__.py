@@ -104,6 +104,8 @@ def _plan(
 
 
 def _require_root_and_tools() -> None:
+    if sys.platform != "linux":
+        raise ClusterError(f"this is {sys.platform}, expected Linux: hosts are namespaces of it")
     if os.geteuid() != 0:
         raise ClusterError(
             f"network namespaces need root, this is user {os.geteuid()}: take sudo, or a container"
@@ -134,10 +136,7 @@ def _run(plan: inside.Plan) -> dict[str, Any]:
         try:
             namespaces.unshare(namespaces.PIDS)
         except OSError as error:
-            raise ClusterError(
-                f"this machine does not let root make namespaces ({error}): in a container, start "
-                "it with --privileged"
-            ) from error
+            raise ClusterError(namespaces.refused(error)) from error
         child = os.fork()
         if child == 0:
             inside.main(plan, folder, signals, sink)

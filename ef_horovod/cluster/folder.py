@@ -44,12 +44,12 @@ def remove_leftovers() -> list[Path]:
 
 def _is_left(folder: Path) -> bool:
     """Whether it was made by this user, and the run that made it has ended."""
-    if folder.stat().st_uid != os.geteuid():
-        return False
     try:
+        if folder.lstat().st_uid != os.geteuid():
+            return False
         with open(folder / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, BlockingIOError):
+    except (FileNotFoundError, BlockingIOError):  # it goes just now, begins just now, or runs
         return False
     return True
 

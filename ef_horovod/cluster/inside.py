@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,10 +56,7 @@ def _run(plan: Plan, folder: Path, signals: Signals) -> dict[str, Any]:
         namespaces.keep_mounts_private()
         namespaces.mount("proc", "/proc", "proc")
     except OSError as error:
-        raise ClusterError(
-            f"this machine does not let root make namespaces ({error}): in a container, start it "
-            "with --privileged"
-        ) from error
+        raise ClusterError(namespaces.refused(error)) from error
     environment = login_environment(os.environ, folder)
     _hide_horovod_cache(folder)
     pids = [_start_host(host, folder, environment) for host in plan.hosts]
@@ -210,7 +206,3 @@ def _others(hosts: Sequence[int]) -> list[int]:
     """All processes of the cluster but this one and those that hold the hosts."""
     numbers = (int(entry.name) for entry in os.scandir("/proc") if entry.name.isdecimal())
     return [number for number in numbers if number != os.getpid() and number not in hosts]
-
-
-if sys.platform != "linux":
-    raise ClusterError(f"this is {sys.platform}, expected Linux: a cluster is made of namespaces")

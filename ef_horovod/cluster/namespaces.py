@@ -24,6 +24,14 @@ def unshare(kinds: int) -> None:
     call("unshare", kinds)
 
 
+def refused(error: OSError) -> str:
+    """The sentence for a machine where root may not make namespaces."""
+    return (
+        f"this machine does not let root make namespaces ({error}): in a container, start it with "
+        "--privileged"
+    )
+
+
 def mount(source: str, target: str, kind: str, data: str = "") -> None:
     """Mount a file system of this kind.
 

@@ -53,13 +53,13 @@ class Counters:
 
     @property
     def payload_out(self) -> int:
-        """Bytes sent without the headers, if all packets were TCP's."""
-        return self.bytes_out - _HEADERS_NBYTES * self.packets_out
+        """Bytes sent without the headers, as if all packets were TCP's."""
+        return max(0, self.bytes_out - _HEADERS_NBYTES * self.packets_out)
 
     @property
     def payload_in(self) -> int:
-        """Bytes received without the headers, if all packets were TCP's."""
-        return self.bytes_in - _HEADERS_NBYTES * self.packets_in
+        """Bytes received without the headers, as if all packets were TCP's."""
+        return max(0, self.bytes_in - _HEADERS_NBYTES * self.packets_in)
 
     def as_dict(self) -> dict[str, int]:
         return {**asdict(self), "payload_out": self.payload_out, "payload_in": self.payload_in}
@@ -114,7 +114,7 @@ def bucket(rate: int) -> tuple[int, int]:
 
     The bucket is what may go at full speed after a pause: 1 ms of the rate, so that short messages
     take their time, too, but no fewer than ten frames. The queue holds 25 ms of the rate, but no
-    fewer than 64 frames.
+    fewer than 32 frames.
 
     >>> bucket(100_000_000)
     (15140, 312500)
@@ -122,7 +122,7 @@ def bucket(rate: int) -> tuple[int, int]:
     per_second = rate // 8
     return (
         max(per_second // 1000, 10 * _FRAME_NBYTES),
-        max(per_second // 40, 64 * _FRAME_NBYTES),
+        max(per_second // 40, 32 * _FRAME_NBYTES),
     )
 
 
