@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ef_horovod.cluster.namespaces import network_of
 from ef_horovod.errors import ClusterError
@@ -18,6 +17,8 @@ _SWITCH = "switch"
 
 _FRAME_NBYTES = 1514  # an Ethernet frame with 1500 bytes in it, as the kernel counts it
 _HEADERS_NBYTES = 66  # Ethernet 14, IPv4 20, TCP 20 and its time stamps 12
+# What tc says of a queueing discipline that the kernel does not have; older kernels the second.
+_UNKNOWN = ("qdisc kind is unknown", "No such file or directory")
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -189,6 +190,8 @@ def _require_disciplines(hosts: Sequence[Host], delay: str | None) -> None:
         try:
             _batch("tc", [f"qdisc add dev lo root {words}", "qdisc del dev lo root"])
         except ClusterError as error:
+            if not any(text in str(error) for text in _UNKNOWN):
+                raise
             kind = words.split()[0]
             raise ClusterError(
                 f"{option} needs the queueing discipline {kind}, which this kernel does not have: "
@@ -212,5 +215,6 @@ def _batch(tool: str, lines: Sequence[str]) -> None:
     text = "\n".join(lines) + "\n"
     done = subprocess.run([tool, "-batch", "-"], input=text, capture_output=True, text=True)
     if done.returncode != 0:
-        said: Any = " ".join(done.stderr.split()) or f"status {done.returncode}"
-        raise ClusterError(f"{tool} refused one of {'; '.join(lines)}: {said}")
+        said = " ".join(done.stderr.split()) or f"status {done.returncode}"
+        way_out = "; in a container, start it with --privileged" if "not permitted" in said else ""
+        raise ClusterError(f"`{tool}` refused one of {'; '.join(lines)}: {said}{way_out}")

@@ -53,10 +53,12 @@ def network_state() -> dict[str, Any]:
     """All that a cluster could leave in the machine's network: to compare before and after."""
     links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
     mounts = Path("/proc/mounts").read_text().splitlines()
+    ipv6 = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
     return {
         "interfaces": [line.split()[1] for line in links.splitlines()],
         "mounts": sorted(line.split()[1] for line in mounts),
         "hosts file": Path("/etc/hosts").read_text(),
+        "IPv6": ipv6.read_text() if ipv6.exists() else "",
     }
 
 

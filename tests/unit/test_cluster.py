@@ -142,11 +142,27 @@ def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"ef-cluster-starting", "another"}
 
 
-def test_a_refusal_of_the_kernel_has_a_sentence(monkeypatch):
-    refusal = subprocess.CompletedProcess([], 1, "", "Error: Operation not permitted.\n")
+def refuse(monkeypatch, text):
+    """The tools refuse, and the machine's own network stays as it is."""
+    monkeypatch.setattr(network, "_without_ipv6", lambda: None)
+    refusal = subprocess.CompletedProcess([], 1, "", text)
     monkeypatch.setattr(network.subprocess, "run", lambda *words, **options: refusal)
-    with pytest.raises(ClusterError, match=r"ip refused one of link add x: Error: Operation not"):
-        network._batch("ip", ["link add x"])
+
+
+def test_a_refusal_of_the_kernel_has_a_sentence(monkeypatch):
+    refuse(monkeypatch, "RTNETLINK answers:\nOperation not permitted\n")
+    for rate in (None, 10**6):
+        with pytest.raises(ClusterError, match=r"^`.*: Operation not .* start it with --privileg"):
+            network.connect([network.Host(1, rate)], [1], None)
+
+
+@pytest.mark.parametrize(("option", "kind"), [("--rate", "tbf"), ("--delay", "netem")])
+def test_a_discipline_that_is_not_there(option, kind, monkeypatch):
+    refuse(monkeypatch, "Error: Specified qdisc kind is unknown.\nCommand failed -:1\n")
+    host = network.Host(1, 10**6 if option == "--rate" else None)
+    words = f"{option} needs .* {kind}, which .* leave out {option}, .*_NET_SCH_{kind.upper()}"
+    with pytest.raises(ClusterError, match=words):
+        network.connect([host], [1], "1ms" if option == "--delay" else None)
 
 
 def test_the_script_becomes_it_in_the_environment(monkeypatch):
