@@ -92,6 +92,8 @@ def _plan(
         parser.error("received no --hosts, expected their number: --hosts 4")
     if not command:
         parser.error("received no command, expected one after --: -- horovodrun ...")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"received --json {arguments.json}, expected a file in a folder that exists")
     rates = arguments.rate or [None]
     if len(rates) == 1:
         rates = rates * arguments.hosts

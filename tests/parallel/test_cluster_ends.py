@@ -122,6 +122,17 @@ def test_a_killed_command_takes_its_daemons_along(job, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cluster_that_is_killed_from_within_says_so(job, tmp_path: Path) -> None:
+    launcher, word = job
+    (first,) = psutil.Process(launcher.pid).children()
+    first.kill()
+    printed, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 137
+    assert printed.endswith("the cluster was killed: its counters are lost\n")
+    assert not processes_with(word)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("clean", [["--clean"], ["--hosts", "1", "--", "true"]])
 def test_a_killed_launcher_leaves_a_folder_until_the_next_call(clean, job, tmp_path: Path) -> None:
     launcher, word = job

@@ -58,6 +58,7 @@ def test_headers_are_taken_off():
         (["--hosts", "0", "--", "true"], "got '0', expected an integer from 1 to 250"),
         (["--hosts", "2", "--rate", "1mb", "--", "x"], "got the rate '1mb'"),
         (["--hosts", "3", "--rate", "1mbit,2mbit", "--", "x"], "received 2 rates for 3 hosts"),
+        (["--hosts", "2", "--json", "/no/x", "--", "x"], "received --json /no/x, expected a file"),
         (["--hosts", "2", "--delay", "5", "--", "x"], "got the delay '5', expected a time such as"),
     ],
 )
