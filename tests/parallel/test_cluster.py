@@ -26,10 +26,13 @@ def test_tcp_has_the_rate_both_ways_and_no_long_queue(tmp_path: Path) -> None:
     options = ["--hosts", "3", "--rate", "200mbit,100mbit,20mbit"]
     printed, found = run_in_cluster(options, program, tmp_path)
     assert [host["bits_per_second"] for host in found["hosts"]] == list(rates.values())
-    for pair, measured in json.loads(printed.splitlines()[0]).items():
+    for pair, times in json.loads(printed.splitlines()[0]).items():
         limit = min(rates[name] for name in pair.split(":"))
-        assert 0.9 * limit < measured["rate"] < limit, pair
-        assert measured["busy"] < measured["idle"] + 0.05, "two queues of 25 ms"
+        measured = [time["rate"] for time in times]
+        # What else runs on this machine can keep a stream below its rate; nothing lifts it above.
+        assert 0.9 * limit < max(measured) < limit, f"{pair}: {measured}"
+        queued = min(time["busy"] - time["idle"] for time in times)
+        assert queued < 0.05, "two queues of 25 ms"
 
 
 def test_hosts_differ_as_hosts_do(tmp_path: Path) -> None:
@@ -95,7 +98,8 @@ def test_delay_works_or_says_what_the_kernel_lacks(tmp_path: Path) -> None:
     except JobFailed as failure:
         printed = str(failure)
     if has_netem:
-        assert 0.04 < json.loads(printed.splitlines()[0])["node1:node2"]["idle"] < 0.06
+        times = json.loads(printed.splitlines()[0])["node1:node2"]
+        assert 0.04 < min(time["idle"] for time in times) < 0.06
     else:
         assert "--delay needs the queueing discipline netem, which this kernel" in printed
         assert not list(tmp_path.iterdir())
