@@ -45,3 +45,7 @@ class ProtocolError(EFHorovodError, RuntimeError):
 
 class ServerError(EFHorovodError, RuntimeError):
     """The parameter server ended the job; the message is its reason."""
+
+
+class ClusterError(EFHorovodError, RuntimeError):
+    """A virtual cluster cannot be made here; the message says what is missing."""
