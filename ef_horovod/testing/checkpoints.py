@@ -33,8 +33,8 @@ def check_checkpoint(method: Method, exchange: str = "auto") -> None:
         pairs = zip(run_channels(whole, g[t], t), run_channels(resumed, g[t], t), strict=True)
         same = all(a is not None and b is not None and a.tobytes() == b.tobytes() for a, b in pairs)
         message = (
-            f"goes on in another way from a checkpoint by {exchange} (step {t}); what a state remembers must "
-            "be in its fields, and not in `scratch`"
+            f"goes on in another way from a checkpoint by {exchange} (step {t}); what is "
+            "remembered must be in a field of the state, and not in `scratch`"
         )
         require(same, method, message)
 
