@@ -54,11 +54,11 @@ class Bucket:
             message, lengths = tf.ensure_shape(message, [None]), tf.ensure_shape(lengths, [None])
             return self._transport.carry_slices(name, message, lengths)
         kind = tf.float32 if self.channel.exchange in ("dense", "reduce") else tf.uint8
-        (message,) = self._now(self._push, inputs, [kind])
+        message = self._now(self._push, inputs, kind)
         return self._transport.carry(name, tf.ensure_shape(message, [None]))
 
-    def _now(self, function: Callable[..., Any], inputs: list[Any], kinds: list[Any]) -> list[Any]:
-        """Ops that run a function as soon as its inputs exist."""
+    def _now(self, function: Callable[..., Any], inputs: list[Any], kinds: Any) -> Any:
+        """An op that runs a function as soon as its inputs exist."""
         # Stateless, so that no control dependency makes one bucket wait for another; that a step
         # comes after the last one follows from the step counter among its inputs.
         if self.on_gpu:

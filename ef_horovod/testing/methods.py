@@ -60,13 +60,6 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
     yield partial(check_lost, method)
     yield partial(check_exchanges, method)
     yield partial(check_checkpoint, method)
-    yield partial(check_refused_slices, method)
-    if method.sliceable:
-        yield partial(check_bad_gradient, method, np.nan, "double_pass")
-        yield partial(check_checkpoint, method, "double_pass")
-        for framework in frameworks:
-            if framework != "tensorflow":
-                yield partial(check_slices, method, framework)
     yield partial(check_simulation, method)
     for framework in frameworks:
         if framework == "tensorflow":
@@ -74,6 +67,13 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
         if framework != "numpy":
             yield partial(check_states, method, framework)
         yield partial(check_channels, method, framework)
+    yield partial(check_refused_slices, method)
+    if method.sliceable:
+        yield partial(check_bad_gradient, method, np.nan, "double_pass")
+        yield partial(check_checkpoint, method, "double_pass")
+        for framework in frameworks:
+            if framework != "tensorflow":
+                yield partial(check_slices, method, framework)
 
 
 def check_registered(method: Method) -> None:
