@@ -10,8 +10,9 @@ from common import OUT, error_of, report
 from tf_common import build_model, data, digest, loss_of
 
 import ef_horovod.tensorflow as ef
+from ef_horovod import simulate
 
-STEPS, SIZE = 12, 16
+STEPS, SIZE, SHAPE = 12, 16, (64, 128)
 TOP, SIGNS = ef.TopK(ratio=0.1), ef.OneBit()
 METHODS = (
     ef.DoubleSqueeze(TOP, down=SIGNS),
@@ -73,13 +74,42 @@ def trainings():
     """Where loops end: in a graph, eagerly, and by the stock tape."""
     ends = {}
     for method in METHODS:
-        loops = {"graph": Loop(method), "eager": Loop(method, graph=False)}
-        ends[repr(method)] = {name: loop.train(batches()) for name, loop in loops.items()}
+        for graph in (True, False):  # which round a model's own numbers in other places
+            ends[f"{method} {graph}"] = Loop(method, graph=graph).train(batches())
     for graph in (True, False):
-        loop = Loop(METHODS[0], graph=graph, stock=True)
-        ends[f"stock {graph}"] = {"graph": loop.train(batches())}
-        assert loop.source.stats()[0].exchange in ("double_pass", "dense")
+        ends[f"stock {graph}"] = Loop(METHODS[0], graph=graph, stock=True).train(batches())
     return ends
+
+
+def start():
+    return digest(build_model().trainable_variables)
+
+
+def as_in_one_process():
+    """A matrix's steps, in a graph and eagerly, against the simulation; and their bytes."""
+    facts = {}
+    for method in METHODS:
+        run = simulate(
+            method, lambda rank, x, step: gradient(rank, step), np.zeros(SHAPE, np.float32),
+            workers=hvd.size(), steps=5, step_size=1.0, seed=3, name="bucket.0",
+            exchange="double_pass",
+        )  # fmt: skip
+        for wrap in (tf.function, lambda function: function):
+            x = tf.Variable(tf.zeros(SHAPE))
+            reducer = ef.Reducer([x], method, **OPTIONS)
+            reduce = wrap(lambda g, reducer=reducer: reducer.reduce([g])[0])
+            for step in range(5):
+                x.assign_sub(reduce(tf.constant(gradient(hvd.rank(), step))))
+            facts[f"{method} {wrap is tf.function}"] = {
+                "same": x.numpy().tobytes() == run.x.tobytes(),
+                "sent": reducer.stats()[0].bytes_out,
+                "simulated": run.bytes_sent,
+            }
+    return facts
+
+
+def gradient(rank, step):
+    return np.random.default_rng((rank, step)).standard_normal(SHAPE, np.float32)
 
 
 def not_finite():
@@ -140,7 +170,7 @@ def refused():
 
 def main() -> None:
     hvd.init()
-    scenarios = (trainings, not_finite, resumed, by_keras, refused)
+    scenarios = (start, trainings, as_in_one_process, not_finite, resumed, by_keras, refused)
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 
 
