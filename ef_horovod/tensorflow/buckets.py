@@ -182,8 +182,8 @@ def _answers(
     inputs, kinds = [rows_good, *arrived], [tf.bool] + [tf.uint8] * len(sliced)
     if any(bucket.on_gpu for bucket in buckets):
         good, *answers = tf.py_function(answer, inputs, kinds)
-    else:
-        good, *answers = tf.numpy_function(answer, inputs, kinds)
+    else:  # stateless, as `push` is: with Horovod's tape each variable has one of these
+        good, *answers = tf.numpy_function(answer, inputs, kinds, stateful=False)
     good = tf.ensure_shape(good, [])
     pairs = zip(sliced, answers, strict=True)
     return good, [bucket.carry_answer(own) for bucket, own in pairs]
