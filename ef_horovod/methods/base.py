@@ -5,7 +5,8 @@
     pull    worker      aggregate -> direction, which the optimizer gets in place of the gradient
 
 With a gather or reduce exchange every rank runs `reduce` itself on its own replica of the server
-state; with a parameter server, the server does. So a method is written once for all of them.
+state; with a parameter server, the server does, and with a double pass each rank for one slice of
+the vector. So a method is written once for all of them.
 
 Ownership, so that nothing is copied on the step path and a step can still be dropped:
 
@@ -78,6 +79,20 @@ class Method(Shown):
     def sized(self) -> bool:
         """Whether the messages of a step are equally long on all ranks."""
         return self.compressor.sized
+
+    @property
+    def sized_answers(self) -> bool:
+        """Whether the aggregator's answers are equally long in all steps."""
+        down = getattr(self, "down", None)
+        return not isinstance(down, Compressor) or down.sized
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether a vector may be cut anywhere, into slices with states of their own.
+
+        So it is unless a method asks for the shapes in a vector.
+        """
+        return type(self).for_shapes is Method.for_shapes
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:

@@ -85,6 +85,29 @@ class Transport(ABC):
             UnsupportedError: 16-bit or integer values, whose sums overflow or are not defined.
         """
 
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        """Send every rank a buffer of its own.
+
+        Args:
+            name: of the collective.
+            parts: for each rank, in rank order, uint8[m_j] with m_j >= 1.
+            measure: as for `allgather`; without it, what all ranks send to this one is as long as
+                what it has for itself.
+
+        Returns:
+            A function that waits and gives what the ranks sent to this one, uint8 arrays in rank
+            order, to read only.
+
+        Raises:
+            UnsupportedError: this transport cannot.
+        """
+        raise UnsupportedError(
+            f"got an all-to-all for {type(self).__name__}, expected a transport that has one, for "
+            "slices to travel by; take MPI's, Horovod's or that of one process, or another exchange"
+        )
+
     @property
     def has_server(self) -> bool:
         """Whether `open_bucket` and `ask` work: there are parameter servers, not only peers."""
@@ -147,6 +170,11 @@ class Transport(ABC):
         self.bytes_sent += own * (self.size - 1)
         self.bytes_received += sum(nbytes_each) - own
 
+    def _count_alltoall(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
+        """What a rank has for itself stays where it is."""
+        self.bytes_sent += sum(part.size for part in sent) - sent[self.rank].size
+        self.bytes_received += sum(part.size for part in received) - received[self.rank].size
+
     def _count_allreduce(self, nbytes: int) -> None:
         share = ring_share(nbytes, self.size)
         self.bytes_sent += share
@@ -161,7 +189,7 @@ def split(
     Args:
         name: of the collective, for messages.
         gathered: uint8[sum of lengths].
-        own: length of this rank's buffer.
+        own: length of this rank's buffer for this rank.
         size: number of ranks.
         measure: see `Transport.allgather`.
 
@@ -174,7 +202,7 @@ def split(
         position += lengths[-1]
     if position != gathered.size:
         raise PayloadError(
-            f"'{name}' gathered {gathered.size} bytes from {size} ranks, expected {position}; "
+            f"'{name}' brought {gathered.size} bytes from {size} ranks, expected {position}; "
             "use the same config on all ranks"
         )
     return np.split(gathered, np.cumsum(lengths)[:-1])

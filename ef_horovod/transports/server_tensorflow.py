@@ -69,6 +69,11 @@ class ServerCourier(Transport):
     ) -> Callable[[], list[np.ndarray]]:
         return self._start(lambda: self._servers.allgather(name, data, measure))
 
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        return self._start(lambda: self._servers.alltoall(name, parts, measure))
+
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         return self._start(lambda: self._servers.allreduce(name, values))
 
@@ -80,6 +85,14 @@ class ServerCourier(Transport):
         return np.empty(0, np.uint8)
 
     def carry(self, name: str, message: tf.Tensor) -> tf.Tensor:
+        """No op at all."""
+        return message
+
+    def collect_slices(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Likewise."""
+        return np.empty(0, np.uint8), np.empty(0, np.int32)
+
+    def carry_slices(self, name: str, message: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
         """No op at all."""
         return message
 
