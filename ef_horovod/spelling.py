@@ -84,6 +84,8 @@ def _read(text: str, options: dict[str, Any] | None = None) -> Any:
     head, colon, tail = text.partition(":")
     written = f"{head}({tail})" if colon else text
     try:
+        if "\0" in text:  # for which Pythons up to 3.11.3 have another error
+            raise SyntaxError
         tree = ast.parse(written.strip(), mode="eval").body
         return _call(tree, options) if options else _value(tree)
     except (SyntaxError, RecursionError, MemoryError):
