@@ -28,6 +28,14 @@ def wait_for(what: Callable[[], bool], seconds: float = 60) -> bool:
     return True
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """A shell's background job ignores SIGINT, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def job(tmp_path: Path):
     """A cluster in which mpirun has started a process on each host, and a word that both have."""
