@@ -12,6 +12,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.policy import DensePolicy, Parameter
+from ef_horovod.sliced import open_channel
 from ef_horovod.transports.base import Transport
 
 _NO_LIMIT = 1 << 62
@@ -39,9 +40,11 @@ class BucketPlan(NamedTuple):
         """A channel for the bucket, with vectors of the framework and device of `like`."""
         method = self.method
         if method is None:
-            method, exchange = NoFeedback(Identity()), "dense"
+            method = NoFeedback(Identity())
+            if exchange != "server" and not transport.has_server:
+                exchange = "dense"
         method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
-        return Channel(self.name, like, method, transport, exchange=exchange, seed=seed)
+        return open_channel(self.name, like, method, transport, exchange=exchange, seed=seed)
 
     @property
     def length(self) -> int:

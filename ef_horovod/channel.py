@@ -5,6 +5,7 @@ under way at once and one bad gradient anywhere drops the whole step everywhere:
 
     channel.start(step)            compress what lies in channel.gradient and send it
     channel.arrived()              wait for the others; False: some rank asks to drop the step
+    channel.reply()                if all channels' messages are good: what the others wait for
     direction = channel.commit()   or channel.drop(): states are as they were before start
 """
 
@@ -12,10 +13,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,8 @@ from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
-from ef_horovod.transports.base import Transport, ring_share
+from ef_horovod.spelling import write_method
+from ef_horovod.transports.base import Answer, Transport
 
 
 @dataclass
@@ -52,15 +54,23 @@ class ChannelStats:
         return self.bytes_out / self.dense_bytes_out if self.dense_bytes_out else math.nan
 
 
+class Piece(NamedTuple):
+    """A part of a channel's vector that has states of its own."""
+
+    name: str  # what the names of its memories start with
+    start: int  # where in the channel's vector it begins
+    channel: Channel  # whose gradient is as long as the piece
+
+
 class Channel:
-    """Compressed exchange of one float32[d].
+    """Compressed exchange of one float32[d]; `sliced.open_channel` makes the right kind.
 
     Args:
         name: equal on all ranks, unique among the channels of a transport.
         like: float32[d] whose framework and device the channel's arrays get.
         method: error-feedback method.
         transport: to the other ranks.
-        exchange: "auto" or one of `exchange.EXCHANGES`.
+        exchange: "auto" or one of `exchange.EXCHANGES`; "double_pass" is `SlicedChannel`'s.
         seed: of random compressors; equal on all ranks.
     """
 
@@ -76,12 +86,12 @@ class Channel:
     ) -> None:
         xp, device = namespace(like), getattr(like, "device", None)
         self.name, self.method = name, method
+        if exchange == "auto" and transport.has_server:
+            exchange = "server"
         self.exchange = exchanges.choose(exchange, method)
         self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step
-        self.worker, self.server = None, None
-        if self.exchange != "dense":
-            self.worker, self.server = method.init(self.gradient, transport.size)
-        self._xp, self._transport = xp, transport
+        self._xp, self._device, self._transport = xp, device, transport
+        self.worker, self.server = self._open(seed)
         self._key = Key(seed, 0, tensor_id(name), transport.rank, transport.size)
         self._lost = self.gradient  # after a step: what its compression lost
         self._message: Payload | None = None
@@ -89,6 +99,22 @@ class Channel:
         self._finish: Callable[[], Any] | None = None
         self._received: Any = None
         self._stats = ChannelStats(name, like.shape[0], repr(method), self.exchange)
+
+    def _open(self, seed: int) -> tuple[Any, Any]:
+        """States of the worker and the aggregator, as far as they are kept in this channel."""
+        assert self.exchange != "double_pass", "take sliced.open_channel"
+        if self.exchange == "dense":
+            return None, None
+        worker, server = self.method.init(self.gradient, self._transport.size)
+        if self.exchange == "server":  # which has the other half
+            server = None
+            method, length = write_method(self.method), self.gradient.shape[0]
+            self._transport.open_bucket(self.name, length, method, seed)
+        return worker, server
+
+    def pieces(self) -> list[Piece]:
+        """The parts of the vector that have states of their own, in order: here it is one."""
+        return [Piece("", 0, self)]
 
     def start(self, step: int) -> None:
         """Compress `gradient` and start the exchange; overwrites `gradient`."""
@@ -107,9 +133,14 @@ class Channel:
                 self._message = self.method.skip(self.gradient, self._key)
                 self._pushed = None
         with self._counted():
-            self._finish = exchanges.start(
-                self.exchange, self._transport, self.name, self._message, sized=self.method.sized
-            )
+            self._finish = self._send(self._message, step)
+
+    def _send(self, message: Payload, step: int) -> Callable[[], Any]:
+        if self.exchange == "server":
+            return self._transport.ask(self.name, message.data, step)
+        return exchanges.start(
+            self.exchange, self._transport, self.name, message, sized=self.method.sized
+        )
 
     def arrived(self) -> bool:
         """Wait for all ranks' messages; whether all of them are good."""
@@ -117,12 +148,13 @@ class Channel:
         with self._timed("seconds_wait"), self._counted():
             self._received = self._finish()
         self._finish = None
-        self._stats.dense_bytes_out += ring_share(
-            4 * self._stats.num_elements, self._transport.size
-        )
+        self._stats.dense_bytes_out += self._transport.dense_nbytes(4 * self._stats.num_elements)
         if self.exchange == "dense":
             return math.isfinite(self._xp.abs_max(self._received))
         return not any(message.is_skip for message in self._received)
+
+    def reply(self) -> None:
+        """Send what other ranks need of this one to commit: nothing, if not in slices."""
 
     def commit(self) -> Array:
         """Aggregate and take over the new states; the direction, float32[d], to read at once."""
@@ -132,15 +164,59 @@ class Channel:
                 direction = self.gradient
                 self._xp.divide(self._received, self._transport.size, out=direction)
             else:
-                aggregate, self.server = self.method.reduce(
-                    self.server, self._received, self._key.of_server()
-                )
+                aggregate = self._aggregate()
                 before = self.worker
                 direction, self.worker = self.method.pull(self._pushed, aggregate)
                 self._spare(before)
         self._received = self._pushed = None
         self._stats.steps += 1
         return direction
+
+    def _aggregate(self) -> Array | Payload:
+        """What is made of all ranks' messages: here, or by the server."""
+        if self.exchange == "server":
+            (answer,) = self._received
+            return self._read(answer)
+        return self.reduce(self._received)
+
+    def reduce(self, messages: Sequence[Payload]) -> Array | Payload:
+        """The aggregator's part of a step, in this channel's own replica of its state."""
+        aggregate, self.server = self.method.reduce(self.server, messages, self._key.of_server())
+        return aggregate
+
+    def commit_rounds(self, later: Sequence[Answer] = ()) -> list[Array]:
+        """The same where a server's rounds do not wait for all workers: a direction for each.
+
+        A round that came to nothing has zeros, and if this rank's gradient was not finite, it said
+        nothing: its memory is as before.
+
+        Args:
+            later: answers of rounds after the one that this rank's own message counted in.
+        """
+        directions = []
+        with self._timed("seconds_decompress"):
+            for answer in [*self._received, *later]:
+                direction = self._xp.zeros(self._stats.num_elements, self._device)
+                if not answer.is_skip:
+                    self._xp.assign(direction, self._pull(answer))
+                directions.append(direction)
+        self._received = self._pushed = None
+        self._stats.steps += len(directions)
+        return directions
+
+    def _pull(self, answer: Answer) -> Array:
+        aggregate = self._read(answer)
+        if not answer.counted or self._pushed is None:
+            return self.method.listen(self.worker, aggregate)
+        before = self.worker
+        direction, self.worker = self.method.pull(self._pushed, aggregate)
+        self._spare(before)
+        return direction
+
+    def _read(self, answer: Answer) -> Array | Payload:
+        if answer.payload is not None:
+            return Payload(answer.payload)
+        return self._xp.from_host(answer.numbers, self._device)
 
     def drop(self) -> None:
         """Forget the step: all states stay as they were before `start`."""
@@ -152,18 +228,21 @@ class Channel:
 
         Call it between steps: the error is found in memory that the next gradient overwrites.
         """
-        if self._message is not None and not self._message.is_skip:
-            self._stats.relative_error = self._relative_error()
+        norms = self.squared_norms()
+        if norms is not None:
+            lost, whole = norms
+            self._stats.relative_error = math.sqrt(lost / whole) if whole > 0 else 0.0
         return self._stats
 
-    def _relative_error(self) -> float:
+    def squared_norms(self) -> tuple[float, float] | None:
+        """||x - C(x)||^2 and ||x||^2 of the last step's compression; None for a dropped step."""
+        if self._message is None or self._message.is_skip:
+            return None
         xp, lost = self._xp, self._lost
         whole = xp.zeros(lost.shape[0], getattr(lost, "device", None))
         xp.assign(whole, lost)
-        assert self._message is not None
         self.method.add_message(self.worker, self._message, whole)
-        norm = xp.squared_norm(whole)
-        return math.sqrt(xp.squared_norm(lost) / norm) if norm > 0 else 0.0
+        return xp.squared_norm(lost), xp.squared_norm(whole)
 
     def _spare(self, before: Any) -> None:
         """If the worker's state took `gradient`'s memory, take over an array that it gave up."""
@@ -203,12 +282,41 @@ def finish_step(channels: list[Channel], *, good: bool = True) -> list[Array] | 
         The directions in the order of the channels, or None for a dropped step. All ranks get the
         same answer, because it follows from what all of them received.
     """
+    return conclude(channels, good=settle(channels, good=good))
+
+
+def settle(channels: list[Channel], *, good: bool = True) -> bool:
+    """The first half of `finish_step`: whether the step is good; if so, what is due is sent."""
     arrived = [channel.arrived() for channel in channels]  # wait for all, also after a bad one
-    if good and all(arrived):
+    good = good and all(arrived)
+    if good:  # only now, for a reply changes the aggregator's state: nothing is taken back
+        for channel in channels:
+            channel.reply()
+    return good
+
+
+def conclude(channels: list[Channel], *, good: bool) -> list[Array] | None:
+    """The second half: commit all channels of a good step, or drop it."""
+    if good:
         return [channel.commit() for channel in channels]
     for channel in channels:
         channel.drop()
     return None
+
+
+def finish_rounds(channels: list[Channel], transport: Transport) -> list[list[Array]]:
+    """The same where a server's rounds do not wait for all workers: directions of each round.
+
+    See `Channel.commit_rounds`. Rounds that have gone by in the meantime are among them: so the
+    next gradient is one of a newer model.
+    """
+    for channel in channels:
+        channel.arrived()
+    later = transport.catch_up([channel.name for channel in channels])
+    parts = [
+        channel.commit_rounds(answers) for channel, answers in zip(channels, later, strict=True)
+    ]
+    return [list(of_round) for of_round in zip(*parts, strict=True)]
 
 
 def total_stats(parts: list[ChannelStats]) -> ChannelStats:

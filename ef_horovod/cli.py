@@ -128,7 +128,30 @@ def _run_list(arguments: argparse.Namespace) -> None:
     print(listing.page(chosen, arguments.elements, markdown=arguments.markdown))
 
 
-COMMANDS = (_add_build_horovod, _add_list)
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="a table and a plot of what parameter servers logged",
+        description=(
+            "Reads the JSON lines that `python -m ef_horovod.server --log LOG` wrote, prints a row "
+            "for each server of the last job in it, and draws rounds and bytes over time and how "
+            "long all others waited for each worker."
+        ),
+    )
+    parser.add_argument("log", type=Path, metavar="LOG", help="the FILE of the servers' --log")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="the image (LOG with .png in place of its suffix)"
+    )
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(arguments: argparse.Namespace) -> None:
+    from ef_horovod.server_report import report
+
+    report(arguments.log, arguments.out)
+
+
+COMMANDS = (_add_build_horovod, _add_list, _add_report)
 
 if __name__ == "__main__":
     sys.exit(main())

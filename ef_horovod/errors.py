@@ -29,3 +29,23 @@ class CollectiveTimeoutError(EFHorovodError, TimeoutError):
 
 class OutOfSyncError(EFHorovodError, RuntimeError):
     """Parameters differ between ranks; the message names two ranks and the likely reasons."""
+
+
+class ProtocolError(EFHorovodError, RuntimeError):
+    """A message between worker and server that is malformed, late, early or there twice.
+
+    Attributes:
+        worker: who sent it, where the one that was being looked at is innocent; else None.
+    """
+
+    def __init__(self, message: str, worker: int | None = None) -> None:
+        super().__init__(message)
+        self.worker = worker
+
+
+class ServerError(EFHorovodError, RuntimeError):
+    """The parameter server ended the job; the message is its reason."""
+
+
+class ClusterError(EFHorovodError, RuntimeError):
+    """A virtual cluster cannot be made here; the message says what is missing."""

@@ -3,6 +3,9 @@
 gather  every rank gets every message: for any compressor; the cost grows with the ranks
 reduce  values are summed in flight: for linear compressors; the cost does not grow
 dense   an allreduce of the gradient itself, without payloads
+server  one message to a parameter server and one answer, which it has reduced: for any compressor
+double_pass  every rank is the server of one slice: messages for slices by an all-to-all, answers by
+        an all-gather; for any compressor, the cost does not grow (see sliced.py)
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.transports.base import Transport
 
-EXCHANGES = ("auto", "gather", "reduce", "dense")
+EXCHANGES = ("auto", "gather", "reduce", "double_pass", "dense", "server")
 
 
 def choose(exchange: str, method: Method) -> str:
@@ -50,6 +53,11 @@ def choose(exchange: str, method: Method) -> str:
             f"got exchange='dense' with {method}, expected NoFeedback(Identity()), for a dense "
             "exchange compresses nothing; use exchange='auto'"
         )
+    if exchange == "double_pass" and not method.sliceable:
+        raise UnsupportedError(
+            f"got exchange='double_pass' with {method}, expected a method that works on a slice of "
+            "a vector as on any other, for this one looks at whole matrices; use exchange='auto'"
+        )
     return exchange
 
 
@@ -75,7 +83,7 @@ def start(
         finish = transport.allgather(name, payload.data)
     else:
         finish = transport.allgather(name, wire.padded(payload.data), wire.padded_nbytes)
-    return lambda: [_checked(data, rank, payload, name) for rank, data in enumerate(finish())]
+    return lambda: [checked(data, rank, payload, name) for rank, data in enumerate(finish())]
 
 
 def _start_reduce(
@@ -99,7 +107,18 @@ def _start_reduce(
     return wait
 
 
-def _checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:
+def checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:
+    """The payload at the start of what a rank sent.
+
+    Args:
+        data: uint8[m].
+        rank: who sent it.
+        own: this rank's, which it has to be like.
+        name: of the collective.
+
+    Raises:
+        PayloadError: it is none, or of another kind or length.
+    """
     received = Payload.from_start(data)
     if received.kind is not own.kind or received.num_elements != own.num_elements:
         raise PayloadError(

@@ -42,14 +42,15 @@ def require_same_config(transport: Transport, facts: Sequence[str], name: str = 
         descriptions[rank].tobytes().rstrip(b"\0").decode(errors="replace").split("\n")
         for rank in (0, other)
     )
-    here, there = _first_difference(first, second)
+    here, there = first_difference(first, second)
     raise ConfigMismatchError(
         f"rank 0 has {here} and rank {other} has {there}, expected the same on all ranks; "
         "give all ranks the same model, the same compression and the same options"
     )
 
 
-def _first_difference(first: list[str], second: list[str]) -> tuple[str, str]:
+def first_difference(first: list[str], second: list[str]) -> tuple[str, str]:
+    """Where two lists of facts, one line each, begin to differ: what each of them has there."""
     for here, there in zip(first, second, strict=False):
         if here != there:
             return here, there

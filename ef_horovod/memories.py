@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ef_horovod.arrays import namespace
 from ef_horovod.buckets import Slot
-from ef_horovod.channel import Channel
+from ef_horovod.channel import Channel, Piece
 from ef_horovod.transports.base import Transport
 
 
@@ -33,7 +33,9 @@ def load_state(
 
     Raises:
         ValueError: another rank, number of ranks, method or model; nothing was changed then.
+        UnsupportedError: there are servers, and the first step has begun.
     """
+    transport.require_not_begun()
     facts = {"compression": compression, "rank": transport.rank, "size": transport.size}
     for fact, expected in facts.items():
         if state.get(fact) != expected:
@@ -49,12 +51,11 @@ def save_memories(buckets: Sequence[Filled]) -> dict[str, dict[str, Any]]:
     """{parameter name: {"worker.error": array, ...}}; arrays are copies."""
     parameters: dict[str, dict[str, Any]] = {}
     for bucket in buckets:
-        for half, field, value in _memories(bucket):
-            for slot in bucket.slots:
-                part = value
-                if _is_vector(value):
-                    part = namespace(value).read(value, *_span(bucket, field, slot))
-                parameters.setdefault(slot.name, {})[f"{half}.{field}"] = part
+        for memory in _memories(bucket):
+            for slot, start, stop in memory.places(bucket.slots):
+                value = memory.value
+                part = namespace(value).read(value, start, stop) if _is_vector(value) else value
+                parameters.setdefault(slot.name, {})[memory.name] = part
     return parameters
 
 
@@ -71,34 +72,59 @@ def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any
             f"the {len(mine)} here; load them into the same model with the same compression"
         )
     for bucket in buckets:
-        for half, field, value in list(_memories(bucket)):
-            parts = [parameters[slot.name][f"{half}.{field}"] for slot in bucket.slots]
-            if _is_vector(value):
-                for slot, part in zip(bucket.slots, parts, strict=True):
-                    namespace(value).write(value, _span(bucket, field, slot)[0], part)
-            else:
-                held = getattr(bucket.channel, half)
-                setattr(bucket.channel, half, held._replace(**{field: parts[0]}))
+        for memory in list(_memories(bucket)):
+            parts = [
+                (start, parameters[slot.name][memory.name])
+                for slot, start, _ in memory.places(bucket.slots)
+            ]
+            if _is_vector(memory.value):
+                for start, part in parts:
+                    namespace(memory.value).write(memory.value, start, part)
+            elif parts:
+                memory.put(parts[0][1])
 
 
-def _memories(bucket: Filled) -> Iterator[tuple[str, str, Any]]:
-    """(half, field, value) of all that a bucket's channel remembers between steps."""
-    channel = bucket.channel
-    for half in ("worker", "server"):
-        held = getattr(channel, half)
-        for field, value in held._asdict().items() if held is not None else ():
-            if value is None or field in channel.method.scratch:
-                continue
-            if isinstance(value, tuple):
-                yield from ((half, f"{field}.{i}", part) for i, part in enumerate(value))
-            else:
-                yield half, field, value
+class _Memory(NamedTuple):
+    """A vector or a number that a piece of a channel's vector remembers between steps."""
+
+    piece: Piece
+    half: str  # "worker" or "server"
+    field: str
+    value: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.piece.name}{self.half}.{self.field}"
+
+    def places(self, slots: Sequence[Slot]) -> Iterator[tuple[Slot, int, int]]:
+        """The parameters that lie in the piece, and where in the vector their part of it is."""
+        channel, offset = self.piece.channel, self.piece.start
+        d = channel.gradient.shape[0]
+        for slot in slots:
+            start, stop = (min(max(at - offset, 0), d) for at in (slot.start, slot.stop))
+            if start < stop or slot.start == slot.stop:
+                yield slot, *channel.method.span(self.field, start, stop, d)
+
+    def put(self, number: Any) -> None:
+        """Remember another number."""
+        channel = self.piece.channel
+        held = getattr(channel, self.half)
+        setattr(channel, self.half, held._replace(**{self.field: number}))
 
 
-def _span(bucket: Filled, field: str, slot: Slot) -> tuple[int, int]:
-    """Where in a vector a parameter's own part lies."""
-    channel = bucket.channel
-    return channel.method.span(field, slot.start, slot.stop, channel.gradient.shape[0])
+def _memories(bucket: Filled) -> Iterator[_Memory]:
+    """All that a bucket's channel remembers between steps."""
+    for piece in bucket.channel.pieces():
+        for half in ("worker", "server"):
+            held = getattr(piece.channel, half)
+            for field, value in held._asdict().items() if held is not None else ():
+                if value is None or field in piece.channel.method.scratch:
+                    continue
+                if isinstance(value, tuple):
+                    for i, part in enumerate(value):
+                        yield _Memory(piece, half, f"{field}.{i}", part)
+                else:
+                    yield _Memory(piece, half, field, value)
 
 
 def _is_vector(value: Any) -> bool:

@@ -78,3 +78,16 @@ def refuse_elastic() -> None:
             "got an elastic Horovod job, expected a fixed number of ranks, for error memories do "
             "not follow ranks that come and go; start it with horovodrun -np N"
         )
+
+
+def refuse_process_set(process_set: Any) -> None:
+    """Raise for a process set in a job with parameter servers.
+
+    Raises:
+        UnsupportedError: there is one.
+    """
+    if process_set is not None:
+        raise UnsupportedError(
+            "got a process_set with exchange='server', expected none, for the job's workers "
+            "are those that mpirun started; leave it out"
+        )

@@ -17,6 +17,7 @@ from ef_horovod.estimators import Estimator
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
 from ef_horovod.schedules import Schedule, value_at
+from ef_horovod.simulation_slices import SlicedWorkers
 from ef_horovod.transports.base import Transport, ring_share
 from ef_horovod.transports.local import local_group
 
@@ -75,7 +76,9 @@ def simulate(
         name: of the vector: draws depend on it, as in a job on a bucket's name ("bucket.0").
         exchange: "auto", "gather" or "reduce": how workers talk among each other; or "server": one
             message up, one answer down for each worker, which is a float32 vector unless the
-            method compresses both ways. The iterates are the same; what is counted differs.
+            method compresses both ways. The iterates are the same; what is counted differs. Or
+            "double_pass": slice j of x, named NAME/j, is worker j's to reduce; a compressor sees
+            slices, so the iterates are others.
         estimator: what workers give to the method in place of their gradients.
         observe: called with x after every step; its dict joins the history.
         stop: called with the last entry of the history; True ends the run after this step.
@@ -85,7 +88,8 @@ def simulate(
             they are summed in flight. None: all workers are in this process.
 
     Raises:
-        UnsupportedError: `method` is not a method, or the estimator is not meant for it.
+        UnsupportedError: `method` is not a method, the estimator is not meant for it, or a double
+            pass over a transport.
         NonFiniteError: a gradient was not finite; names the step.
         ValueError, TypeError: arguments out of range or a gradient of another shape.
 
@@ -106,68 +110,94 @@ def simulate(
     x = before = xp.detached(x0) * 1  # a copy, should gradient() change x in place
     if len(x0.shape) > 1:  # else it is any vector, not a parameter of one dimension
         method = method.for_shapes([tuple(x0.shape)])
-    network = _network(method, exchange, workers, transport)
-    states = [method.init(xp.flat_float32(x0), workers)[0] for _ in network.mine]
-    crew = [_Worker(method, state, gradient, estimator, transport) for state in states]
-    server, run = method.init(xp.flat_float32(x0), workers)[1], Run(x)
+    group: _Whole | SlicedWorkers
+    if exchange == "double_pass":
+        group = SlicedWorkers(method, xp.flat_float32(x0), workers, seed, name, transport)
+    else:
+        network = _network(method, exchange, workers, transport)
+        group = _Whole(method, xp.flat_float32(x0), workers, seed, name, network, transport)
+    crew = [_Worker(rank, gradient, estimator) for rank in group.mine]
+    run = Run(x)
     for step in range(steps):
-        keys = [Key(seed, step, tensor_id(name), i, workers) for i in network.mine]
-        messages = [one.push(x, before, key) for one, key in zip(crew, keys, strict=True)]
-        aggregate, server = _reduce(method, server, network.meet(messages), keys[0].of_server())
-        network.answer(aggregate)
-        direction, *_ = [one.pull(aggregate) for one in crew]
+        direction = group.step([one.estimate(x, before, step) for one in crew], step)
         # A Python float, for a NumPy one would make a float32 x a float64 one.
         before, x = x, x - _at(step_size, step) * xp.restore(direction, like)
         entry = {
             "step": step,
-            "bytes_sent": network.bytes_sent,
-            "bytes_received": network.bytes_received,
+            "bytes_sent": group.bytes_sent,
+            "bytes_received": group.bytes_received,
             "direction_norm": float(np.sqrt(xp.squared_norm(direction))),
         }
         run.history.append(entry | (observe(x) if observe else {}))
         if stop and stop(run.history[-1]):
             break
-    run.x, run.states = x, [one.state for one in crew]
-    run.bytes_sent, run.bytes_received = network.bytes_sent, network.bytes_received
+    run.x, run.states = x, group.states
+    run.bytes_sent, run.bytes_received = group.bytes_sent, group.bytes_received
     return run
 
 
 class _Worker:
-    """One worker: its state and, for estimators that build on it, its last estimate."""
+    """One worker's gradients and, for estimators that build on it, its last estimate."""
+
+    def __init__(self, rank: int, gradient: Gradient, estimator: Estimator) -> None:
+        self._rank, self._gradient, self._estimator = rank, gradient, estimator
+        self._last: Array | None = None
+
+    def estimate(self, x: Array, before: Array, step: int) -> Array:
+        """What it gives to the method at x_t = x: float32[d], which the method may overwrite."""
+        points = self._estimator.points(x, before, step)
+        gradients = [_gradient(self._gradient, self._rank, point, step, x) for point in points]
+        estimate = self._estimator.combine(gradients, self._last, step)
+        if self._estimator.needs_last:
+            self._last = estimate
+        return namespace(x).flat_float32(estimate * 1)
+
+
+class _Whole:
+    """Workers whose vectors travel in one piece."""
 
     def __init__(
         self,
         method: Method,
-        state: Any,
-        gradient: Gradient,
-        estimator: Estimator,
+        x: Array,
+        workers: int,
+        seed: int,
+        name: str,
+        network: _Server | _Peers | _Ranks,
         transport: Transport | None,
     ) -> None:
-        self.state = state
-        self._method, self._gradient, self._estimator = method, gradient, estimator
-        self._has_others = transport is not None
-        self._last: Array | None = None
+        self._method, self._network, self._has_others = method, network, transport is not None
+        self.mine = network.mine
+        self._keys = [Key(seed, 0, tensor_id(name), i, workers) for i in self.mine]
+        self.states = [method.init(x, workers)[0] for _ in self.mine]
+        self._server = method.init(x, workers)[1]
 
-    def push(self, x: Array, before: Array, key: Key) -> Payload:
-        """Its message at x_t = x."""
-        points = self._estimator.points(x, before, key.step)
-        gradients = [_gradient(self._gradient, key.rank, point, key.step, x) for point in points]
-        estimate = self._estimator.combine(gradients, self._last, key.step)
-        if self._estimator.needs_last:
-            self._last = estimate
-        own = namespace(x).flat_float32(estimate * 1)  # which the method may overwrite
+    def step(self, estimates: Sequence[Array], step: int) -> Array:
+        """The direction, float32[d]."""
+        keys = [key._replace(step=step) for key in self._keys]
+        pushed = [self._push(*parts) for parts in zip(self.states, estimates, keys, strict=True)]
+        received = self._network.meet([message for message, _ in pushed])
+        aggregate, self._server = _reduce(self._method, self._server, received, keys[0].of_server())
+        self._network.answer(aggregate)
+        pulled = [self._method.pull(state, aggregate) for _, state in pushed]
+        self.states = [state for _, state in pulled]
+        return pulled[0][0]
+
+    def _push(self, state: Any, own: Array, key: Key) -> tuple[Payload, Any]:
         try:
-            message, self._pushed = self._method.push(self.state, own, key)
+            return self._method.push(state, own, key)
         except NonFiniteError as error:
             if self._has_others:  # who wait for a message; with this one all ranks raise
-                return self._method.skip(own, key)
+                return self._method.skip(own, key), state
             raise NonFiniteError(f"worker {key.rank}, step {key.step}: {error}") from None
-        return message
 
-    def pull(self, aggregate: Array | Payload) -> Array:
-        """The direction, float32[d]."""
-        direction, self.state = self._method.pull(self._pushed, aggregate)
-        return direction
+    @property
+    def bytes_sent(self) -> int:
+        return self._network.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        return self._network.bytes_received
 
 
 def _network(

@@ -96,13 +96,22 @@ def padded_values(values: np.ndarray) -> np.ndarray:
     return out
 
 
+def payload_nbytes(data: np.ndarray) -> int:
+    """How many bytes the payload at the start of `data` takes.
+
+    Raises:
+        PayloadError: there is none.
+    """
+    return HEADER_NBYTES + read_header(data).body_nbytes
+
+
 def padded_nbytes(data: np.ndarray) -> int:
     """How many bytes the padded payload at the start of `data` takes.
 
     Raises:
         PayloadError: there is none.
     """
-    return size_class(HEADER_NBYTES + read_header(data).body_nbytes)
+    return size_class(payload_nbytes(data))
 
 
 class Fields:

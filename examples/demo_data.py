@@ -35,7 +35,7 @@ def load(data: Path | None, limit: int | None, rank: int, size: int) -> tuple[Im
         x, y = _digits()
         order = np.random.default_rng(0).permutation(len(y))
         test, train = order[:600], order[600:][:limit]
-        mine = _share(train, rank, size)
+        mine = share(train, rank, size)
         return _images(x[mine], y[mine]), _images(x[test], y[test])
     train_file, test_file = data / "cifar10_train.npz", data / "cifar10_test.npz"
     for file in (train_file, test_file):
@@ -44,7 +44,8 @@ def load(data: Path | None, limit: int | None, rank: int, size: int) -> tuple[Im
     return _archive(train_file, limit, rank, size), _archive(test_file, None, 0, 1)
 
 
-def _share(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
+def share(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
+    """Every size-th of the indices from `rank` on; equally many on all ranks."""
     return indices[rank::size][: len(indices) // size]
 
 
@@ -60,7 +61,7 @@ def _archive(file: Path, limit: int | None, rank: int, size: int) -> Images:
 
     with np.load(file) as archive:
         jpeg, offset, label = archive["jpeg"], archive["offset"], archive["label"]
-    mine = _share(np.arange(len(label))[:limit], rank, size)
+    mine = share(np.arange(len(label))[:limit], rank, size)
     pixels = [
         np.asarray(Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes())).convert("RGB"))
         for i in mine

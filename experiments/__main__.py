@@ -10,7 +10,16 @@ from pathlib import Path
 
 from experiments.workers import Workers
 
-NAMES = ("doublesqueeze", "ecx", "ef21", "ef21-variants", "ef21-w", "hard-threshold", "saddle")
+NAMES = (
+    "doublesqueeze",
+    "ecx",
+    "ef21",
+    "ef21-variants",
+    "ef21-w",
+    "hard-threshold",
+    "saddle",
+    "server",
+)
 
 
 def main(words: list[str]) -> int:
@@ -34,7 +43,12 @@ def main(words: list[str]) -> int:
     report.settings["seconds"] = round(time.perf_counter() - begin)
     report.write(options.out, module.plot)
     print(report.text())
-    return 0 if report.all_hold else 1
+    held = sum(claim.holds for claim in report.claims)
+    print(
+        f"\n{held} of {len(report.claims)} claims hold; table, plot and JSON are in {options.out}/"
+    )
+    # Of an MPI job mpirun would take a 1 for a rank that failed; launch/reproduce reads the JSON.
+    return 0 if report.all_hold or options.mpi else 1
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ class Trainer:
         """Run it; only the leading process looks at the network."""
         counts, start = Counts(), self.network.start(plan.seed)
         trained = Trained(plan, start.size)
-        done, looks = 0, {-(-plan.steps * i // self.looks) for i in range(1, self.looks + 1)}
+        done, looks = 0, self.look_steps(plan.steps)
 
         def observe(x: np.ndarray) -> dict[str, Any]:
             nonlocal done
@@ -286,9 +286,13 @@ class Trainer:
             trained.sent = [history[step - 1]["bytes_sent"] for step in trained.steps]
         except ef.NonFiniteError:  # on all ranks in the same step
             up, down = counts.up / max(counts.messages, 1), self._mean(counts.down) / max(done, 1)
-            trained.give_up(sorted(looks), up, down)
+            trained.give_up(looks, up, down)
         trained.entries, trained.error = self._mean(counts.entries), self._mean(counts.error)
         return trained
+
+    def look_steps(self, steps: int) -> list[int]:
+        """After which steps of so many a training looks at its network."""
+        return sorted({-(-steps * i // self.looks) for i in range(1, self.looks + 1)})
 
     def _mean(self, total: float) -> float:
         """Over all workers, of a sum over those of this process; every rank calls it."""
@@ -358,10 +362,21 @@ def make_trainer(
     part = workers.part(WORKERS)
     if part is None:
         return None
+    images = load_images(part, data, quick)
+    return Trainer(shape, images, batch, looks=2 if quick else 8, workers=part)
+
+
+def load_images(workers: Workers, data: Path, quick: bool) -> Images:
+    """All of CIFAR-10, or a small part of it; read once and sent to all ranks.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError: as `make_trainer`.
+    """
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("found no torch, expected it for networks; pip install torch")
-    images = load_cifar10(data, **({"train": 4000, "test": 1000} if quick else {}))
-    return Trainer(shape, images, batch, looks=2 if quick else 8, workers=part)
+    part = {"train": 4000, "test": 1000} if quick else {}
+    images: Images = workers.from_lead(lambda: load_cifar10(data, **part))
+    return images
 
 
 def _cores() -> int:

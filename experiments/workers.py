@@ -101,7 +101,7 @@ class Workers:
             over workers: "bytes_up" and "bytes_down".
         """
         if self.transport is not None and workers < self.transport.size:
-            return self._from_lead(
+            return self.from_lead(
                 lambda: Workers().run(
                     method,
                     gradient,
@@ -157,8 +157,20 @@ class Workers:
     def _place(self) -> tuple[int, int]:
         return self.transport.size, self.transport.rank
 
-    def _from_lead(self, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes, on all ranks."""
-        data = pickle.dumps(make()) if self.leads else b"-"
+    def from_lead(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on all ranks; or its error, so that nobody waits for it."""
+        if self.transport is None:
+            return make()
+        data = pickle.dumps(_outcome(make)) if self.leads else b"-"
         first, *_ = self.transport.allgather("from lead", np.frombuffer(data, np.uint8))()
-        return pickle.loads(first.tobytes())
+        made, error = pickle.loads(first.tobytes())
+        if error is not None:
+            raise error
+        return made
+
+
+def _outcome(make: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return make(), None
+    except Exception as error:
+        return None, error

@@ -11,7 +11,12 @@ import numpy as np
 from numba import njit
 
 _LANES = 32  # independent accumulators: lets LLVM vectorise a sum without reordering it
-_BLOCK = 4096  # float32 partial sums stay short, then go to float64
+_BLOCK = 4096  # float32 partial sums stay short, then go to float64; also what stays in the cache
+# Times a word of eight bytes that are 0 or 1, their bits side by side in the uppermost byte.
+_GATHER = np.uint64(0x0102040810204080)
+# A word of one bit times this has another number in its upper six bits for each of the 64 places.
+_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+_PLACE = np.argsort([(int(_DE_BRUIJN) << place) % 2**64 >> 58 for place in range(64)])
 
 
 @njit(cache=True, nogil=True)
@@ -21,19 +26,35 @@ def add(x, y, weight):  # type: ignore[no-untyped-def]
         x[i] += weight * y[i]
 
 
+@njit(cache=True, nogil=True, error_model="numpy")  # no loop that asks for zeros is vectorised
+def divide_add(x, divisor, y, out):  # type: ignore[no-untyped-def]
+    """out = x / divisor + y, all float32[n] that share no memory, rounded twice."""
+    for i in range(x.size):
+        out[i] = x[i] / divisor + y[i]
+
+
 @njit(cache=True, nogil=True)
 def abs_sum(x):  # type: ignore[no-untyped-def]
     """Sum of |x_i| as float64, in a fixed order; not finite if an x_i is not, or all are huge."""
     total = 0.0
     lanes = np.zeros(_LANES, np.float32)
-    whole = x.size - x.size % _LANES
-    for start in range(0, whole, _BLOCK):
+    blocks = x.size // _BLOCK
+    rows = x[: blocks * _BLOCK].reshape(blocks, _BLOCK // _LANES, _LANES)
+    for b in range(blocks):
         lanes[:] = 0
-        for i in range(start, min(start + _BLOCK, whole), _LANES):
+        for i in range(0, _BLOCK // _LANES, 4):  # lanes are loaded and stored once for four rows
             for j in range(_LANES):
-                lanes[j] += abs(x[i + j])
+                two = (lanes[j] + abs(rows[b, i, j])) + abs(rows[b, i + 1, j])
+                lanes[j] = (two + abs(rows[b, i + 2, j])) + abs(rows[b, i + 3, j])
         for j in range(_LANES):
             total += np.float64(lanes[j])
+    lanes[:] = 0
+    whole = x.size - x.size % _LANES
+    for i in range(blocks * _BLOCK, whole, _LANES):
+        for j in range(_LANES):
+            lanes[j] += abs(x[i + j])
+    for j in range(_LANES):
+        total += np.float64(lanes[j])
     for i in range(whole, x.size):
         total += np.float64(abs(x[i]))
     return total
@@ -64,18 +85,46 @@ def squared_norm(x):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def collect_at_least(x, threshold, out):  # type: ignore[no-untyped-def]
-    """Indices of the entries with |x_i| >= threshold or NaN, ascending, as many as fit into out.
+def collect_at_least(x, threshold, indices, values):  # type: ignore[no-untyped-def]
+    """The entries with |x_i| >= threshold or NaN, ascending, as many as fit into the outputs.
 
-    Returns how many there are; more than out.size means that out was too small.
+    Args:
+        x: float32[n].
+        threshold: float32.
+        indices: int64[m].
+        values: float32[m].
+
+    Returns:
+        How many there are; more than m means that the outputs were too small.
     """
+    flags, bits = np.zeros(_BLOCK, np.uint8), np.empty(_BLOCK // 8, np.uint8)
+    words = bits.view(np.uint64)
     count = 0
-    for i in range(x.size):
-        if not abs(x[i]) < threshold:
-            if count < out.size:
-                out[count] = i
-            count += 1
+    for start in range(0, x.size, _BLOCK):
+        part = x[start : start + _BLOCK]
+        for i in range(part.size):  # without a branch: it would be guessed wrong at each hit
+            flags[i] = not abs(part[i]) < threshold
+        flags[part.size :] = 0
+        _pack(flags, bits)
+        for i in range(words.size):
+            word = words[i]
+            while word:
+                lowest = word & (~word + np.uint64(1))
+                place = 64 * i + _PLACE[(lowest * _DE_BRUIJN) >> np.uint64(58)]
+                if count < indices.size:
+                    indices[count] = start + place
+                    values[count] = part[place]
+                count += 1
+                word ^= lowest
     return count
+
+
+@njit(cache=True, nogil=True)
+def _pack(flags, bits):  # type: ignore[no-untyped-def]
+    """Bit j of bits[i] is flags[8i + j], of uint8[m] and uint8[8m] of zeros and ones."""
+    octets = flags.view(np.uint64)
+    for i in range(bits.size):
+        bits[i] = (octets[i] * _GATHER) >> np.uint64(56)
 
 
 @njit(cache=True, nogil=True)
@@ -124,6 +173,16 @@ def scatter_add(x, indices, values, weight):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def scatter_add_part(x, start, indices, values, weight):  # type: ignore[no-untyped-def]
+    """x[indices - start] += weight * values, for those of the ascending indices that are in x."""
+    i = np.searchsorted(indices, start)
+    stop = start + x.size
+    while i < indices.size and indices[i] < stop:
+        x[indices[i] - start] += weight * values[i]
+        i += 1
+
+
+@njit(cache=True, nogil=True)
 def scatter_put(x, indices, values):  # type: ignore[no-untyped-def]
     """x[indices] = values."""
     for i in range(indices.size):
@@ -133,17 +192,13 @@ def scatter_put(x, indices, values):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def pack_signs(x, out):  # type: ignore[no-untyped-def]
     """Bit j of out[i] is x[8i + j] >= 0."""
-    whole = x.size // 8
-    for i in range(whole):
-        byte = 0
-        for j in range(8):
-            byte |= (x[8 * i + j] >= 0) << j
-        out[i] = byte
-    if whole < out.size:
-        byte = 0
-        for i in range(8 * whole, x.size):
-            byte |= (x[i] >= 0) << (i - 8 * whole)
-        out[whole] = byte
+    flags = np.zeros(_BLOCK, np.uint8)
+    for start in range(0, x.size, _BLOCK):
+        part = x[start : start + _BLOCK]
+        for i in range(part.size):
+            flags[i] = part[i] >= 0
+        flags[part.size :] = 0
+        _pack(flags, out[start // 8 : (start + _BLOCK) // 8])
 
 
 @njit(cache=True, nogil=True)
@@ -161,11 +216,15 @@ def add_signs(x, bits, scale):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def split_signs(x, scale, out):  # type: ignore[no-untyped-def]
     """pack_signs, and x becomes x -+ scale, in one pass over memory."""
-    for start in range(0, x.size, _BLOCK):  # a block stays in the cache
+    flags = np.zeros(_BLOCK, np.uint8)
+    for start in range(0, x.size, _BLOCK):
         part = x[start : start + _BLOCK]
-        bits = out[start // 8 : (start + _BLOCK) // 8]
-        pack_signs(part, bits)
-        add_signs(part, bits, -scale)
+        for i in range(part.size):
+            positive = part[i] >= 0
+            flags[i] = positive
+            part[i] -= scale if positive else -scale
+        flags[part.size :] = 0
+        _pack(flags, out[start // 8 : (start + _BLOCK) // 8])
 
 
 @njit(cache=True, nogil=True)

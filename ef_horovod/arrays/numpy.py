@@ -7,6 +7,7 @@ in place, and lengths are not checked: callers inside the package guarantee them
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ import numpy as np
 from ef_horovod.arrays.numpy_matrices import *  # noqa: F403 - low rank
 from ef_horovod.arrays.numpy_quantize import *  # noqa: F403 - the quantizers' part
 
-_SAMPLES = 1 << 15
+_SAMPLES = 1 << 15  # at most, and not more than
+_SAMPLED = 127  # one in so many entries; a prime, for the rows of matrices are not
+_LEAST = np.float32(1e-45)  # the smallest above zero
 _BIN_SHIFT = 19  # exponent_histogram's bins: exponent and four mantissa bits
 
 
@@ -75,6 +78,11 @@ def zeros(length: int, device: Any = None) -> np.ndarray:
     return np.zeros(length, np.float32)
 
 
+def host_parts(x: np.ndarray, length: int) -> list[np.ndarray]:
+    """NumPy views of x[:length], x[length : 2 * length] and so on; none of what is off the host."""
+    return [x[start : start + length] for start in range(0, x.size, length)]
+
+
 def address(x: np.ndarray) -> int:
     """Where x's memory starts: equal for an array and a view of all of it."""
     return x.ctypes.data
@@ -108,6 +116,11 @@ def divide(x: np.ndarray, divisor: float, out: np.ndarray) -> None:
 def add(x: np.ndarray, y: np.ndarray, weight: float = 1.0) -> None:
     """x += weight * y."""
     _kernels().add(x, y, np.float32(weight))
+
+
+def divide_add(x: np.ndarray, divisor: float, y: np.ndarray, out: np.ndarray) -> None:
+    """out = x / divisor + y in one pass over memory, each rounded; `out` is apart from x and y."""
+    _kernels().divide_add(x, np.float32(divisor), y, out)
 
 
 def average(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray) -> None:
@@ -158,37 +171,39 @@ def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     k = min(k, x.size)
     if k == 0:
         return np.empty(0, np.int64), np.empty(0, np.float32)
-    candidates = _candidates(x, k)
-    magnitudes = np.abs(take(x, candidates))
+    candidates, values = _candidates(x, k)
     # As unsigned bits, magnitudes sort like floats, with infinity and NaN above all.
-    order = magnitudes.view(np.uint32)
+    order = np.abs(values).view(np.uint32)
     threshold = np.partition(order, order.size - k)[order.size - k]
     above = int(np.count_nonzero(order > threshold))
     chosen = np.empty(k, np.int64)
     _kernels().keep_largest(order, threshold, k - above, chosen)
-    indices = candidates[chosen]
-    return indices, take(x, indices)
+    return candidates[chosen], values[chosen]
 
 
-def _candidates(x: np.ndarray, k: int) -> np.ndarray:
-    """Ascending indices of all entries that reach some threshold; at least k, seldom many more."""
-    expected = 0
+def _candidates(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """All entries that reach some threshold, as `at_least`; at least k, seldom many more."""
     if x.size > 4 * _SAMPLES:
-        sample = np.abs(x[:: x.size // _SAMPLES])
+        sample = np.abs(x[:: _stride(x.size)])
         share = k / x.size
         # Four standard deviations above the expected rank: too few candidates once in 30,000 calls.
         rank = int(share * sample.size + 4 * math.sqrt(share * sample.size) + 8)
         if rank < sample.size:
             threshold = np.partition(sample, sample.size - rank)[sample.size - rank]
+            threshold = max(threshold, _LEAST)  # few may differ from zero
             expected = int(1.5 * rank / sample.size * x.size) + 1024
-            found = np.empty(expected, np.int64)
-            count = _kernels().collect_at_least(x, threshold, found)
+            count, *found = _reaching(x, threshold, expected)
             if k <= count <= expected:
-                return found[:count]
+                return found[0], found[1]
     return _candidates_by_histogram(x, k)
 
 
-def _candidates_by_histogram(x: np.ndarray, k: int) -> np.ndarray:
+def _stride(length: int) -> int:
+    """Entries from one that is sampled to the next."""
+    return max(length // _SAMPLES, _SAMPLED)
+
+
+def _candidates_by_histogram(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     counts = np.zeros(4096, np.int64)
     _kernels().exponent_histogram(x.view(np.uint32), counts)
     reaching = np.cumsum(counts[::-1])[::-1]  # entries at or above each bin
@@ -196,19 +211,24 @@ def _candidates_by_histogram(x: np.ndarray, k: int) -> np.ndarray:
     threshold = np.array(lowest << _BIN_SHIFT, np.uint32).view(np.float32)[()]
     if not np.isfinite(threshold):  # k or more entries are not finite: no order to find
         threshold = np.float32(np.inf)
-    found = np.empty(x.size if threshold == np.inf else int(reaching[lowest]), np.int64)
-    count = _kernels().collect_at_least(x, threshold, found)
-    return found[: min(count, found.size)]
+    most = x.size if threshold == np.inf else int(reaching[lowest])
+    return _reaching(x, float(threshold), most)[1:]
 
 
 def at_least(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Ascending indices of |x_i| >= threshold or NaN, int64, and their values, on the host."""
-    found = np.empty(min(x.size, 1024 + x.size // 64), np.int64)
-    count = _kernels().collect_at_least(x, np.float32(threshold), found)
-    if count > found.size:  # more than usual: once more, with room for all
-        found = np.empty(count, np.int64)
-        _kernels().collect_at_least(x, np.float32(threshold), found)
-    return found[:count], take(x, found[:count])
+    most = min(x.size, 1024 + x.size // 64)
+    count, *found = _reaching(x, threshold, most)
+    if count > most:  # more than usual: once more, with room for all
+        _, *found = _reaching(x, threshold, count)
+    return found[0], found[1]
+
+
+def _reaching(x: np.ndarray, threshold: float, most: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many entries have |x_i| >= threshold or are NaN; indices and values of the first ones."""
+    indices, values = np.empty(most, np.int64), np.empty(most, np.float32)
+    count = _kernels().collect_at_least(x, np.float32(threshold), indices, values)
+    return count, indices[:count], values[:count]
 
 
 def take(x: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -221,6 +241,13 @@ def take(x: np.ndarray, indices: np.ndarray) -> np.ndarray:
 def scatter_add(x: np.ndarray, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
     """x[indices] += weight * values, for different indices within bounds."""
     _kernels().scatter_add(x, indices, values, np.float32(weight))
+
+
+def scatter_add_part(
+    x: np.ndarray, start: int, indices: np.ndarray, values: np.ndarray, weight: float
+) -> None:
+    """scatter_add to a longer vector of which x is the part from `start` on; indices ascend."""
+    _kernels().scatter_add_part(x, start, indices, values, np.float32(weight))
 
 
 def scatter_put(x: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
@@ -292,6 +319,7 @@ def _widen(codes: np.ndarray, kind: str, shift: int) -> np.ndarray:
     return (wide * 2.0**-shift).astype(np.float32)
 
 
+@cache
 def _kernels() -> ModuleType:
     """The compiled kernels, imported at their first use (importing Numba takes a while)."""
     from ef_horovod.arrays import kernels

@@ -93,6 +93,11 @@ def device_zeros(length: int, device: str) -> tf.Variable:
         return tf.Variable(tf.zeros(length), trainable=False)
 
 
+def host_parts(x: tf.Variable, length: int) -> list[np.ndarray]:
+    """None: what is worked on as a variable has no NumPy views."""
+    return []
+
+
 def address(x: tf.Tensor | tf.Variable) -> int:
     """Equal for one and the same variable only: there are no views of variables."""
     return id(x)

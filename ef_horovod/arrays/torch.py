@@ -65,6 +65,11 @@ def zeros(length: int, device: Any = None) -> torch.Tensor:
     return torch.zeros(length, dtype=torch.float32, device=device)
 
 
+def host_parts(x: torch.Tensor, length: int) -> list[np.ndarray]:
+    """NumPy views of x[:length], x[length : 2 * length] and so on; none of what is off the host."""
+    return host.host_parts(x.numpy(), length) if x.device.type == "cpu" else []
+
+
 def address(x: torch.Tensor) -> int:
     """Where x's memory starts: equal for a tensor and a view of all of it."""
     return x.data_ptr()

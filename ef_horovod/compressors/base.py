@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -18,6 +18,18 @@ DEFAULT_KEY = Key()
 _LONGEST = 2**40  # numbers; no vector of a model is longer
 
 
+class Reader(Protocol):
+    """A body that was checked, to be added by parts."""
+
+    def add(self, part: np.ndarray, start: int, weight: float) -> None:
+        """part += weight * C(x)[start : start + len(part)]; `start` is a multiple of 8."""
+
+
+class _Nothing:
+    def add(self, part: np.ndarray, start: int, weight: float) -> None:
+        """An absent worker's message says nothing of any part."""
+
+
 @dataclass(frozen=True)
 class Compressor(Shown):
     """Base of all compressors.
@@ -30,6 +42,12 @@ class Compressor(Shown):
     wire_id: ClassVar[int]
     # Whether `encode` takes a share s for `residual` too, and leaves x - s C(x): `Scaled` asks.
     weighs_residual: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "accumulate" in cls.__dict__ and "reader" not in cls.__dict__:
+            # An inherited one would not read what this class writes.
+            cls.reader = Compressor.reader  # type: ignore[method-assign]
 
     @property
     def sized(self) -> bool:
@@ -97,6 +115,15 @@ class Compressor(Shown):
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         """dense += weight * C(x), for dense float32[d]; checks the body before it writes."""
         raise NotImplementedError
+
+    @classmethod
+    def reader(cls, body: np.ndarray, d: int) -> Reader | None:
+        """The body of d elements, to be added by parts; None if it has to be added as a whole.
+
+        Raises:
+            PayloadError: the body is malformed.
+        """
+        return None
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:
@@ -296,6 +323,23 @@ class Payload:
             PayloadError: the body is malformed; dense is untouched then.
             ValueError: dense has another length, dtype or layout.
         """
+        self._require(dense)
+        if not self.is_absent:
+            self.kind.accumulate(self._body, dense, weight)
+
+    def reader(self, dense: Array) -> Reader | None:
+        """Adds C(x) to parts of `dense` on the host; None if all of it has to be added at once.
+
+        Raises:
+            PayloadError, ValueError: as `add_to`.
+        """
+        self._require(dense)
+        if self.is_absent:
+            return _Nothing()
+        return self.kind.reader(self._body, self.num_elements)
+
+    def _require(self, dense: Array) -> None:
+        """Raise unless the payload has numbers and `dense` is fit to take them."""
         if tuple(dense.shape) != (self.num_elements,) or dtype_name(dense) != "float32":
             raise ValueError(
                 f"got a dense array of shape {tuple(dense.shape)} and dtype {dense.dtype}, "
@@ -306,8 +350,6 @@ class Payload:
                 "got a payload that asks to drop the step, expected one with numbers; check "
                 "is_skip on the payloads of all ranks before using any of them"
             )
-        if not self.is_absent:
-            self.kind.accumulate(self._body, dense, weight)
 
     def summands(self) -> np.ndarray:
         """The float32 numbers of a linear compressor's payload, as a view that may be summed into.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.grid import blocks
-from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.compressors.base import Compressor, Reader, require_finite
 from ef_horovod.compressors.rounding import block_length, read_block, read_scales, require_block
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
@@ -19,6 +20,15 @@ from ef_horovod.wire import Fields
 
 _SCALES = ("l1", "l2", "two_means")
 _LAYOUT = struct.Struct("<II")  # block (0: the whole vector), scales of a block (1 or 2)
+
+
+class _Signs(NamedTuple):
+    scale: float
+    bits: np.ndarray  # uint8[ceil(d / 8)]
+
+    def add(self, part: np.ndarray, start: int, weight: float) -> None:
+        bits = self.bits[start // 8 : (start + part.size + 7) // 8]
+        host.add_signs(part, bits, self.scale * weight)
 
 
 @register_compressor(wire_id=5)
@@ -106,16 +116,25 @@ class OneBit(Compressor):
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
+        scale, bits = cls._read(body, dense.shape[0])
+        namespace(dense).add_signs(dense, bits, scale * weight)
+
+    @classmethod
+    def reader(cls, body: np.ndarray, d: int) -> Reader | None:
+        return _Signs(*cls._read(body, d))
+
+    @classmethod
+    def _read(cls, body: np.ndarray, d: int) -> tuple[float, np.ndarray]:
         fields = Fields(body, cls.__name__)
         (scale,) = fields.array("<f4", 1)
-        bits = fields.array("u1", (dense.shape[0] + 7) // 8)
+        bits = fields.array("u1", (d + 7) // 8)
         fields.end()
         if not 0 <= scale < np.inf:
             raise PayloadError(
                 f"OneBit payload has scale {scale}, expected a finite number of at least 0; "
                 "it was damaged on the way"
             )
-        namespace(dense).add_signs(dense, bits, float(scale) * weight)
+        return float(scale), bits
 
 
 @register_compressor(wire_id=12)

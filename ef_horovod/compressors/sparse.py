@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.compressors.base import Compressor, Reader, require_finite
 from ef_horovod.errors import PayloadError
 from ef_horovod.index_code import decode_indices, encode_indices, indices_nbytes
 from ef_horovod.keys import Key
@@ -47,6 +48,20 @@ class Entries(NamedTuple):
 
     def add(self, x: Array, values: np.ndarray, weight: float) -> None:
         namespace(x).scatter_add(x, self.indices, values, weight)
+
+
+class Ascending(Entries):
+    """Single entries whose indices ascend: what is in a part of the vector can be found."""
+
+
+class _ByParts(NamedTuple):
+    """What a message says of ascending entries."""
+
+    indices: np.ndarray
+    values: np.ndarray
+
+    def add(self, part: np.ndarray, start: int, weight: float) -> None:
+        host.scatter_add_part(part, start, self.indices, self.values, weight)
 
 
 class Chosen(NamedTuple):
@@ -120,11 +135,21 @@ class Sparsifier(Compressor):
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
+        places, values = cls._read_all(body, dense.shape[0])
+        places.add(dense, values, weight)
+
+    @classmethod
+    def reader(cls, body: np.ndarray, d: int) -> Reader | None:
+        places, values = cls._read_all(body, d)
+        return _ByParts(places.indices, values) if isinstance(places, Ascending) else None
+
+    @classmethod
+    def _read_all(cls, body: np.ndarray, d: int) -> tuple[Places, np.ndarray]:
         fields = Fields(body, cls.__name__)
-        places = cls.read(fields, dense.shape[0])
+        places = cls.read(fields, d)
         values = fields.array("<f4", places.size)
         fields.end()
-        places.add(dense, values, weight)
+        return places, values
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:
@@ -181,7 +206,7 @@ def coded(indices: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(_COUNT.pack(indices.size), np.uint8), encode_indices(indices, d)
 
 
-def read_coded(fields: Fields, d: int, what: str) -> Entries:
+def read_coded(fields: Fields, d: int, what: str) -> Ascending:
     """What `coded` wrote; `what` is the compressor's name.
 
     Raises:
@@ -192,4 +217,4 @@ def read_coded(fields: Fields, d: int, what: str) -> Entries:
         raise PayloadError(
             f"{what} payload has {k} entries, expected at most {d}; it was damaged on the way"
         )
-    return Entries(decode_indices(fields.array("u1", indices_nbytes(k, d)), k, d))
+    return Ascending(decode_indices(fields.array("u1", indices_nbytes(k, d)), k, d))

@@ -5,7 +5,8 @@
     pull    worker      aggregate -> direction, which the optimizer gets in place of the gradient
 
 With a gather or reduce exchange every rank runs `reduce` itself on its own replica of the server
-state; with a parameter server, the server does. So a method is written once for all of them.
+state; with a parameter server, the server does, and with a double pass each rank for one slice of
+the vector. So a method is written once for all of them.
 
 Ownership, so that nothing is copied on the step path and a step can still be dropped:
 
@@ -21,12 +22,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
+import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.keys import Key
 from ef_horovod.shown import Shown
 
+_PART = 1 << 17  # entries of a part: 0.5 MB
 State = Any  # a NamedTuple of each method's own
 
 
@@ -51,6 +56,12 @@ class Method(Shown):
 
     # Fields of the states that hold nothing between steps: checkpoints leave them out.
     scratch: ClassVar[frozenset[str]] = frozenset({"mean"})
+    # Vectors of the aggregator's state that `reduce` changes in place, None if that is not known:
+    # a server that may have to take a round back copies them before.
+    reduced_in_place: ClassVar[frozenset[str] | None] = None
+    # Whether workers may miss rounds, and `listen` to them: what a round means must not depend on
+    # the step that a worker last took part in.
+    can_listen: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -68,6 +79,20 @@ class Method(Shown):
     def sized(self) -> bool:
         """Whether the messages of a step are equally long on all ranks."""
         return self.compressor.sized
+
+    @property
+    def sized_answers(self) -> bool:
+        """Whether the aggregator's answers are equally long in all steps."""
+        down = getattr(self, "down", None)
+        return not isinstance(down, Compressor) or down.sized
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether a vector may be cut anywhere, into slices with states of their own.
+
+        So it is unless a method asks for the shapes in a vector.
+        """
+        return type(self).for_shapes is Method.for_shapes
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
@@ -88,6 +113,10 @@ class Method(Shown):
     def uncompressed(self) -> Method | None:
         """What treats parameters that stay uncompressed alike; None if plain averages do."""
         return None
+
+    def message_length(self, d: int, step: int) -> int:
+        """Numbers in a step's messages, and in the mean of them, for gradients of d numbers."""
+        return d
 
     def skip(self, gradient: Array, key: Key) -> Payload:
         """A message as long as this step's others that says only: drop the step on all ranks."""
@@ -120,16 +149,18 @@ class Method(Shown):
             What all workers get, and the state: a float32[d], or from methods that compress in
             both directions the payload that a server would broadcast.
         """
-        xp = namespace(server.mean)
-        xp.fill(server.mean, 0.0)
-        for message in messages:
-            message.add_to(server.mean)
-        xp.divide(server.mean, key.workers, out=server.mean)
-        return server.mean, server
+        return mean_of(messages, key.workers, out=server.mean), server
 
     def pull(self, state: State, aggregate: Array | Payload) -> tuple[Array, State]:
         """Turn the aggregate into the direction; commits the worker's state."""
         return aggregate, state
+
+    def listen(self, state: State, aggregate: Array | Payload) -> Array:
+        """The direction of a round in which this worker has said nothing.
+
+        What it changes are arrays of the state, in place.
+        """
+        return self.pull(state, aggregate)[0]
 
     def add_message(self, state: State, message: Payload, dense: Array) -> None:
         """dense += what a worker's own message says of its gradient, float32[d].
@@ -145,6 +176,53 @@ class Method(Shown):
         Checkpoints keep it under the name of the parameter that those elements are of.
         """
         return start, stop
+
+
+def mean_of(
+    messages: Sequence[Payload], workers: int, out: Array, plus: Array | None = None
+) -> Array:
+    """`out`, overwritten with what the messages say in sum, over the number of workers.
+
+    Args:
+        messages: one for each worker in rank order, or a single one that stands for their sum.
+        workers: how many they are from.
+        out: float32[d].
+        plus: float32[d] to add to the mean.
+
+    Messages that are shorter than the vector, all together, are decoded side by side, for one part
+    of it after the other that stays in the cache. Each number is made by the same operations in
+    the same order in any case.
+    """
+    xp, d = namespace(out), out.shape[0]
+    parts = xp.host_parts(out, _PART)
+    if len(parts) > 1 and sum(message.nbytes for message in messages) <= 4 * d:
+        readers = [message.reader(out) for message in messages]
+        if None not in readers:
+            _mean_by_parts(readers, workers, parts, plus)
+            return out
+    xp.fill(out, 0.0)
+    for message in messages:
+        message.add_to(out)
+    xp.divide(out, workers, out=out)
+    if plus is not None:
+        xp.add(out, plus)
+    return out
+
+
+def _mean_by_parts(
+    readers: Sequence[Any], workers: int, parts: Sequence[np.ndarray], plus: Array | None
+) -> None:
+    room = host.zeros(_PART)
+    more = None if plus is None else namespace(plus).host_parts(plus, _PART)
+    for number, part in enumerate(parts):
+        total = room[: part.size]
+        host.fill(total, 0.0)
+        for reader in readers:
+            reader.add(total, number * _PART, 1.0)
+        if more is None:
+            host.divide(total, workers, out=part)
+        else:
+            host.divide_add(total, workers, more[number], out=part)
 
 
 def vector_like(x: Array) -> Array:

@@ -10,7 +10,7 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.keys import Key
-from ef_horovod.methods.base import Method, vector_like
+from ef_horovod.methods.base import Method, mean_of, vector_like
 from ef_horovod.methods.down import decoded, require_down
 from ef_horovod.methods.error_feedback import require_no_amplifier
 from ef_horovod.registry import register_method
@@ -60,6 +60,7 @@ class DoubleSqueeze(Method):
 
     down: Compressor = Identity()  # noqa: RUF009 - frozen
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "direction"})
+    reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # memories change places
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,9 +91,8 @@ class DoubleSqueeze(Method):
     def reduce(
         self, server: DoubleSqueezeServer, messages: Sequence[Payload], key: Key
     ) -> tuple[Payload, DoubleSqueezeServer]:
-        mean, _ = super().reduce(server, messages, key)
-        namespace(mean).add(mean, server.error)
-        answer, residual = self.down.squeeze(mean, key)
+        compensated = mean_of(messages, key.workers, out=server.mean, plus=server.error)
+        answer, residual = self.down.squeeze(compensated, key)
         # The residual took the mean's memory; the old error's is free.
         return answer, DoubleSqueezeServer(error=residual, mean=server.error)
 

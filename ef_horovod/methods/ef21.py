@@ -183,15 +183,18 @@ class EF21(Method):
     def pull(self, state: EF21State, aggregate: Array | Payload) -> tuple[Array, EF21State]:
         assert state.pending is not None
         state.pending.add_to(state.tracked)
-        direction = aggregate
-        if self.down is not None:
-            aggregate.add_to(state.estimate)
-            direction = state.estimate
+        direction = self.listen(state, aggregate)
         if self.momentum is not None and not state.pending.is_absent:
             state = state._replace(
                 velocity=state.next_velocity, next_velocity=state.velocity, started=True
             )
         return direction, state._replace(pending=None)
+
+    def listen(self, state: EF21State, aggregate: Array | Payload) -> Array:
+        if self.down is None:
+            return aggregate
+        aggregate.add_to(state.estimate)
+        return state.estimate
 
     def _weight(self, rank: int) -> float:
         assert self.weights is not None

@@ -106,6 +106,9 @@ class EF21Plus(Method):
         _take_over(state.tracked, state.pending)
         return aggregate, state._replace(pending=None)
 
+    def listen(self, state: EF21PlusState, aggregate: Array) -> Array:
+        return aggregate
+
 
 def _take_over(tracked: Array, message: Payload) -> None:
     if message.is_replacement:

@@ -92,6 +92,8 @@ class ErrorCompensatedX(Method):
     alpha: Schedule = 0.1
     beta: float = 0.3
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "answer", "next_filtered", "alpha"})
+    reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # memories change places
+    can_listen: ClassVar[bool] = False  # alpha_t weighs answers, and belongs to a worker's own step
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -129,7 +129,11 @@ class PowerSGD(Method):
     def push(
         self, state: PowerSGDState, gradient: Array, key: Key = DEFAULT_KEY
     ) -> tuple[Payload, PowerSGDState]:
-        xp, layout, left = namespace(gradient), self._layout(gradient.shape[0]), _sends_left(key)
+        xp, layout, left = (
+            namespace(gradient),
+            self._layout(gradient.shape[0]),
+            _sends_left(key.step),
+        )
         xp.add(gradient, state.error)
         bases = _bases(layout, state.factors, key)
         factors = xp.factors(gradient, layout.matrices, bases, left=left)
@@ -141,10 +145,12 @@ class PowerSGD(Method):
             require_finite(xp.abs_max(gradient), self.compressor)
         return message, state._replace(error=gradient, under_way=under_way)
 
+    def message_length(self, d: int, step: int) -> int:
+        return self._layout(d).length(left=_sends_left(step))
+
     def skip(self, gradient: Array, key: Key) -> Payload:
-        return self.compressor.skip(
-            np.zeros(self._layout(gradient.shape[0]).length(left=_sends_left(key)), np.float32)
-        )
+        length = self.message_length(gradient.shape[0], key.step)
+        return self.compressor.skip(np.zeros(length, np.float32))
 
     def reduce(
         self, server: PowerSGDServer, messages: Sequence[Payload], key: Key
@@ -235,15 +241,15 @@ def _squarest(d: int, rank: int) -> list[tuple[int, int]]:
     return [(rows, d // rows), (d % rows, 1)]
 
 
-def _sends_left(key: Key) -> bool:
-    return key.step % 2 == 0
+def _sends_left(step: int) -> bool:
+    return step % 2 == 0
 
 
 def _bases(layout: _Layout, kept: Array, key: Key) -> np.ndarray:
     """Orthonormal bases of what the last step found, of all matrices, one after the other."""
     from ef_horovod.arrays import kernels_matrices
 
-    left, kept = _sends_left(key), namespace(kept).to_host(kept)
+    left, kept = _sends_left(key.step), namespace(kept).to_host(kept)
     bases = np.empty(factors_size(layout.matrices, left=not left), np.float32)
     seed = key.apart(5).draw(shared=True)
     places = enumerate(each_factor(layout.matrices, bases, left=not left))

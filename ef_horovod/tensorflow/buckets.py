@@ -6,7 +6,7 @@ the tensors' memory. On a GPU it is a `tf.py_function` with tensors that stay on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ import tensorflow as tf
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays import tensorflow as tensors
 from ef_horovod.buckets import BucketPlan, Slot
-from ef_horovod.channel import finish_step
+from ef_horovod.channel import conclude, settle
+from ef_horovod.sliced import SlicedChannel
 from ef_horovod.tensorflow.variables import native, on_gpu
-from ef_horovod.transports.horovod_tensorflow import Courier, HorovodTensorFlowTransport
+from ef_horovod.transports.server_tensorflow import GraphTransport
 
 _ALIGNMENT = 64  # bytes; TensorFlow takes over such arrays without a copy
 
@@ -27,39 +28,78 @@ class Bucket:
 
     Args:
         plan: its variables and how they travel.
-        transport: to the other ranks.
-        exchange: "auto", "gather" or "reduce".
+        transport: to the other ranks, or to servers.
+        exchange: "auto", "gather", "reduce", "double_pass" or "server".
         seed: of random compressors.
     """
 
     def __init__(
-        self, plan: BucketPlan, transport: HorovodTensorFlowTransport, *, exchange: str, seed: int
+        self, plan: BucketPlan, transport: GraphTransport, *, exchange: str, seed: int
     ) -> None:
         self.slots: list[Slot] = plan.slots
         first = native(self.slots[0].parameter)
         self.on_gpu = on_gpu(first)
         like = tensors.zeros(plan.length, first.device if self.on_gpu else None)
-        self._transport, self._courier = transport, Courier(transport)
+        self._transport, self._courier = transport, transport.courier()
         self.channel = plan.open(like, self._courier, exchange=exchange, seed=seed)
 
     def send(self, step: tf.Tensor, loss_scale: tf.Tensor, gradients: list[tf.Tensor]) -> tf.Tensor:
-        """Ops that compress the gradients and exchange them; what has arrived."""
-        inputs = [step, loss_scale, *gradients]
-        dtype = tf.float32 if self.channel.exchange in ("dense", "reduce") else tf.uint8
+        """Ops that compress the gradients and exchange them; what has arrived.
+
+        From servers nothing has by then; `receive` waits for them.
+        """
+        inputs, name = [step, loss_scale, *gradients], self.channel.name
+        if self.sliced:
+            message, lengths = self._now(self._push_slices, inputs, [tf.uint8, tf.int32])
+            message, lengths = tf.ensure_shape(message, [None]), tf.ensure_shape(lengths, [None])
+            return self._transport.carry_slices(name, message, lengths)
+        kind = tf.float32 if self.channel.exchange in ("dense", "reduce") else tf.uint8
+        message = self._now(self._push, inputs, kind)
+        return self._transport.carry(name, tf.ensure_shape(message, [None]))
+
+    def _now(self, function: Callable[..., Any], inputs: list[Any], kinds: Any) -> Any:
+        """An op that runs a function as soon as its inputs exist."""
         # Stateless, so that no control dependency makes one bucket wait for another; that a step
         # comes after the last one follows from the step counter among its inputs.
         if self.on_gpu:
-            message = tf.py_function(self._push, inputs, dtype)
-        else:
-            message = tf.numpy_function(self._push, inputs, dtype, stateful=False)
-        return self._transport.carry(self.channel.name, tf.ensure_shape(message, [None]))
+            return tf.py_function(function, inputs, kinds)
+        return tf.numpy_function(function, inputs, kinds, stateful=False)
 
     def bring(self, arrived: Array) -> None:
         """Hand over what `send`'s op has brought."""
         received = arrived if self.channel.exchange == "dense" else np.asarray(arrived)
         self._courier.bring(self.channel.name, received)
 
+    @property
+    def sliced(self) -> bool:
+        """Whether ranks answer for a slice each, between the two halves of a step."""
+        return isinstance(self.channel, SlicedChannel)
+
+    def collect_answer(self) -> np.ndarray:
+        """What this rank answers."""
+        assert isinstance(self.channel, SlicedChannel)
+        return self._courier.collect(self.channel.answers)
+
+    def carry_answer(self, answer: tf.Tensor) -> tf.Tensor:
+        """The op that exchanges the answers of all ranks."""
+        assert isinstance(self.channel, SlicedChannel)
+        return self._transport.carry(self.channel.answers, tf.ensure_shape(answer, [None]))
+
+    def bring_answers(self, arrived: Array) -> None:
+        """Hand over what that op has brought."""
+        assert isinstance(self.channel, SlicedChannel)
+        self._courier.bring(self.channel.answers, np.asarray(arrived))
+
     def _push(self, step: Any, loss_scale: Any, *gradients: Array) -> Array:
+        self._start(step, loss_scale, gradients)
+        message = self._courier.collect(self.channel.name)
+        return tf.identity(message) if isinstance(message, tf.Variable) else message
+
+    def _push_slices(self, step: Any, loss_scale: Any, *gradients: Array) -> list[Array]:
+        self._start(step, loss_scale, gradients)
+        return list(self._courier.collect_slices(self.channel.name))
+
+    def _start(self, step: Any, loss_scale: Any, gradients: Sequence[Array]) -> None:
         flat = self.channel.gradient
         xp = namespace(flat)
         for slot, gradient in zip(self.slots, gradients, strict=True):
@@ -67,8 +107,6 @@ class Bucket:
         if float(loss_scale) != 1.0:
             xp.divide(flat, float(loss_scale), out=flat)
         self.channel.start(int(step))
-        message = self._courier.collect(self.channel.name)
-        return tf.identity(message) if isinstance(message, tf.Variable) else message
 
 
 def receive(
@@ -93,13 +131,19 @@ def receive(
     """
     slots = [slot for bucket in buckets for slot in bucket.slots]
     gpu = any(bucket.on_gpu for bucket in buckets)
+    sliced = [bucket for bucket in buckets if bucket.sliced]
+    channels = [bucket.channel for bucket in buckets]
+    if sliced:  # what is bad is known before the answers travel, and `arrived` has been used up
+        rows_good, arrived = _answers(buckets, arrived, rows_good)
 
-    def finish(step: Any, factor: Any, rows_good: Any, *arrived: Array) -> list[Any]:
-        for bucket, message in zip(buckets, arrived, strict=True):
-            bucket.bring(message)
-        channels = [bucket.channel for bucket in buckets]
-        directions = finish_step(channels, good=bool(rows_good))
-        good = directions is not None
+    def finish(step: Any, factor: Any, good: Any, *arrived: Array) -> list[Any]:
+        if sliced:
+            for bucket, message in zip(sliced, arrived, strict=True) if good else ():
+                bucket.bring_answers(message)
+        else:
+            _bring(buckets, arrived)
+            good = settle(channels, good=bool(good))
+        directions = conclude(channels, good=bool(good))
         parts = [
             _part(directions[i] if directions else None, slot, float(factor))
             for i, bucket in enumerate(buckets)
@@ -116,6 +160,38 @@ def receive(
         for direction, slot in zip(directions, slots, strict=True)
     ]
     return shaped, good, next_step
+
+
+def _answers(
+    buckets: Sequence[Bucket], arrived: list[tf.Tensor], rows_good: tf.Tensor
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """Ops between the halves of a step for buckets in slices: each rank answers for its own.
+
+    Returns:
+        Whether the step is good, and what has come of all ranks' answers for each such bucket.
+    """
+    sliced = [bucket for bucket in buckets if bucket.sliced]
+
+    def answer(rows_good: Any, *arrived: Array) -> list[Any]:
+        _bring(buckets, arrived)
+        good = settle([bucket.channel for bucket in buckets], good=bool(rows_good))
+        nothing = np.zeros(1, np.uint8)  # the op is there, whether the step is dropped or not
+        answers = [bucket.collect_answer() if good else nothing for bucket in sliced]
+        return [np.bool_(good), *answers]
+
+    inputs, kinds = [rows_good, *arrived], [tf.bool] + [tf.uint8] * len(sliced)
+    if any(bucket.on_gpu for bucket in buckets):
+        good, *answers = tf.py_function(answer, inputs, kinds)
+    else:  # stateless, as `push` is: with Horovod's tape each variable has one of these
+        good, *answers = tf.numpy_function(answer, inputs, kinds, stateful=False)
+    good = tf.ensure_shape(good, [])
+    pairs = zip(sliced, answers, strict=True)
+    return good, [bucket.carry_answer(own) for bucket, own in pairs]
+
+
+def _bring(buckets: Sequence[Bucket], arrived: Sequence[Array]) -> None:
+    for bucket, message in zip(buckets, arrived, strict=True):
+        bucket.bring(message)
 
 
 def _part(direction: Array | None, slot: Slot, factor: float) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from ef_horovod.channel import ChannelStats
-from ef_horovod.tensorflow.sync import broadcast_variables, require_in_sync
+from ef_horovod.tensorflow.sync import broadcast_variables, require_horovod, require_in_sync
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 
 
@@ -38,6 +38,7 @@ class TrainingCallback(keras.callbacks.Callback):
 
     Raises:
         OutOfSyncError: parameters differ after the first batch.
+        UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
 
     Example:
         model.fit(inputs, labels, callbacks=[ef.TrainingCallback()])
@@ -54,6 +55,7 @@ class TrainingCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Broadcast."""
+        require_horovod("ef.TrainingCallback")
         optimizer = self.model.optimizer
         with tf.init_scope():
             if not getattr(optimizer, "built", False):

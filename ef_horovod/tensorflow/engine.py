@@ -22,7 +22,7 @@ from ef_horovod.tensorflow.graphs import refuse_replicas, refuse_xla
 from ef_horovod.tensorflow.rows import Rows
 from ef_horovod.tensorflow.sync import in_sync_op
 from ef_horovod.tensorflow.variables import native, path_of
-from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 
@@ -49,14 +49,14 @@ class Engine:
     Args:
         named: variables with names that are equal on all ranks.
         options: see there.
-        transport: to the other ranks.
+        transport: to the other ranks, or to servers.
     """
 
     def __init__(
         self,
         named: list[tuple[str, Any]],
         options: Options,
-        transport: HorovodTensorFlowTransport,
+        transport: GraphTransport,
     ) -> None:
         self.options, self.transport = options, transport
         self._named = named
@@ -79,8 +79,7 @@ class Engine:
         refuse_replicas()
         gradients = [self._densified(g) for g in gradients]
         self._begin(gradients)
-        if self.options.check_sync:
-            self._compare_in_second_call()
+        in_sync = self._compare_in_second_call() if self.options.check_sync else tf.constant(True)
         step = self.step.read_value()
         place_of = {name: i for i, (name, _) in enumerate(self._named)}
         places = [[place_of[slot.name] for slot in bucket.slots] for bucket in self._buckets]
@@ -89,7 +88,8 @@ class Engine:
             for bucket, its in zip(self._buckets, places, strict=True)
         ]
         rows = {i: exchange.exchange(gradients[i]) for i, exchange in self._rows.items()}
-        rows_good = tf.reduce_all([True, *(finite for _, finite in rows.values())])
+        # With `in_sync` among them, though it is never False: waits must not change places.
+        rows_good = tf.reduce_all([in_sync, *(finite for _, finite in rows.values())])
         factor = loss_scale * (1 if self.options.average else self.transport.size)
         directions, good, next_step = receive(self._buckets, arrived, step, factor, rows_good)
         self.step.assign(next_step)
@@ -110,6 +110,11 @@ class Engine:
         step = int(self.step.numpy())
         return save_state(self._buckets, step, repr(self.options.method), self.transport)
 
+    def checkpoint(self) -> dict[str, Any]:
+        """The same after the servers, if there are any, have written theirs; collective."""
+        self.transport.save(int(self.step.numpy()))
+        return self.state_dict()
+
     def load_state_dict(self, state: dict[str, Any], *, must_fit: bool = True) -> None:
         """Take them over, now or as soon as the buckets are made.
 
@@ -119,6 +124,7 @@ class Engine:
                 rank, all of them start from zero with a warning, unless it comes after step 1.
 
         Raises:
+            UnsupportedError: with servers, after the first step: they read theirs before it.
             ValueError: another rank, number of ranks, method or model; at the first step, on all
                 ranks, if it comes before that.
         """
@@ -143,6 +149,7 @@ class Engine:
             self._open()
             self._load_everywhere()
             require_same_config(self.transport, self._describe())
+            self.transport.handshake(describe(self._buckets), int(self.step.numpy()))
         self._opened = True
 
     def _load_everywhere(self) -> None:
@@ -157,7 +164,7 @@ class Engine:
         if everyones in ({0}, {1}):
             return
         problem = problem or "other ranks could not load theirs"
-        if self._must_fit:
+        if self._must_fit or self.transport.has_server:  # which knows each bucket once
             raise ValueError(problem)
         warnings.warn(
             f"error memories start from zero on rank {self.transport.rank}: {problem}; to keep "
@@ -176,15 +183,24 @@ class Engine:
             bucket_bytes=options.bucket_bytes,
             device_of=lambda variable: native(variable).device,
         )
+        self._rows = {
+            i: self._make_rows(name, variable)
+            for i, ((name, variable), kind) in enumerate(zip(self._named, kinds, strict=True))
+            if kind == "rows"
+        }
         self._buckets = [
             Bucket(plan, self.transport, exchange=options.exchange, seed=options.seed)
             for plan in plans
         ]
-        self._rows = {
-            i: Rows(name, tuple(variable.shape), self.transport)
-            for i, ((name, variable), kind) in enumerate(zip(self._named, kinds, strict=True))
-            if kind == "rows"
-        }
+
+    def _make_rows(self, name: str, variable: Any) -> Rows:
+        if isinstance(self.transport, ServerCourier):
+            raise UnsupportedError(
+                f"the gradient of '{path_of(variable)}' is tf.IndexedSlices with "
+                "exchange='server', expected a dense one, for servers know no rows; pass "
+                "sparse_as_dense=True"
+            )
+        return Rows(name, tuple(variable.shape), self.transport)
 
     def _describe(self) -> list[str]:
         options = self.options
@@ -208,12 +224,15 @@ class Engine:
                     "for each set of variables that is trained"
                 )
 
-    def _compare_in_second_call(self) -> None:
-        """Ops that compare all ranks' variables once, when the first update has been made."""
+    def _compare_in_second_call(self) -> tf.Tensor:
+        """Ops that compare all ranks' variables once, when the first update has been made.
+
+        What comes of them is True; they raise otherwise.
+        """
         calls = self._calls.read_value()
         self._calls.assign_add(1)
         variables = [native(variable) for _, variable in self._named]
-        tf.cond(
+        return tf.cond(
             tf.equal(calls, 1),
             lambda: in_sync_op(variables, self.transport),
             lambda: tf.constant(True),

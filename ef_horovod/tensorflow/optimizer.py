@@ -16,7 +16,8 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.averaging import Averaging
 from ef_horovod.tensorflow.checkpoint import MemoriesInKeras
-from ef_horovod.tensorflow.reducer import Reducer, require_options
+from ef_horovod.tensorflow.reducer import Reducer, open_servers, require_options
+from ef_horovod.transports.server_tensorflow import GraphTransport
 
 
 def DistributedOptimizer(
@@ -32,9 +33,10 @@ def DistributedOptimizer(
     For `keras.optimizers` (Keras 3) and `tf_keras.optimizers`, in `model.fit` and in loops of your
     own, eager and inside `tf.function`. The result is an instance of the optimizer's class with the
     same settings and variables; with a single rank it does what the plain one does. Clipping,
-    weight decay and learning rate schedules work on the averages. New are `stats()` and
-    `compression_state_dict()` / `load_compression_state_dict()`; `tf.train.Checkpoint` and Keras'
-    own files hold the error memories, which belong to a rank: every rank saves its own.
+    weight decay and learning rate schedules work on the averages. New are `stats()`,
+    `compression_state_dict()` / `load_compression_state_dict()` and `checkpoint()`, which has
+    servers save their memories too; `tf.train.Checkpoint` and Keras' own files hold the error
+    memories, which belong to a rank: every rank saves its own.
 
     If any rank's gradient has a NaN or an infinity, the step is left out on all ranks: variables,
     memories and the iteration counter stay as they were.
@@ -74,6 +76,9 @@ def DistributedOptimizer(
             f"got backward_passes_per_step={backward_passes_per_step} beside Keras' "
             f"gradient_accumulation_steps={own}, expected one of them; leave one out"
         )
+    if options.get("exchange") == "server":  # here, so that a second optimizer is refused here too
+        options["transport"] = options.get("transport") or open_servers(options.get("timeout"))
+    wrapped._ef_transport = options.get("transport")
     wrapped._ef_own_accumulation = own
     wrapped._ef = Averaging(
         lambda variables: Reducer(variables, compression, **options),
@@ -91,6 +96,7 @@ class _Distributed:
 
     _ef: Averaging
     _ef_own_accumulation: int
+    _ef_transport: GraphTransport | None
 
     def build(self, variables: Any) -> None:
         """As in Keras; makes the error memories too."""
@@ -109,6 +115,12 @@ class _Distributed:
             of["gradient_accumulation_steps"] = self._ef_own_accumulation
         return config
 
+    @property
+    def transport(self) -> GraphTransport | None:
+        """As `ef.Reducer.transport`; known before the optimizer is built if there are servers."""
+        reducer = self._ef.reducer
+        return reducer.transport if reducer is not None else self._ef_transport
+
     def stats(self) -> list[ChannelStats]:
         """As `ef.Reducer.stats`; empty before the first step."""
         return self._ef.reducer.stats() if self._ef.reducer is not None else []
@@ -117,6 +129,15 @@ class _Distributed:
         """As `ef.Reducer.compression_state_dict`; empty before the optimizer is built."""
         reducer = self._ef.reducer
         return reducer.compression_state_dict() if reducer is not None else {}
+
+    def checkpoint(self) -> dict[str, Any]:
+        """As `ef.Reducer.checkpoint`, between two steps, such as in a callback of `fit`."""
+        reducer = self._ef.reducer
+        if reducer is not None:
+            return reducer.checkpoint()
+        if self._ef_transport is not None:
+            self._ef_transport.save(0)  # which says that it is too early
+        return {}
 
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
         """As `ef.Reducer.load_compression_state_dict`; the optimizer must be built."""

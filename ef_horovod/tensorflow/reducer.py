@@ -17,11 +17,18 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
+from ef_horovod.policy import (
+    DensePolicy,
+    refuse_elastic,
+    refuse_process_set,
+    require_method,
+    small_or_vector,
+)
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
 from ef_horovod.tensorflow.variables import name_variables
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
 
 _instances = itertools.count()
 
@@ -43,7 +50,10 @@ class Reducer(tf.Module):
         op: `hvd.Average` or `hvd.Sum`.
         dense: `dense(path, variable)` says which variables stay uncompressed (they share one
             allreduce); default `small_or_vector`.
-        exchange: "auto", "gather" (any compressor) or "reduce" (linear ones).
+        exchange: "auto", "gather" (any compressor), "reduce" (linear ones) or "double_pass" (any
+            compressor, in slices that ranks reduce for each other: cost does not grow with them)
+            among Horovod's ranks; or "server" in a job that `launch/server` started, which needs no
+            `hvd.init()`, and where sparse gradients need `sparse_as_dense`.
         bucket_bytes: variables are packed into buckets of about this many bytes of float32; each
             is compressed as one vector and sent in one collective as soon as its gradients exist.
         seed: of random compressors.
@@ -53,6 +63,7 @@ class Reducer(tf.Module):
             differ.
         process_set: Horovod process set to average over; default all ranks.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
+        transport: to the servers or the other ranks, if there is one already.
 
     Raises:
         UnsupportedError: a combination that cannot work, with the way out.
@@ -77,9 +88,10 @@ class Reducer(tf.Module):
         check_sync: bool = True,
         process_set: Any = None,
         timeout: float | None = None,
+        transport: GraphTransport | None = None,
     ) -> None:
         super().__init__(name="ef_reducer")
-        require_options(compression, op=op, exchange=exchange)
+        require_options(compression, op=op, exchange=exchange, process_set=process_set)
         options = Options(
             method=compression,
             average=op == hvd.Average,
@@ -94,10 +106,8 @@ class Reducer(tf.Module):
         self._count = len(named)
         self._engine: Engine | None = None
         self.memories: Memories | None = None
-        process_set = process_set or hvd.global_process_set
-        prefix = f"ef{next(_instances)}"  # make reducers in the same order on all ranks
-        if process_set.included() and process_set.size() > 1:
-            transport = HorovodTensorFlowTransport(prefix, process_set, timeout)
+        transport = transport or _open_transport(exchange, process_set, timeout)
+        if transport is not None:
             self._engine = Engine(named, options, transport)
             # Tracked by checkpoints; the model's variables are not, for they are the model's.
             self.step = self._engine.step
@@ -109,6 +119,11 @@ class Reducer(tf.Module):
     def active(self) -> bool:
         """Whether there are other ranks to average with."""
         return self._engine is not None
+
+    @property
+    def transport(self) -> GraphTransport | None:
+        """To the other workers, whose `rank` and `size` it knows; None with a single rank."""
+        return self._engine.transport if self._engine is not None else None
 
     def reduce(self, gradients: Sequence[Gradient]) -> list[Gradient]:
         """Average gradients over all ranks.
@@ -160,14 +175,58 @@ class Reducer(tf.Module):
         """This rank's error memories by variable, as NumPy arrays; save one file a rank."""
         return self._engine.state_dict() if self._engine is not None else {}
 
+    def checkpoint(self) -> dict[str, Any]:
+        """Have the servers write their memories; this rank's, as `compression_state_dict` has them.
+
+        All workers call it after the same step, and save the result with the variables, or a
+        checkpoint of TensorFlow's or Keras' own, one file a worker. Without servers there is nobody
+        to ask.
+
+        Raises:
+            ProtocolError: the servers were started without --checkpoint.
+            UnsupportedError: with servers, before the first step.
+        """
+        return self._engine.checkpoint() if self._engine is not None else {}
+
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `compression_state_dict` returned on this rank."""
+        """Take over what `compression_state_dict` or `checkpoint` returned on this rank.
+
+        Raises:
+            UnsupportedError: with servers, after the first step: they read theirs before it.
+            ValueError: another rank, number of ranks, method or model; before the first step, that
+                one raises it.
+        """
         if self._engine is not None:
             self._engine.load_state_dict(state)
 
 
+def _open_transport(
+    exchange: str, process_set: Any, timeout: float | None
+) -> GraphTransport | None:
+    """To the other ranks or to the servers; None if there is nobody to average with."""
+    if exchange == "server":
+        return open_servers(timeout)
+    process_set = process_set or hvd.global_process_set
+    prefix = f"ef{next(_instances)}"  # make reducers in the same order on all ranks
+    if process_set.included() and process_set.size() > 1:
+        return HorovodTensorFlowTransport(prefix, process_set, timeout)
+    return None
+
+
+def open_servers(timeout: float | None) -> ServerCourier:
+    """To the servers; see `ServerTransport`."""
+    from ef_horovod.server.client import ServerTransport
+
+    return ServerCourier(ServerTransport(timeout))
+
+
 def require_options(
-    compression: Any, *, op: Any = hvd.Average, exchange: str = "auto", **others: Any
+    compression: Any,
+    *,
+    op: Any = hvd.Average,
+    exchange: str = "auto",
+    process_set: Any = None,
+    **others: Any,
 ) -> None:
     """Raise for what `ef.Reducer` refuses, before there are variables to make one for.
 
@@ -188,4 +247,6 @@ def require_options(
             f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense vectors; "
             "use hvd.DistributedGradientTape without compression for it"
         )
+    if exchange == "server":
+        refuse_process_set(process_set)
     exchanges.choose(exchange, require_method(compression))

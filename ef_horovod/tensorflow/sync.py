@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from ef_horovod.errors import OutOfSyncError
+from ef_horovod.errors import OutOfSyncError, UnsupportedError
 from ef_horovod.tensorflow.variables import native
-from ef_horovod.transports.base import split
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+from ef_horovod.transports.server_tensorflow import GraphTransport
 
 
 def broadcast_variables(variables: Iterable[Any], root_rank: int = 0) -> None:
@@ -23,9 +23,13 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int = 0) -> None:
         variables: model.variables, optimizer.variables; in the same order on all ranks.
         root_rank: whose values are taken.
 
+    Raises:
+        UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
+
     Example:
         ef.broadcast_variables(model.variables + optimizer.variables)
     """
+    require_horovod("ef.broadcast_variables")
     natives = [native(v) for v in variables]
     if hvd.size() > 1 and natives:
         with tf.init_scope():
@@ -43,28 +47,40 @@ def require_in_sync(variables: Iterable[Any], timeout: float | None = None) -> N
 
     Raises:
         OutOfSyncError: they differ; names two ranks and the likely reasons.
+        UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
 
     Example:
         ef.require_in_sync(model.trainable_variables)
     """
+    require_horovod("ef.require_in_sync")
     transport = HorovodTensorFlowTransport("ef.sync", timeout=timeout)
     if transport.size > 1:
         digest = digest_of([np.asarray(native(v).read_value()) for v in variables])
         require_equal(transport.allgather("digest", digest)())
 
 
-def in_sync_op(
-    variables: Sequence[tf.Variable], transport: HorovodTensorFlowTransport
-) -> tf.Tensor:
+def require_horovod(what: str) -> None:
+    """Raise unless `hvd.init()` was called, which a job with parameter servers does without."""
+    if not hvd.is_initialized():
+        raise UnsupportedError(
+            f"got {what} without an initialised Horovod, expected hvd.init() before it; in a job "
+            "with parameter servers leave it out and give all workers the same first values, by "
+            "keras.utils.set_random_seed(seed) or a file: they are compared after the first step"
+        )
+
+
+def in_sync_op(variables: Sequence[tf.Variable], transport: GraphTransport) -> tf.Tensor:
     """The same as an op of a graph, whose Python parts run when the executor gets there."""
+    courier = transport.courier()
+    finish: list[Callable[[], list[np.ndarray]]] = []
 
     def start(*values: np.ndarray) -> np.ndarray:
-        transport.alarm.start("sync")
-        return digest_of(values)
+        finish.append(courier.allgather("sync", digest_of(values)))
+        return courier.collect("sync")
 
     def compare(gathered: np.ndarray) -> np.bool_:
-        transport.alarm.stop("sync")
-        require_equal(split("sync", gathered, 32, transport.size, None))
+        courier.bring("sync", gathered)
+        require_equal(finish.pop()())
         return np.bool_(True)
 
     digest = tf.numpy_function(start, list(variables), tf.uint8)
@@ -88,5 +104,6 @@ def require_equal(digests: Sequence[np.ndarray]) -> None:
             f"the parameters of rank 0 and rank {other} differ, expected the "
             "same bits on all ranks; check that the optimizer or the tape is wrapped "
             "(ef.DistributedOptimizer, ef.DistributedGradientTape) and that the first values were "
-            "broadcast (ef.TrainingCallback or ef.broadcast_variables)"
+            "broadcast (ef.TrainingCallback or ef.broadcast_variables), or with "
+            "parameter servers come from one seed"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import tensorflow as tf
@@ -26,7 +27,8 @@ class DistributedGradientTape(tf.GradientTape):
         options: of `ef.Reducer`, if a method is given; the same at every step.
 
     Raises:
-        UnsupportedError: options beside a reducer.
+        UnsupportedError: options beside a reducer; an optimizer or reducer, beside which a tape
+            with a method cannot be in a job with parameter servers.
 
     Example:
         with tf.GradientTape() as tape:
@@ -45,6 +47,10 @@ class DistributedGradientTape(tf.GradientTape):
             raise UnsupportedError(
                 f"got {sorted(options)} beside a Reducer, expected none; give them to ef.Reducer()"
             )
+        if options.get("exchange") == "server" and not any(one.transport for one in _made):
+            from ef_horovod.server.client import require_first
+
+            require_first()
         self.__dict__ = tape.__dict__  # the same tape, with another `gradient`
         self._ef_compression, self._ef_options = compression, options
 
@@ -83,4 +89,8 @@ def _kept_reducer(variables: list[Any], method: Method, options: dict[str, Any])
     key = (tuple(id(v) for v in variables), method, tuple(sorted(options.items())))
     if key not in kept:
         kept[key] = Reducer(variables, method, **options)
+        _made.add(kept[key])
     return kept[key]
+
+
+_made: weakref.WeakSet[Reducer] = weakref.WeakSet()  # by tapes

@@ -14,12 +14,12 @@ _RANKS, _SAVED_AT, _STEPS = 3, 5, 14
 _SLOTS = [Slot("a", None, 0, 200), Slot("b", None, 200, D)]
 
 
-def check_checkpoint(method: Method) -> None:
+def check_checkpoint(method: Method, exchange: str = "auto") -> None:
     """A run from a checkpoint goes on as the uninterrupted one.
 
     Through the state dict, into channels that have been somewhere else.
     """
-    whole, resumed = channels(method, _RANKS), channels(method, _RANKS)
+    whole, resumed = (channels(method, _RANKS, exchange=exchange) for _ in range(2))
     g = gradients(_RANKS, _STEPS)
     for t in range(_SAVED_AT):
         run_channels(whole, g[t], t)
@@ -33,8 +33,8 @@ def check_checkpoint(method: Method) -> None:
         pairs = zip(run_channels(whole, g[t], t), run_channels(resumed, g[t], t), strict=True)
         same = all(a is not None and b is not None and a.tobytes() == b.tobytes() for a, b in pairs)
         message = (
-            f"goes on in another way from a checkpoint (step {t}); what a state remembers must "
-            "be in its fields, and not in `scratch`"
+            f"goes on in another way from a checkpoint by {exchange} (step {t}); what is "
+            "remembered must be in a field of the state, and not in `scratch`"
         )
         require(same, method, message)
 

@@ -44,14 +44,16 @@ def _damaged(sent: bytes, rng: np.random.Generator) -> bytes:
 def _decode(compressor: Compressor, data: bytes, d: int) -> PayloadError | None:
     """Decode bytes between two guards; the PayloadError that this raised, if any."""
     room = np.full(d + 4096, 7, np.float32)
-    dense = room[2048 : 2048 + d]
+    dense, reader = room[2048 : 2048 + d], None
     try:
         payload = Payload.from_bytes(data)
         if payload.num_elements != d or payload.kind is not type(compressor):
             return PayloadError("the receiver expects another length or another compressor")
         with np.errstate(all="ignore"):  # damaged numbers may overflow
+            reader = payload.reader(dense)
             payload.add_to(dense)
     except PayloadError as error:
+        require(reader is None, compressor, "has a reader that takes what add_to refuses")
         require(np.all(dense == 7), compressor, "writes before it refuses a damaged payload")
         return error
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,6 +30,13 @@ class EchoTransport(Transport):
     ) -> Callable[[], list[np.ndarray]]:
         self._count_allgather([data.size] * self.size)
         return lambda: [data] * self.size
+
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        received = [parts[0]] * self.size
+        self._count_alltoall(parts, received)
+        return lambda: received
 
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         values *= self.size

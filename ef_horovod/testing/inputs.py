@@ -216,3 +216,9 @@ def check_add_to(compressor: Compressor) -> None:
             limit = ROUNDING * (np.abs(start) + abs(weight) * np.abs(decoded))
             good = np.all(np.abs(dense - expected) <= limit)
             require(good, compressor, f"add_to(dense, {weight}) does not add {weight} * C(x)")
+            reader, by_parts = payload.reader(dense), start.copy()
+            if reader is not None:
+                for begin in range(0, d, 1024):
+                    reader.add(by_parts[begin : begin + 1024], begin, weight)
+                same = by_parts.tobytes() == dense.tobytes()
+                require(same, compressor, "has a reader that adds other numbers than add_to")

@@ -20,6 +20,7 @@ from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import NonFiniteError, UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.simulation import simulate
+from ef_horovod.sliced import cuts
 from ef_horovod.testing.checkpoints import check_checkpoint
 from ef_horovod.testing.frameworks import check_frameworks
 from ef_horovod.testing.tools import array_of, is_deterministic, norm, require
@@ -66,6 +67,13 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
         if framework != "numpy":
             yield partial(check_states, method, framework)
         yield partial(check_channels, method, framework)
+    yield partial(check_refused_slices, method)
+    if method.sliceable:
+        yield partial(check_bad_gradient, method, np.nan, "double_pass")
+        yield partial(check_checkpoint, method, "double_pass")
+        for framework in frameworks:
+            if framework != "tensorflow":
+                yield partial(check_slices, method, framework)
 
 
 def check_registered(method: Method) -> None:
@@ -203,9 +211,9 @@ def check_channels(method: Method, framework: str) -> None:
             require(same, method, f"remembers other numbers in a channel of {framework} arrays")
 
 
-def check_bad_gradient(method: Method, bad: float) -> None:
+def check_bad_gradient(method: Method, bad: float, exchange: str = "auto") -> None:
     """A gradient that is not finite on one rank drops the step on all, and leaves no trace."""
-    ranks, control = channels(method, WORKERS), channels(method, WORKERS)
+    ranks, control = (channels(method, WORKERS, exchange=exchange) for _ in range(2))
     for t, g in enumerate(gradients(WORKERS, 8)):
         if t in (0, 3, 6):  # in step 6 some methods reset
             spoiled = g.copy()
@@ -218,9 +226,8 @@ def check_bad_gradient(method: Method, bad: float) -> None:
     for channel, other in zip(ranks, control, strict=True):
         counts = (channel.stats().skipped, channel.stats().steps)
         require(counts == (3, 8), method, f"counts {counts} dropped and taken steps, not (3, 8)")
-        if channel.worker is not None:
-            same = memory(method, channel.worker) == memory(method, other.worker)
-            require(same, method, "remembers something of a dropped step")
+        same = _remembered(method, channel) == _remembered(method, other)
+        require(same, method, "remembers something of a dropped step")
 
 
 def check_exchanges(method: Method) -> None:
@@ -238,6 +245,39 @@ def check_exchanges(method: Method) -> None:
         same = all(_close(summed, one, False) for one, summed in pairs)
         message = f"is summable, but goes elsewhere if its messages are summed (step {t})"
         require(same, method, message)
+
+
+def check_refused_slices(method: Method) -> None:
+    """What asks for the shapes in a vector says that it cannot be cut."""
+    if not method.sliceable:
+        try:
+            exchanges.choose("double_pass", method)
+        except UnsupportedError:
+            return
+        require(False, method, "is not sliceable, but exchange='double_pass' is not refused")
+
+
+def check_slices(method: Method, framework: str = "numpy") -> None:
+    """By a double pass each slice goes where workers with a server for it go, to the last bit."""
+    ranks = channels(method, WORKERS, array_of(framework, np.zeros(D, np.float32)), "double_pass")
+    bounds = cuts(D, WORKERS)
+    servers = [
+        Workers(method, WORKERS, d=stop - start, name=f"weights/{j}")
+        for j, (start, stop) in enumerate(bounds)
+    ]
+    for t, g in enumerate(gradients(WORKERS, 12)):
+        pairs = zip(servers, bounds, strict=True)
+        expected = np.concatenate([one.step(g[:, a:b], t)[1] for one, (a, b) in pairs])
+        for direction in run_channels(ranks, g, t):
+            message = f"takes another direction by a double pass of {framework} arrays (step {t})"
+            require(_close(direction, expected, True), method, message)
+    for rank, channel in enumerate(ranks):
+        for piece, one in zip(channel.pieces(), servers, strict=True):
+            same = memory(method, piece.channel.worker) == memory(method, one.states[rank])
+            require(same, method, "remembers other numbers by a double pass than with a server")
+        held = memory(method, channel.pieces()[rank].channel.server)
+        same = held == memory(method, servers[rank].server)
+        require(same, method, "remembers other numbers for its own slice than a server")
 
 
 def check_simulation(method: Method) -> None:
@@ -272,15 +312,27 @@ def _speaker(method: Method, group: Workers, g: np.ndarray, t: int) -> int:
 
 
 def _speaking(method: Method, ranks: Sequence[Channel], g: np.ndarray, t: int) -> int:
-    """The last of the ranks that send numbers in step t."""
-    if ranks[0].worker is None:  # dense
+    """One of the ranks that send numbers in step t."""
+    if ranks[0].exchange == "dense":
         return t % WORKERS
-    speakers = [
-        rank
-        for rank, (channel, own) in enumerate(zip(ranks, g, strict=True))
-        if not method.push(channel.worker, own.copy(), channel._key._replace(step=t))[0].is_absent
-    ]
+    speakers = []
+    for rank, (channel, own) in enumerate(zip(ranks, g, strict=True)):
+        last = channel.pieces()[-1]
+        key = last.channel._key._replace(step=t)
+        message, _ = method.push(last.channel.worker, own[last.start :].copy(), key)
+        if not message.is_absent:
+            speakers.append(rank)
     return speakers[t % len(speakers)]
+
+
+def _remembered(method: Method, channel: Channel) -> list[dict[str, Any]]:
+    """What both halves of all pieces remember."""
+    return [
+        memory(method, state)
+        for piece in channel.pieces()
+        for state in (piece.channel.worker, piece.channel.server)
+        if state is not None
+    ]
 
 
 def _same(ours: Workers, theirs: Workers) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.channel import Channel, finish_step
+from ef_horovod.channel import Channel, conclude, settle
 from ef_horovod.compressors.base import Payload
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
+from ef_horovod.sliced import open_channel
 from ef_horovod.testing.tools import array_of, bits, framework_of, host
 from ef_horovod.transports.local import local_group
 
@@ -115,7 +116,7 @@ def channels(
     """A channel of float32[D], named "weights", on each of `count` ranks."""
     like = float32_zeros(D) if like is None else like
     return [
-        Channel("weights", like, method, transport, exchange=exchange, seed=1)
+        open_channel("weights", like, method, transport, exchange=exchange, seed=1)
         for transport in local_group(count, timeout=5)
     ]
 
@@ -128,5 +129,6 @@ def run_channels(
         framework = framework_of(channel.gradient)
         namespace(channel.gradient).assign(channel.gradient, array_of(framework, g))
         channel.start(step)
-    finished = [finish_step([channel]) for channel in group]
+    good = [settle([channel]) for channel in group]
+    finished = [conclude([channel], good=fine) for channel, fine in zip(group, good, strict=True)]
     return [None if parts is None else host(parts[0]).copy() for parts in finished]

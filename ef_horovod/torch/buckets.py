@@ -41,7 +41,19 @@ class Bucket:
         self.channel.start(step)
 
     def deliver(self, direction: torch.Tensor | None, factor: float) -> None:
-        """Give each parameter its part of direction * factor as gradient, NaN if there is none.
+        """Give each parameter its part of direction * factor as gradient, NaN if there is none."""
+        for slot in self.slots:
+            if slot.parameter.grad is None or slot.parameter.grad.is_sparse:
+                slot.parameter.grad = torch.zeros_like(slot.parameter)
+            gradient = slot.parameter.grad
+            if direction is None:
+                gradient.fill_(float("nan"))
+                continue
+            part = direction[slot.start : slot.stop].view(slot.parameter.shape)
+            gradient.copy_(part if factor == 1.0 else part * factor)  # scaled before it is rounded
+
+    def release(self) -> None:
+        """Give up what `fill` has taken, before the first delivery of a step.
 
         Raises:
             RuntimeError: a gradient was changed after it had been taken; the change would be lost.
@@ -54,14 +66,6 @@ class Bucket:
                     "expected it as backward() left it, for it was on its way to other ranks; call "
                     "synchronize(), then change it, then step() inside skip_synchronize()"
                 )
-            if slot.parameter.grad is None:
-                slot.parameter.grad = torch.zeros_like(slot.parameter)
-            gradient = slot.parameter.grad
-            if direction is None:
-                gradient.fill_(float("nan"))
-                continue
-            part = direction[slot.start : slot.stop].view(slot.parameter.shape)
-            gradient.copy_(part if factor == 1.0 else part * factor)  # scaled before it is rounded
 
 
 def _now(gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:

@@ -15,9 +15,16 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
+from ef_horovod.policy import (
+    DensePolicy,
+    refuse_elastic,
+    refuse_process_set,
+    require_method,
+    small_or_vector,
+)
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Options, Reducer
+from ef_horovod.transports.base import Transport
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 _instances = itertools.count()
@@ -49,8 +56,14 @@ def DistributedOptimizer(
     the wrapped optimizer's class with the same state and parameter groups; with a single rank it
     is the plain optimizer. `synchronize()`, `skip_synchronize()` and
     `set_backward_passes_per_step()` work as in Horovod, `zero_grad(set_to_none=...)` too. New are
-    `stats()`, `step_skipped` and `compression_state_dict()` / `load_compression_state_dict()`:
-    error memories belong to a rank, so every rank saves and loads its own.
+    `stats()`, `step_skipped`, `compression_state_dict()` / `load_compression_state_dict()` (error
+    memories belong to a rank, so every rank saves and loads its own) and `checkpoint()`, which has
+    servers save theirs too.
+
+    `rounds` counts the steps of the wrapped optimizer. A parameter server with a quorum makes
+    rounds of some workers' gradients: `step()` then takes a step of the wrapped optimizer for each
+    round that went by, so that all workers have the same model after the same round. What belongs
+    to each of them, such as `scheduler.step()`, goes into `optimizer.register_step_post_hook`.
 
     If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks: parameters
     and memories stay as they were, gradients become NaN, `step_skipped` is True.
@@ -67,7 +80,10 @@ def DistributedOptimizer(
         process_set: Horovod process set to average over; default all ranks.
         dense: `dense(name, parameter)` says which parameters stay uncompressed (they share one
             allreduce); default `small_or_vector`.
-        exchange: "auto", "gather" (any compressor) or "reduce" (linear ones).
+        exchange: "auto", "gather" (any compressor), "reduce" (linear ones) or "double_pass" (any
+            compressor, in slices that ranks reduce for each other: cost does not grow with them)
+            among Horovod's ranks; or "server" in a job that `launch/server` started, which needs no
+            `hvd.init()`.
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32; each
             is compressed as one vector and sent in one collective, during backward.
         seed: of random compressors.
@@ -102,16 +118,28 @@ def DistributedOptimizer(
         scaled=grad_scaler is not None and grad_scaler.is_enabled(),
     )
     named = name_parameters(named_parameters, optimizer.param_groups)
-    process_set = process_set or hvd.global_process_set
     wrapped = _rebuild(optimizer)
-    prefix = f"ef{next(_instances)}"  # wrap optimizers in the same order on all ranks
-    if process_set.included() and process_set.size() > 1:
-        transport = HorovodTorchTransport(prefix, process_set, timeout)
+    transport = _open_transport(exchange, process_set, timeout)
+    if transport is not None:
         trainable = [(name, p) for name, p in named if p.requires_grad]
         frozen = [(name, p) for name, p in named if not p.requires_grad]
         loss_scale = grad_scaler.get_scale if grad_scaler is not None else lambda: 1.0
         wrapped._reducer = Reducer(trainable, frozen, options, transport, loss_scale)
     return wrapped
+
+
+def _open_transport(exchange: str, process_set: Any, timeout: float | None) -> Transport | None:
+    """To the other ranks or to the servers; None if there is nobody to average with."""
+    if exchange == "server":
+        from ef_horovod.server.client import ServerTransport
+
+        refuse_process_set(process_set)
+        return ServerTransport(timeout)
+    process_set = process_set or hvd.global_process_set
+    prefix = f"ef{next(_instances)}"  # wrap optimizers in the same order on all ranks
+    if process_set.included() and process_set.size() > 1:
+        return HorovodTorchTransport(prefix, process_set, timeout)
+    return None
 
 
 class _Distributed:
@@ -127,6 +155,8 @@ class _Distributed:
     _synchronized: bool
     _should_synchronize: bool
     step_skipped: bool
+    rounds: int
+    _settings: dict[tuple[int, str], Any]  # after the last round, where there are some
     param_groups: list[dict[str, Any]]
 
     def synchronize(self) -> None:
@@ -145,13 +175,20 @@ class _Distributed:
             self._should_synchronize = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Synchronize unless that was done, then step; not if the step was dropped."""
+        """Synchronize unless that was done, then step; not if the step was dropped.
+
+        With servers that have a quorum: a step for each round that went by, the same ones in the
+        same order on all workers.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         fresh = self._reducer is not None and self._reducer.under_way
         if self._should_synchronize and (fresh or not self._synchronized):
+            if self._reducer is not None and self._reducer.comes_in_rounds():
+                self._step_by_rounds(self._reducer)
+                return loss
             self._require_unscaled()
             self.synchronize()
         elif fresh:
@@ -163,7 +200,22 @@ class _Distributed:
         if self.step_skipped:
             return loss
         stepped = self._base.step(self)  # type: ignore[call-overload]
+        self.rounds += 1
         return loss if closure is not None else stepped
+
+    def _step_by_rounds(self, reducer: Reducer) -> None:
+        """A step for each round that went by, with the same settings on all workers."""
+        for place, value in _settings_of(self.param_groups).items():
+            if self._settings.get(place, value) != value:
+                raise UnsupportedError(
+                    f"got {place[1]!r} changed between two steps with a quorum, expected it in a "
+                    "round, for workers are in different ones; write optimizer."
+                    "register_step_post_hook(lambda *_: scheduler.step())"
+                )
+        for _ in reducer.rounds():
+            self._base.step(self)  # type: ignore[call-overload]
+            self.rounds += 1
+        self._settings = _settings_of(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; raises while gradients are under way."""
@@ -210,6 +262,11 @@ class _Distributed:
             self._reducer.close()
             self._reducer = None
 
+    @property
+    def transport(self) -> Transport | None:
+        """To the other workers, whose `rank` and `size` it knows; None with a single rank."""
+        return self._reducer.transport if self._reducer is not None else None
+
     def stats(self) -> list[ChannelStats]:
         """One row for each bucket and a last one with the total; empty with a single rank.
 
@@ -222,10 +279,36 @@ class _Distributed:
         """This rank's error memories by parameter name; save one file a rank."""
         return self._reducer.state_dict() if self._reducer is not None else {}
 
+    def checkpoint(self) -> dict[str, Any]:
+        """Have the servers write their memories; this rank's, as `compression_state_dict` has them.
+
+        All workers call it after the same step, and save the result with the model and the inner
+        optimizer's `state_dict()`, one file a worker. Without servers there is nobody to ask.
+
+        Raises:
+            ProtocolError: the servers were started without --checkpoint, or with --quorum.
+            RuntimeError: called between backward() and step().
+        """
+        reducer = self._reducer
+        if reducer is None:
+            return {}
+        if reducer.under_way or (self._synchronized and not self.step_skipped):
+            raise RuntimeError(
+                "checkpoint() was called between backward() and step(), expected it after step(), "
+                "when memories and model belong to the same step"
+            )
+        return reducer.checkpoint()
+
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `compression_state_dict` returned on this rank."""
+        """Take over what `compression_state_dict` or `checkpoint` returned on this rank.
+
+        Raises:
+            UnsupportedError: with servers, after the first step: they read theirs before it.
+            ValueError: another rank, number of ranks, method or model.
+        """
         if self._reducer is not None:
             self._reducer.load_state_dict(state)
+            self.rounds = self._reducer.step
 
     def _require_unscaled(self) -> None:
         """Gradients come out of `synchronize` as scaled as they went in; fused optimizers know."""
@@ -257,10 +340,21 @@ def _rebuild(optimizer: torch.optim.Optimizer) -> Any:
     wrapped._synchronized = False
     wrapped._should_synchronize = True
     wrapped.step_skipped = False
+    wrapped.rounds, wrapped._settings = 0, {}
     return wrapped
 
 
 _NOT_MEMBERS = ("__dict__", "__weakref__", "__annotations__", "__module__", "__doc__")
+
+
+def _settings_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
+    """Learning rates and all else that parameter groups say, by group and name."""
+    return {
+        (i, name): float(value) if isinstance(value, torch.Tensor) else value
+        for i, group in enumerate(groups)
+        for name, value in group.items()
+        if name != "params"
+    }
 
 
 def _refuse_unsupported(

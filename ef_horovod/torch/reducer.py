@@ -8,14 +8,14 @@ whole step on all of them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ef_horovod.buckets import Slot, describe, plan_buckets
-from ef_horovod.channel import ChannelStats, finish_step, total_stats
+from ef_horovod.channel import ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
 from ef_horovod.memories import load_state, save_state
@@ -34,7 +34,7 @@ class Options:
     Args:
         method: for the compressed buckets.
         dense: policy that says which parameters stay uncompressed; they share one allreduce.
-        exchange: "auto", "gather" or "reduce".
+        exchange: "auto", "gather", "reduce" or "double_pass".
         bucket_bytes: size of a compressed bucket in bytes of float32.
         passes: backward passes that are accumulated before an exchange.
         seed: of random compressors.
@@ -119,31 +119,73 @@ class Reducer:
         self.options = replace(self.options, passes=passes)
         self.reset_passes()
 
+    def begin(self) -> None:
+        """Before the first exchange: see that all ranks mean the same, and servers too; collective.
+
+        Not in a hook, for ranks run hooks in their own order.
+        """
+        if not self._config_checked:
+            require_same_config(self.transport, self._describe())
+            facts = describe(self.buckets)
+            self.transport.handshake(facts, self.step, several_rounds=True)
+            self._config_checked = True
+
     def finish(self) -> bool:
         """Send what is not yet under way, wait, and put the directions into `p.grad`.
 
         Returns:
             Whether the step is good. If some rank's gradient was not finite, all ranks return
             False, memories are as before, and all gradients are NaN so that nobody uses them.
+
+        Raises:
+            UnsupportedError: a server's rounds do not wait for all workers; take `rounds`.
         """
         self._require_unchanged()
-        if not self._config_checked:  # here and not in a hook: ranks run hooks in their own order
-            require_same_config(self.transport, self._describe())
-            self._config_checked = True
-        for bucket in self.buckets:
-            if not bucket.started:
-                self._fill_rest(bucket)
-                bucket.start(self.step)
+        self.begin()
+        if self.transport.quorum is not None:
+            raise UnsupportedError(
+                f"synchronize() got a server with a quorum of {self.transport.quorum}, expected "
+                "step() alone, which applies several rounds with a gradient each; leave out what "
+                "comes between the two (clipping, a GradScaler), or start the server without "
+                "--quorum"
+            )
+        self._start_rest()
         directions = finish_step([bucket.channel for bucket in self.buckets])
-        factor = self._loss_scale * (1 if self.options.average else self.transport.size)
-        for i, bucket in enumerate(self.buckets):
-            bucket.deliver(directions[i] if directions else None, factor)
-        for parameter in self._sparse:
-            parameter.grad = parameter.grad.to_sparse() if parameter.grad is not None else None
+        self._release()
+        self._deliver(directions or [None] * len(self.buckets))
         self._sparse.clear()
-        self.reset_passes()
         self.step += directions is not None
         return directions is not None
+
+    def comes_in_rounds(self) -> bool:
+        """Whether a server's rounds do not wait for all workers; the first call is collective.
+
+        Raises:
+            UnsupportedError: they do not, and there is a loss scale.
+        """
+        self.begin()
+        if self.transport.quorum is not None and self.options.scaled:
+            raise UnsupportedError(
+                f"got a grad_scaler and a server with a quorum of {self.transport.quorum}, "
+                "expected one of them, for the scales of workers in different rounds differ; "
+                "train with bfloat16, or start the server without --quorum"
+            )
+        return self.transport.quorum is not None
+
+    def rounds(self) -> Iterator[None]:
+        """`finish` for servers with a quorum: the directions of one round after the other.
+
+        Each of them is in `p.grad` until the next one is asked for; ask for all of them.
+        """
+        self._require_unchanged()
+        self._start_rest()
+        found = finish_rounds([bucket.channel for bucket in self.buckets], self.transport)
+        self._release()
+        for directions in found:
+            self._deliver(directions)
+            self.step += 1
+            yield
+        self._sparse.clear()
 
     def close(self) -> None:
         """Leave the parameters alone from now on."""
@@ -159,6 +201,12 @@ class Reducer:
     def state_dict(self) -> dict[str, Any]:
         """This rank's memories."""
         return save_state(self.buckets, self.step, repr(self.options.method), self.transport)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The same after the servers, if there are any, have written theirs; collective."""
+        self.begin()
+        self.transport.save(self.step)
+        return self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned on this rank of an equal job."""
@@ -192,6 +240,25 @@ class Reducer:
         full = len(bucket.filled) == len(bucket.slots)
         if full and self.options.overlap and self._config_checked:
             bucket.start(self.step)
+
+    def _start_rest(self) -> None:
+        """Send what is not yet under way."""
+        for bucket in self.buckets:
+            if not bucket.started:
+                self._fill_rest(bucket)
+                bucket.start(self.step)
+
+    def _release(self) -> None:
+        for bucket in self.buckets:
+            bucket.release()
+        self.reset_passes()
+
+    def _deliver(self, directions: Sequence[torch.Tensor | None]) -> None:
+        factor = self._loss_scale * (1 if self.options.average else self.transport.size)
+        for bucket, direction in zip(self.buckets, directions, strict=True):
+            bucket.deliver(direction, factor)
+        for parameter in self._sparse:
+            parameter.grad = parameter.grad.to_sparse() if parameter.grad is not None else None
 
     def _fill_rest(self, bucket: Bucket) -> None:
         """What no hook has brought: parameters without a gradient, or with fewer passes."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,19 @@ Measure = Callable[[np.ndarray], int]
 def ring_share(nbytes: int, ranks: int) -> int:
     """Bytes that each rank sends to sum `nbytes` by a ring, or another bandwidth-optimal way."""
     return 2 * (ranks - 1) * nbytes // ranks
+
+
+class Answer(NamedTuple):
+    """What a parameter server makes of the messages of all workers."""
+
+    payload: np.ndarray | None = None  # uint8[m], of methods that compress both ways
+    numbers: np.ndarray | None = None  # float32[d], of all others; valid until the next step
+    counted: bool = True  # whether this rank's own message is in it
+
+    @property
+    def is_skip(self) -> bool:
+        """Whether there is nothing: the step is dropped on all ranks."""
+        return self.payload is None and self.numbers is None
 
 
 class Transport(ABC):
@@ -39,6 +52,7 @@ class Transport(ABC):
         self.rank, self.size, self.timeout = rank, size, timeout
         self.bytes_sent = 0  # by this rank, as the algorithms below would put on a network
         self.bytes_received = 0
+        self.quorum: int | None = None  # how many workers make a server's round, if not all do
 
     @abstractmethod
     def allgather(
@@ -71,6 +85,81 @@ class Transport(ABC):
             UnsupportedError: 16-bit or integer values, whose sums overflow or are not defined.
         """
 
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        """Send every rank a buffer of its own.
+
+        Args:
+            name: of the collective.
+            parts: for each rank, in rank order, uint8[m_j] with m_j >= 1.
+            measure: as for `allgather`; without it, what all ranks send to this one is as long as
+                what it has for itself.
+
+        Returns:
+            A function that waits and gives what the ranks sent to this one, uint8 arrays in rank
+            order, to read only.
+
+        Raises:
+            UnsupportedError: this transport cannot.
+        """
+        raise UnsupportedError(
+            f"got an all-to-all for {type(self).__name__}, expected a transport that has one, for "
+            "slices to travel by; take MPI's, Horovod's or that of one process, or another exchange"
+        )
+
+    @property
+    def has_server(self) -> bool:
+        """Whether `open_bucket` and `ask` work: there are parameter servers, not only peers."""
+        return False
+
+    def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
+        """Announce a vector float32[length] that `ask` will send, before the first `ask`."""
+        raise self._without_server()
+
+    def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
+        """Send a bucket's payload, uint8[m], to its server.
+
+        Returns:
+            A function that waits and gives the server's answer. Where rounds do not wait for all
+            workers, these are the answers of all rounds up to the one in which the payload counts.
+
+        Raises:
+            UnsupportedError: this transport knows no server.
+        """
+        raise self._without_server()
+
+    # Without servers there is nothing to do in these three.
+
+    def handshake(  # noqa: B027
+        self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
+    ) -> None:
+        """Meet the servers; see `ServerTransport.handshake`."""
+
+    def save(self, step: int) -> None:  # noqa: B027
+        """Have the servers write their memories after so many steps; collective."""
+
+    def require_not_begun(self) -> None:  # noqa: B027
+        """Raise if memories of another step come too late: servers read theirs before the first.
+
+        Raises:
+            UnsupportedError: always there.
+        """
+
+    def catch_up(self, names: Sequence[str]) -> list[list[Answer]]:
+        """Answers of rounds that went by without this rank; see `ServerTransport.catch_up`."""
+        raise self._without_server()
+
+    def dense_nbytes(self, nbytes: int) -> int:
+        """What this rank would send in place of `nbytes` of float32, without compression."""
+        return ring_share(nbytes, self.size)
+
+    def _without_server(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"got exchange='server' with {type(self).__name__}, which knows ranks that train only, "
+            "expected a job with a parameter server; see `launch/server --help`"
+        )
+
     def barrier(self, name: str) -> None:
         """Wait until all ranks are here."""
         self.allgather(name, np.zeros(1, np.uint8))()
@@ -80,6 +169,11 @@ class Transport(ABC):
         own = nbytes_each[self.rank]
         self.bytes_sent += own * (self.size - 1)
         self.bytes_received += sum(nbytes_each) - own
+
+    def _count_alltoall(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
+        """What a rank has for itself stays where it is."""
+        self.bytes_sent += sum(part.size for part in sent) - sent[self.rank].size
+        self.bytes_received += sum(part.size for part in received) - received[self.rank].size
 
     def _count_allreduce(self, nbytes: int) -> None:
         share = ring_share(nbytes, self.size)
@@ -95,7 +189,7 @@ def split(
     Args:
         name: of the collective, for messages.
         gathered: uint8[sum of lengths].
-        own: length of this rank's buffer.
+        own: length of this rank's buffer for this rank.
         size: number of ranks.
         measure: see `Transport.allgather`.
 
@@ -108,7 +202,7 @@ def split(
         position += lengths[-1]
     if position != gathered.size:
         raise PayloadError(
-            f"'{name}' gathered {gathered.size} bytes from {size} ranks, expected {position}; "
+            f"'{name}' brought {gathered.size} bytes from {size} ranks, expected {position}; "
             "use the same config on all ranks"
         )
     return np.split(gathered, np.cumsum(lengths)[:-1])

@@ -9,7 +9,7 @@ is the op, and the Courier gives what has arrived to the function that the chann
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -43,13 +43,23 @@ class HorovodTensorFlowTransport(HorovodTransport):
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
     ) -> Callable[[], list[np.ndarray]]:
-        parts = split(name, self._at_once(name, data), data.size, self.size, measure)
+        gathered = self._at_once(name, lambda: self.carry(name, tf.convert_to_tensor(data)))
+        parts = split(name, gathered, data.size, self.size, measure)
         self._count_allgather([part.size for part in parts])
         return lambda: parts
 
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        message, lengths = np.concatenate(parts), _lengths(parts)
+        arrived = self._at_once(name, lambda: self.carry_slices(name, message, lengths))
+        received = split(name, arrived, parts[self.rank].size, self.size, measure)
+        self._count_alltoall(parts, received)
+        return lambda: received
+
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
-        total = self._at_once(name, values)
+        total = self._at_once(name, lambda: self.carry(name, tf.convert_to_tensor(values)))
         self._count_allreduce(total.nbytes)
         return lambda: total
 
@@ -71,6 +81,22 @@ class HorovodTensorFlowTransport(HorovodTransport):
                 process_set=self._process_set,
             )
 
+    def carry_slices(self, name: str, message: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+        """The op: uint8[m] is cut into int32[n] lengths, one part for each rank; what arrived."""
+        with tf.device("/CPU:0"):
+            arrived, _ = hvd.alltoall(
+                message,
+                splits=lengths,
+                name=self.named(name),
+                ignore_name_scope=True,
+                process_set=self._process_set,
+            )
+            return arrived
+
+    def courier(self) -> Courier:
+        """What a channel in a graph sends with."""
+        return Courier(self)
+
     def gather_rows(self, name: str, rows: tf.Tensor) -> tf.Tensor:
         """All ranks' rows below each other; every rank may have another number of them."""
         with tf.device("/CPU:0"):
@@ -78,11 +104,11 @@ class HorovodTensorFlowTransport(HorovodTransport):
                 rows, name=self.named(name), ignore_name_scope=True, process_set=self._process_set
             )
 
-    def _at_once(self, name: str, data: Array) -> np.ndarray:
+    def _at_once(self, name: str, op: Callable[[], tf.Tensor]) -> np.ndarray:
         self.alarm.start(name)
         try:
             with tf.init_scope():  # out of the graph, if one is being traced
-                return np.array(self.carry(name, tf.convert_to_tensor(data)))
+                return np.array(op())
         except tf.errors.OpError as error:
             if self.alarm.rung:
                 raise CollectiveTimeoutError(self.alarm.rung) from error
@@ -110,6 +136,7 @@ class Courier(Transport):
         super().__init__(transport.rank, transport.size, transport.timeout)
         self._transport = transport
         self._leaving: dict[str, np.ndarray] = {}
+        self._lengths: dict[str, np.ndarray] = {}
         self._arrived: dict[str, np.ndarray] = {}
 
     def allgather(
@@ -121,6 +148,20 @@ class Courier(Transport):
             parts = split(name, self._arrived.pop(name), data.size, self.size, measure)
             self._count_allgather([part.size for part in parts])
             return parts
+
+        return finish
+
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        self._lengths[name] = _lengths(parts)
+        self._leave(name, np.concatenate(parts))
+
+        def finish() -> list[np.ndarray]:
+            own = parts[self.rank].size
+            received = split(name, self._arrived.pop(name), own, self.size, measure)
+            self._count_alltoall(parts, received)
+            return received
 
         return finish
 
@@ -141,6 +182,10 @@ class Courier(Transport):
         """What is to be carried: uint8[m] to gather or floats to sum."""
         return self._leaving.pop(name)
 
+    def collect_slices(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same for `carry_slices`: uint8[m], and the lengths of its parts, int32[n]."""
+        return self._leaving.pop(name), self._lengths.pop(name)
+
     def bring(self, name: str, data: np.ndarray) -> None:
         """What has arrived."""
         self._transport.alarm.stop(name)
@@ -149,3 +194,7 @@ class Courier(Transport):
     def _leave(self, name: str, data: np.ndarray) -> None:
         self._transport.alarm.start(name)
         self._leaving[name] = data
+
+
+def _lengths(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([part.size for part in parts], np.int32)

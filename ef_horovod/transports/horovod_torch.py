@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
@@ -33,6 +34,24 @@ class HorovodTorchTransport(HorovodTransport):
 
         return finish
 
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        handle = hvd.alltoall_async(
+            torch.from_numpy(np.concatenate(parts)),
+            splits=torch.tensor([part.size for part in parts], dtype=torch.int32),
+            name=self.named(name),
+            process_set=self._process_set,
+        )
+
+        def finish() -> list[np.ndarray]:
+            arrived, _ = self._wait(handle, name)
+            received = split(name, arrived.numpy(), parts[self.rank].size, self.size, measure)
+            self._count_alltoall(parts, received)
+            return received
+
+        return finish
+
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
         tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
@@ -47,7 +66,7 @@ class HorovodTorchTransport(HorovodTransport):
 
         return finish
 
-    def _wait(self, handle: int, name: str) -> torch.Tensor:
+    def _wait(self, handle: int, name: str) -> Any:
         wait_until(lambda: bool(hvd.poll(handle)), self.timeout, lambda: self._waited(name))
         try:
             return hvd.synchronize(handle)

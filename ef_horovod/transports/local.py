@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,19 @@ class LocalTransport(Transport):
 
         return finish
 
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        sent = [np.array(part, np.uint8) for part in parts]
+        collect = self._deposit(f"alltoall.{name}", sent)
+
+        def finish() -> list[np.ndarray]:
+            received = [of_rank[self.rank] for of_rank in collect()]
+            self._count_alltoall(sent, received)
+            return received
+
+        return finish
+
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
         xp, device = namespace(values), getattr(values, "device", None)
@@ -63,10 +77,10 @@ class LocalTransport(Transport):
 
         return finish
 
-    def _deposit(self, name: str, data: np.ndarray) -> Callable[[], list[np.ndarray]]:
+    def _deposit(self, name: str, data: Any) -> Callable[[], list[Any]]:
         entry = self._mailbox.deposit(name, self.rank, data)
 
-        def collect() -> list[np.ndarray]:
+        def collect() -> list[Any]:
             if not entry.complete.wait(self.timeout):
                 missing = sorted(set(range(self.size)) - set(entry.parts))
                 raise CollectiveTimeoutError(
@@ -88,7 +102,7 @@ def local_group(size: int, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> list[Loc
 
 class _Entry:
     def __init__(self) -> None:
-        self.parts: dict[int, np.ndarray] = {}
+        self.parts: dict[int, Any] = {}
         self.complete = threading.Event()
 
 
@@ -98,7 +112,7 @@ class _Mailbox:
         self._lock = threading.Lock()
         self._open: dict[str, _Entry] = {}
 
-    def deposit(self, name: str, rank: int, data: np.ndarray) -> _Entry:
+    def deposit(self, name: str, rank: int, data: Any) -> _Entry:
         with self._lock:
             entry = self._open.setdefault(name, _Entry())
             if rank in entry.parts:

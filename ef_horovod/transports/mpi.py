@@ -9,7 +9,7 @@ Only uint8 buffers and float32/float64 numbers travel.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,17 +44,38 @@ class MPITransport(Transport):
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
     ) -> Callable[[], list[np.ndarray]]:
+        finish = self._exchange(name, [data] * self.size)
+
+        def count() -> list[np.ndarray]:
+            gathered = finish()
+            self._count_allgather([part.size for part in gathered])
+            return gathered
+
+        return count
+
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        finish = self._exchange(name, parts)
+
+        def count() -> list[np.ndarray]:
+            received = finish()
+            self._count_alltoall(parts, received)
+            return received
+
+        return count
+
+    def _exchange(self, name: str, outgoing: Sequence[np.ndarray]) -> Callable[[], list[Any]]:
+        """Send each rank its buffer; what comes from all of them, in rank order."""
         tag = self._begin(name)
-        sends = [self._comm.Isend([data, MPI.BYTE], peer, tag) for peer in self._peers()]
+        sends = [self._comm.Isend([outgoing[i], MPI.BYTE], i, tag) for i in self._peers()]
 
         def finish() -> list[np.ndarray]:
             parts = self._receive_from_all(name, tag)
             self._complete(name, sends)
-            parts[self.rank] = data
-            gathered = [parts[rank] for rank in range(self.size)]
-            self._count_allgather([part.size for part in gathered])
+            parts[self.rank] = outgoing[self.rank]
             self._under_way.discard(name)
-            return gathered
+            return [parts[rank] for rank in range(self.size)]
 
         return finish
 

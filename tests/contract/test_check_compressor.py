@@ -15,7 +15,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.compressors.onebit import OneBit
 from ef_horovod.compressors.randomk import RandomK
 from ef_horovod.compressors.topk import TopK
-from ef_horovod.errors import NonFiniteError
+from ef_horovod.errors import NonFiniteError, PayloadError
 from ef_horovod.testing import check_compressor, each_check
 from ef_horovod.wire import Fields
 
@@ -213,6 +213,23 @@ class IgnoresWeight(Identity):
     @classmethod
     def accumulate(cls, body, dense, weight):
         super().accumulate(body, dense, 1.0)
+
+
+@breaks("reader that adds other numbers")
+class ReadsItsOwnWay(OneBit):
+    @classmethod
+    def reader(cls, body, d):
+        return super().reader(body, d)._replace(scale=1.0)
+
+
+@breaks("reader that takes what add_to refuses")
+class ReadsAnything(OneBit):
+    @classmethod
+    def reader(cls, body, d):
+        try:
+            return super().reader(body, d)
+        except PayloadError:
+            return super().reader(np.zeros(4 + (d + 7) // 8, np.uint8), d)
 
 
 @breaks("not linear|is a copy")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
-from jobs import run_example
+from jobs import ROOT, run_example
+from processes import run_job
 
 pytestmark = pytest.mark.parallel
 
@@ -42,3 +44,38 @@ def test_simulation_shows_what_feedback_is_for() -> None:
     assert gaps[ef21] < 1e-5, "EF21 converges to the optimum"
     assert gaps[plain] > 0.5, "top-k without feedback does not"
     assert sent[ef21] == sent[plain] < sent[exact] / 6
+
+
+def test_a_server_and_its_workers() -> None:
+    """By the command that launch/server runs; both ways at most 1/50 of dense."""
+    options = ["-s", "1", "-w", "2", "--method", "DoubleSqueeze(TopK(0.01), TopK(0.01))"]
+    launch = [sys.executable, "-m", "ef_horovod.server.launch", *options]
+    output = run_job([*launch, "--", sys.executable, str(ROOT / "examples" / "server_numpy.py")])
+    distances = [float(d) for d in re.findall(r"distance to the solution ([\d.]+)", output)]
+    assert len(distances) == 6
+    assert distances[0] > 0.2
+    assert distances[-1] < 0.01
+    (up, down) = map(int, re.findall(r"sent 1/(\d+) of dense, received 1/(\d+)", output)[0])
+    assert min(up, down) >= 50
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio"),
+    [
+        ("DoubleSqueeze(OneBit(), down=OneBit())", 30),
+        ("DoubleSqueeze(TopK(0.01), down=TopK(0.01))", 50),
+    ],
+)
+def test_torch_with_a_server(method: str, ratio: float) -> None:
+    """A few steps: the loss falls, and both ways have as few bytes as promised."""
+    launch = [sys.executable, "-m", "ef_horovod.server.launch", "-s", "1", "-w", "2"]
+    script = str(ROOT / "examples" / "server_torch.py")
+    words = ["--epochs", "3", "--method", method]
+    output = run_job([*launch, "--", sys.executable, script, *words])
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    assert losses[-1] < 1.5, "ten classes: 2.3 at the start"
+    found = re.findall(r"accuracy ([\d.]+); .*1/([\d.]+) of dense.*1/([\d.]+)\)", output)
+    assert len(found) == 1, f"worker 0 alone reports: {output}"
+    accuracy, up, down = map(float, found[0])
+    assert accuracy > 0.5, "one of ten by chance"
+    assert min(up, down) > ratio

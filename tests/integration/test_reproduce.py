@@ -58,9 +58,19 @@ def test_a_quick_run_in_one_process(name: str, data: Path, tmp_path: Path) -> No
     check(name, data, tmp_path, run)
 
 
-def test_a_quick_run_of_processes(data: Path, tmp_path: Path) -> None:
-    run = start("saddle", data, tmp_path, str(BIN / "mpirun"), "-np", "4", words=["--mpi"])
-    check("saddle", data, tmp_path, run)
+@pytest.mark.parametrize(("name", "ranks"), [("saddle", 4), ("server", 5)])
+def test_a_quick_run_of_processes(name: str, ranks: int, data: Path, tmp_path: Path) -> None:
+    before = seconds_of_children()
+    run = start(name, data, tmp_path, str(BIN / "mpirun"), "-np", str(ranks), words=["--mpi"])
+    assert seconds_of_children() - before < SECONDS
+    check(name, data, tmp_path, run)
+
+
+def test_a_server_needs_ranks(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "reproduce"), "server", "--local"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2
+    assert "received server with --local, expected it alone" in run.stderr
 
 
 def seconds_of_children() -> float:
@@ -89,10 +99,13 @@ def check(name: str, data: Path, out: Path, run: subprocess.CompletedProcess) ->
     assert (out / f"{name}.png").stat().st_size > 10_000, run.stderr
     page, content = (out / f"{name}.md").read_text(), json.loads((out / f"{name}.json").read_text())
     assert "| claim" in run.stdout
-    assert run.stdout.strip() in page
+    text, summary = run.stdout.strip().rsplit("\n\n", 1)
+    assert text in page
     claims = content["claims"]
     assert claims
     assert all(claim["measured"] for claim in claims)
     failed = [claim for claim in claims if not claim["holds"]]
-    assert run.returncode == (1 if failed else 0), run.stderr
+    assert summary.startswith(f"{len(claims) - len(failed)} of {len(claims)} claims hold")
+    in_one_process = "--mpi" not in run.args  # mpirun would take a 1 for a rank that failed
+    assert run.returncode == (1 if failed and in_one_process else 0), run.stderr
     assert data != REAL or not failed

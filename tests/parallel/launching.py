@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from processes import BIN, run_job
+from processes import BIN, JobFailed, run_job
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -27,6 +28,60 @@ def mpirun(ranks: int, program: str, out: Path, *arguments: str, **options: Any)
     """Run a program under mpirun."""
     launcher = [str(BIN / "mpirun"), "-np", str(ranks)]
     return _run(launcher, ranks, program, out, arguments, **options)
+
+
+def server_job(
+    servers: int,
+    workers: int,
+    program: str,
+    out: Path,
+    *arguments: str,
+    server: tuple[str, ...] = (),
+    jobs: int = 0,
+    before: Sequence[str] = (),
+    **options: Any,
+) -> Results:
+    """Run a program on workers beside parameter servers, by `mpirun` with two programs.
+
+    With `jobs`, the servers serve so many in a row (programs/server_again.py). `before` comes in
+    front of the command line.
+    """
+    serve = servers_in_a_row(servers, jobs, *server) if jobs else server_command(servers, *server)
+    launcher = [*before, *serve, ":", "-np", str(workers)]
+    return _run(launcher, workers, program, out, arguments, **options)
+
+
+def ended_job(
+    servers: int,
+    workers: int,
+    program: str,
+    out: Path,
+    *arguments: str,
+    server: tuple[str, ...] = (),
+    jobs: int = 0,
+    **options: Any,
+) -> tuple[str, dict[int, Any]]:
+    """The same for a job that has to fail: what it printed, and what workers could report."""
+    serve = servers_in_a_row(servers, jobs, *server) if jobs else server_command(servers, *server)
+    command = [*serve, ":", "-np", str(workers), sys.executable]
+    try:
+        run_job([*command, str(PROGRAMS / program), str(out), *arguments], **options)
+    except JobFailed as failure:
+        found = {int(file.stem[4:]): json.loads(file.read_text()) for file in out.glob("rank*")}
+        return str(failure), found
+    raise AssertionError(f"{program} {arguments} ended well, expected an error")
+
+
+def server_command(servers: int, *arguments: str) -> list[str]:
+    """The first half of such a job's command line."""
+    python = [sys.executable, "-m", "ef_horovod.server"]
+    return [str(BIN / "mpirun"), "-np", str(servers), *python, *arguments]
+
+
+def servers_in_a_row(servers: int, jobs: int, *arguments: str) -> list[str]:
+    """The same for several jobs."""
+    python = [sys.executable, str(PROGRAMS / "server_again.py"), str(jobs)]
+    return [str(BIN / "mpirun"), "-np", str(servers), *python, *arguments]
 
 
 def alone(program: str, out: Path, *arguments: str, **options: Any) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from launching import mpirun
+from launching import mpirun, server_job
+from processes import own_network
 
 pytestmark = pytest.mark.parallel
 
@@ -20,7 +22,7 @@ OVER_TCP = {
 PROGRAMS = {"torch": "wire_truth.py", "tensorflow": "tf_wire_truth.py"}
 
 
-@pytest.mark.parametrize("method", ["dense", "topk", "onebit", "randomk"])
+@pytest.mark.parametrize("method", ["dense", "topk", "onebit", "randomk", "both ways"])
 @pytest.mark.parametrize("framework", PROGRAMS)
 def test_the_kernel_counts_the_same_bytes(framework: str, method: str, tmp_path: Path) -> None:
     results = mpirun(2, PROGRAMS[framework], tmp_path, method, environment=OVER_TCP)
@@ -33,5 +35,46 @@ def test_the_kernel_counts_the_same_bytes(framework: str, method: str, tmp_path:
     assert kernel - control == pytest.approx(library, rel=0.05)
     assert control < 0.25 * kernel, "control traffic hides what is measured"
     dense = 4 * results[0]["elements"] * results[0]["steps"] * len(results)
-    share = {"dense": 1.0, "topk": 0.08, "onebit": 1 / 31.9, "randomk": 0.0501}[method]
+    share = {
+        "dense": 1.0,
+        "topk": 0.08,
+        "onebit": 1 / 31.9,
+        "both ways": 1 / 31.9,
+        "randomk": 0.0501,
+    }[method]
     assert library <= share * dense
+
+
+SHARES = {"dense": 1.0, "onebit": 1 / 31.9, "topk": 0.08}  # of a float32 gradient, each way
+
+
+@pytest.mark.parametrize("method", SHARES)
+def test_the_kernel_counts_the_bytes_of_a_server(method: str, tmp_path: Path) -> None:
+    """Up and down together: the workers' own counts, the server's, and the device's."""
+    alone = own_network()
+    results = server_job(
+        1,
+        2,
+        "server_wire_truth.py",
+        tmp_path,
+        method,
+        server=(f"--log={tmp_path / 'log'}",),
+        before=alone,
+        environment={**OVER_TCP, "OMPI_MCA_oob_tcp_if_include": "lo"},
+    )
+    library = sum(result["library"] for result in results)
+    kernel, control = results[0]["kernel"], results[0]["control"]
+    print(f"{method}: library {library:,} B, kernel {kernel:,} B, of these idle {control:,.0f}")
+    assert kernel - control == pytest.approx(library, rel=0.01 if alone else 0.05)
+    assert control < (0.001 if alone else 0.25) * kernel, "an idle job sends nothing"
+    steps, elements = results[0]["steps"], results[0]["elements"]
+    messages = 2 * len(results) * steps
+    headers = messages * (40 + 16)  # of the messages, and of the payloads in them
+    assert library <= messages * SHARES[method] * 4 * elements + headers
+    by_server, last = 0.0, 0
+    for line in (tmp_path / "log").read_text().splitlines():
+        entry = json.loads(line)
+        by_server += (entry["bytes_up"] + entry["bytes_down"]) * (entry["round"] - last)
+        last = entry["round"]
+    # The server counts its welcome and the workers' farewells as well: headers alone.
+    assert 0 <= by_server - library * last / steps <= 4 * 40

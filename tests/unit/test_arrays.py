@@ -41,9 +41,9 @@ def adversaries():
     rng = np.random.default_rng(0)
     normal = rng.normal(size=LARGE)
     spikes = normal * 1e-3
-    spikes[:: LARGE // (1 << 15)] = 100 + np.arange(spikes[:: LARGE // (1 << 15)].size)
+    spikes[:: host._stride(LARGE)] = 100 + np.arange(spikes[:: host._stride(LARGE)].size)
     hidden = np.ones(LARGE)
-    hidden[1 :: LARGE // (1 << 15)] = 50 + np.arange(hidden[1 :: LARGE // (1 << 15)].size) % 7
+    hidden[1 :: host._stride(LARGE)] = 50 + np.arange(hidden[1 :: host._stride(LARGE)].size) % 7
     return {
         "normal": normal,
         "heavy tails": normal**7,
@@ -103,6 +103,9 @@ def test_top_k_falls_back_where_the_sample_misleads(monkeypatch):
         host, "_candidates_by_histogram", lambda *args: called.append(1) or exact(*args)
     )
     assert_top_k(adversaries()["normal"], 3000)
+    sparse = np.zeros(LARGE)
+    sparse[np.arange(0, LARGE, 100)] = -2.0  # as many as are asked for: the sample's rank is a zero
+    assert_top_k(sparse, 3000)
     assert not called
     assert_top_k(adversaries()["spikes where it does not look"], 3000)
     assert called
@@ -296,6 +299,40 @@ def test_abs_sum_of_extremes(value):
     assert not np.isfinite(host.abs_sum(x))
     x[77] = np.inf
     assert not np.isfinite(host.abs_sum(x))
+
+
+@pytest.mark.parametrize("length", [0, 31, 4095, 4096, 4097, 12_345])
+def test_abs_sum_has_one_order(length):
+    """32 float32 sums side by side, which go to float64 every 4096 entries."""
+    x = (np.random.default_rng(5).normal(size=length) ** 5).astype(np.float32)
+    whole, total = length - length % 32, 0.0
+    for start in range(0, whole, 4096):
+        rows = np.abs(x[start : min(start + 4096, whole)]).reshape(-1, 32)
+        for lane in np.add.accumulate(rows)[-1]:
+            total += float(lane)
+    for number in np.abs(x[whole:]):
+        total += float(number)
+    assert host.abs_sum(x) == total
+
+
+@pytest.mark.parametrize("length", [1, 63, 4096, 4097, 8200])
+def test_packed_and_collected_entries_are_those_of_numpy(length):
+    x = np.random.default_rng(6).normal(size=length).astype(np.float32)
+    x[::9], x[1::9] = 0.0, -0.0
+    expected = np.packbits(x >= 0, bitorder="little")
+    np.testing.assert_array_equal(host.pack_signs(x, 0.5, subtract=False), expected)
+    x[::11] = np.nan
+    for threshold in (0.0, 1.0, 2.5, 100.0):
+        indices, values = host.at_least(x, threshold)
+        np.testing.assert_array_equal(indices, np.flatnonzero(~(np.abs(x) < threshold)))
+        assert values.tobytes() == x[indices].tobytes()
+    left = np.where(np.isnan(x), np.float32(0), x)
+    signs = np.where(left >= 0, np.float32(0.5), np.float32(-0.5))
+    rest = left - signs
+    np.testing.assert_array_equal(
+        host.pack_signs(left, 0.5, subtract=True), np.packbits(signs > 0, bitorder="little")
+    )
+    assert left.tobytes() == rest.tobytes()
 
 
 def test_received_bytes_are_not_shared_with_tensors():

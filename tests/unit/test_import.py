@@ -26,7 +26,12 @@ seconds = time.perf_counter() - begin
 print(json.dumps([seconds, sorted({{name.partition(".")[0] for name in sys.modules}})]))
 """
 # What needs more than NumPy and torch to be imported is left to the tests of the adapters.
-NEEDS_MORE = ("ef_horovod.torch", "ef_horovod.transports.horovod", "ef_horovod.transports.mpi")
+NEEDS_MORE = (
+    "ef_horovod.torch",
+    "ef_horovod.transports.horovod",
+    "ef_horovod.transports.mpi",
+    *(f"ef_horovod.server.{name}" for name in ("client", "inbox", "link", "server", "worker")),
+)
 
 
 def measure_import(module, path=ROOT):

@@ -138,3 +138,20 @@ def test_points_are_shared_among_ranks():
     for values in on_ranks(3, lambda transport: Workers(transport).map(value, points)):
         assert values.tolist() == [float(i) ** 2 for i in range(7)]
     assert sorted(asked) == [float(i) for i in range(7)]
+
+
+def test_what_the_lead_makes_and_its_errors_reach_all_ranks():
+    assert (
+        on_ranks(3, lambda transport: Workers(transport).from_lead(lambda: "made")) == ["made"] * 3
+    )
+    assert Workers().from_lead(lambda: "made") == "made"
+
+    def missing():
+        raise FileNotFoundError("found no data")
+
+    def attempt(transport):
+        with pytest.raises(FileNotFoundError, match="found no data"):
+            Workers(transport).from_lead(missing)
+        return transport.rank
+
+    assert on_ranks(3, attempt) == [0, 1, 2]

@@ -1,7 +1,8 @@
-"""Bytes on the loopback device, held against the library's count by both frameworks' programs."""
+"""Bytes on a network device, held against the library's count by several programs."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,47 +17,63 @@ METHODS = {
     "dense": ef.NoFeedback(ef.Identity()),
     "topk": ef.ErrorFeedback(ef.TopK(ratio=0.05)),
     "onebit": ef.ErrorFeedback(ef.OneBit()),
+    "both ways": ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit()),
     "randomk": ef.ErrorFeedback(ef.RandomK(ratio=0.05)),
 }
+EXCHANGES = {"both ways": "double_pass"}  # of the others, "auto"
 
 
-def loopback_bytes() -> int:
-    """Bytes transmitted over the loopback device since boot (Linux)."""
+DEVICE = os.environ.get("WIRE_DEVICE", "lo")  # of which all packets are large
+HEADERS = {"lo": 0, "eth0": 66}[DEVICE]  # bytes of a packet that are not data: Ethernet, IP, TCP
+
+
+def device_bytes() -> int:
+    """Bytes that the device has transmitted so far, without headers (Linux)."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
-        if name.strip() == "lo":
-            return int(counters.split()[8])
-    raise RuntimeError("no loopback device in /proc/net/dev")
+        if name.strip() == DEVICE:
+            sent, packets = (int(number) for number in counters.split()[8:10])
+            return sent - HEADERS * packets
+    raise RuntimeError(f"no device {DEVICE} in /proc/net/dev")
 
 
-def compare(hvd: Any, train: Callable[[int], None], stats: Callable[[], list[Any]]) -> None:
+def compare(
+    rank: int, meet: Callable[[], Any], train: Callable[[int], None], counted: Callable[[], int]
+) -> None:
     """Report both counts of some steps, after a warm-up.
 
     Args:
-        hvd: horovod.torch or horovod.tensorflow.
+        rank: of this process.
+        meet: returns when all ranks have called it.
         train: takes so many steps.
-        stats: of what is trained with.
+        counted: bytes by the library so far.
     """
 
     def measured(action: Callable[[], Any]) -> tuple[int, float]:
         """Bytes that all ranks put on the device during an action, and its seconds."""
-        hvd.allgather_object(0)
-        before, begin = loopback_bytes(), time.perf_counter()
+        meet()
+        before, begin = device_bytes(), time.perf_counter()
         action()
-        hvd.allgather_object(0)
-        return loopback_bytes() - before, time.perf_counter() - begin
+        meet()
+        return device_bytes() - before, time.perf_counter() - begin
 
     train(WARM_UP)
-    counted = stats()[-1].bytes_out
+    before = counted()
     control, idle_seconds = measured(lambda: time.sleep(2))
     kernel, seconds = measured(lambda: train(STEPS))
     report(
-        hvd.rank(),
+        rank,
         {
-            "library": stats()[-1].bytes_out - counted,
+            "library": counted() - before,
+            "library_since_start": counted(),
             "kernel": kernel,
             "control": control / idle_seconds * seconds,
             "steps": STEPS,
             "elements": ELEMENTS,
         },
     )
+
+
+def compare_horovod(hvd: Any, train: Callable[[int], None], stats: Callable[[], list[Any]]) -> None:
+    """The same for what Horovod sends: `hvd` is horovod.torch or horovod.tensorflow."""
+    compare(hvd.rank(), lambda: hvd.allgather_object(0), train, lambda: stats()[-1].bytes_out)

@@ -7,8 +7,11 @@ import hashlib
 import numpy as np
 
 from ef_horovod import Identity, Method, NoFeedback
+from ef_horovod.testing.pairs import selection
 
-SHAPE, STEPS, SEED = (40, 30), 6, 5  # enough elements for adapters to compress them
+SHAPE, SEED = (40, 30), 5  # enough elements for adapters to compress them
+STEPS = 8  # memories that are reset in the seventh step are used once more
+IN_SLICES = selection()
 
 
 def gradient(rank: int, step: int) -> np.ndarray:
@@ -17,10 +20,14 @@ def gradient(rank: int, step: int) -> np.ndarray:
 
 
 def exchanges_of(method: Method) -> list[str]:
-    """All that the method can travel by."""
-    return (
-        ["gather"] + ["reduce"] * method.summable + ["dense"] * (method == NoFeedback(Identity()))
-    )
+    """All that the method can travel by; by a double pass some dozens of methods, for the time."""
+    in_slices = method.sliceable and method in IN_SLICES
+    return [
+        "gather",
+        *["reduce"] * method.summable,
+        *["dense"] * (method == NoFeedback(Identity())),
+        *["double_pass"] * in_slices,
+    ]
 
 
 def digest(x: np.ndarray) -> str:

@@ -13,7 +13,8 @@ from ef_horovod.testing.pairs import every_method
 
 
 def over_mpi():
-    from ef_horovod.channel import Channel, finish_step
+    from ef_horovod.channel import finish_step
+    from ef_horovod.sliced import open_channel
     from ef_horovod.transports.mpi import MPITransport
 
     transport = MPITransport()
@@ -21,7 +22,7 @@ def over_mpi():
     def walk(method, exchange):
         x = np.zeros(SHAPE, np.float32).reshape(-1)
         method = method.for_shapes([SHAPE])
-        channel = Channel("bucket.0", x, method, transport, exchange=exchange, seed=SEED)
+        channel = open_channel("bucket.0", x, method, transport, exchange=exchange, seed=SEED)
         for step in range(STEPS):
             channel.gradient[:] = gradient(transport.rank, step).reshape(-1)
             channel.start(step)

@@ -14,7 +14,8 @@ METHOD = ef.ErrorFeedback(ef.OneBit())
 
 
 def by_reducer(variable):
-    reducer = ef.Reducer([variable], METHOD)
+    exchange = "double_pass" if "sliced" in ARGUMENTS else "auto"
+    reducer = ef.Reducer([variable], METHOD, exchange=exchange)
     return lambda gradient: reducer.reduce([gradient])[0]
 
 

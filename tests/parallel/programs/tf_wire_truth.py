@@ -5,7 +5,7 @@ from __future__ import annotations
 import horovod.tensorflow as hvd
 import tensorflow as tf
 from common import ARGUMENTS
-from loopback import ELEMENTS, METHODS, compare
+from loopback import ELEMENTS, EXCHANGES, METHODS, compare_horovod
 
 import ef_horovod.tensorflow as ef
 
@@ -18,6 +18,7 @@ def main() -> None:
         METHODS[ARGUMENTS[0]],
         dense=lambda path, variable: False,
         bucket_bytes=4 * ELEMENTS,
+        exchange=EXCHANGES.get(ARGUMENTS[0], "auto"),
         check_sync=False,
     )
     gradient = tf.random.stateless_normal([ELEMENTS], seed=[0, hvd.rank()])
@@ -31,7 +32,7 @@ def main() -> None:
         for _ in range(steps):
             step()
 
-    compare(hvd, train, reducer.stats)
+    compare_horovod(hvd, train, reducer.stats)
 
 
 main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import horovod.torch as hvd
 import torch
 from common import ARGUMENTS
-from loopback import ELEMENTS, METHODS, compare
+from loopback import ELEMENTS, EXCHANGES, METHODS, compare_horovod
 
 import ef_horovod.torch as ef
 
@@ -19,6 +19,7 @@ def main() -> None:
         compression=METHODS[ARGUMENTS[0]],
         dense=lambda name, parameter: False,
         bucket_bytes=4 * ELEMENTS,
+        exchange=EXCHANGES.get(ARGUMENTS[0], "auto"),
     )
     gradient = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(hvd.rank()))
 
@@ -28,7 +29,7 @@ def main() -> None:
             (parameter * gradient).sum().backward()
             optimizer.step()
 
-    compare(hvd, train, optimizer.stats)
+    compare_horovod(hvd, train, optimizer.stats)
 
 
 main()

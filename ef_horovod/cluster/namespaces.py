@@ -1,0 +1,73 @@
+"""Namespaces, mounts and the like: calls of the kernel that Python 3.10 has no functions for."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+
+from ef_horovod.cluster.login import call, join
+
+MOUNTS, NAMES, IPC, PIDS, NETWORK = 0x00020000, 0x04000000, 0x08000000, 0x20000000, 0x40000000
+_PRIVATE, _RECURSIVE, _BIND = 1 << 18, 1 << 14, 1 << 12
+_PR_SET_PDEATHSIG = 1
+
+
+def unshare(kinds: int) -> None:
+    """Leave namespaces of these kinds for new ones; of `PIDS`, only later children do.
+
+    Raises:
+        OSError: the kernel does not allow it.
+    """
+    call("unshare", kinds)
+
+
+def refused(error: OSError) -> str:
+    """The sentence for a machine where root may not make namespaces."""
+    return (
+        f"this machine does not let root make namespaces ({error}): in a container, start it with "
+        "--privileged"
+    )
+
+
+def mount(source: str, target: str, kind: str, data: str = "") -> None:
+    """Mount a file system of this kind.
+
+    Raises:
+        OSError: the kernel does not allow it; the error names the target.
+    """
+    _mount(source, target, kind, 0, data)
+
+
+def bind(source: str, target: str) -> None:
+    """Show a file or folder at another place."""
+    _mount(source, target, "", _BIND, "")
+
+
+def keep_mounts_private() -> None:
+    """What is mounted from now on stays in this mount namespace."""
+    _mount("none", "/", "", _PRIVATE | _RECURSIVE, "")
+
+
+def _mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
+    texts = [os.fsencode(text) for text in (source, target, kind, data)]
+    call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3], about=target)
+
+
+def end_with_parent() -> None:
+    """The kernel kills this process when its parent ends, however it ends."""
+    call("prctl", _PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
+@contextlib.contextmanager
+def network_of(pid: int) -> Iterator[None]:
+    """Be in another process' network for a while."""
+    own = os.open("/proc/self/ns/net", os.O_RDONLY)
+    try:
+        join(pid, ["net"])
+        yield
+    finally:
+        call("setns", own, 0)
+        os.close(own)

@@ -1,0 +1,220 @@
+"""Hosts on a switch: interfaces, token buckets and counters, by iproute2 and /proc."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ef_horovod.cluster.namespaces import network_of
+from ef_horovod.errors import ClusterError
+
+MOST_HOSTS = 250
+INTERFACE = "eth0"
+_SWITCH = "switch"
+
+_FRAME_NBYTES = 1514  # an Ethernet frame with 1500 bytes in it, as the kernel counts it
+_HEADERS_NBYTES = 66  # Ethernet 14, IPv4 20, TCP 20 and its time stamps 12
+# What tc says of a queueing discipline that the kernel does not have; older kernels the second.
+_UNKNOWN = ("qdisc kind is unknown", "No such file or directory")
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+@dataclass(frozen=True)
+class Host:
+    """What is known of a host before it exists.
+
+    Attributes:
+        number: from 1.
+        rate: of its link, each way, in bits per second; None for no limit.
+    """
+
+    number: int
+    rate: int | None
+
+    @property
+    def name(self) -> str:
+        return f"node{self.number}"
+
+    @property
+    def address(self) -> str:
+        return f"10.77.0.{self.number}"
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What went through a host's interface; bytes are of whole Ethernet frames."""
+
+    bytes_out: int
+    packets_out: int
+    bytes_in: int
+    packets_in: int
+
+    @property
+    def payload_out(self) -> int:
+        """Bytes sent without the headers, as if all packets were TCP's."""
+        return max(0, self.bytes_out - _HEADERS_NBYTES * self.packets_out)
+
+    @property
+    def payload_in(self) -> int:
+        """Bytes received without the headers, as if all packets were TCP's."""
+        return max(0, self.bytes_in - _HEADERS_NBYTES * self.packets_in)
+
+    def as_dict(self) -> dict[str, int]:
+        return {**asdict(self), "payload_out": self.payload_out, "payload_in": self.payload_in}
+
+
+def read_rate(text: str) -> int:
+    """Bits per second from text, with the units of `tc`.
+
+    >>> read_rate("100mbit"), read_rate("2.5Gbit")
+    (100000000, 2500000000)
+
+    Raises:
+        ValueError: it is no rate, or below 64 kbit/s.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)bit", text.strip().lower())
+    rate = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if rate < 64_000:
+        raise ValueError(
+            f"got the rate {text!r}, expected 64kbit or more, as in 100mbit or 2.5gbit"
+        )
+    return rate
+
+
+def show_rate(rate: int | None) -> str:
+    """A rate as people write it.
+
+    >>> show_rate(100_000_000), show_rate(2_500_000_000), show_rate(None)
+    ('100 Mbit/s', '2.5 Gbit/s', 'no limit')
+    """
+    if rate is None:
+        return "no limit"
+    unit = next(unit for unit in "gmk" if rate >= _UNITS[unit] or unit == "k")
+    return f"{rate / _UNITS[unit]:g} {unit.upper() if unit != 'k' else unit}bit/s"
+
+
+def read_delay(text: str) -> str:
+    """A time with its unit, as `tc` takes it.
+
+    >>> read_delay("10ms")
+    '10ms'
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"\d+(\.\d+)?(us|ms|s)", text):
+        raise ValueError(f"got the delay {text!r}, expected a time such as 10ms, 500us or 0.1s")
+    return text
+
+
+def bucket(rate: int) -> tuple[int, int]:
+    """Size of a token bucket and of the queue in front of it, in bytes.
+
+    The bucket is what may go at full speed after a pause: 1 ms of the rate, so that short messages
+    take their time, too, but no fewer than ten frames. The queue holds 25 ms of the rate, but no
+    fewer than 32 frames.
+
+    >>> bucket(100_000_000)
+    (15140, 312500)
+    """
+    per_second = rate // 8
+    return (
+        max(per_second // 1000, 10 * _FRAME_NBYTES),
+        max(per_second // 40, 32 * _FRAME_NBYTES),
+    )
+
+
+def connect(hosts: Sequence[Host], pids: Sequence[int], delay: str | None) -> None:
+    """Make a switch in this network namespace and plug in hosts, which have namespaces already.
+
+    Args:
+        hosts: to plug in.
+        pids: of a process in each host.
+        delay: of every packet that a host sends, as `read_delay` returns it; None for none.
+
+    Raises:
+        ClusterError: the kernel lacks something, or refuses.
+    """
+    _require_disciplines(hosts, delay)
+    _without_ipv6()
+    # Without snooping and spanning tree a bridge sends nothing by itself.
+    lines = [f"link add {_SWITCH} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"]
+    for host, pid in zip(hosts, pids, strict=True):
+        peer = f"peer name {INTERFACE} netns {pid}"
+        lines.append(f"link add {host.name} type veth {peer}")
+        lines.append(f"link set {host.name} master {_SWITCH} up")
+    _batch("ip", [*lines, f"link set {_SWITCH} up"])
+    _batch("tc", [line for host in hosts for line in _shaping(host.name, host.rate, None)])
+    for host, pid in zip(hosts, pids, strict=True):
+        with network_of(pid):
+            _without_ipv6()
+            address = f"addr add {host.address}/24 dev {INTERFACE}"
+            _batch("tc", _shaping(INTERFACE, host.rate, delay))
+            _batch("ip", ["link set lo up", address, f"link set {INTERFACE} up"])
+
+
+def counters(pid: int) -> Counters:
+    """Of the interface of the host that a process is on."""
+    for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name.strip() == INTERFACE:
+            numbers = [int(number) for number in rest.split()]
+            return Counters(numbers[8], numbers[9], numbers[0], numbers[1])
+    raise ClusterError(f"found no interface {INTERFACE} in process {pid}, expected the host's")
+
+
+def _shaping(device: str, rate: int | None, delay: str | None) -> list[str]:
+    """Lines for tc: what leaves by a device is delayed, then let through at its rate."""
+    lines, place = [], "root handle 1:"
+    if delay:
+        lines.append(f"qdisc add dev {device} {place} netem delay {delay} limit 100000")
+        place = "parent 1:1 handle 2:"
+    if rate:
+        burst, queue = bucket(rate)
+        # A packet's way: the queue counts what waits and what the bucket holds.
+        lines.append(
+            f"qdisc add dev {device} {place} tbf rate {rate}bit burst {burst} limit {queue + burst}"
+        )
+    return lines
+
+
+def _require_disciplines(hosts: Sequence[Host], delay: str | None) -> None:
+    """Try on lo, which nobody uses here, what the kernel may lack."""
+    needs = {"--delay": "netem delay 1ms"} if delay else {}
+    if any(host.rate for host in hosts):
+        needs["--rate"] = "tbf rate 1mbit burst 10kb limit 10kb"
+    for option, words in needs.items():
+        try:
+            _batch("tc", [f"qdisc add dev lo root {words}", "qdisc del dev lo root"])
+        except ClusterError as error:
+            if not any(text in str(error) for text in _UNKNOWN):
+                raise
+            kind = words.split()[0]
+            raise ClusterError(
+                f"{option} needs the queueing discipline {kind}, which this kernel does not have: "
+                f"leave out {option}, or take a kernel with CONFIG_NET_SCH_{kind.upper()} ({error})"
+            ) from error
+
+
+def _without_ipv6() -> None:
+    """IPv6 would send packets of its own; a machine where it cannot be switched off sends them."""
+    for scope in ("all", "default"):
+        switch = Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6")
+        try:
+            switch.write_text("1")
+        except OSError:
+            return
+
+
+def _batch(tool: str, lines: Sequence[str]) -> None:
+    if not lines:
+        return
+    text = "\n".join(lines) + "\n"
+    done = subprocess.run([tool, "-batch", "-"], input=text, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split()) or f"status {done.returncode}"
+        way_out = "; in a container, start it with --privileged" if "not permitted" in said else ""
+        raise ClusterError(f"`{tool}` refused one of {'; '.join(lines)}: {said}{way_out}")

@@ -1,0 +1,32 @@
+"""The parameter server on mpi4py: both ways compressed, one server rank or several.
+
+    mpirun -np 1 python -m ef_horovod.server : -np 4 python train.py
+
+In train.py, for gradients in NumPy arrays:
+
+    from ef_horovod.server import Worker
+
+    worker = Worker(parameters, ef.DoubleSqueeze(ef.TopK(ratio=0.01), down=ef.TopK(ratio=0.01)))
+    directions = worker.push_pull(gradients)
+
+`ServerTransport` is what other frameworks' adapters send their buckets with.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ef_horovod.server.client import ServerTransport as ServerTransport
+    from ef_horovod.server.server import Server as Server
+    from ef_horovod.server.worker import Worker as Worker
+
+_PLACES = {"Server": "server", "ServerTransport": "client", "Worker": "worker"}
+__all__ = ["Server", "ServerTransport", "Worker"]
+
+
+def __getattr__(name: str) -> Any:  # the parts that need MPI are loaded when they are used
+    if name not in _PLACES:
+        raise AttributeError(f"module 'ef_horovod.server' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ef_horovod.server.{_PLACES[name]}"), name)

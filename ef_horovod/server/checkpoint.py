@@ -1,0 +1,82 @@
+"""A server's memories on disk: one file a server and step, there in full or not at all.
+
+    FOLDER/step-000000120/server-0.npz    float32 vectors, named "BUCKET/FIELD"
+
+Nothing in it depends on how many servers there are: each reads the buckets that it serves from
+whichever files of the step have them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ef_horovod.errors import ConfigMismatchError
+
+_KEPT = 3  # steps that a folder has room for; older ones are removed
+_FINGERPRINT = "fingerprint"
+
+
+def save(
+    folder: Path, step: int, server: int, fingerprint: int, memories: Mapping[str, Any]
+) -> Path:
+    """Write what `ServedBucket.memories` gave of all buckets; the file.
+
+    It has its name only once it is complete and on the disk: whoever dies before leaves the last
+    checkpoint as it was.
+    """
+    place = folder / f"step-{step:09d}"
+    place.mkdir(parents=True, exist_ok=True)
+    target = place / f"server-{server}.npz"
+    part = target.with_suffix(f".{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.savez(file, **{_FINGERPRINT: np.uint64(fingerprint)}, **memories)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, target)
+    for old in sorted(steps_in(folder))[:-_KEPT]:
+        shutil.rmtree(folder / f"step-{old:09d}", ignore_errors=True)
+    return target
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a checkpoint, or a part of one."""
+    places = folder.glob("step-*") if folder.is_dir() else ()
+    return sorted(int(place.name[5:]) for place in places if place.name[5:].isdecimal())
+
+
+def load(
+    folder: Path | None, step: int, fingerprint: int, buckets: Iterable[str]
+) -> dict[str, Any]:
+    """Memories of the named buckets after `step` steps, as `save` got them.
+
+    Raises:
+        ConfigMismatchError: there is none of this step, of this config, or of these buckets.
+    """
+    if folder is None or step not in steps_in(folder):
+        where = "no --checkpoint" if folder is None else f"checkpoints of steps {steps_in(folder)}"
+        raise ConfigMismatchError(
+            f"the workers continue with step {step} and the server has {where}, expected one of "
+            "the same step; start from checkpoints of the same step, or all anew"
+        )
+    found: dict[str, Any] = {}
+    for file in sorted((folder / f"step-{step:09d}").glob("server-*.npz")):
+        with np.load(file) as content:
+            if int(content[_FINGERPRINT]) != fingerprint:
+                raise ConfigMismatchError(
+                    f"the checkpoint {file} is of another model or compression than the workers' "
+                    "(fingerprints differ), expected the same; name another folder"
+                )
+            found |= {key: content[key] for key in content.files if key != _FINGERPRINT}
+    missing = [name for name in buckets if f"{name}/" not in found]
+    if missing:
+        raise ConfigMismatchError(
+            f"the checkpoint of step {step} in {folder} lacks the buckets {missing[:4]}, expected "
+            "the files of all servers there; copy them from the other servers' hosts"
+        )
+    return found

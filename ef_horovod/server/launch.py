@@ -1,0 +1,121 @@
+"""Writes and runs the mpirun line of a job: servers first, then the workers' program.
+
+python -m ef_horovod.server.launch -s 1 -w 4 -- python train.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.server.__main__ import make_parser as make_server_parser
+from ef_horovod.server.__main__ import method_of
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+# mpirun ends all ranks when one dies; a server has so many seconds to save its state then. mpirun
+# waits that long in any case, twice.
+_SECONDS_TO_SAVE = 10
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Print the line and become it."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(prog)
+    cut = words.index("--") if "--" in words else len(words)
+    arguments, for_server = parser.parse_known_args(words[:cut])
+    program = words[cut + 1 :]
+    if not program:
+        parser.error("received no program for the workers, expected one after --: -- python x.py")
+    try:
+        method_of(make_server_parser().parse_args(for_server))
+    except (ValueError, UnsupportedError) as error:
+        parser.error(str(error))
+    line = command(arguments, for_server, program)
+    print(shlex.join(line), flush=True)
+    if arguments.dry_run:
+        return 0
+    os.execvp(line[0], line)
+
+
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog or "python -m ef_horovod.server.launch",
+        description="Start servers and workers under mpirun: prints the line, then runs it.",
+        epilog="Options that are not listed here go to the servers (`python -m ef_horovod.server "
+        "--help`): --method, --compressor, --timeout, ... The workers' program follows after --.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-s", "--servers", type=_count, default=1, metavar="N", help="(1)")
+    parser.add_argument("-w", "--workers", type=_count, required=True, metavar="N")
+    parser.add_argument(
+        "-H", "--host", metavar="A:2,B:2", help="hosts with slots; servers come to the first ones"
+    )
+    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="the same in a file")
+    parser.add_argument(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="of a rank (here the cores divided by the ranks, on other hosts 1)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print the line")
+    return parser
+
+
+def command(
+    arguments: argparse.Namespace, for_server: Sequence[str], program: Sequence[str]
+) -> list[str]:
+    """The mpirun line.
+
+    Args:
+        arguments: as `make_parser` reads them.
+        for_server: options of the servers.
+        program: of the workers, with its arguments.
+    """
+    ranks, cores = arguments.servers + arguments.workers, os.cpu_count() or 1
+    elsewhere = arguments.host or arguments.hostfile
+    threads = arguments.threads or (1 if elsewhere else max(1, cores // ranks))
+    variables = [word for name in _THREADS for word in ("-x", f"{name}={threads}")]
+    line = [*mpirun(arguments), "-np", str(arguments.servers), *variables]
+    line += [sys.executable, "-m", "ef_horovod.server", *for_server, ":"]
+    return [*line, "-np", str(arguments.workers), *variables, *program]
+
+
+def mpirun(arguments: argparse.Namespace) -> list[str]:
+    """mpirun with the options that hold for all ranks, for `arguments` as `make_parser` reads."""
+    ranks, cores = arguments.servers + arguments.workers, os.cpu_count() or 1
+    elsewhere = arguments.host or arguments.hostfile
+    line = [_mpirun()]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        line += ["--allow-run-as-root"]  # refused otherwise; in a container root is the usual user
+    if arguments.host:
+        line += ["--host", arguments.host]
+    if arguments.hostfile:
+        line += ["--hostfile", str(arguments.hostfile)]
+    if not elsewhere and ranks > cores:
+        line += ["--oversubscribe"]
+    line += ["--bind-to", "none"]  # or ranks with several threads share one core
+    line += ["--mca", "mpi_yield_when_idle", "1"]  # whoever waits in MPI leaves the core to others
+    return [*line, "--mca", "odls_base_sigkill_timeout", str(_SECONDS_TO_SAVE)]
+
+
+def _mpirun() -> str:
+    """The one beside the running Python, or the first on PATH."""
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"received {text!r}, expected an integer of 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Who is who in the job: a communicator of its own for servers and workers.
+
+`connect` is called once by every rank, in one program or in several (MPMD). Nothing else of
+ef_horovod's server uses MPI.COMM_WORLD, so user code and Horovod can use MPI beside it; the roll
+call that `connect` begins with is over before it returns. A process that loads this module and
+ends without calling it answers the roll call all the same: that it has ended, and why.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ef_horovod import _openmpi
+from ef_horovod.errors import ServerError, UnsupportedError
+from ef_horovod.transports.waiting import wait_until
+
+_openmpi.set_prefix()  # importing MPI initialises it
+from mpi4py import MPI  # noqa: E402
+
+SERVER, WORKER = 0, 1
+ROLES = ("server", "worker")
+_ROLL_CALL = 31415  # tag on COMM_WORLD, of the roll call alone
+_ENDED = 255  # in place of a role; the reason follows, if it is known
+_ANSWER_NBYTES = 512
+
+
+class Group(NamedTuple):
+    """This rank's place in the job."""
+
+    comm: Any  # private communicator of all ranks
+    peers: Any  # private communicator of the ranks with the same role
+    servers: list[int]  # ranks in comm
+    workers: list[int]  # ranks in comm
+    number: int  # of this rank among those of its role
+
+
+def connect(role: int, timeout: float, comm: Any = None) -> Group:
+    """Meet all ranks of the job; collective over `comm`.
+
+    Args:
+        role: SERVER or WORKER.
+        timeout: limit of the wait, in seconds.
+        comm: of servers and workers; default COMM_WORLD.
+
+    Raises:
+        CollectiveTimeoutError: some ranks did not call it; rank 0 names them.
+        UnsupportedError: there is no server or no worker.
+    """
+    from ef_horovod.server.checksum import checksum
+
+    checksum(np.zeros(1, np.uint8))  # Numba takes seconds to load, which nobody should wait for
+    world = comm or MPI.COMM_WORLD
+    _roll_call(world, role, timeout)
+    private = world.Dup()
+    roles = np.empty(private.Get_size(), np.int32)
+    private.Allgather(np.array([role], np.int32), roles)
+    servers, workers = (np.flatnonzero(roles == kind).tolist() for kind in (SERVER, WORKER))
+    if not servers or not workers:
+        raise UnsupportedError(
+            f"got {len(servers)} servers and {len(workers)} workers in this MPI job, expected at "
+            "least one of each; start it with `launch/server -s 1 -w 4 -- python train.py`, or "
+            "`mpirun -np 1 python -m ef_horovod.server : -np 4 python train.py`"
+        )
+    peers = private.Split(role, private.Get_rank())
+    return Group(private, peers, servers, workers, peers.Get_rank())
+
+
+def _roll_call(world: Any, role: int, timeout: float) -> None:
+    """Wait until all ranks are here, so that the collectives after it cannot block."""
+    atexit.unregister(_say_that_it_ended)
+    rank, size = world.Get_rank(), world.Get_size()
+    here = np.array([role], np.uint8)
+    if rank > 0:
+        go = np.zeros(_ANSWER_NBYTES, np.uint8)
+        requests = [world.Isend(here, 0, _ROLL_CALL), world.Irecv(go, 0, _ROLL_CALL)]
+        wait_until(
+            lambda: bool(MPI.Request.Testall(requests)),
+            timeout,
+            lambda: (
+                f"{ROLES[role]} with rank {rank} waited {timeout:g} s for all {size} ranks of the "
+                "job to start as server or worker; rank 0 names the missing ones, unless it is one"
+            ),
+        )
+        _require_running(0, go)
+        return
+    calls = np.zeros((size, _ANSWER_NBYTES), np.uint8)
+    waits = {peer: world.Irecv(calls[peer], peer, _ROLL_CALL) for peer in range(1, size)}
+
+    def all_here() -> bool:
+        for peer in [peer for peer, request in waits.items() if request.Test()]:
+            del waits[peer]
+            _require_running(peer, calls[peer])
+        return not waits
+
+    wait_until(
+        all_here,
+        timeout,
+        lambda: (
+            f"{ROLES[role]} with rank 0 waited {timeout:g} s for ranks {sorted(waits)} to start as "
+            "server or worker; see why they did not get there, or raise EF_HOROVOD_TIMEOUT"
+        ),
+    )
+    for peer in range(1, size):
+        world.Send(here, peer, _ROLL_CALL)
+
+
+def _require_running(rank: int, answer: np.ndarray) -> None:
+    if answer[0] != _ENDED:
+        return
+    reason = answer[1:].tobytes().rstrip(b"\0").decode(errors="replace")
+    raise ServerError(
+        f"the process with rank {rank} has ended before it became a server or a worker"
+        f"{reason and f' ({reason})'}, expected all ranks of the job to become one; see why it "
+        "ended"
+    )
+
+
+@atexit.register  # runs before mpi4py ends MPI, which waits for all ranks
+def _say_that_it_ended() -> None:
+    """Answer the roll call of the others, who would wait for this rank up to their limit."""
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        return
+    world = MPI.COMM_WORLD
+    raised = getattr(sys, "last_value", None)  # what ends this process, if anything does
+    text = "" if raised is None else f"{type(raised).__name__}: {raised}"
+    answer = np.frombuffer(bytes([_ENDED]) + text.encode(), np.uint8)[:_ANSWER_NBYTES]
+    for peer in range(1, world.Get_size()) if world.Get_rank() == 0 else (0,):
+        if peer != world.Get_rank():
+            world.Isend(answer, peer, _ROLL_CALL)  # small: nobody has to take it

@@ -1,0 +1,132 @@
+"""What workers and servers agree about before the first message, and who serves which bucket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import ConfigMismatchError, PayloadError
+from ef_horovod.guard import first_difference
+from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.server.protocol import fingerprint
+from ef_horovod.spelling import read_method
+
+
+class BucketSpec(NamedTuple):
+    """A bucket, as both sides know it."""
+
+    name: str
+    length: int  # elements of float32
+    method: str  # as spelling.write_method gives it
+    seed: int
+
+    def make_method(self) -> Method:
+        """The method object."""
+        return read_method(self.method)
+
+
+class Config(NamedTuple):
+    """What a worker says of itself in its first message."""
+
+    buckets: tuple[BucketSpec, ...]
+    facts: tuple[str, ...] = ()  # one line each: names and shapes of parameters
+    step: int = 0  # of the first exchange
+
+    def lines(self) -> list[str]:
+        """All of it as one line a fact: what has to be equal on all workers."""
+        return [
+            f"{len(self.buckets)} buckets and the next step {self.step}",
+            *(
+                f"bucket '{spec.name}' of {spec.length} elements by {spec.method} with seed "
+                f"{spec.seed}"
+                for spec in self.buckets
+            ),
+            *self.facts,
+        ]
+
+    @property
+    def fingerprint(self) -> int:
+        """64 bits of it, apart from the step."""
+        return fingerprint(self._replace(step=0).lines())
+
+    def to_json(self) -> str:
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """What `to_json` wrote.
+
+        Raises:
+            PayloadError: it is something else.
+        """
+        try:
+            fields = json.loads(text)
+            buckets = tuple(BucketSpec(*spec) for spec in fields["buckets"])
+            return cls(buckets, tuple(fields["facts"]), int(fields["step"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PayloadError(
+                f"a worker's first message is no config ({error!r}), expected one in JSON; "
+                "install the same ef_horovod on all ranks"
+            ) from None
+
+
+def require_agreement(configs: Sequence[Config], method: Method | None) -> None:
+    """Compare what all workers say with each other, and with the server.
+
+    Args:
+        configs: of the workers, in their order.
+        method: the server's, or None if it takes the workers'.
+
+    Raises:
+        ConfigMismatchError: naming two sides and what differs between them.
+    """
+    lines = [config.lines() for config in configs]
+    for worker, other in enumerate(lines):
+        if other != lines[0]:
+            here, there = first_difference(lines[0], other)
+            raise _mismatch(f"worker 0 has {here} and worker {worker} has {there}")
+    if method is None:
+        return
+    uncompressed = repr(method.uncompressed()), repr(NoFeedback(Identity()))
+    for spec in configs[0].buckets:
+        theirs = repr(spec.make_method())
+        if theirs != repr(method) and theirs not in uncompressed:
+            raise _mismatch(
+                f"the server has {method!r} and the workers have {theirs} for '{spec.name}'"
+            )
+
+
+def _mismatch(what: str) -> ConfigMismatchError:
+    return ConfigMismatchError(
+        f"{what}, expected the same on all ranks; give all workers and servers the same model, the "
+        "same compression and checkpoints of the same step"
+    )
+
+
+def assign(buckets: Sequence[BucketSpec], servers: int) -> list[int]:
+    """The server of each bucket: whole buckets, balanced by the bytes that travel for them.
+
+    Whole ones, so that the numbers do not depend on how many servers there are.
+
+    Example:
+        >>> spec = BucketSpec("x", 1000, "EF21(OneBit())", 0)
+        >>> assign([spec, spec._replace(length=300), spec._replace(length=400)], 2)
+        [0, 1, 1]
+    """
+    costs = [_traffic(spec) for spec in buckets]
+    loads, owners = [0] * servers, [0] * len(buckets)
+    for bucket in sorted(range(len(buckets)), key=lambda b: (-costs[b], b)):
+        owner = loads.index(min(loads))
+        owners[bucket] = owner
+        loads[owner] += costs[bucket]
+    return owners
+
+
+def _traffic(spec: BucketSpec) -> int:
+    """Bytes up and down for one worker in a round."""
+    method = spec.make_method()
+    down: Any = getattr(method, "down", None) or Identity()
+    return method.compressor.nbytes(spec.length) + down.nbytes(spec.length)

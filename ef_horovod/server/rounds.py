@@ -1,0 +1,276 @@
+"""One bucket at a server, without any MPI: collects a round's messages, reduces, takes it back.
+
+A round is one exchange of a bucket. A server answers a bucket at once, before it knows whether the
+step is good: another bucket of the same step may turn out not to be finite, and then the workers
+drop the step and say so by using its number again. So the server can take its last round back.
+Most methods only swap their memories in `reduce`, which costs nothing here; what a method changes
+in place is copied before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ef_horovod.compressors.base import Payload
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import (
+    EFHorovodError,
+    NonFiniteError,
+    PayloadError,
+    ProtocolError,
+    ServerError,
+)
+from ef_horovod.keys import Key, tensor_id
+from ef_horovod.server.plan import BucketSpec
+from ef_horovod.server.protocol import HEADER_NBYTES, Kind, Message, pack
+from ef_horovod.wire import HEADER_NBYTES as PAYLOAD_HEADER_NBYTES
+
+_NOTHING = np.zeros(0, np.uint8)
+
+
+def longest_message(spec: BucketSpec) -> int:
+    """Bytes that the longest message about a bucket takes, up or down."""
+    method, d = spec.make_method(), spec.length
+    # A method may send its vector as it is at times, and a threshold may let all entries pass:
+    # then their places travel too, in less than a byte each.
+    return (
+        HEADER_NBYTES + PAYLOAD_HEADER_NBYTES + max(method.compressor.body_nbytes(d), 5 * d + 256)
+    )
+
+
+class _Undo(NamedTuple):
+    """How to go back before the last round."""
+
+    state: Any  # the aggregator's state as it was
+    copies: tuple[tuple[np.ndarray, np.ndarray], ...]  # (vector of the state, what it held)
+
+
+class ServedBucket:
+    """Rounds of one bucket.
+
+    Args:
+        index: of the bucket, among those of all servers.
+        spec: what it is.
+        workers: how many there are.
+        fingerprint: of the config.
+        step: of the first round.
+    """
+
+    def __init__(
+        self, index: int, spec: BucketSpec, workers: int, fingerprint: int, step: int = 0
+    ) -> None:
+        self.index, self.spec, self.workers = index, spec, workers
+        self.round = 0  # the one that is being collected
+        self.step = step  # the number that the round has unless the last step was dropped
+        self.dropped = 0  # rounds that were not applied or taken back
+        self.method = spec.make_method()
+        self.state = self.method.init(np.zeros(spec.length, np.float32), workers)[1]
+        self._fingerprint = fingerprint
+        self._messages: dict[int, Payload] = {}
+        self._this_step = step  # of the messages in this round
+        self._undo: _Undo | None = None
+        self._spare: dict[int, np.ndarray] = {}  # copies of what `reduce` changes in place
+        self._outgoing = np.empty(longest_message(spec), np.uint8)
+
+    @property
+    def missing(self) -> list[int]:
+        """Workers whose messages of this round are not here."""
+        return [worker for worker in range(self.workers) if worker not in self._messages]
+
+    @property
+    def begun(self) -> bool:
+        """Whether a message of this round is here."""
+        return bool(self._messages)
+
+    def has(self, worker: int) -> bool:
+        """Whether this worker's message of this round is here; its buffer is in use then."""
+        return worker in self._messages
+
+    def accept(self, worker: int, message: Message, body: np.ndarray) -> bool:
+        """Take a worker's message into the round.
+
+        Args:
+            worker: who sent it, as MPI tells.
+            message: the header.
+            body: uint8[m], not copied.
+
+        Returns:
+            Whether the round is complete.
+
+        Raises:
+            ProtocolError: it is not the one that is due; nothing was changed.
+        """
+        payload = self._checked(worker, message, body)
+        if not self._messages:
+            self._this_step = message.step
+        self._messages[worker] = payload
+        return len(self._messages) == self.workers
+
+    def answers(self) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Messages that are due now, and the workers that they are for; see `answer`."""
+        if len(self._messages) == self.workers:
+            yield self.answer(), list(range(self.workers))
+
+    def answer(self) -> np.ndarray:
+        """Reduce the complete round: the message for all workers, valid until the next round's.
+
+        Raises:
+            ProtocolError: a message is malformed inside, and its sender named. The state is as
+                before, and the round waits for another message from that worker.
+            ServerError: the method failed for another reason.
+        """
+        payloads = [self._messages[worker] for worker in range(self.workers)]
+        if self._this_step < self.step:
+            self._take_back()
+        kind, body = self._reduce(payloads)
+        self._undo = None if kind is Kind.DROP else self._undo
+        self.dropped += kind is Kind.DROP
+        self.step = self._this_step + (kind is not Kind.DROP)
+        message = Message(
+            kind, 0, self.index, self._this_step, self.round, fingerprint=self._fingerprint
+        )
+        self._messages.clear()
+        self.round += 1
+        return pack(message, body, self._outgoing)
+
+    def memories(self, step: int) -> dict[str, np.ndarray]:
+        """What is remembered after so many steps, by "BUCKET/FIELD": this one, or the one before.
+
+        Raises:
+            ValueError: of another step nothing is known.
+        """
+        if step == self.step:
+            held = dict(self._fields(self.state))
+        elif step == self.step - 1 and self._undo is not None:
+            before = {id(vector): copy for vector, copy in self._undo.copies}
+            fields = self._fields(self._undo.state)
+            held = {name: before.get(id(vector), vector) for name, vector in fields}
+        else:
+            raise ValueError(
+                f"got step {step} for '{self.spec.name}', expected {self.step} or the one before"
+            )
+        # A bucket that remembers nothing is there all the same: loading can tell that none lacks.
+        return {
+            f"{self.spec.name}/": np.zeros(0, np.float32),
+            **{f"{self.spec.name}/{name}": vector for name, vector in held.items()},
+        }
+
+    def load(self, memories: Mapping[str, np.ndarray], step: int) -> None:
+        """Take over what `memories` gave after so many steps, before the first round."""
+        for name, vector in self._fields(self.state):
+            np.copyto(vector, memories[f"{self.spec.name}/{name}"])
+        self.step = self._this_step = step
+
+    def _fields(self, state: Any) -> Iterator[tuple[str, np.ndarray]]:
+        """The vectors that a state holds between steps."""
+        for field, value in state._asdict().items():
+            if field in self.method.scratch:
+                continue
+            if isinstance(value, np.ndarray):
+                yield field, value
+            elif isinstance(value, tuple):
+                yield from ((f"{field}.{i}", vector) for i, vector in enumerate(value))
+
+    def _checked(self, worker: int, message: Message, body: np.ndarray) -> Payload:
+        problem = self._problem(worker, message)
+        if problem:
+            raise ProtocolError(f"{problem}; the server's state is as it was")
+        try:
+            payload = Payload(body)
+        except PayloadError as error:
+            raise ProtocolError(f"worker {worker} sent for '{self.spec.name}': {error}") from None
+        compressor = self.method.compressor
+        d = self.method.message_length(self.spec.length, message.step)
+        if payload.num_elements != d or payload.kind not in (type(compressor), Identity):
+            raise ProtocolError(
+                f"worker {worker} sent {payload} for '{self.spec.name}', expected {d} elements by "
+                f"{compressor}; the server's state is as it was"
+            )
+        return payload
+
+    def _problem(self, worker: int, message: Message) -> str:
+        """What is wrong about a header, or nothing."""
+        what = f"worker {worker} sent '{self.spec.name}'"
+        if message.fingerprint != self._fingerprint:
+            return f"{what} with another config's fingerprint, expected that of the handshake"
+        if message.worker != worker:
+            return f"{what} in the name of worker {message.worker}, expected its own"
+        if message.round < self.round:
+            return f"{what} for round {message.round}, late or twice, expected round {self.round}"
+        if message.round > self.round:
+            return f"{what} for round {message.round}, early, expected round {self.round}"
+        if worker in self._messages:
+            return f"{what} twice in round {self.round}, expected it once"
+        due = {self._this_step} if self._messages else {self.step}
+        if not self._messages and self._undo is not None:
+            due.add(self.step - 1)
+        if message.step not in due:
+            return f"{what} for step {message.step}, expected step {max(due)}"
+        return ""
+
+    def _reduce(self, payloads: list[Payload]) -> tuple[Kind, np.ndarray]:
+        if any(payload.is_skip for payload in payloads):
+            return Kind.DROP, _NOTHING
+        key = Key(
+            self.spec.seed, self._this_step, tensor_id(self.spec.name), 0, self.workers
+        ).of_server()
+        self._remember()
+        try:
+            aggregate, self.state = self.method.reduce(self.state, payloads, key)
+        except NonFiniteError:  # finite messages can have a sum that is not
+            self._restore()
+            return Kind.DROP, _NOTHING
+        except Exception as error:
+            self._restore()
+            raise self._blame(error) from None
+        if isinstance(aggregate, Payload):
+            return Kind.PAYLOAD, aggregate.data
+        return Kind.NUMBERS, aggregate.view(np.uint8)
+
+    def _remember(self) -> None:
+        changed = self.method.reduced_in_place
+        copies = []
+        for name, vector in self._fields(self.state):
+            if changed is None or name.partition(".")[0] in changed:
+                spare = self._spare_of(vector)
+                np.copyto(spare, vector)
+                copies.append((vector, spare))
+        self._undo = _Undo(self.state, tuple(copies))
+
+    def _spare_of(self, vector: np.ndarray) -> np.ndarray:
+        """Room for a copy, the same one in every round."""
+        address = vector.ctypes.data
+        if address not in self._spare:
+            self._spare[address] = np.empty_like(vector)
+        return self._spare[address]
+
+    def _restore(self) -> None:
+        assert self._undo is not None
+        for vector, held in self._undo.copies:
+            np.copyto(vector, held)
+        self.state, self._undo = self._undo.state, None
+
+    def _take_back(self) -> None:
+        """The workers dropped the last step."""
+        self._restore()
+        self.step -= 1
+        self.dropped += 1
+
+    def _blame(self, error: Exception) -> EFHorovodError:
+        """Find whose message cannot be decoded, and wait for another one from there."""
+        length = self.method.message_length(self.spec.length, self._this_step)
+        room = np.zeros(length, np.float32)
+        for worker, payload in list(self._messages.items()):
+            try:
+                payload.add_to(room)
+            except (PayloadError, ValueError) as reason:
+                del self._messages[worker]
+                return ProtocolError(
+                    f"worker {worker} sent '{self.spec.name}' with a malformed body: {reason}; the "
+                    "server's state is as it was",
+                    worker,
+                )
+        return ServerError(f"'{self.spec.name}' could not be reduced: {error!r}")

@@ -1,0 +1,236 @@
+"""`Worker`: gradients in NumPy arrays, averaged by the servers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ef_horovod.buckets import BucketPlan, Slot, plan_buckets
+from ef_horovod.channel import Channel, ChannelStats, finish_rounds, finish_step, total_stats
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.memories import load_state, save_state
+from ef_horovod.methods.base import Method
+from ef_horovod.policy import DensePolicy, require_distinct, require_method, small_or_vector
+from ef_horovod.server.client import ServerTransport
+
+Named = Mapping[str, np.ndarray]
+Listed = Sequence[np.ndarray]
+
+
+class Worker:
+    """One worker rank of a job with parameter servers.
+
+    All workers make theirs with the same arguments, after servers and workers have started.
+
+    Args:
+        parameters: {name: array}, or a list of arrays that are called "0", "1", ...; only their
+            shapes matter.
+        compression: error-feedback method with its compressor.
+        dense: `dense(name, array)` says which parameters stay uncompressed; default biases and
+            whatever has less than 1024 elements.
+        bucket_bytes: parameters are packed into buckets of about this many bytes of float32, last
+            one first; a bucket is compressed as one vector and belongs to one server.
+        seed: of random compressors.
+        timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
+        state: what `checkpoint` returned on this rank of an equal job, to continue there; the
+            servers continue from their own files of the same step.
+        transport: to the servers, if there is one already.
+
+    Raises:
+        ConfigMismatchError: workers or servers have another model or compression.
+        CollectiveTimeoutError: ranks are missing; names them.
+        UnsupportedError: no method, or no server in the job.
+        ValueError: no parameters, or one of them twice.
+
+    Example:
+        worker = Worker({"w": w}, ef.EF21(ef.TopK(ratio=0.01)))
+        for x, y in batches:
+            directions = worker.push_pull({"w": gradient(w, x, y)})
+            w -= 0.1 * directions["w"]
+    """
+
+    def __init__(
+        self,
+        parameters: Named | Listed,
+        compression: Method,
+        *,
+        dense: DensePolicy = small_or_vector,
+        bucket_bytes: int = 25 * 2**20,
+        seed: int = 0,
+        timeout: float | None = None,
+        state: dict[str, Any] | None = None,
+        transport: ServerTransport | None = None,
+    ) -> None:
+        method = require_method(compression)
+        self._named = isinstance(parameters, Mapping)
+        named = require_distinct(list(_items(parameters)))
+        if not named:
+            raise ValueError("got no parameters, expected at least one array to send gradients of")
+        plans = plan_buckets(
+            named, method, dense=dense, bucket_bytes=bucket_bytes, device_of=lambda _: None
+        )
+        self.transport = transport or ServerTransport(timeout)
+        self.step = 0  # number of the next step; a dropped step's number is used again
+        self._buckets = [_Bucket(plan, self.transport, seed) for plan in plans]
+        self._place = {slot.name: (b, slot) for b in self._buckets for slot in b.slots}
+        self._order = [name for name, _ in named]
+        self._method = method
+        if state is not None:
+            self.step = load_state(state, self._buckets, repr(method), self.transport)
+        shapes = [f"parameter '{name}' of shape {tuple(array.shape)}" for name, array in named]
+        self.transport.handshake(shapes, self.step, several_rounds=True)
+
+    @property
+    def rank(self) -> int:
+        """This worker's number, from 0."""
+        return self.transport.rank
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return self.transport.size
+
+    def push_pull(self, gradients: Named | Listed) -> Any:
+        """Send this worker's gradients, wait for what the servers make of all workers'.
+
+        Args:
+            gradients: of all parameters, in the form of `parameters`, any float dtype.
+
+        Returns:
+            Directions as float32 arrays in the same form, to use in place of the mean gradient:
+            read-only, and valid until the next call. None if some worker's gradient had a NaN or
+            an infinity: the step is dropped on all ranks, and all memories are as before.
+
+        Raises:
+            ServerError, CollectiveTimeoutError: the job has ended; says why.
+            UnsupportedError: the server's rounds do not wait for all workers; take `rounds`.
+            ValueError: other names or shapes than those of the parameters.
+        """
+        if self.transport.quorum is not None:
+            raise UnsupportedError(
+                f"push_pull() got a server with a quorum of {self.transport.quorum}, expected one "
+                "that waits for all workers; write `for directions in worker.rounds(gradients)`"
+            )
+        for name, gradient in _items(gradients):
+            self.push(name, gradient)
+        return self.pull()
+
+    def rounds(self, gradients: Named | Listed) -> list[Any]:
+        """`push_pull` for servers with a quorum: the directions of one round or several.
+
+        Rounds that this worker was late for are among them; in one its gradients count. All
+        workers apply the same rounds in the same order, each at its own time; `step` counts them,
+        so `while worker.step < steps` ends all workers at about the same one. A gradient that is
+        not finite is left out, bucket by bucket, and memories are as before.
+        """
+        if self.transport.quorum is None:
+            directions = self.push_pull(gradients)
+            return [] if directions is None else [directions]
+        for name, gradient in _items(gradients):
+            self.push(name, gradient)
+        self._begin_pull()
+        found = finish_rounds([bucket.channel for bucket in self._buckets], self.transport)
+        self.step += len(found)
+        return [self._in_form(directions) for directions in found]
+
+    def push(self, name: str, gradient: np.ndarray) -> None:
+        """Hand in one gradient; its bucket is sent as soon as it is full.
+
+        Raises:
+            ValueError: no such parameter, another shape, or twice in a step.
+        """
+        bucket, slot = self._place.get(name, (None, None))
+        if bucket is None or slot is None or slot.parameter.shape != np.shape(gradient):
+            expected = f"one of {self._order[:8]}" if slot is None else f"{slot.parameter.shape}"
+            raise ValueError(
+                f"got a gradient '{name}' of shape {np.shape(gradient)}, expected {expected}; "
+                "name gradients as the parameters"
+            )
+        if name in bucket.filled:
+            raise ValueError(
+                f"got the gradient '{name}' twice in a step, expected it once; call pull() before"
+            )
+        bucket.channel.gradient[slot.start : slot.stop] = np.reshape(gradient, -1)
+        bucket.filled.add(name)
+        if len(bucket.filled) == len(bucket.slots):
+            bucket.channel.start(self.step)
+
+    def pull(self) -> Any:
+        """Wait for the directions of all gradients that were handed in; see `push_pull`."""
+        self._begin_pull()
+        directions = finish_step([bucket.channel for bucket in self._buckets])
+        if directions is None:
+            return None
+        self.step += 1
+        return self._in_form(directions)
+
+    def _begin_pull(self) -> None:
+        missing = [name for name, (b, _) in self._place.items() if name not in b.filled]
+        if missing:
+            raise ValueError(
+                f"got no gradient of {missing[:8]} in this step, expected all parameters'; push "
+                "zeros for those without one"
+            )
+        for bucket in self._buckets:
+            bucket.filled.clear()
+
+    def _in_form(self, directions: list[np.ndarray]) -> Any:
+        """Directions of the buckets as those of the parameters."""
+        parts = {}
+        for bucket, direction in zip(self._buckets, directions, strict=True):
+            for slot in bucket.slots:
+                part = direction[slot.start : slot.stop].reshape(slot.parameter.shape)
+                part.flags.writeable = False  # it may be a view of an error memory
+                parts[slot.name] = part
+        ordered = {name: parts[name] for name in self._order}
+        return ordered if self._named else list(ordered.values())
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Have the servers write their memories, and return this worker's; all workers call it.
+
+        Call it between two steps, after the same one on all workers, and store the result with the
+        model, one file a worker. Started again with `Worker(state=)` and the same `--checkpoint`
+        folder, workers and servers go on to the same bits as if they had not been interrupted.
+
+        Raises:
+            ProtocolError: the servers were started without --checkpoint.
+        """
+        self.transport.save(self.step)
+        return self.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This worker's memories and the number of its next step, without asking the servers."""
+        return save_state(self._buckets, self.step, repr(self._method), self.transport)
+
+    def stats(self) -> list[ChannelStats]:
+        """One row for each bucket and a last one with the total; call it between steps."""
+        rows = [bucket.channel.stats() for bucket in self._buckets]
+        return [*rows, total_stats(rows)]
+
+    def close(self) -> None:
+        """End this worker's part; at the end of the process it happens by itself."""
+        self.transport.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.transport.close("" if error is None else f"{kind.__name__}: {error}")
+
+
+class _Bucket:
+    """Parameters that travel together, and their channel."""
+
+    def __init__(self, plan: BucketPlan, transport: ServerTransport, seed: int) -> None:
+        like = np.empty(plan.length, np.float32)
+        self.channel: Channel = plan.open(like, transport, exchange="server", seed=seed)
+        self.slots: list[Slot] = plan.slots
+        self.filled: set[str] = set()
+
+
+def _items(arrays: Named | Listed) -> list[tuple[str, Any]]:
+    if isinstance(arrays, Mapping):
+        return list(arrays.items())
+    return [(str(i), array) for i, array in enumerate(arrays)]

@@ -1,0 +1,243 @@
+"""Exchange "double_pass": every rank is the parameter server of one slice of the vector.
+
+    start      each slice is compressed by itself and sent to the rank that owns it (all-to-all)
+    reply      the owner makes of its n messages what a server would: a vector, or a payload
+               compressed with an error memory of the slice's own
+    commit     the answer for every slice goes to every rank (all-gather)
+
+A rank sends and receives about one message and one answer of the whole vector, and decodes as much,
+however many ranks there are. DoubleSqueeze without a server is this: Tang et al. (ICML 2019), in
+the form of DeepSpeed's 1-bit Adam. Numbers are those of servers whose buckets are the slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ef_horovod import wire
+from ef_horovod.arrays import Array, namespace
+from ef_horovod.channel import Channel, Piece
+from ef_horovod.compressors.base import Payload
+from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import NonFiniteError, PayloadError
+from ef_horovod.exchange import checked
+from ef_horovod.methods.base import Method
+from ef_horovod.transports.base import Answer, Measure, Transport
+
+_GRAIN = 8  # elements; signs of a slice fill whole bytes
+
+
+def open_channel(
+    name: str,
+    like: Array,
+    method: Method,
+    transport: Transport,
+    *,
+    exchange: str = "auto",
+    seed: int = 0,
+) -> Channel:
+    """The channel for an exchange; arguments as those of `Channel`."""
+    kind = SlicedChannel if exchange == "double_pass" else Channel
+    return kind(name, like, method, transport, exchange=exchange, seed=seed)
+
+
+def cuts(d: int, ranks: int) -> list[tuple[int, int]]:
+    """Start and stop of each rank's slice of d elements: equally long up to 8 elements.
+
+    Example:
+        >>> cuts(30, 3)
+        [(0, 8), (8, 16), (16, 30)]
+        >>> cuts(9, 4)
+        [(0, 0), (0, 8), (8, 8), (8, 9)]
+    """
+    grains = -(-d // _GRAIN)
+    bounds = [min(grains * j // ranks * _GRAIN, d) for j in range(ranks + 1)]
+    return list(pairwise(bounds))
+
+
+class SlicedChannel(Channel):
+    """A channel whose vector travels in slices, each with a channel and states of its own.
+
+    The channels inside are those of a job with a server, which here is a slice's owner: rank j of
+    slice j. They are named "NAME/j"; what random compressors draw depends on it.
+    """
+
+    def _open(self, seed: int) -> tuple[Any, Any]:
+        transport = self._transport
+        self._slices = [
+            _Slice.open(f"{self.name}/{j}", self, start, stop, seed)
+            for j, (start, stop) in enumerate(cuts(self.gradient.shape[0], transport.size))
+        ]
+        self._own = own = self._slices[transport.rank].channel
+        own.server = self.method.init(own.gradient, transport.size)[1]
+        self._sent: list[Payload] = []
+        self._has_numbers = False  # whether answers are vectors and not payloads
+        return None, None  # slices have them
+
+    @property
+    def answers(self) -> str:
+        """Name of the collective that answers travel by; messages have the channel's own."""
+        return f"{self.name}.answers"
+
+    def pieces(self) -> list[Piece]:
+        return [Piece(f"slice.{j}.", s.start, s.channel) for j, s in enumerate(self._slices)]
+
+    def start(self, step: int) -> None:
+        assert self._finish is None, f"{self.name} was started twice"
+        with self._timed("seconds_compress"):
+            for part in self._slices:
+                gradient = self.gradient[part.start : part.stop]
+                self._xp.write(part.channel.gradient, 0, gradient)
+                part.channel.start(step)
+            messages = [Payload(part.desk.message) for part in self._slices]
+            if any(message.is_skip for message in messages):
+                messages = [message.as_skip() for message in messages]  # every owner has to know
+            self._sent = messages
+        parts, measure = _travelling(messages, self.method.sized)
+        with self._counted():
+            self._finish = self._transport.alltoall(self.name, parts, measure)
+
+    def arrived(self) -> bool:
+        assert self._finish is not None, f"{self.name} was not started"
+        with self._timed("seconds_wait"), self._counted():
+            arrived = self._finish()
+        self._finish = None
+        self._stats.dense_bytes_out += self._transport.dense_nbytes(4 * self._stats.num_elements)
+        own = self._sent[self._transport.rank]
+        self._received = [checked(data, rank, own, self.name) for rank, data in enumerate(arrived)]
+        return not any(message.is_skip for message in self._received)
+
+    def reply(self) -> None:
+        """Reduce the slice that this rank owns, and send what came of it to all ranks."""
+        with self._timed("seconds_decompress"):
+            try:
+                answer = self._own.reduce(self._received)
+                self._has_numbers = not isinstance(answer, Payload)
+            except NonFiniteError:  # finite messages can have a sum that is not: all ranks raise
+                answer = Identity().absent(self._own.gradient).as_skip()
+        if not isinstance(answer, Payload):
+            answer = _as_payload(answer)
+        (data,), _ = _travelling([answer], self.method.sized_answers)
+        measure = wire.payload_nbytes if self.method.sized_answers else wire.padded_nbytes
+        with self._counted():
+            self._finish = self._transport.allgather(self.answers, data, measure)
+
+    def commit(self) -> Array:
+        """As of any channel.
+
+        Raises:
+            NonFiniteError: on all ranks, if one could not sum what it got.
+        """
+        assert self._finish is not None, f"{self.name} has not replied"
+        with self._timed("seconds_wait"), self._counted():
+            arrived = self._finish()
+        self._finish = None
+        with self._timed("seconds_decompress"):
+            answers = [self._read_answer(j, data) for j, data in enumerate(arrived)]
+            for part, answer in zip(self._slices, answers, strict=True):
+                # `gradient` is free: what was in it has been compressed.
+                self._xp.write(self.gradient, part.start, part.take(answer))
+        self._received = None
+        self._stats.steps += 1
+        return self.gradient
+
+    def drop(self) -> None:
+        for part in self._slices:
+            part.drop()
+        super().drop()
+
+    def squared_norms(self) -> tuple[float, float] | None:
+        norms = [part.channel.squared_norms() for part in self._slices]
+        known = [pair for pair in norms if pair is not None]
+        if len(known) < len(norms):
+            return None
+        return sum(lost for lost, _ in known), sum(whole for _, whole in known)
+
+    def _read_answer(self, rank: int, data: np.ndarray) -> Answer:
+        payload = Payload.from_start(data)
+        if payload.is_skip:
+            raise NonFiniteError(
+                f"the messages for slice {rank} of '{self.name}' have no finite sum, expected "
+                "finite numbers; lower the learning rate or the loss scale"
+            )
+        part = self._slices[rank]
+        if payload.num_elements != part.stop - part.start:
+            raise PayloadError(
+                f"rank {rank} answered with {payload} in '{self.name}', expected "
+                f"{part.stop - part.start} elements; use the same model on all ranks"
+            )
+        if self._has_numbers:
+            return Answer(numbers=payload.summands())
+        return Answer(payload=payload.data)
+
+
+class _Slice(NamedTuple):
+    """A part of the vector and what is known of it here."""
+
+    start: int
+    stop: int
+    channel: Channel
+    desk: _Desk
+
+    @classmethod
+    def open(cls, name: str, whole: Channel, start: int, stop: int, seed: int) -> _Slice:
+        """A slice of another channel's vector."""
+        desk = _Desk(whole._transport.rank, whole._transport.size)
+        like = whole.gradient[start:stop]
+        channel = Channel(name, like, whole.method, desk, exchange="server", seed=seed)
+        return cls(start, stop, channel, desk)
+
+    def take(self, answer: Answer) -> Array:
+        """The slice's direction."""
+        self.desk.answer = answer
+        self.channel.arrived()
+        return self.channel.commit()
+
+    def drop(self) -> None:
+        """Leave the slice as it was."""
+        self.desk.answer = Answer()
+        self.channel.arrived()
+        self.channel.drop()
+
+
+class _Desk(Transport):
+    """What a slice's channel takes for a server: keeps the message, gives the answer."""
+
+    message: np.ndarray
+    answer = Answer()
+
+    @property
+    def has_server(self) -> bool:
+        return True
+
+    def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
+        """Nothing: the owner has the same method."""
+
+    def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
+        self.message = payload
+        return lambda: [self.answer]
+
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        raise NotImplementedError("a slice's channel only asks")
+
+    def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
+        raise NotImplementedError("a slice's channel only asks")
+
+
+def _travelling(payloads: list[Payload], sized: bool) -> tuple[list[np.ndarray], Measure | None]:
+    """The bytes of payloads as they travel, and how to tell those of other ranks apart."""
+    if sized:
+        return [payload.data for payload in payloads], None
+    return [wire.padded(payload.data) for payload in payloads], wire.padded_nbytes
+
+
+def _as_payload(numbers: Array) -> Payload:
+    """float32[d] as they are, infinities too: a server would send them so."""
+    values = np.asarray(namespace(numbers).to_host(numbers), "<f4")
+    return Identity()._payload((values,), values.size, namespace(values).like(values))

@@ -1,0 +1,138 @@
+"""Methods and compressors as words: from command lines, and from what other ranks write.
+
+Understood are what `repr` gives, `EF21(TopK(ratio=0.01), momentum=0.1)`, and short forms,
+`topk:0.01` and `ef21`. Only registered names are called, with numbers and words; nothing else of
+Python is.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import fields
+from typing import Any
+
+from ef_horovod import registry
+from ef_horovod.compressors.base import Compressor
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.schedules import Decay
+
+
+def read_compressor(text: str) -> Compressor:
+    """The compressor that a text names.
+
+    Raises:
+        ValueError: no such compressor, or arguments that it does not take.
+
+    Example:
+        >>> read_compressor("topk:0.01"), read_compressor("OneBit(scale='l2')")
+        (TopK(ratio=0.01), OneBit(scale='l2'))
+    """
+    found = _read(text)
+    if not isinstance(found, Compressor):
+        raise ValueError(f"got {text!r}, expected a compressor; write for example 'topk:0.01'")
+    return found
+
+
+def write_method(method: Method) -> str:
+    """The method as text that `read_method` reads, with all that `repr` leaves out.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> write_method(ef.PowerSGD(rank=2).for_shapes([(30, 40)]))
+        'PowerSGD(rank=2, shapes=((30, 40),))'
+    """
+    shown, hidden = repr(method), [field.name for field in fields(method) if not field.repr]
+    given = [(name, getattr(method, name)) for name in hidden]
+    more = [f"{name}={value!r}" for name, value in given if value is not None]
+    if not more:
+        return shown
+    return f"{shown[:-1]}{'' if shown.endswith('()') else ', '}{', '.join(more)})"
+
+
+def read_method(
+    text: str, compressor: Compressor | None = None, down: Compressor | None = None
+) -> Method:
+    """The method that a text names.
+
+    Args:
+        text: a whole method, or the name of one whose compressors are given apart.
+        compressor: of the workers, unless the text says it.
+        down: of the server, unless the text says it.
+
+    Raises:
+        ValueError: no such method, or arguments that it does not take.
+        UnsupportedError: a combination that the method refuses.
+
+    Example:
+        >>> read_method("doublesqueeze", read_compressor("onebit"), read_compressor("topk:0.05"))
+        DoubleSqueeze(OneBit(), down=TopK(ratio=0.05))
+    """
+    given = {"compressor": compressor, "down": down}
+    options = {name: value for name, value in given.items() if value is not None}
+    found = _read(text, options)
+    if not isinstance(found, Method):
+        raise ValueError(
+            f"got {text!r}, expected a method; write for example 'EF21(TopK(0.01))', or one of "
+            f"{', '.join(sorted(registry.METHODS))} and a compressor"
+        )
+    return found
+
+
+def _read(text: str, options: dict[str, Any] | None = None) -> Any:
+    head, colon, tail = text.partition(":")
+    written = f"{head}({tail})" if colon else text
+    try:
+        if "\0" in text:  # for which Pythons up to 3.11.3 have another error
+            raise SyntaxError
+        tree = ast.parse(written.strip(), mode="eval").body
+        return _call(tree, options) if options else _value(tree)
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ValueError(
+            f"got {text!r}, expected a name with arguments; write for example 'EF21(TopK(0.01))'"
+        ) from None
+
+
+def _value(tree: ast.expr) -> Any:
+    """What an expression stands for; a bare name is called without arguments."""
+    if isinstance(tree, ast.Name) and tree.id == "inf":  # as repr shows it
+        return math.inf
+    if isinstance(tree, (ast.Call, ast.Name)):
+        return _call(tree)
+    try:
+        return ast.literal_eval(tree)
+    except ValueError:
+        raise ValueError(
+            f"got {ast.unparse(tree)!r}, expected a number, a word in quotes, or a registered name "
+            "with arguments in brackets"
+        ) from None
+
+
+def _call(tree: ast.expr, options: dict[str, Any] | None = None) -> Any:
+    name = tree.func if isinstance(tree, ast.Call) else tree
+    if not isinstance(name, ast.Name):
+        raise ValueError(f"got {ast.unparse(tree)!r}, expected a name with arguments")
+    kind = _known().get(name.id.lower())
+    if kind is None:
+        names = sorted({*registry.METHODS, *registry.COMPRESSORS})
+        raise ValueError(f"got the name {name.id!r}, expected one of {', '.join(names)}")
+    positional: list[Any] = []
+    named = dict(options or {})
+    if isinstance(tree, ast.Call):
+        positional = [_value(part) for part in tree.args]
+        for keyword in tree.keywords:
+            named[keyword.arg or "**"] = _value(keyword.value)
+    try:
+        return kind(*positional, **named)
+    except UnsupportedError:
+        raise
+    except TypeError as error:
+        raise ValueError(
+            f"got {ast.unparse(tree)!r}, expected arguments that {kind.__name__} takes: {error}"
+        ) from None
+
+
+def _known() -> dict[str, Any]:
+    kinds: dict[str, Any] = {**registry.METHODS, **registry.COMPRESSORS, "Decay": Decay}
+    return {name.lower(): kind for name, kind in kinds.items()}

@@ -1,0 +1,115 @@
+"""The way to parameter servers from inside TensorFlow's graphs: without an op, messages just leave.
+
+A channel's two halves run in `tf.numpy_function`s, `ask` in the first and the wait for the answer
+in the second. Between them the graph carries an empty tensor, so that the second comes later.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import tensorflow as tf
+
+from ef_horovod.arrays import Array
+from ef_horovod.transports.base import Answer, Measure, Transport
+from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+
+if TYPE_CHECKING:  # it needs MPI
+    from ef_horovod.server.client import ServerTransport
+
+T = TypeVar("T")
+
+
+class ServerCourier(Transport):
+    """Stands in for `HorovodTensorFlowTransport` and its `Courier` where there are servers.
+
+    TensorFlow's executor may run several buckets at once, and neither `ServerTransport` nor all of
+    MPI's thread levels allow that. So one goes at a time: a start is short, and the waits come in
+    the same order on all ranks. Bytes are counted for each courier, as one is a bucket's.
+
+    Args:
+        servers: what sends and receives.
+        lock: of that; default a new one.
+    """
+
+    def __init__(self, servers: ServerTransport, lock: threading.Lock | None = None) -> None:
+        super().__init__(servers.rank, servers.size, servers.timeout)
+        self._servers, self._lock = servers, lock or threading.Lock()
+
+    @property
+    def has_server(self) -> bool:
+        return True
+
+    def courier(self) -> ServerCourier:
+        """One more, with a count of bytes of its own."""
+        return ServerCourier(self._servers, self._lock)
+
+    def handshake(
+        self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
+    ) -> None:
+        self._alone(lambda: self._servers.handshake(facts, step, several_rounds=several_rounds))
+
+    def save(self, step: int) -> None:
+        self._alone(lambda: self._servers.save(step))
+
+    def require_not_begun(self) -> None:
+        self._servers.require_not_begun()
+
+    def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
+        self._servers.open_bucket(name, length, method, seed)
+
+    def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
+        return self._start(lambda: self._servers.ask(name, payload, step))
+
+    def allgather(
+        self, name: str, data: np.ndarray, measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        return self._start(lambda: self._servers.allgather(name, data, measure))
+
+    def alltoall(
+        self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
+    ) -> Callable[[], list[np.ndarray]]:
+        return self._start(lambda: self._servers.alltoall(name, parts, measure))
+
+    def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
+        return self._start(lambda: self._servers.allreduce(name, values))
+
+    def dense_nbytes(self, nbytes: int) -> int:
+        return self._servers.dense_nbytes(nbytes)
+
+    def collect(self, name: str) -> np.ndarray:
+        """What the graph is to carry: nothing, for the message has left."""
+        return np.empty(0, np.uint8)
+
+    def carry(self, name: str, message: tf.Tensor) -> tf.Tensor:
+        """No op at all."""
+        return message
+
+    def collect_slices(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Likewise."""
+        return np.empty(0, np.uint8), np.empty(0, np.int32)
+
+    def carry_slices(self, name: str, message: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+        """No op at all."""
+        return message
+
+    def bring(self, name: str, data: np.ndarray) -> None:
+        """Nothing: the answer comes from the servers."""
+
+    def _start(self, start: Callable[[], Callable[[], T]]) -> Callable[[], T]:
+        finish = self._alone(start)
+        return lambda: self._alone(finish)
+
+    def _alone(self, action: Callable[[], T]) -> T:
+        with self._lock:
+            sent, received = self._servers.bytes_sent, self._servers.bytes_received
+            result = action()
+            self.bytes_sent += self._servers.bytes_sent - sent
+            self.bytes_received += self._servers.bytes_received - received
+            return result
+
+
+GraphTransport = HorovodTensorFlowTransport | ServerCourier

@@ -1,0 +1,120 @@
+"""The mpirun line that `launch/server` writes, without running it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import machinery, util
+from pathlib import Path
+
+import pytest
+
+from ef_horovod.server import launch
+from ef_horovod.server.__main__ import make_parser, method_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def line(capsys, *words, cores=2, root=False, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "geteuid", lambda: 0 if root else 1000)
+    assert launch.main(["--dry-run", *words]) == 0
+    return capsys.readouterr().out.strip()
+
+
+def test_two_programs(capsys, monkeypatch):
+    words = (
+        "-s",
+        "2",
+        "-w",
+        "3",
+        "--method",
+        "EF21(OneBit())",
+        "--",
+        "python",
+        "my train.py",
+        "-x",
+    )
+    text = line(capsys, *words, monkeypatch=monkeypatch)
+    servers, workers = text.split(" : ")
+    assert " -np 2 " in servers
+    assert servers.endswith(f"{sys.executable} -m ef_horovod.server --method 'EF21(OneBit())'")
+    assert workers.startswith("-np 3 ")
+    assert workers.endswith(" python 'my train.py' -x")
+    for half in (servers, workers):
+        assert "-x OMP_NUM_THREADS=1 " in half
+
+
+@pytest.mark.parametrize(
+    ("words", "cores", "root", "there", "not_there"),
+    [
+        (["-w", "1"], 2, False, [], ["--oversubscribe", "--allow-run-as-root"]),
+        (["-w", "2"], 2, False, ["--oversubscribe"], ["--allow-run-as-root"]),
+        (["-w", "1"], 2, True, ["--allow-run-as-root"], ["--oversubscribe"]),
+        (["-w", "1"], 8, False, ["-x OMP_NUM_THREADS=4"], ["--oversubscribe"]),
+        (["-w", "1", "--threads", "3"], 2, False, ["-x OMP_NUM_THREADS=3"], []),
+        (["-w", "9", "-H", "a:2,b:9"], 2, False, ["--host a:2,b:9"], ["--oversubscribe"]),
+        (["-w", "9", "--hostfile", "h"], 64, False, ["--hostfile h", "THREADS=1"], []),
+        (["-w", "2", "--quorum", "1"], 2, False, ["ef_horovod.server --quorum 1 :"], []),
+    ],
+)
+def test_options(words, cores, root, there, not_there, capsys, monkeypatch):
+    text = line(capsys, *words, "--", "x", cores=cores, root=root, monkeypatch=monkeypatch)
+    assert [word in text for word in there] == [True] * len(there)
+    assert not [word for word in not_there if word in text]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["-w", "2"], "received no program for the workers"),
+        (["-w", "0", "--", "x"], "received '0', expected an integer of 1 or more"),
+        (["--", "x"], "-w/--workers"),
+        (["-w", "2", "--methods", "x", "--", "x"], "unrecognized arguments: --methods"),
+        (["-w", "2", "--method", "sgd", "--", "x"], "got the name 'sgd', expected one of"),
+        (["-w", "2", "--compressor", "onebit", "--", "x"], "--compressor without --method"),
+        (["-w", "2", "--method", "EF21(QSGD(4))", "--", "x"], "expected a contraction"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(words, problem, capsys):
+    with pytest.raises(SystemExit) as left:
+        launch.main(words)
+    assert left.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_methods_of_the_command_line():
+    words = [
+        "--method",
+        "doublesqueeze",
+        "--compressor",
+        "topk:0.01",
+        "--down-compressor",
+        "onebit",
+    ]
+    method = method_of(make_parser().parse_args(words))
+    assert repr(method) == "DoubleSqueeze(TopK(ratio=0.01), down=OneBit())"
+    assert method_of(make_parser().parse_args([])) is None
+
+
+def test_the_script_runs_it_in_the_environment(capfd, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    loader = machinery.SourceFileLoader("launch_server", str(ROOT / "launch" / "server"))
+    script = util.module_from_spec(util.spec_from_loader("launch_server", loader))
+    loader.exec_module(script)
+    monkeypatch.setattr(script, "prepare", lambda: sys.executable)
+    for words, shown in ((["--help"], "usage: launch/server "), (LINE, "-np 4 ")):
+        monkeypatch.setattr(sys, "argv", ["launch/server", *words])
+        assert script.main() == 0
+        assert shown in capfd.readouterr().out
+    assert os.access(ROOT / "launch" / "server", os.X_OK)
+
+
+LINE = ["-w", "4", "--dry-run", "--", "python", "train.py"]
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "ef_horovod.server.launch", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--dry-run" in shown
