@@ -16,7 +16,7 @@ import pytest
 from clusters import CLUSTER, network_state, processes_with, start_cluster
 from processes import BIN, run_job
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.parallel, pytest.mark.root]
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 60) -> bool:
