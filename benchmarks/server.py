@@ -4,6 +4,8 @@
     python benchmarks/server.py --quick             1 M parameters, 2 workers
     python benchmarks/server.py --n 1000000 --workers 4 --repeat 20 --json times.json
     OMPI_MCA_btl=self,tcp python benchmarks/server.py --quick       TCP in place of shared memory
+    launch/cluster --hosts 5 --rate 100mbit -- python benchmarks/server.py \\
+        --n 1000000 --workers 4 --host node1:1,node2:1,node3:1,node4:1,node5:1     a slow network
 
 Each number of workers and parameters is one MPI job with one server. Rounds and Allreduces of the
 same gradient take turns, so that a slow moment of the machine meets both; the time is that of the
@@ -114,6 +116,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="1 M parameters, 2 workers, 5 rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
     parser.add_argument("--check", action="store_true", help="fail if the limit is missed")
+    parser.add_argument("-H", "--host", metavar="A:1,B:1", help="hosts, the server's first")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # a rank; writes its rows here
     options = parser.parse_args(words)
     if options.quick:
@@ -264,11 +267,12 @@ def computed(step: Callable[[], object]) -> float:
 # --- all of it ---------------------------------------------------------------------------------
 
 
-def measure_rounds(n: int, workers: int, repeat: int) -> list[Rounds]:
+def measure_rounds(n: int, workers: int, repeat: int, host: str | None) -> list[Rounds]:
     """Run an MPI job; a row for each method."""
+    hosts = ["-H", host] if host else []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        line = mpirun(launcher().parse_args(["-w", str(workers)]))
+        line = mpirun(launcher().parse_args(["-w", str(workers), *hosts]))
         words = ["--n", str(n), "--repeat", str(repeat), "--job", str(out)]
         line += ["-np", str(workers + 1), sys.executable, __file__, *words]
         subprocess.run(line, check=True, timeout=JOB_SECONDS)
@@ -337,7 +341,7 @@ def main(words: Sequence[str]) -> int:
     with tqdm(total=2 * sum(n for n, _ in cases), disable=None, bar_format=BAR) as bar:
         for n, workers in cases:
             bar.set_description(f"{n / 1e6:g} M, {workers} workers: jobs")
-            rounds += measure_rounds(n, workers, options.repeat)
+            rounds += measure_rounds(n, workers, options.repeat, options.host)
             bar.update(n)
         for n, workers in cases:
             bar.set_description(f"{n / 1e6:g} M, {workers} workers: computing")
