@@ -26,13 +26,6 @@ def add(x, y, weight):  # type: ignore[no-untyped-def]
         x[i] += weight * y[i]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # no loop that asks for zeros is vectorised
-def divide_add(x, divisor, y, out):  # type: ignore[no-untyped-def]
-    """out = x / divisor + y, all float32[n] that share no memory, rounded twice."""
-    for i in range(x.size):
-        out[i] = x[i] / divisor + y[i]
-
-
 @njit(cache=True, nogil=True)
 def abs_sum(x):  # type: ignore[no-untyped-def]
     """Sum of |x_i| as float64, in a fixed order; not finite if an x_i is not, or all are huge."""
@@ -143,19 +136,23 @@ def exponent_histogram(bits, counts):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def keep_largest(magnitudes, threshold, ties, out):  # type: ignore[no-untyped-def]
-    """Positions with magnitude > threshold and the first `ties` ones equal to it, into out."""
+def keep_largest(  # type: ignore[no-untyped-def]
+    magnitudes, threshold, ties, indices, values, kept_indices, kept_values
+):
+    """What has a magnitude > threshold, and the first `ties` of those equal to it.
+
+    Args:
+        magnitudes: of the values, of any type.
+        indices, values: int64[n], float32[n].
+        kept_indices, kept_values: int64[k + 1], float32[k + 1] for k to keep; the last ones are
+            overwritten.
+    """
     count = 0
-    for i in range(magnitudes.size):
-        if magnitudes[i] == threshold:
-            if ties == 0:
-                continue
-            ties -= 1
-        elif magnitudes[i] < threshold:
-            continue
-        out[count] = i
-        count += 1
-    return count
+    for i in range(magnitudes.size):  # without a branch: it would be guessed wrong often
+        kept_indices[count], kept_values[count] = indices[i], values[i]
+        tied = (magnitudes[i] == threshold) & (ties > 0)
+        ties -= tied
+        count += (magnitudes[i] > threshold) | tied
 
 
 @njit(cache=True, nogil=True)
@@ -170,16 +167,6 @@ def scatter_add(x, indices, values, weight):  # type: ignore[no-untyped-def]
     """x[indices] += weight * values."""
     for i in range(indices.size):
         x[indices[i]] += weight * values[i]
-
-
-@njit(cache=True, nogil=True)
-def scatter_add_part(x, start, indices, values, weight):  # type: ignore[no-untyped-def]
-    """x[indices - start] += weight * values, for those of the ascending indices that are in x."""
-    i = np.searchsorted(indices, start)
-    stop = start + x.size
-    while i < indices.size and indices[i] < stop:
-        x[indices[i] - start] += weight * values[i]
-        i += 1
 
 
 @njit(cache=True, nogil=True)

@@ -78,9 +78,9 @@ def zeros(length: int, device: Any = None) -> np.ndarray:
     return np.zeros(length, np.float32)
 
 
-def host_parts(x: np.ndarray, length: int) -> list[np.ndarray]:
-    """NumPy views of x[:length], x[length : 2 * length] and so on; none of what is off the host."""
-    return [x[start : start + length] for start in range(0, x.size, length)]
+def host_view(x: np.ndarray) -> np.ndarray | None:
+    """x as a NumPy array that shares its memory; None if it is not on the host."""
+    return x
 
 
 def address(x: np.ndarray) -> int:
@@ -116,11 +116,6 @@ def divide(x: np.ndarray, divisor: float, out: np.ndarray) -> None:
 def add(x: np.ndarray, y: np.ndarray, weight: float = 1.0) -> None:
     """x += weight * y."""
     _kernels().add(x, y, np.float32(weight))
-
-
-def divide_add(x: np.ndarray, divisor: float, y: np.ndarray, out: np.ndarray) -> None:
-    """out = x / divisor + y in one pass over memory, each rounded; `out` is apart from x and y."""
-    _kernels().divide_add(x, np.float32(divisor), y, out)
 
 
 def average(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray) -> None:
@@ -174,11 +169,11 @@ def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     candidates, values = _candidates(x, k)
     # As unsigned bits, magnitudes sort like floats, with infinity and NaN above all.
     order = np.abs(values).view(np.uint32)
-    threshold = np.partition(order, order.size - k)[order.size - k]
-    above = int(np.count_nonzero(order > threshold))
-    chosen = np.empty(k, np.int64)
-    _kernels().keep_largest(order, threshold, k - above, chosen)
-    return candidates[chosen], values[chosen]
+    largest = np.partition(order, order.size - k)[order.size - k :]
+    ties = np.count_nonzero(largest == largest[0])  # those with the lowest indices are kept
+    kept, their_values = np.empty(k + 1, np.int64), np.empty(k + 1, np.float32)
+    _kernels().keep_largest(order, largest[0], ties, candidates, values, kept, their_values)
+    return kept[:k], their_values[:k]
 
 
 def _candidates(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,13 +236,6 @@ def take(x: np.ndarray, indices: np.ndarray) -> np.ndarray:
 def scatter_add(x: np.ndarray, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
     """x[indices] += weight * values, for different indices within bounds."""
     _kernels().scatter_add(x, indices, values, np.float32(weight))
-
-
-def scatter_add_part(
-    x: np.ndarray, start: int, indices: np.ndarray, values: np.ndarray, weight: float
-) -> None:
-    """scatter_add to a longer vector of which x is the part from `start` on; indices ascend."""
-    _kernels().scatter_add_part(x, start, indices, values, np.float32(weight))
 
 
 def scatter_put(x: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:

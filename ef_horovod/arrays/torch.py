@@ -65,9 +65,9 @@ def zeros(length: int, device: Any = None) -> torch.Tensor:
     return torch.zeros(length, dtype=torch.float32, device=device)
 
 
-def host_parts(x: torch.Tensor, length: int) -> list[np.ndarray]:
-    """NumPy views of x[:length], x[length : 2 * length] and so on; none of what is off the host."""
-    return host.host_parts(x.numpy(), length) if x.device.type == "cpu" else []
+def host_view(x: torch.Tensor) -> np.ndarray | None:
+    """x as a NumPy array that shares its memory; None if it is not on the host."""
+    return x.numpy() if x.device.type == "cpu" else None
 
 
 def address(x: torch.Tensor) -> int:

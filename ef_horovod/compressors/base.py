@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,18 +17,6 @@ from ef_horovod.shown import Shown
 
 DEFAULT_KEY = Key()
 _LONGEST = 2**40  # numbers; no vector of a model is longer
-
-
-class Reader(Protocol):
-    """A body that was checked, to be added by parts."""
-
-    def add(self, part: np.ndarray, start: int, weight: float) -> None:
-        """part += weight * C(x)[start : start + len(part)]; `start` is a multiple of 8."""
-
-
-class _Nothing:
-    def add(self, part: np.ndarray, start: int, weight: float) -> None:
-        """An absent worker's message says nothing of any part."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +34,9 @@ class Compressor(Shown):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "accumulate" in cls.__dict__ and "reader" not in cls.__dict__:
+        if "accumulate" in cls.__dict__ and "mean" not in cls.__dict__:
             # An inherited one would not read what this class writes.
-            cls.reader = Compressor.reader  # type: ignore[method-assign]
+            cls.mean = Compressor.mean  # type: ignore[method-assign]
 
     @property
     def sized(self) -> bool:
@@ -117,13 +106,24 @@ class Compressor(Shown):
         raise NotImplementedError
 
     @classmethod
-    def reader(cls, body: np.ndarray, d: int) -> Reader | None:
-        """The body of d elements, to be added by parts; None if it has to be added as a whole.
+    def mean(
+        cls, bodies: Sequence[np.ndarray], workers: int, plus: np.ndarray | None, out: np.ndarray
+    ) -> bool:
+        """out = sum of C(x_i) / workers + plus in one pass over memory, where a class can do that.
+
+        Args:
+            bodies: of the x_i, in the order in which they are added; they may be fewer than
+                `workers`. All are checked before anything is written.
+            plus: float32[d], or None for nothing.
+            out: float32[d].
+
+        Returns:
+            Whether it is done; the numbers are those of `accumulate` on zeros, to the last bit.
 
         Raises:
-            PayloadError: the body is malformed.
+            PayloadError: a body is malformed.
         """
-        return None
+        return False
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:
@@ -327,17 +327,6 @@ class Payload:
         if not self.is_absent:
             self.kind.accumulate(self._body, dense, weight)
 
-    def reader(self, dense: Array) -> Reader | None:
-        """Adds C(x) to parts of `dense` on the host; None if all of it has to be added at once.
-
-        Raises:
-            PayloadError, ValueError: as `add_to`.
-        """
-        self._require(dense)
-        if self.is_absent:
-            return _Nothing()
-        return self.kind.reader(self._body, self.num_elements)
-
     def _require(self, dense: Array) -> None:
         """Raise unless the payload has numbers and `dense` is fit to take them."""
         if tuple(dense.shape) != (self.num_elements,) or dtype_name(dense) != "float32":
@@ -357,6 +346,23 @@ class Payload:
         After an allreduce over this view, the payload stands for the sum over all ranks.
         """
         return self.kind.summands(self._body)
+
+
+def mean_at_once(messages: Sequence[Payload], workers: int, out: Array, plus: Array | None) -> bool:
+    """`Compressor.mean` of messages, if their class can, and they are not longer than float32[d].
+
+    Raises:
+        PayloadError, ValueError: as `Payload.add_to`; `out` is untouched then.
+    """
+    for message in messages:
+        message._require(out)
+    said = [message for message in messages if not message.is_absent]
+    host, more = (x if x is None else namespace(x).host_view(x) for x in (out, plus))
+    kinds = {message.kind for message in said}
+    long = sum(message.nbytes for message in said) > 4 * out.shape[0]  # so would be their indices
+    if host is None or (more is None) != (plus is None) or len(kinds) != 1 or long:
+        return False
+    return kinds.pop().mean([message._body for message in said], workers, more, host)
 
 
 def require_finite(number: Any, compressor: Compressor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import require_finite
@@ -52,6 +53,7 @@ class HardThreshold(Sparsifier):
     """
 
     threshold: float
+    ascending: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (self.threshold > 0 and math.isfinite(self.threshold)):

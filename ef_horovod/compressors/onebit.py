@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
-import ef_horovod.arrays.numpy as host
-from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays import Array, means, namespace
 from ef_horovod.arrays.grid import blocks
-from ef_horovod.compressors.base import Compressor, Reader, require_finite
+from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.compressors.rounding import block_length, read_block, read_scales, require_block
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
@@ -20,15 +20,6 @@ from ef_horovod.wire import Fields
 
 _SCALES = ("l1", "l2", "two_means")
 _LAYOUT = struct.Struct("<II")  # block (0: the whole vector), scales of a block (1 or 2)
-
-
-class _Signs(NamedTuple):
-    scale: float
-    bits: np.ndarray  # uint8[ceil(d / 8)]
-
-    def add(self, part: np.ndarray, start: int, weight: float) -> None:
-        bits = self.bits[start // 8 : (start + part.size + 7) // 8]
-        host.add_signs(part, bits, self.scale * weight)
 
 
 @register_compressor(wire_id=5)
@@ -120,8 +111,12 @@ class OneBit(Compressor):
         namespace(dense).add_signs(dense, bits, scale * weight)
 
     @classmethod
-    def reader(cls, body: np.ndarray, d: int) -> Reader | None:
-        return _Signs(*cls._read(body, d))
+    def mean(
+        cls, bodies: Sequence[np.ndarray], workers: int, plus: np.ndarray | None, out: np.ndarray
+    ) -> bool:
+        scales, bits = zip(*(cls._read(body, out.size) for body in bodies), strict=True)
+        means.mean_of_signs(bits, scales, workers, plus, out)
+        return True
 
     @classmethod
     def _read(cls, body: np.ndarray, d: int) -> tuple[float, np.ndarray]:

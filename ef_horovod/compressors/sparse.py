@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-import ef_horovod.arrays.numpy as host
-from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors.base import Compressor, Reader, require_finite
+from ef_horovod.arrays import Array, means, namespace
+from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
 from ef_horovod.index_code import decode_indices, encode_indices, indices_nbytes
 from ef_horovod.keys import Key
@@ -50,20 +50,6 @@ class Entries(NamedTuple):
         namespace(x).scatter_add(x, self.indices, values, weight)
 
 
-class Ascending(Entries):
-    """Single entries whose indices ascend: what is in a part of the vector can be found."""
-
-
-class _ByParts(NamedTuple):
-    """What a message says of ascending entries."""
-
-    indices: np.ndarray
-    values: np.ndarray
-
-    def add(self, part: np.ndarray, start: int, weight: float) -> None:
-        host.scatter_add_part(part, start, self.indices, self.values, weight)
-
-
 class Chosen(NamedTuple):
     """What a sparsifier makes of a vector."""
 
@@ -79,6 +65,8 @@ class Sparsifier(Compressor):
     how many they are (`count`). Bodies are the places, then k float32 values; `Then` codes the
     values by another compressor instead.
     """
+
+    ascending: ClassVar[bool] = False  # whether places are `Entries` with ascending indices
 
     def gain(self, d: int) -> float:
         """What entries are multiplied by before they are sent: 1 if they are sent as they are."""
@@ -139,9 +127,14 @@ class Sparsifier(Compressor):
         places.add(dense, values, weight)
 
     @classmethod
-    def reader(cls, body: np.ndarray, d: int) -> Reader | None:
-        places, values = cls._read_all(body, d)
-        return _ByParts(places.indices, values) if isinstance(places, Ascending) else None
+    def mean(
+        cls, bodies: Sequence[np.ndarray], workers: int, plus: np.ndarray | None, out: np.ndarray
+    ) -> bool:
+        if not cls.ascending:
+            return False
+        places, values = zip(*(cls._read_all(body, out.size) for body in bodies), strict=True)
+        means.mean_of_entries([each.indices for each in places], values, workers, plus, out)
+        return True
 
     @classmethod
     def _read_all(cls, body: np.ndarray, d: int) -> tuple[Places, np.ndarray]:
@@ -206,7 +199,7 @@ def coded(indices: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(_COUNT.pack(indices.size), np.uint8), encode_indices(indices, d)
 
 
-def read_coded(fields: Fields, d: int, what: str) -> Ascending:
+def read_coded(fields: Fields, d: int, what: str) -> Entries:
     """What `coded` wrote; `what` is the compressor's name.
 
     Raises:
@@ -217,4 +210,4 @@ def read_coded(fields: Fields, d: int, what: str) -> Ascending:
         raise PayloadError(
             f"{what} payload has {k} entries, expected at most {d}; it was damaged on the way"
         )
-    return Ascending(decode_indices(fields.array("u1", indices_nbytes(k, d)), k, d))
+    return Entries(decode_indices(fields.array("u1", indices_nbytes(k, d)), k, d))

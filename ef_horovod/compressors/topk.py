@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import require_finite
@@ -48,6 +49,7 @@ class TopK(Sparsifier):
 
     ratio: float | None = None
     k: int | None = None
+    ascending: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.k is None):

@@ -22,16 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-
-import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
+from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload, mean_at_once
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.keys import Key
 from ef_horovod.shown import Shown
 
-_PART = 1 << 17  # entries of a part: 0.5 MB
 State = Any  # a NamedTuple of each method's own
 
 
@@ -189,17 +185,13 @@ def mean_of(
         out: float32[d].
         plus: float32[d] to add to the mean.
 
-    Messages that are shorter than the vector, all together, are decoded side by side, for one part
-    of it after the other that stays in the cache. Each number is made by the same operations in
-    the same order in any case.
+    Messages that are shorter than the vector, all together, are decoded in one pass over memory
+    where their compressor can. Each number is made by the same operations in the same order in any
+    case.
     """
-    xp, d = namespace(out), out.shape[0]
-    parts = xp.host_parts(out, _PART)
-    if len(parts) > 1 and sum(message.nbytes for message in messages) <= 4 * d:
-        readers = [message.reader(out) for message in messages]
-        if None not in readers:
-            _mean_by_parts(readers, workers, parts, plus)
-            return out
+    xp = namespace(out)
+    if mean_at_once(messages, workers, out, plus):
+        return out
     xp.fill(out, 0.0)
     for message in messages:
         message.add_to(out)
@@ -207,22 +199,6 @@ def mean_of(
     if plus is not None:
         xp.add(out, plus)
     return out
-
-
-def _mean_by_parts(
-    readers: Sequence[Any], workers: int, parts: Sequence[np.ndarray], plus: Array | None
-) -> None:
-    room = host.zeros(_PART)
-    more = None if plus is None else namespace(plus).host_parts(plus, _PART)
-    for number, part in enumerate(parts):
-        total = room[: part.size]
-        host.fill(total, 0.0)
-        for reader in readers:
-            reader.add(total, number * _PART, 1.0)
-        if more is None:
-            host.divide(total, workers, out=part)
-        else:
-            host.divide_add(total, workers, more[number], out=part)
 
 
 def vector_like(x: Array) -> Array:

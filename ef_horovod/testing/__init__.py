@@ -30,6 +30,7 @@ from ef_horovod.testing.inputs import (
     check_finite,
     check_generator_untouched,
     check_largest_numbers,
+    check_mean,
     check_shapes,
     check_skip,
     check_vector,
@@ -73,6 +74,7 @@ def each_check(compressor: Compressor, frameworks: Sequence[str] = ("numpy",)) -
     yield partial(check_skip, compressor)
     yield partial(check_largest_numbers, compressor)
     yield partial(check_add_to, compressor)
+    yield partial(check_mean, compressor)
     yield partial(check_damage, compressor)
     yield partial(check_keys, compressor)
     if compressor.contraction(64) is not None:

@@ -215,21 +215,22 @@ class IgnoresWeight(Identity):
         super().accumulate(body, dense, 1.0)
 
 
-@breaks("reader that adds other numbers")
-class ReadsItsOwnWay(OneBit):
+@breaks("mean of other numbers")
+class AveragesItsOwnWay(OneBit):
     @classmethod
-    def reader(cls, body, d):
-        return super().reader(body, d)._replace(scale=1.0)
+    def mean(cls, bodies, workers, plus, out):
+        return super().mean(bodies, workers + 1, plus, out)
 
 
-@breaks("reader that takes what add_to refuses")
-class ReadsAnything(OneBit):
+@breaks("mean that takes what add_to refuses")
+class AveragesAnything(OneBit):
     @classmethod
-    def reader(cls, body, d):
+    def mean(cls, bodies, workers, plus, out):
         try:
-            return super().reader(body, d)
+            return super().mean(bodies, workers, plus, out)
         except PayloadError:
-            return super().reader(np.zeros(4 + (d + 7) // 8, np.uint8), d)
+            nothing = np.zeros(4 + (out.size + 7) // 8, np.uint8)
+            return super().mean([nothing for _ in bodies], workers, plus, out)
 
 
 @breaks("not linear|is a copy")

@@ -1,4 +1,4 @@
-"""Means of messages: part by part they are the same bits as one message after the other."""
+"""Means of messages: in one pass they are the same bits as one message after the other."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ import pytest
 import torch
 
 import ef_horovod as ef
-import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.torch as torch_arrays
 from ef_horovod import registry
 from ef_horovod.arrays import namespace
-from ef_horovod.compressors.base import Payload
+from ef_horovod.compressors.base import Payload, mean_at_once
 from ef_horovod.errors import PayloadError
 from ef_horovod.methods import base
 from ef_horovod.methods.base import mean_of
 
 COMPRESSORS = [example for cls in registry.COMPRESSORS.values() for example in cls.examples()]
-READERS = [ef.OneBit(), ef.OneBit("l2"), ef.TopK(0.01), ef.HardThreshold(2.0)]
-LENGTH = 1003  # not a multiple of anything
+AT_ONCE = [ef.OneBit(), ef.OneBit("l2"), ef.TopK(0.01), ef.HardThreshold(2.0)]
+LENGTH = 10_003  # two blocks of the kernels and a part, no multiple of 8
 rng = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def short_parts(monkeypatch):
-    monkeypatch.setattr(base, "_PART", 64)
 
 
 def messages_of(compressor, workers=3):
@@ -40,11 +34,17 @@ def one_after_the_other(messages, workers, plus):
     return mean if plus is None else mean + plus
 
 
-def by_parts(monkeypatch):
-    """Called as often as means are made by parts from now on."""
-    called, original = [], base._mean_by_parts
-    monkeypatch.setattr(base, "_mean_by_parts", lambda *args: called.append(1) or original(*args))
-    return called
+@pytest.fixture
+def at_once(monkeypatch):
+    """For each mean that is made from now on, whether it was made in one pass."""
+    told, original = [], base.mean_at_once
+
+    def tell(*args):
+        told.append(original(*args))
+        return told[-1]
+
+    monkeypatch.setattr(base, "mean_at_once", tell)
+    return told
 
 
 @pytest.mark.parametrize("plus", [None, rng.normal(size=LENGTH).astype(np.float32)])
@@ -59,28 +59,36 @@ def test_all_frameworks_make_the_same_bits(compressor, plus):
         assert namespace(out).to_host(out).tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("compressor", READERS, ids=repr)
-def test_what_has_a_reader_goes_by_parts(compressor, monkeypatch):
-    called = by_parts(monkeypatch)
+@pytest.mark.parametrize("compressor", AT_ONCE, ids=repr)
+def test_what_is_made_in_one_pass(compressor, at_once):
     mean_of(messages_of(compressor), 3, np.zeros(LENGTH, np.float32))
-    assert called
     # Together longer than the vector: decoded one by one, for the memory that it would take.
     many = messages_of(compressor) * 400
     out = np.zeros(LENGTH, np.float32)
     assert mean_of(many, 1200, out).tobytes() == one_after_the_other(many, 1200, None).tobytes()
-    assert len(called) == 1
+    assert at_once == [True, False]
 
 
-def test_absent_workers_say_nothing(monkeypatch):
-    called, messages = by_parts(monkeypatch), messages_of(ef.TopK(0.1))
+def test_messages_of_two_kinds_are_decoded_one_by_one(at_once):
+    sparse, *_ = messages_of(ef.TopK(0.1))
+    signs, *_ = messages_of(ef.OneBit())
+    out = np.zeros(LENGTH, np.float32)
+    expected = one_after_the_other([sparse, signs], 2, None)
+    assert mean_of([sparse, signs], 2, out).tobytes() == expected.tobytes()
+    assert at_once == [False]
+
+
+def test_absent_workers_say_nothing(at_once):
+    messages = messages_of(ef.TopK(0.1))
     expected = one_after_the_other(messages[:1], 3, None)
     absent = ef.TopK(0.1).absent(np.zeros(LENGTH, np.float32))
-    out = np.zeros(LENGTH, np.float32)
+    out = np.full(LENGTH, 7, np.float32)
     assert mean_of([absent, messages[0], absent], 3, out).tobytes() == expected.tobytes()
-    assert called
+    assert not np.any(mean_of([absent, absent], 2, out))
+    assert at_once == [True, False]
 
 
-@pytest.mark.parametrize("compressor", READERS, ids=repr)
+@pytest.mark.parametrize("compressor", AT_ONCE, ids=repr)
 def test_a_malformed_message_changes_nothing(compressor):
     good, bad, _ = messages_of(compressor)
     data = np.frombuffer(bytes(bad), np.uint8).copy()
@@ -101,35 +109,21 @@ def test_a_message_of_another_length_or_to_be_skipped_is_refused():
         mean_of([good, good.as_skip()], 2, out)
 
 
-def test_a_class_with_another_format_has_no_inherited_reader():
-    assert (
-        ef.OneBit(block=8).compress(np.ones(9, np.float32)).reader(np.zeros(9, np.float32)) is None
-    )
+def test_a_class_with_another_format_inherits_no_mean():
+    x = np.ones(9, np.float32)
+    blocks = ef.OneBit(block=8).compress(x)
+    assert not mean_at_once([blocks], 1, x, None)
 
     class Backwards(ef.TopK):
         @classmethod
         def accumulate(cls, body, dense, weight):
             super().accumulate(body, dense, -weight)
 
-    assert Backwards.reader(np.zeros(0, np.uint8), 0) is None
+    assert not Backwards.mean([np.zeros(0, np.uint8)], 1, None, x)
 
 
-def test_what_works_on_parts_of_host_memory():
-    y = rng.normal(size=10_001).astype(np.float32)
-    indices = np.sort(rng.choice(10_001, 500, replace=False))
-    values, x = 3 * y[:500], y.copy()
-    parts = host.host_parts(x, 3000)
-    assert [part.size for part in parts] == [3000, 3000, 3000, 1001]
-    assert [part.size for part in torch_arrays.host_parts(torch.from_numpy(x), 9000)] == [
-        9000,
-        1001,
-    ]
-    assert torch_arrays.host_parts(torch.zeros(9, device="meta"), 3) == []
-    for number, part in enumerate(parts):
-        host.scatter_add_part(part, 3000 * number, indices, values, -0.5)
-    whole = y.copy()
-    host.scatter_add(whole, indices, values, -0.5)
-    assert x.tobytes() == whole.tobytes()
-    out = np.empty_like(y)
-    host.divide_add(x, 3, y, out)
-    assert out.tobytes() == (x / np.float32(3) + y).tobytes()
+def test_what_is_not_on_the_host_is_left_to_its_framework():
+    assert torch_arrays.host_view(torch.zeros(9, device="meta")) is None
+    x = torch.zeros(9)
+    torch_arrays.host_view(x)[3] = 1
+    assert x[3] == 1
