@@ -88,8 +88,8 @@ def simulate(
             they are summed in flight. None: all workers are in this process.
 
     Raises:
-        UnsupportedError: `method` is not a method, the estimator is not meant for it, or a double
-            pass over a transport.
+        UnsupportedError: `method` is not a method, the estimator is not meant for it, or a server
+            or a double pass over a transport.
         NonFiniteError: a gradient was not finite; names the step.
         ValueError, TypeError: arguments out of range or a gradient of another shape.
 
@@ -203,7 +203,12 @@ class _Whole:
 def _network(
     method: Method, exchange: str, workers: int, transport: Transport | None
 ) -> _Server | _Peers | _Ranks:
-    if exchange == "server" and transport is None:
+    if exchange == "server":
+        if transport is not None:
+            raise UnsupportedError(
+                "got exchange='server' with a transport, expected none, for its ranks talk among "
+                "each other; leave transport= out, or start a job by launch/server"
+            )
         return _Server(workers)
     kind = exchanges.choose(exchange, method)
     kind = "reduce" if kind == "dense" else kind  # the same sum, of payloads

@@ -98,6 +98,12 @@ def test_fewer_workers_than_ranks_are_refused():
         run(GATHERED[0], 2, local_group(3)[0])
 
 
+def test_ranks_have_no_server():
+    (transport,) = local_group(1)
+    with pytest.raises(ef.errors.UnsupportedError, match="exchange='server' with a transport"):
+        run(GATHERED[0], 2, transport, exchange="server")
+
+
 def test_stop_ends_the_run_after_its_step():
     result = run(GATHERED[0], 4, stop=lambda entry: entry["step"] == 6)
     assert [entry["step"] for entry in result.history] == list(range(7))
