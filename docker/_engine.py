@@ -1,5 +1,6 @@
 """What the scripts beside this file share: the engine, compose, and commands with a limit."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -85,15 +86,13 @@ def run(command: list, limit: float, *, env: dict | None = None, quiet: bool = F
 
 
 def _end(process: subprocess.Popen) -> None:
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, kind)
+    """End a process, and then what it has left of its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS_TO_END)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def signals_raise() -> None:
