@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -59,6 +60,8 @@ def run_environment(toolkit: Toolkit, environment: Mapping[str, str]) -> dict[st
     env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     env |= {"OMPI_MCA_rmaps_base_oversubscribe": "1"}
     set_prefix(env)
+    if not any(shutil.which(name, path=env["PATH"]) for name in ("ssh", "rsh")):
+        env.setdefault("OMPI_MCA_plm", "isolated")  # mpirun wants a login even for this machine
     return env
 
 

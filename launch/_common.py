@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,4 +59,6 @@ def child_environment() -> dict[str, str]:
     env.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
     if (venv / "bin" / "orted").exists():  # without mpirun, Open MPI's wheel does not find itself
         env.setdefault("OPAL_PREFIX", str(venv))
+    if not (shutil.which("ssh") or shutil.which("rsh")):
+        env.setdefault("OMPI_MCA_plm", "isolated")  # mpirun wants a login even for this machine
     return env

@@ -17,6 +17,7 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.server.__main__ import make_parser as make_server_parser
 from ef_horovod.server.__main__ import method_of
 
+_PASSED_ON = ("EF_HOROVOD_TIMEOUT",)  # to ranks on other hosts, which have a login's variables
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 # mpirun ends all ranks when one dies; a server has so many seconds to save its state then. mpirun
 # waits that long in any case, twice.
@@ -81,6 +82,7 @@ def command(
     elsewhere = arguments.host or arguments.hostfile
     threads = arguments.threads or (1 if elsewhere else max(1, cores // ranks))
     variables = [word for name in _THREADS for word in ("-x", f"{name}={threads}")]
+    variables += [word for name in _PASSED_ON if name in os.environ for word in ("-x", name)]
     line = [*mpirun(arguments), "-np", str(arguments.servers), *variables]
     line += [sys.executable, "-m", "ef_horovod.server", *for_server, ":"]
     return [*line, "-np", str(arguments.workers), *variables, *program]

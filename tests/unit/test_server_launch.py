@@ -65,6 +65,15 @@ def test_options(words, cores, root, there, not_there, capsys, monkeypatch):
     assert not [word for word in not_there if word in text]
 
 
+def test_the_limit_of_waits_reaches_ranks_on_other_hosts(capsys, monkeypatch):
+    words = ("-w", "2", "-H", "a:1,b:2", "--", "x")
+    monkeypatch.delenv("EF_HOROVOD_TIMEOUT", raising=False)
+    assert "EF_HOROVOD_TIMEOUT" not in line(capsys, *words, monkeypatch=monkeypatch)
+    monkeypatch.setenv("EF_HOROVOD_TIMEOUT", "60")
+    text = line(capsys, *words, monkeypatch=monkeypatch)
+    assert ["-x EF_HOROVOD_TIMEOUT" in half for half in text.split(" : ")] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

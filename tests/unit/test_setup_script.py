@@ -236,6 +236,14 @@ def test_variables_of_child_processes(common, venv, monkeypatch):
     assert common.child_environment()["OPAL_PREFIX"] == str(venv)
 
 
+def test_mpirun_starts_where_there_is_no_ssh(common, monkeypatch, tmp_path):
+    monkeypatch.delenv("OMPI_MCA_plm", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert common.child_environment()["OMPI_MCA_plm"] == "isolated"
+    (tmp_path / "ssh").touch(mode=0o755)
+    assert "OMPI_MCA_plm" not in common.child_environment()
+
+
 def test_the_users_own_variables_win(common, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert common.child_environment()["OMP_NUM_THREADS"] == "4"
