@@ -86,7 +86,7 @@ class Channel:
     ) -> None:
         xp, device = namespace(like), getattr(like, "device", None)
         self.name, self.method = name, method
-        if exchange == "auto" and transport.has_server:
+        if exchanges.is_auto(exchange) and transport.has_server:
             exchange = "server"
         self.exchange = exchanges.choose(exchange, method)
         self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step
