@@ -173,15 +173,15 @@ def _plain_costs(question: Question, workers: int, work: Work) -> dict[str, Cost
     """Of Horovod without this library."""
     d, network, compute = question.parameters, question.network, question.compute or 0.0
     own: dict[str, Any] = {"work": work, "compute": compute, "share": question.share}
-    asked, ring = SOFTWARE[question.software], SOFTWARE["ring"]
+    asked = SOFTWARE[question.software]
 
     def dense(software: Software) -> Cost:
         method = read_method("NoFeedback(Identity())")
         return step_cost(method, d, workers, "dense", network, software=software, **own)
 
     costs = {_PLAIN + "dense": dense(asked)}
-    if asked is not ring:
-        costs[_PLAIN + "dense by a ring"] = dense(ring)
+    if question.software == "default":
+        costs[_PLAIN + "dense by a ring"] = dense(SOFTWARE["ring"])
     return costs | {
         _PLAIN + "fp16": half_precision_cost(d, workers, network, software=asked, **own)
     }
@@ -274,10 +274,11 @@ def _assumptions(question: Question) -> str:
         f"forward and backward: {show_seconds(compute)} (given)"
         if compute is not None
         else "forward and backward: not given (--compute), so a step is what the exchange costs",
-        f"speed of a core: {took}; {question.share:g} workers share one",
+        f"speed of a core: {took}; {question.share:g} worker(s) on each",
         f"{question.parameters:,} parameters in "
         f"{len(bucket_lengths(question.parameters, question.bucket_bytes))} bucket(s); nothing "
         "overlaps with backward",
+        "time alone: how well each one trains is another question (docs/methods.md)",
     ]
     return "Predicted, from:\n" + "\n".join(f"  {line}" for line in lines)
 

@@ -58,13 +58,13 @@ def _best(
     exchange: str, method: Method, d: int, workers: int, usual: str, *, slices: bool
 ) -> tuple[str, bool]:
     """The cheapest exchange, and whether it beats dense sums, if a network was named."""
-    from ef_horovod.theory.cost import OPEN_MPI_RING, Network, step_cost
+    from ef_horovod.theory.cost import IDEAL, Network, step_cost
 
     named = exchanges.network_of(exchange)
     network = named or Network(USUAL_BITS_PER_SECOND)
 
     def seconds(kind: str) -> float:
-        return step_cost(method, d, workers, kind, network, software=OPEN_MPI_RING).step
+        return step_cost(method, d, workers, kind, network, software=IDEAL).step
 
     best, least = usual, seconds(usual)
     if slices and seconds("double_pass") < _GAIN * least:

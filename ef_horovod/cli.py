@@ -173,8 +173,8 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--method", action="append", default=[], help="'EF21(TopK(0.01))', ef21 (repeatable)")
     add("--compressor", action="append", default=[], help="topk:0.01: of each method (repeatable)")
     add(
-        "--mpi", choices=("default", "ring"), default="default",
-        help="Open MPI as it comes, or told to sum and gather by rings",
+        "--mpi", choices=("default", "ring", "ideal"), default="default",
+        help="Open MPI as it comes, told to sum and gather by rings, or rings without TCP (RDMA)",
     )  # fmt: skip
     add(
         "--workers-per-core", type=float, default=1.0, metavar="X", help="where workers share cores"

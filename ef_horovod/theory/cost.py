@@ -109,7 +109,16 @@ OPEN_MPI_RING = OPEN_MPI._replace(
     allreduce=Collective(1.08, "ring", pair=1.4),
     allgather=Collective(1.2, "ring", pair=1.05),
 )
-SOFTWARE = {"default": OPEN_MPI, "ring": OPEN_MPI_RING}
+# As NCCL and RDMA come near it. Nothing here was measured but Horovod's start.
+IDEAL = Software(
+    "Horovod with rings at the link's full rate that take no core (RDMA; not measured)",
+    start=OPEN_MPI.start,
+    allreduce=Collective(1.0, "ring"),
+    allgather=Collective(1.0, "ring"),
+    alltoall=Collective(1.0, "ring"),
+    core=0.0,
+)
+SOFTWARE = {"default": OPEN_MPI, "ring": OPEN_MPI_RING, "ideal": IDEAL}
 
 
 class Work(NamedTuple):

@@ -1,4 +1,8 @@
-"""Seconds of single exchanges over Horovod: for each case the parts of a step, and its bytes."""
+"""Seconds of single exchanges over Horovod: for each case the parts of a step, and its bytes.
+
+Before each case all ranks probe at once how fast they compute, so that the speeds are those of
+ranks that share the machine's cores.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import torch
 from common import ARGUMENTS, report
 
 from ef_horovod.channel import Channel, finish_step
+from ef_horovod.probe import measure_work
 from ef_horovod.sliced import open_channel
 from ef_horovod.spelling import read_method
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
@@ -39,12 +44,15 @@ def measure(label: str, method: str, exchange: str, gradient: Any, repetitions: 
     """Medians over steps, each from a barrier on."""
     if method == "Horovod fp16":
         return measure_fp16(label, gradient, repetitions)
+    hvd.barrier()
+    work = measure_work(read_method(method), gradient.shape[0])
     transport = HorovodTorchTransport(label)
     channel = open_channel("x", gradient, read_method(method), transport, exchange=exchange)
     steps = [timed_step(channel, gradient, number) for number in range(WARM_UP + repetitions)]
     last = channel.stats()
     result = {part: statistics.median(s[part] for s in steps[WARM_UP:]) for part in steps[0]}
-    return result | {"bytes_out": last.bytes_out / last.steps, "exchange": last.exchange}
+    sent = {"bytes_out": last.bytes_out / last.steps, "bytes_in": last.bytes_in / last.steps}
+    return result | sent | {"exchange": last.exchange, "work": work}
 
 
 def timed_step(channel: Channel, gradient: Any, number: int) -> dict[str, float]:
