@@ -70,7 +70,8 @@ class Channel:
         like: float32[d] whose framework and device the channel's arrays get.
         method: error-feedback method.
         transport: to the other ranks.
-        exchange: "auto" or one of `exchange.EXCHANGES`; "double_pass" is `SlicedChannel`'s.
+        exchange: one of `exchange.EXCHANGES`, as `auto.decide` found it; "double_pass" is
+            `SlicedChannel`'s.
         seed: of random compressors; equal on all ranks.
     """
 
