@@ -13,7 +13,6 @@ from ef_horovod.methods.base import Method
 from ef_horovod.probe import measure_work
 from ef_horovod.spelling import read_method
 from ef_horovod.theory.cost import (
-    REFERENCE_WORK,
     SOFTWARE,
     Cost,
     Network,
@@ -21,6 +20,7 @@ from ef_horovod.theory.cost import (
     Work,
     half_precision_cost,
     possible_exchanges,
+    reference_work,
     step_cost,
 )
 from ef_horovod.units import show_rate, show_seconds
@@ -136,7 +136,7 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
     """
     lengths = bucket_lengths(question.parameters, question.bucket_bytes)
     work = {
-        method: probe(method, max(lengths)) if question.measured else REFERENCE_WORK
+        method: (probe if question.measured else reference_work)(method, max(lengths))
         for method in question.methods
     }
     return [_answer(question, workers, lengths, work) for workers in question.workers]
@@ -156,7 +156,7 @@ def bucket_lengths(parameters: int, bucket_bytes: int) -> list[int]:
 def _answer(
     question: Question, workers: int, lengths: Sequence[int], work: dict[Method, Work]
 ) -> Answer:
-    plain = _plain_costs(question, workers, next(iter(work.values()), REFERENCE_WORK))
+    plain = _plain_costs(question, workers, next(iter(work.values()), None))
     compressed = [
         (f"{method!r}, {exchange}", method, _bucketed(question, workers, lengths, method, exchange,
                                                       work[method]))
@@ -169,7 +169,7 @@ def _answer(
     return Answer(workers, sorted(choices, key=lambda choice: choice.cost.step))
 
 
-def _plain_costs(question: Question, workers: int, work: Work) -> dict[str, Cost]:
+def _plain_costs(question: Question, workers: int, work: Work | None) -> dict[str, Cost]:
     """Of Horovod without this library."""
     d, network, compute = question.parameters, question.network, question.compute or 0.0
     own: dict[str, Any] = {"work": work, "compute": compute, "share": question.share}

@@ -58,23 +58,22 @@ class Collective(NamedTuple):
         stretch: seconds of long messages over what their bytes take at the link's full rate.
         in_turn: messages that wait for each other: "ring" is n - 1 of them, "tree" log2 n.
         pair: the stretch between two workers, where it is another one.
+        ramp: bytes a round from which the stretch counts in full; it grows up to there.
     """
 
     stretch: float
     in_turn: str = "ring"
     pair: float | None = None
+    ramp: float = 0.0
 
     def seconds(self, sent: float, n: int, network: Network) -> float:
         """Of a collective in which each of n workers sends so many bytes."""
         stretch = self.pair if n == 2 and self.pair is not None else self.stretch
         rounds = n - 1 if self.in_turn == "ring" else math.ceil(math.log2(n))
         wire = 8 * _FRAMES * sent / network.bandwidth
-        # What fits into a packet or two a round goes at full rate by any algorithm.
-        long = min(1.0, sent / (_SHORT * max(rounds, 1)))
+        a_round = sent / max(rounds, 1)
+        long = 1.0 if a_round >= self.ramp else a_round / self.ramp
         return rounds * network.latency + wire * (1 + (stretch - 1) * long)
-
-
-_SHORT = 65536  # bytes a round, up to which Open MPI's defaults measured as good as a ring
 
 
 class Software(NamedTuple):
@@ -83,7 +82,7 @@ class Software(NamedTuple):
     Args:
         name: what to call it.
         start: seconds from asking for a collective to its first byte: Horovod's cycle and
-            negotiation.
+            negotiation, where each worker has a core.
         allreduce, allgather, alltoall: how it makes them.
         core: seconds of a core for each byte that is sent and received: TCP's and copies.
     """
@@ -99,9 +98,9 @@ class Software(NamedTuple):
 OPEN_MPI = Software(
     "Horovod with Open MPI 4.1 as it comes",
     start=2e-3,
-    allreduce=Collective(1.85, "tree", pair=1.9),
-    allgather=Collective(2.0, "ring", pair=1.9),
-    alltoall=Collective(1.35, "ring", pair=1.05),
+    allreduce=Collective(1.85, "tree", pair=1.9, ramp=64e3),
+    allgather=Collective(2.0, "ring", pair=1.9, ramp=400e3),
+    alltoall=Collective(2.0, "ring", pair=1.05),  # all send to one at once: queues overflow
     core=0.7e-9,
 )
 OPEN_MPI_RING = OPEN_MPI._replace(
@@ -139,9 +138,19 @@ class Work(NamedTuple):
     copy: float
 
 
-# Of error feedback with top-k or one bit on one core of the machine that docs/cost-model.md tells
-# of; only `exchange="auto"` takes them, which has to choose alike on all ranks and in all runs.
-REFERENCE_WORK = Work(push=2.0e-9, decode=0.3e-9, aggregate=1.0e-9, pull=0.5e-9, copy=0.4e-9)
+def reference_work(method: Method, d: int) -> Work:
+    """Speeds of a core that were not measured: round numbers near those of docs/cost-model.md.
+
+    `exchange="auto"` takes them, for it has to choose alike on all ranks and in all runs. They are
+    those of error feedback with top-k or one bit; a message is decoded in 2 ns a byte.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> reference_work(ef.EF21(ef.TopK(0.01)), 10**6).decode < 2e-10
+        True
+    """
+    decode = 2e-9 * method.compressor.nbytes(method.message_length(d, 0)) / max(d, 1)
+    return Work(push=1.5e-9, decode=decode, aggregate=1.0e-9, pull=0.5e-9, copy=0.4e-9)
 
 
 class Cost(NamedTuple):
@@ -168,7 +177,7 @@ def step_cost(
     network: Network,
     *,
     software: Software = OPEN_MPI,
-    work: Work = REFERENCE_WORK,
+    work: Work | None = None,
     compute: float = 0.0,
     share: float = 1.0,
 ) -> Cost:
@@ -181,7 +190,7 @@ def step_cost(
         exchange: "gather", "reduce", "double_pass", "server" or "dense".
         network: between the hosts.
         software: what carries out the collectives.
-        work: speeds of a core.
+        work: speeds of a core; default `reference_work`.
         compute: seconds of forward and backward.
         share: workers for each core, if that is more than 1.
 
@@ -197,7 +206,10 @@ def step_cost(
         True
     """
     moved = method_traffic(method, d, n, exchange)
-    before, after = (d * share * part for part in _work(work, n, exchange))
+    before, after = (
+        d * share * part for part in _work(work or reference_work(method, d), n, exchange)
+    )
+    software = software._replace(start=share * software.start)
     seconds = _collectives(method, d, n, exchange, moved, network, software) if n > 1 else 0.0
     on_core = share * software.core * (moved.sent + moved.received)
     return Cost(exchange, moved, compute, before, max(seconds, on_core), after)
@@ -205,7 +217,7 @@ def step_cost(
 
 def half_precision_cost(
     d: int, n: int, network: Network, *, software: Software = OPEN_MPI,
-    work: Work = REFERENCE_WORK, compute: float = 0.0, share: float = 1.0,
+    work: Work | None = None, compute: float = 0.0, share: float = 1.0,
 ) -> Cost:  # fmt: skip
     """The same for Horovod's own `Compression.fp16`: an allreduce of 2 d bytes, and two casts.
 
@@ -213,8 +225,9 @@ def half_precision_cost(
         ValueError: n < 1 or d < 0.
     """
     moved = reduce_traffic(2 * d, n)
-    seconds = software.start + software.allreduce.seconds(moved.sent, n, network) if n > 1 else 0.0
-    cast = d * share * work.copy
+    sums = software.allreduce.seconds(moved.sent, n, network) if n > 1 else 0.0
+    seconds = share * software.start + sums if n > 1 else 0.0
+    cast = d * share * (work or reference_work(NoFeedback(Identity()), d)).copy
     on_core = share * software.core * (moved.sent + moved.received)
     return Cost("fp16", moved, compute, cast, max(seconds, on_core), 2 * cast)
 

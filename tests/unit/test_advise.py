@@ -9,7 +9,7 @@ import pytest
 import ef_horovod as ef
 from ef_horovod import advise, cli, theory
 from ef_horovod.probe import measure_work
-from ef_horovod.theory.cost import REFERENCE_WORK
+from ef_horovod.theory.cost import reference_work
 
 MODEL = ["advise", "--parameters", "3.6M", "--reference"]
 
@@ -104,7 +104,7 @@ def test_speeds_are_measured_unless_told_otherwise():
 
     def probe(method, d):
         seen.append((method, d))
-        return REFERENCE_WORK
+        return reference_work(method, d)
 
     methods = [ef.EF21(ef.TopK(0.01)), ef.ErrorFeedback(ef.OneBit())]
     question = advise.Question(8_000_000, [4], theory.Network(1e9), methods)
