@@ -101,7 +101,7 @@ OPEN_MPI = Software(
     allreduce=Collective(1.85, "tree", pair=1.9, ramp=64e3),
     allgather=Collective(2.0, "ring", pair=1.9, ramp=400e3),
     alltoall=Collective(2.0, "ring", pair=1.05),  # all send to one at once: queues overflow
-    core=0.7e-9,
+    core=0.45e-9,
 )
 OPEN_MPI_RING = OPEN_MPI._replace(
     name="Horovod with Open MPI 4.1, rings chosen",

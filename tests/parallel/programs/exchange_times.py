@@ -51,6 +51,7 @@ def measure(label: str, method: str, exchange: str, gradient: Any, repetitions: 
     steps = [timed_step(channel, gradient, number) for number in range(WARM_UP + repetitions)]
     last = channel.stats()
     result = {part: statistics.median(s[part] for s in steps[WARM_UP:]) for part in steps[0]}
+    result["least"] = min(s["step"] for s in steps[WARM_UP:])
     sent = {"bytes_out": last.bytes_out / last.steps, "bytes_in": last.bytes_in / last.steps}
     return result | sent | {"exchange": last.exchange, "work": work}
 
