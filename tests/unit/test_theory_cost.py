@@ -90,6 +90,7 @@ def test_a_ring_takes_what_the_formula_says():
     expected = 3 * 1e-3 + 1.5 * frames * 8 * sent / 1e8
     assert ring.seconds(sent, 4, NETWORK) == pytest.approx(expected)
     assert ring.seconds(0, 4, NETWORK) == pytest.approx(3e-3)
+    assert ring._replace(passes=2).seconds(0, 4, NETWORK) == pytest.approx(6e-3)
     tree = ring._replace(in_turn="tree", pair=1.0)
     assert tree.seconds(0, 9, NETWORK) == pytest.approx(4e-3)
     assert tree.seconds(sent, 2, NETWORK) == pytest.approx(1e-3 + frames * 8 * sent / 1e8)
