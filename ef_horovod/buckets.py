@@ -85,7 +85,7 @@ def describe(buckets: Iterable[Any]) -> list[str]:
     """One line a parameter: what ranks must agree about, for `guard.require_same_config`."""
     return [
         f"parameter '{slot.name}' of shape {tuple(slot.parameter.shape)} in "
-        f"{bucket.channel.name} by {bucket.channel.method!r}"
+        f"{bucket.channel.name} by {bucket.channel.method!r} ({bucket.channel.exchange})"
         for bucket in buckets
         for slot in bucket.slots
     ]

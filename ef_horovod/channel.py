@@ -70,7 +70,8 @@ class Channel:
         like: float32[d] whose framework and device the channel's arrays get.
         method: error-feedback method.
         transport: to the other ranks.
-        exchange: "auto" or one of `exchange.EXCHANGES`; "double_pass" is `SlicedChannel`'s.
+        exchange: one of `exchange.EXCHANGES`, as `auto.decide` found it; "double_pass" is
+            `SlicedChannel`'s.
         seed: of random compressors; equal on all ranks.
     """
 
@@ -86,7 +87,7 @@ class Channel:
     ) -> None:
         xp, device = namespace(like), getattr(like, "device", None)
         self.name, self.method = name, method
-        if exchange == "auto" and transport.has_server:
+        if exchanges.is_auto(exchange) and transport.has_server:
             exchange = "server"
         self.exchange = exchanges.choose(exchange, method)
         self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ef_horovod._progress import CommandFailed
 from ef_horovod.build_horovod import FRAMEWORKS, BuildError, Options, build_horovod
@@ -151,7 +152,87 @@ def _run_report(arguments: argparse.Namespace) -> None:
     report(arguments.log, arguments.out)
 
 
-COMMANDS = (_add_build_horovod, _add_list, _add_report)
+def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "advise",
+        help="what each choice is predicted to cost a step, and which one to take",
+        description=(
+            "Predicts bytes and seconds of a training step for dense sums and for each method and "
+            "exchange, from a model's size, a network and a number of workers, and says which one "
+            "to take, or to stay dense. docs/cost-model.md has the formulas and how far they held."
+        ),
+    )
+    add = parser.add_argument
+    add("--parameters", type=_read("read_count"), required=True, metavar="N", help="3.6M, 25000")
+    add("--workers", type=_counts, required=True, metavar="N[,N...]", help="one on each host; 4")
+    add(
+        "--bandwidth", type=_read("read_rate"), required=True, metavar="RATE", help="100mbit, 1gbit"
+    )
+    add("--latency", type=_read("read_seconds"), default=50e-6, metavar="TIME", help="50us")
+    add("--compute", type=_read("read_seconds"), metavar="TIME", help="of forward and backward")
+    add("--method", action="append", default=[], help="'EF21(TopK(0.01))', ef21 (repeatable)")
+    add("--compressor", action="append", default=[], help="topk:0.01: of each method (repeatable)")
+    add(
+        "--mpi", choices=("default", "ring", "ideal"), default="default",
+        help="Open MPI as it comes, told to sum and gather by rings, or rings without TCP (RDMA)",
+    )  # fmt: skip
+    add(
+        "--workers-per-core", type=float, default=1.0, metavar="X", help="where workers share cores"
+    )
+    add(
+        "--bucket-bytes", type=_positive, default=25 * 2**20, metavar="N",
+        help="of float32 in a compressed bucket (26214400)",
+    )  # fmt: skip
+    add(
+        "--reference", action="store_true",
+        help="take the reference machine's speed, in place of measuring this one's",
+    )  # fmt: skip
+    add("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_run_advise)
+
+
+def _run_advise(arguments: argparse.Namespace) -> None:
+    from ef_horovod import advise
+    from ef_horovod.spelling import read_compressor
+    from ef_horovod.theory.cost import Network
+
+    try:
+        compressors = [read_compressor(text) for text in arguments.compressor]
+        question = advise.Question(
+            parameters=arguments.parameters,
+            workers=arguments.workers,
+            network=Network(arguments.bandwidth, arguments.latency),
+            methods=advise.read_methods(arguments.method, compressors),
+            compute=arguments.compute,
+            software=arguments.mpi,
+            bucket_bytes=arguments.bucket_bytes,
+            share=max(1.0, arguments.workers_per_core),
+            measured=not arguments.reference,
+        )
+        answers = advise.advise(question)
+    except ValueError as error:
+        raise CommandFailed(str(error)) from None
+    print((advise.as_json if arguments.json else advise.page)(question, answers))
+
+
+def _read(name: str) -> Callable[[str], Any]:
+    """A reader of `units` as a type of arguments, with its own words for what is wrong."""
+    from ef_horovod import units
+
+    def read(text: str) -> float:
+        try:
+            return getattr(units, name)(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def _counts(text: str) -> list[int]:
+    return [_positive(word) for word in text.split(",")]
+
+
+COMMANDS = (_add_build_horovod, _add_list, _add_report, _add_advise)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,11 +6,15 @@ dense   an allreduce of the gradient itself, without payloads
 server  one message to a parameter server and one answer, which it has reduced: for any compressor
 double_pass  every rank is the server of one slice: messages for slices by an all-to-all, answers by
         an all-gather; for any compressor, the cost does not grow (see sliced.py)
+
+"auto" is one of these by what they are predicted to take (see auto.py); "auto:10gbit" and
+"auto:100mbit,2ms" say for which network, and may leave a vector uncompressed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,27 +26,35 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.transports.base import Transport
 
+if TYPE_CHECKING:
+    from ef_horovod.theory.cost import Network
+
 EXCHANGES = ("auto", "gather", "reduce", "double_pass", "dense", "server")
 
 
 def choose(exchange: str, method: Method) -> str:
-    """The exchange to use, from facts that are equal on all ranks.
+    """The exchange to use, whatever the length of vectors and the number of ranks.
 
     Args:
-        exchange: one of EXCHANGES; "auto" takes "dense" for no compression at all, "reduce" for
-            linear compressors and "gather" for the others.
+        exchange: one of EXCHANGES, or "auto:NETWORK"; "auto" takes "dense" for no compression at
+            all, "reduce" for linear compressors and "gather" for the others. All of these have the
+            same numbers, up to the order of additions.
         method: the method that the messages belong to.
 
     Raises:
-        ValueError: no such exchange.
+        ValueError: no such exchange or network.
         UnsupportedError: the method's compressor cannot travel that way.
     """
     uncompressed = method == NoFeedback(Identity())
     linear = method.summable
-    if exchange == "auto":
+    if is_auto(exchange):
+        network_of(exchange)
         return "dense" if uncompressed else "reduce" if linear else "gather"
     if exchange not in EXCHANGES:
-        raise ValueError(f"got exchange={exchange!r}, expected one of {EXCHANGES}; pick one")
+        raise ValueError(
+            f"got exchange={exchange!r}, expected one of {EXCHANGES}, or a network as in "
+            "'auto:1gbit'; pick one"
+        )
     if exchange == "reduce" and not linear:
         raise UnsupportedError(
             f"got exchange='reduce' with {method}, expected a linear compressor in a method that "
@@ -59,6 +71,25 @@ def choose(exchange: str, method: Method) -> str:
             "a vector as on any other, for this one looks at whole matrices; use exchange='auto'"
         )
     return exchange
+
+
+def is_auto(exchange: str) -> bool:
+    """Whether it is to be found out which exchange is best."""
+    return exchange == "auto" or exchange.startswith("auto:")
+
+
+def network_of(exchange: str) -> Network | None:
+    """The network that "auto:NETWORK" names; None for another exchange.
+
+    Raises:
+        ValueError: it is none.
+    """
+    _, colon, text = exchange.partition(":")
+    if not colon:
+        return None
+    from ef_horovod.theory.cost import Network
+
+    return Network.read(text)
 
 
 def start(

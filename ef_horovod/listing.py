@@ -71,7 +71,7 @@ def compressor_tables(d: int) -> list[Table]:
         "Bytes of a payload with its header (at least: where the number follows from the data). "
         "contraction: delta with E|C(x) - x|^2 <= (1 - delta) |x|^2, for every x; variance: omega "
         "with E|C(x) - x|^2 <= omega |x|^2, of the unbiased. linear: payloads may be summed in "
-        "flight. exchange: what `auto` takes.",
+        "flight. exchange: what `auto` takes among few ranks.",
         [
             *("compressor", "bytes", "of float32", "contraction", "variance"),
             *("unbiased", "linear", "exchange"),
@@ -98,7 +98,7 @@ def method_tables(d: int) -> list[Table]:
         "answer that a parameter server would send "
         "each worker. Memory in vectors of that length, as remembered between steps + room to "
         "work in, for n workers; without a server each rank has both halves. exchange: what `auto` "
-        "takes.",
+        "takes among few ranks.",
         ["method", "up", "down", "worker's memory", "aggregator's memory", "exchange"],
         [_method_row(method, d) for kind in kinds for method in examples_of(kind)],
         (75, 20, 12, 16, 20, 10),

@@ -69,7 +69,8 @@ def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any
     if _sizes(parameters) != _sizes(mine):
         raise ValueError(
             f"got memories of {len(parameters)} parameters whose names, sizes or kinds differ from "
-            f"the {len(mine)} here; load them into the same model with the same compression"
+            f"the {len(mine)} here; load them into the same model with the same compression and "
+            "exchange (the same network, if exchange='auto' was given one)"
         )
     for bucket in buckets:
         for memory in list(_memories(bucket)):

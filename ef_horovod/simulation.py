@@ -74,11 +74,11 @@ def simulate(
         step_size: a number, a `Decay`, or a function of the step.
         seed: of random compressors.
         name: of the vector: draws depend on it, as in a job on a bucket's name ("bucket.0").
-        exchange: "auto", "gather" or "reduce": how workers talk among each other; or "server": one
-            message up, one answer down for each worker, which is a float32 vector unless the
-            method compresses both ways. The iterates are the same; what is counted differs. Or
-            "double_pass": slice j of x, named NAME/j, is worker j's to reduce; a compressor sees
-            slices, so the iterates are others.
+        exchange: "auto" (one of the next two), "gather" or "reduce": how workers talk among each
+            other; or "server": one message up, one answer down for each worker, which is a float32
+            vector unless the method compresses both ways. The iterates are the same; what is
+            counted differs. Or "double_pass": slice j of x, named NAME/j, is worker j's to reduce;
+            a compressor sees slices, so the iterates are others.
         estimator: what workers give to the method in place of their gradients.
         observe: called with x after every step; its dict joins the history.
         stop: called with the last entry of the history; True ends the run after this step.

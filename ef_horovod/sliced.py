@@ -20,6 +20,7 @@ import numpy as np
 
 from ef_horovod import wire
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.auto import decide
 from ef_horovod.channel import Channel, Piece
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.identity import Identity
@@ -40,7 +41,12 @@ def open_channel(
     exchange: str = "auto",
     seed: int = 0,
 ) -> Channel:
-    """The channel for an exchange; arguments as those of `Channel`."""
+    """The channel for an exchange; arguments as those of `Channel`.
+
+    With "auto" it has the exchange that is predicted to be best for this vector, and with
+    "auto:NETWORK" perhaps no compression; `stats()` tells.
+    """
+    exchange, method = decide(exchange, method, like.shape[0], transport)
     kind = SlicedChannel if exchange == "double_pass" else Channel
     return kind(name, like, method, transport, exchange=exchange, seed=seed)
 

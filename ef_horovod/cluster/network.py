@@ -19,7 +19,6 @@ _FRAME_NBYTES = 1514  # an Ethernet frame with 1500 bytes in it, as the kernel c
 _HEADERS_NBYTES = 66  # Ethernet 14, IPv4 20, TCP 20 and its time stamps 12
 # What tc says of a queueing discipline that the kernel does not have; older kernels the second.
 _UNKNOWN = ("qdisc kind is unknown", "No such file or directory")
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
 @dataclass(frozen=True)
@@ -64,36 +63,6 @@ class Counters:
 
     def as_dict(self) -> dict[str, int]:
         return {**asdict(self), "payload_out": self.payload_out, "payload_in": self.payload_in}
-
-
-def read_rate(text: str) -> int:
-    """Bits per second from text, with the units of `tc`.
-
-    >>> read_rate("100mbit"), read_rate("2.5Gbit")
-    (100000000, 2500000000)
-
-    Raises:
-        ValueError: it is no rate, or below 64 kbit/s.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)bit", text.strip().lower())
-    rate = round(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if rate < 64_000:
-        raise ValueError(
-            f"got the rate {text!r}, expected 64kbit or more, as in 100mbit or 2.5gbit"
-        )
-    return rate
-
-
-def show_rate(rate: int | None) -> str:
-    """A rate as people write it.
-
-    >>> show_rate(100_000_000), show_rate(2_500_000_000), show_rate(None)
-    ('100 Mbit/s', '2.5 Gbit/s', 'no limit')
-    """
-    if rate is None:
-        return "no limit"
-    unit = next(unit for unit in "gmk" if rate >= _UNITS[unit] or unit == "k")
-    return f"{rate / _UNITS[unit]:g} {unit.upper() if unit != 'k' else unit}bit/s"
 
 
 def read_delay(text: str) -> str:

@@ -29,7 +29,7 @@ class Bucket:
     Args:
         plan: its variables and how they travel.
         transport: to the other ranks, or to servers.
-        exchange: "auto", "gather", "reduce", "double_pass" or "server".
+        exchange: "auto", "auto:NETWORK", "gather", "reduce", "double_pass" or "server".
         seed: of random compressors.
     """
 

@@ -49,7 +49,7 @@ class Compression(tf.Module):
         method: error-feedback method with its compressor.
         variables: in the order of `tape.gradient(loss, variables)`.
         dense: `dense(path, variable)` says which variables stay uncompressed.
-        exchange: "auto", "gather", "reduce" or "double_pass".
+        exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
         process_set: the one given to Horovod.
         timeout: seconds that a wait may take; default $EF_HOROVOD_TIMEOUT or 300.

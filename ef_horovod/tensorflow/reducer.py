@@ -50,10 +50,12 @@ class Reducer(tf.Module):
         op: `hvd.Average` or `hvd.Sum`.
         dense: `dense(path, variable)` says which variables stay uncompressed (they share one
             allreduce); default `small_or_vector`.
-        exchange: "auto", "gather" (any compressor), "reduce" (linear ones) or "double_pass" (any
-            compressor, in slices that ranks reduce for each other: cost does not grow with them)
-            among Horovod's ranks; or "server" in a job that `launch/server` started, which needs no
-            `hvd.init()`, and where sparse gradients need `sparse_as_dense`.
+        exchange: "auto", the cheapest one by the cost model, or with a network as in "auto:10gbit"
+            and "auto:1gbit,2ms" the cheapest one there, dense sums included; "gather" (any
+            compressor), "reduce" (linear ones) or "double_pass" (any compressor, in slices that
+            ranks reduce for each other: cost does not grow with them) among Horovod's ranks; or
+            "server" in a job that `launch/server` started, which needs no `hvd.init()`, and where
+            sparse gradients need `sparse_as_dense`.
         bucket_bytes: variables are packed into buckets of about this many bytes of float32; each
             is compressed as one vector and sent in one collective as soon as its gradients exist.
         seed: of random compressors.

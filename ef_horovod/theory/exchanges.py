@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ef_horovod.compressors.base import Compressor
+from ef_horovod.compressors.identity import Identity
 from ef_horovod.compressors.topk import TopK
+from ef_horovod.methods.base import Method
 
 EXCHANGES = ("gather", "reduce", "double_pass", "server", "dense")
 
@@ -172,6 +174,57 @@ def traffic(compressor: Compressor, d: int, n: int, exchange: str) -> Traffic:
     )
 
 
+def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
+    """Traffic of a method's messages and answers, as its `stats()` count them.
+
+    For methods whose messages differ from step to step the mean over two steps. A server's own
+    headers (40 bytes a message) are not in it.
+
+    Args:
+        method: with the shapes it asks for, if it does (`Method.for_shapes`).
+        d: number of elements.
+        n: number of workers.
+        exchange: "gather", "reduce", "double_pass", "server" or "dense".
+
+    Raises:
+        ValueError: no such exchange, n < 1 or d < 0, an exchange that the method cannot take, or
+            messages whose sizes follow from the data.
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> both = ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit())
+        >>> ef.theory.method_traffic(both, 10**6, 4, "double_pass").sent
+        187620.0
+        >>> ef.theory.method_traffic(ef.EF21(ef.TopK(0.01)), 10**6, 4, "double_pass").sent
+        3037824.0
+    """
+    _require(n, d)
+    if exchange == "dense":
+        return dense_traffic(d, n)
+    if not method.sized:
+        _nbytes(method.compressor, d)
+        raise ValueError(
+            f"got {method}, some of whose messages are empty, expected messages of known sizes; "
+            "give the average size that a run sent to gather_traffic and its like"
+        )
+    if exchange == "gather":
+        return gather_traffic(_message_nbytes(method, d), n)
+    if exchange == "server":
+        return server_traffic(_message_nbytes(method, d), _answer_nbytes(method, d), n)
+    if exchange == "double_pass" and method.sliceable:
+        part = -(-d // n)
+        answer = _down(method) or Identity()  # of a header and numbers
+        return double_pass_traffic(_message_nbytes(method, part), _nbytes(answer, part), n)
+    if exchange == "reduce" and method.summable:
+        lengths = [method.message_length(d, step) for step in (0, 1)]
+        return reduce_traffic(sum(_summed_nbytes(method.compressor, k) for k in lengths) / 2, n)
+    raise ValueError(
+        f"got exchange={exchange!r} with {method}, expected one of {EXCHANGES}, 'reduce' only with "
+        "messages that may be summed, and 'double_pass' only with vectors that may be cut; take "
+        "'gather' for any"
+    )
+
+
 def break_even_ranks(compressor: Compressor, d: int) -> float:
     """A gather sends fewer bytes than a dense ring for fewer workers than this: 8 d / nbytes(d).
 
@@ -243,6 +296,23 @@ def _nbytes(compressor: Compressor, d: int) -> int:
             "give the average size that a run sent to gather_traffic and its like"
         )
     return compressor.nbytes(d)
+
+
+def _down(method: Method) -> Compressor | None:
+    """What a method's answers are compressed with."""
+    down = getattr(method, "down", None)
+    return down if isinstance(down, Compressor) else None
+
+
+def _message_nbytes(method: Method, d: int) -> float:
+    lengths = [method.message_length(d, step) for step in (0, 1)]
+    return sum(_nbytes(method.compressor, length) for length in lengths) / 2
+
+
+def _answer_nbytes(method: Method, d: int) -> int:
+    """Of a server: numbers without a payload's header, where it does not compress."""
+    down = _down(method)
+    return 4 * d if down is None else _nbytes(down, d)
 
 
 def _summed_nbytes(compressor: Compressor, d: int) -> int:

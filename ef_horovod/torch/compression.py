@@ -45,7 +45,7 @@ class Compression:
         method: error-feedback method with its compressor.
         named_parameters: `model.named_parameters()`, as given to Horovod.
         dense: `dense(name, parameter)` says which parameters stay uncompressed.
-        exchange: "auto", "gather", "reduce" or "double_pass".
+        exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
         process_set: the one given to Horovod.
         timeout: seconds that a wait of ours may take; default $EF_HOROVOD_TIMEOUT or 300. After

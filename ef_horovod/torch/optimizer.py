@@ -80,10 +80,11 @@ def DistributedOptimizer(
         process_set: Horovod process set to average over; default all ranks.
         dense: `dense(name, parameter)` says which parameters stay uncompressed (they share one
             allreduce); default `small_or_vector`.
-        exchange: "auto", "gather" (any compressor), "reduce" (linear ones) or "double_pass" (any
-            compressor, in slices that ranks reduce for each other: cost does not grow with them)
-            among Horovod's ranks; or "server" in a job that `launch/server` started, which needs no
-            `hvd.init()`.
+        exchange: "auto", the cheapest one by the cost model, or with a network as in "auto:10gbit"
+            and "auto:1gbit,2ms" the cheapest one there, dense sums included; "gather" (any
+            compressor), "reduce" (linear ones) or "double_pass" (any compressor, in slices that
+            ranks reduce for each other: cost does not grow with them) among Horovod's ranks; or
+            "server" in a job that `launch/server` started, which needs no `hvd.init()`.
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32; each
             is compressed as one vector and sent in one collective, during backward.
         seed: of random compressors.

@@ -34,7 +34,7 @@ class Options:
     Args:
         method: for the compressed buckets.
         dense: policy that says which parameters stay uncompressed; they share one allreduce.
-        exchange: "auto", "gather", "reduce" or "double_pass".
+        exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         bucket_bytes: size of a compressed bucket in bytes of float32.
         passes: backward passes that are accumulated before an exchange.
         seed: of random compressors.

@@ -14,6 +14,7 @@ import pytest
 from ef_horovod.cluster import __main__ as cluster
 from ef_horovod.cluster import folder, inside, login, network
 from ef_horovod.errors import ClusterError
+from ef_horovod.units import read_rate
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,13 +24,13 @@ ROOT = Path(__file__).parents[2]
     [("64kbit", 64_000), ("100mbit", 10**8), ("2.5Gbit", 2_500_000_000), ("800000bit", 800_000)],
 )
 def test_rates(text, rate):
-    assert network.read_rate(text) == rate
+    assert read_rate(text) == rate
 
 
 @pytest.mark.parametrize("text", ["100", "100mbps", "-1mbit", "10kbit", "1e3mbit", "mbit", ""])
 def test_what_is_no_rate(text):
     with pytest.raises(ValueError, match="expected 64kbit or more, as in 100mbit"):
-        network.read_rate(text)
+        read_rate(text)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,317 @@
+"""`ef-horovod advise`: what each choice is predicted to cost a step, and which one to take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from ef_horovod.methods.base import Method
+from ef_horovod.probe import measure_work
+from ef_horovod.spelling import read_method
+from ef_horovod.theory.cost import (
+    SOFTWARE,
+    Cost,
+    Network,
+    Software,
+    Work,
+    half_precision_cost,
+    possible_exchanges,
+    reference_work,
+    step_cost,
+)
+from ef_horovod.units import show_rate, show_seconds
+
+USUAL_METHODS = (
+    "EF21(TopK(0.01))",
+    "ErrorFeedback(OneBit())",
+    "EF21(RandomK(0.01))",
+    "DoubleSqueeze(TopK(0.01), down=TopK(0.01))",
+    "DoubleSqueeze(OneBit(), down=OneBit())",
+)
+_SAVING = 0.9  # a choice has to take less than this of dense to be worth its trouble
+_PLAIN = "Horovod, "  # what rows without this library begin with
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Args:
+        parameters: numbers that are compressed.
+        workers: numbers of workers, each on a host of its own.
+        network: between them.
+        methods: what may be taken.
+        compute: seconds of forward and backward; None if that is not known.
+        software: a key of `theory.cost.SOFTWARE`.
+        bucket_bytes: of float32 in a compressed bucket.
+        share: workers for each core.
+        measured: whether this machine's speeds are measured; else those of the reference are taken.
+    """
+
+    parameters: int
+    workers: Sequence[int]
+    network: Network
+    methods: Sequence[Method]
+    compute: float | None = None
+    software: str = "default"
+    bucket_bytes: int = 25 * 2**20
+    share: float = 1.0
+    measured: bool = True
+
+
+class Choice(NamedTuple):
+    """A row."""
+
+    name: str
+    method: Method | None  # None: Horovod alone
+    cost: Cost
+    versus_dense: float  # the best dense step over this one's
+
+
+class Answer(NamedTuple):
+    """Choices for a number of workers, best first."""
+
+    workers: int
+    choices: list[Choice]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence that says what to take."""
+        dense, best = self.dense, self.best
+        if best is None:
+            fastest = self.choices[0]
+            more = "" if "dense" in fastest.name else f" ({fastest.name} is ahead without it)"
+            return (
+                "stay dense: no compression is predicted to take less than "
+                f"{_SAVING:.0%} of the {show_seconds(dense.cost.step)} of a dense step{more}"
+            )
+        return (
+            f"take compression={best.method!r}, exchange={best.cost.exchange!r}: a step of "
+            f"{show_seconds(best.cost.step)} in place of {show_seconds(dense.cost.step)}, "
+            f"{best.versus_dense:.1f} times as fast as the best dense one"
+        )
+
+    @property
+    def dense(self) -> Choice:
+        """The best one with dense float32 sums."""
+        return next(choice for choice in self.choices if choice.name.startswith(_PLAIN + "dense"))
+
+    @property
+    def best(self) -> Choice | None:
+        """The best compressed one, if it pays."""
+        compressed = next((c for c in self.choices if c.method is not None), None)
+        rest = next((c for c in self.choices if c.method is None), None)
+        if compressed is None or compressed.cost.step >= _SAVING * self.dense.cost.step:
+            return None
+        assert rest is not None
+        return compressed if compressed.cost.step < rest.cost.step else None
+
+
+def read_methods(methods: Sequence[str], compressors: Sequence[Any]) -> list[Method]:
+    """Methods from the words of a command line: each of them with each compressor, if there are.
+
+    Raises:
+        ValueError: words that name none.
+        UnsupportedError: a combination that a method refuses.
+    """
+    if not compressors:
+        return [read_method(text) for text in methods or USUAL_METHODS]
+    names = methods or ("errorfeedback",)
+    return [read_method(text, compressor) for text in names for compressor in compressors]
+
+
+def advise(question: Question, probe: Callable[[Method, int], Work] = measure_work) -> list[Answer]:
+    """The choices for each number of workers.
+
+    Args:
+        question: see there.
+        probe: measures a method's speeds for vectors of a length.
+
+    Raises:
+        ValueError: a method whose messages have no known size.
+    """
+    lengths = bucket_lengths(question.parameters, question.bucket_bytes)
+    work = {
+        method: (probe if question.measured else reference_work)(method, max(lengths))
+        for method in question.methods
+    }
+    return [_answer(question, workers, lengths, work) for workers in question.workers]
+
+
+def bucket_lengths(parameters: int, bucket_bytes: int) -> list[int]:
+    """Lengths of so many parameters' buckets, about equal.
+
+    Example:
+        >>> bucket_lengths(10, 16)
+        [4, 3, 3]
+    """
+    count = max(1, -(-4 * parameters // bucket_bytes))
+    return [parameters // count + (i < parameters % count) for i in range(count)]
+
+
+def _answer(
+    question: Question, workers: int, lengths: Sequence[int], work: dict[Method, Work]
+) -> Answer:
+    plain = _plain_costs(question, workers, next(iter(work.values()), None))
+    compressed = [
+        (f"{method!r}, {exchange}", method, _bucketed(question, workers, lengths, method, exchange,
+                                                      work[method]))
+        for method in question.methods
+        for exchange in (*possible_exchanges(method), "server")
+    ]  # fmt: skip
+    rows = [*((name, None, cost) for name, cost in plain.items()), *compressed]
+    dense = min(cost.step for name, cost in plain.items() if "dense" in name)
+    choices = [Choice(name, method, cost, dense / cost.step) for name, method, cost in rows]
+    return Answer(workers, sorted(choices, key=lambda choice: choice.cost.step))
+
+
+def _plain_costs(question: Question, workers: int, work: Work | None) -> dict[str, Cost]:
+    """Of Horovod without this library."""
+    d, network, compute = question.parameters, question.network, question.compute or 0.0
+    own: dict[str, Any] = {"work": work, "compute": compute, "share": question.share}
+    asked = SOFTWARE[question.software]
+
+    def dense(software: Software) -> Cost:
+        method = read_method("NoFeedback(Identity())")
+        return step_cost(method, d, workers, "dense", network, software=software, **own)
+
+    costs = {_PLAIN + "dense": dense(asked)}
+    if question.software == "default":
+        costs[_PLAIN + "dense by a ring"] = dense(SOFTWARE["ring"])
+    return costs | {
+        _PLAIN + "fp16": half_precision_cost(d, workers, network, software=asked, **own)
+    }
+
+
+def _bucketed(
+    question: Question,
+    workers: int,
+    lengths: Sequence[int],
+    method: Method,
+    exchange: str,
+    work: Work,
+) -> Cost:
+    """The sum over buckets, of which one waits for the other."""
+    costs = {
+        d: step_cost(
+            method,
+            d,
+            workers,
+            exchange,
+            question.network,
+            software=SOFTWARE[question.software],
+            work=work,
+            share=question.share,
+        )
+        for d in set(lengths)
+    }
+    parts = [costs[d] for d in lengths]
+    moved = type(parts[0].traffic)(
+        *(sum(numbers) for numbers in zip(*(p.traffic for p in parts), strict=True))
+    )
+    seconds = (sum(getattr(p, name) for p in parts) for name in ("compress", "network", "decode"))
+    return Cost(exchange, moved, question.compute or 0.0, *seconds)
+
+
+def page(question: Question, answers: Sequence[Answer]) -> str:
+    """The table, the verdicts and what they rest on, as text for a terminal."""
+    if len(answers) == 1:
+        (answer,) = answers
+        text = _table(answer)
+        verdict = f"Verdict: {answer.verdict}."
+    else:
+        text = _many(answers)
+        verdict = "\n".join(f"{answer.workers:5} workers: {answer.verdict}." for answer in answers)
+    return f"{text}\n\n{verdict}\n\n{_assumptions(question)}"
+
+
+def _table(answer: Answer) -> str:
+    head = ["choice", "bytes out", "bytes in", "compress", "exchange", "decode", "step", "x dense"]
+    rows = [
+        [
+            choice.name,
+            f"{choice.cost.traffic.sent:,.0f}",
+            f"{choice.cost.traffic.received:,.0f}",
+            *(show_seconds(getattr(choice.cost, p)) for p in ("compress", "network", "decode")),
+            show_seconds(choice.cost.step),
+            f"{choice.versus_dense:.2f}",
+        ]
+        for choice in answer.choices
+    ]
+    return tabulate(rows, head, colalign=("left", *["right"] * 7), disable_numparse=True)
+
+
+def _many(answers: Sequence[Answer]) -> str:
+    """A row for each number of workers, a column for each method at its best exchange."""
+    plain = [c.name for c in answers[0].choices if c.method is None]
+    methods = list(dict.fromkeys(c.method for c in answers[0].choices if c.method is not None))
+    rows = []
+    for answer in answers:
+        by_name = {choice.name: choice.cost for choice in answer.choices}
+        cells = [show_seconds(by_name[name].step) for name in plain]
+        for method in methods:
+            cost = next(c.cost for c in answer.choices if c.method == method)
+            cells.append(f"{show_seconds(cost.step)} ({cost.exchange})")
+        rows.append([answer.workers, *cells])
+    head = ["workers", *plain, *map(repr, methods)]
+    return tabulate(
+        rows, head, colalign=["right"] * len(head), disable_numparse=True,
+        maxheadercolwidths=[7] + [20] * (len(head) - 1),
+    )  # fmt: skip
+
+
+def _assumptions(question: Question) -> str:
+    network, compute = question.network, question.compute
+    took = "measured on this machine now" if question.measured else "those of the reference machine"
+    lines = [
+        f"network: {show_rate(network.bandwidth)} each way and {show_seconds(network.latency)} "
+        "from host to host (given)",
+        f"software: {SOFTWARE[question.software].name}",
+        f"forward and backward: {show_seconds(compute)} (given)"
+        if compute is not None
+        else "forward and backward: not given (--compute), so a step is what the exchange costs",
+        f"speed of a core: {took}; {question.share:g} worker(s) on each",
+        f"{question.parameters:,} parameters in "
+        f"{len(bucket_lengths(question.parameters, question.bucket_bytes))} bucket(s); nothing "
+        "overlaps with backward",
+        "time alone: how well each one trains is another question (docs/methods.md)",
+    ]
+    return "Predicted, from:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def as_json(question: Question, answers: Sequence[Answer]) -> str:
+    """The same for programs: seconds and bytes."""
+    found = {
+        "parameters": question.parameters,
+        "network": question.network._asdict(),
+        "software": question.software,
+        "compute": question.compute,
+        "workers_per_core": question.share,
+        "speeds": "measured" if question.measured else "reference",
+        "answers": [
+            {
+                "workers": answer.workers,
+                "verdict": answer.verdict,
+                "choices": [
+                    {
+                        "choice": choice.name,
+                        "exchange": choice.cost.exchange,
+                        "bytes_out": choice.cost.traffic.sent,
+                        "bytes_in": choice.cost.traffic.received,
+                        "compress": choice.cost.compress,
+                        "network": choice.cost.network,
+                        "decode": choice.cost.decode,
+                        "step": choice.cost.step,
+                        "times_dense": choice.versus_dense,
+                    }
+                    for choice in answer.choices
+                ],
+            }
+            for answer in answers
+        ],
+    }
+    return json.dumps(found, indent=2)

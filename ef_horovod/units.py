@@ -1,0 +1,80 @@
+"""Numbers with units, as people write them: rates, times, counts."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def read_rate(text: str) -> int:
+    """Bits per second from text, with the units of `tc`.
+
+    >>> read_rate("100mbit"), read_rate("2.5Gbit")
+    (100000000, 2500000000)
+
+    Raises:
+        ValueError: it is no rate, or below 64 kbit/s.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)bit", text.strip().lower())
+    rate = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if rate < 64_000:
+        raise ValueError(
+            f"got the rate {text!r}, expected 64kbit or more, as in 100mbit or 2.5gbit"
+        )
+    return rate
+
+
+def show_rate(rate: float | None) -> str:
+    """A rate as people write it.
+
+    >>> show_rate(100_000_000), show_rate(2_500_000_000), show_rate(None)
+    ('100 Mbit/s', '2.5 Gbit/s', 'no limit')
+    """
+    if rate is None:
+        return "no limit"
+    unit = next(unit for unit in "gmk" if rate >= _UNITS[unit] or unit == "k")
+    return f"{rate / _UNITS[unit]:g} {unit.upper() if unit != 'k' else unit}bit/s"
+
+
+def read_seconds(text: str) -> float:
+    """Seconds from text with a unit.
+
+    >>> read_seconds("60ms"), read_seconds("0.5s")
+    (0.06, 0.5)
+
+    Raises:
+        ValueError: it is no time, or has no unit.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ns|us|ms|s)", text.strip())
+    if not found:
+        raise ValueError(f"got the time {text!r}, expected a number with a unit, as in 60ms or 2s")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def show_seconds(seconds: float) -> str:
+    """A time with three digits.
+
+    >>> show_seconds(0.0613), show_seconds(2.0), show_seconds(5e-5), show_seconds(0.0)
+    ('61.3 ms', '2 s', '50 us', '0 s')
+    """
+    unit = next((u for u in ("s", "ms", "us") if seconds >= _SECONDS[u]), "us" if seconds else "s")
+    value = seconds / _SECONDS[unit]
+    return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+
+
+def read_count(text: str) -> int:
+    """A count, in thousands, millions and so on where a letter says so.
+
+    >>> read_count("3.6M"), read_count("25_000")
+    (3600000, 25000)
+
+    Raises:
+        ValueError: it is none, or below 1.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtb]?)", text.strip().lower().replace("_", ""))
+    count = round(float(found[1]) * {**_UNITS, "b": 1e9}[found[2]]) if found else 0
+    if count < 1:
+        raise ValueError(f"got {text!r}, expected a count of 1 or more, as in 3.6M or 25000")
+    return count

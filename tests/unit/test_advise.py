@@ -1,0 +1,153 @@
+"""`ef-horovod advise`: its table, its verdict, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import ef_horovod as ef
+from ef_horovod import advise, cli, theory
+from ef_horovod.probe import measure_work
+from ef_horovod.theory.cost import reference_work
+
+MODEL = ["advise", "--parameters", "3.6M", "--reference"]
+
+
+def run(capsys, *arguments):
+    assert cli.main([*MODEL, *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def asked(capsys, *arguments):
+    return json.loads(run(capsys, *arguments, "--json"))["answers"]
+
+
+def test_a_slow_link_is_told_to_compress(capsys):
+    text = run(capsys, "--workers", "4", "--bandwidth", "100mbit", "--compute", "60ms")
+    head, _, *rows = text.split("\n\n")[0].splitlines()
+    assert head.split("  ")[0] == "choice"
+    # Three of Horovod; gather, slices and server for each of five methods, one of which may be
+    # summed in flight as well.
+    assert len(rows) == 3 + 5 * 3 + 1
+    assert "Verdict: take compression=" in text
+    assert "100 Mbit/s each way and 50 us from host to host (given)" in text
+    assert "forward and backward: 60 ms (given)" in text
+    assert "those of the reference machine" in text
+    assert "time alone" in text
+
+
+def test_rows_are_sorted_and_add_up(capsys):
+    (answer,) = asked(capsys, "--workers", "4", "--bandwidth", "1gbit", "--compute", "60ms")
+    steps = [choice["step"] for choice in answer["choices"]]
+    assert steps == sorted(steps)
+    dense = min(c["step"] for c in answer["choices"] if "dense" in c["choice"])
+    for choice in answer["choices"]:
+        parts = sum(choice[part] for part in ("compress", "network", "decode"))
+        assert choice["step"] == pytest.approx(0.06 + parts)
+        assert choice["times_dense"] == pytest.approx(dense / choice["step"])
+
+
+def test_bytes_are_those_of_theory(capsys):
+    (answer,) = asked(
+        capsys, "--workers", "4", "--bandwidth", "1gbit", "--method", "EF21(TopK(0.01))"
+    )
+    gather = next(c for c in answer["choices"] if c["choice"].endswith(", gather"))
+    moved = theory.method_traffic(ef.EF21(ef.TopK(0.01)), 3_600_000, 4, "gather")
+    assert (gather["bytes_out"], gather["bytes_in"]) == (moved.sent, moved.received)
+    names = [c["choice"] for c in answer["choices"] if not c["choice"].startswith("Horovod, ")]
+    kinds = ("gather", "double_pass", "server")
+    assert sorted(names) == sorted(f"EF21(TopK(ratio=0.01)), {kind}" for kind in kinds)
+
+
+def test_a_fast_link_is_told_to_stay_dense(capsys):
+    text = run(capsys, "--workers", "4", "--bandwidth", "400gbit", "--mpi", "ideal")
+    assert "Verdict: stay dense: no compression is predicted to take less than 90%" in text
+
+
+def test_many_workers_get_a_row_each(capsys):
+    text = run(capsys, "--workers", "16,64,1024", "--bandwidth", "1gbit")
+    for workers in (16, 64, 1024):
+        assert f"{workers:5} workers: take compression=" in text
+    answers = asked(capsys, "--workers", "16,1024", "--bandwidth", "1gbit")
+    assert [answer["workers"] for answer in answers] == [16, 1024]
+
+    def network(answer, kind):
+        name = f"ErrorFeedback(OneBit()), {kind}"
+        return next(c["network"] for c in answer["choices"] if c["choice"] == name)
+
+    assert network(answers[1], "gather") > 50 * network(answers[0], "gather")
+    assert network(answers[1], "double_pass") < 3 * network(answers[0], "double_pass")
+
+
+def test_methods_and_compressors_are_combined():
+    compressors = [ef.TopK(0.1), ef.OneBit()]
+    assert advise.read_methods(["ef21"], compressors) == [ef.EF21(c) for c in compressors]
+    assert advise.read_methods([], compressors) == [ef.ErrorFeedback(c) for c in compressors]
+    assert len(advise.read_methods([], [])) == len(advise.USUAL_METHODS)
+
+
+def test_buckets_are_as_long_as_a_model():
+    assert bucket_bytes_of(26_214_400 // 4) == [26_214_400]
+    lengths = advise.bucket_lengths(25_000_000, 25 * 2**20)
+    assert sum(lengths) == 25_000_000
+    assert len(lengths) == 4
+    assert max(4 * length for length in lengths) <= 25 * 2**20
+
+
+def bucket_bytes_of(parameters):
+    return [4 * length for length in advise.bucket_lengths(parameters, 25 * 2**20)]
+
+
+def test_speeds_are_measured_unless_told_otherwise():
+    seen = []
+
+    def probe(method, d):
+        seen.append((method, d))
+        return reference_work(method, d)
+
+    methods = [ef.EF21(ef.TopK(0.01)), ef.ErrorFeedback(ef.OneBit())]
+    question = advise.Question(8_000_000, [4], theory.Network(1e9), methods)
+    measured = advise.advise(question, probe)
+    assert seen == [(method, 4_000_000) for method in methods], "of the length of a bucket"
+    assert "measured on this machine now" in advise.page(question, measured)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ef.EF21(ef.TopK(0.01)),
+        ef.EF21(ef.RandomK(0.01)),
+        ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit()),
+        ef.PowerSGD(rank=2),
+    ],
+    ids=repr,
+)
+def test_a_probe_finds_speeds(method):
+    work = measure_work(method, 20_000)
+    assert work.push > 0
+    assert work.copy > 0
+    assert all(0 <= seconds < 1e-5 for seconds in work)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "4", "--bandwidth", "fast"], "got the rate 'fast', expected 64kbit or more"),
+        (["--workers", "0", "--bandwidth", "1gbit"], "expected an integer of 1 or more"),
+        (["--workers", "4,", "--bandwidth", "1gbit"], "expected an integer of 1 or more"),
+        (["--workers", "4", "--bandwidth", "1gbit", "--compute", "60"], "got the time '60'"),
+        (["--workers", "4", "--bandwidth", "1gbit", "--method", "nosuch"], "nosuch"),
+        (
+            ["--workers", "4", "--bandwidth", "1gbit", "--compressor", "hardthreshold:0.1"],
+            "expected a compressor whose payload size follows from d alone",
+        ),
+    ],
+)
+def test_what_cannot_be_answered_is_said_in_a_sentence(arguments, message, capsys):
+    try:
+        status = cli.main([*MODEL, *arguments])
+    except SystemExit as end:
+        status = end.code
+    assert status in (1, 2)
+    assert message in capsys.readouterr().err
