@@ -351,7 +351,7 @@ def main(words: Sequence[str]) -> int:
         import bandwidth_report
 
         file = options.report or options.check
-        found = bandwidth_report.make(bandwidth_report.read(file))
+        found = bandwidth_report.make(file)
         if options.report:
             bandwidth_report.write(found, Path(options.out))
         print(found.text())
