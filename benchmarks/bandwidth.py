@@ -158,8 +158,8 @@ class Job:
         self._budget = budget
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
-                _line(group, hosts, cases[0].rate, job),
-                env=_environment(group),
+                line(group, hosts, cases[0].rate, HERE / "bandwidth_rank.py", [str(job)]),
+                env=environment(group),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -211,7 +211,8 @@ class Job:
                 continue
 
 
-def _line(group: str, hosts: int, rate: int, job: Path) -> list[str]:
+def line(group: str, hosts: int, rate: int, program: Path, words: Sequence[str]) -> list[str]:
+    """The command that runs a program on each of the hosts, and a server's."""
     ranks = hosts + (group == "server")
     names = ",".join(f"node{number}:1" for number in range(1, ranks + 1))
     cluster = [sys.executable, "-m", "ef_horovod.cluster", "--hosts", str(ranks)]
@@ -219,10 +220,11 @@ def _line(group: str, hosts: int, rate: int, job: Path) -> list[str]:
     beside = Path(sys.executable).parent / "mpirun"
     mpirun = [str(beside) if beside.exists() else "mpirun", "-np", str(ranks), "-H", names]
     mpirun += ["--bind-to", "none", "--tag-output"]
-    return [*cluster, *mpirun, sys.executable, str(HERE / "bandwidth_rank.py"), str(job)]
+    return [*cluster, *mpirun, sys.executable, str(program), *words]
 
 
-def _environment(group: str) -> dict[str, str]:
+def environment(group: str) -> dict[str, str]:
+    """Variables of a group's job."""
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
     ring = RING if group in ("ring", "tensorflow") else {}
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Trainings:
         data: folder of CIFAR-10, or None for random images.
     """
 
-    def __init__(self, group: str, peers: Any, data: str | None) -> None:
+    def __init__(self, group: str, peers: Any, data: str | None = None) -> None:
         torch.set_num_threads(1)
         self._peers, self._group, self._data = peers, group, data
         self._images: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -49,15 +50,15 @@ class Trainings:
                 "gloo", store=store, rank=peers.rank, world_size=peers.size
             )
 
-    def make(self, case: Case) -> Training:
-        """A training of a case; all ranks call it."""
+    def make(self, case: Case, **options: Any) -> Training:
+        """A training of a case; all ranks call it. Options are `ef.DistributedOptimizer`'s."""
         gc.collect()  # models before are in cycles with their hooks
         torch.manual_seed(0)  # the same start on all ranks
         way, model = WAYS[case.way], _build(case.model)
         inputs, labels = self._samples(case.model)
         training = Training(model, inputs, labels, MODELS[case.model].batch, way.exchange)
         training.data = self._source(case.model)
-        _MAKERS[self._group](training, way)
+        _MAKERS[self._group](training, way, **options)
         return training
 
     def _samples(self, model: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,6 +95,8 @@ class Training:
         self.optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
         self.forward: Callable[[torch.Tensor], torch.Tensor] = model
         self.before_step: Callable[[], Any] = lambda: None
+        self.update: Callable[[], Any] = lambda: self.optimizer.step()
+        self.span: Callable[[str], Any] = lambda name: nullcontext()  # for those who take times
         self.stats: Callable[[], list[Any]] | None = None
         self.closing: Callable[[], Any] = lambda: None
         self._inputs, self._labels, self._batch, self._at = inputs, labels, batch, 0
@@ -107,10 +110,15 @@ class Training:
         part = slice(self._at, self._at + self._batch)
         self._at = (self._at + self._batch) % len(self._labels)
         self.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self.forward(self._inputs[part]), self._labels[part])
-        loss.backward()
-        self.before_step()
-        self.optimizer.step()
+        with self.span("forward"):
+            output = self.forward(self._inputs[part])
+            loss = nn.functional.cross_entropy(output, self._labels[part])
+        with self.span("backward"):
+            loss.backward()
+        with self.span("exchange"):
+            self.before_step()
+        with self.span("update"):
+            self.update()
 
     def sent(self) -> int | None:
         """Bytes that this rank sent so far, by `stats()`."""
@@ -139,7 +147,7 @@ def _build(name: str) -> nn.Module:
     return nn.Sequential(nn.EmbeddingBag(_VOCABULARY, _WIDTH), nn.Linear(_WIDTH, _CLASSES))
 
 
-def _with_horovod(training: Training, way: Way) -> None:
+def _with_horovod(training: Training, way: Way, **options: Any) -> None:
     import horovod.torch as hvd
 
     import ef_horovod.torch as ef
@@ -156,7 +164,7 @@ def _with_horovod(training: Training, way: Way) -> None:
         training.stats = stock.stats
     else:
         training.optimizer = ef.DistributedOptimizer(
-            plain, named, read_method(way.method), exchange=way.exchange
+            plain, named, read_method(way.method), exchange=way.exchange, **options
         )
         training.stats = training.optimizer.stats
         training.closing = training.optimizer.unwrap
@@ -201,7 +209,7 @@ def _with_server(training: Training, way: Way) -> None:
     training.stats, training.closing = worker.stats, worker.close
 
 
-_MAKERS: dict[str, Callable[[Training, Way], None]] = {
+_MAKERS: dict[str, Callable[..., None]] = {
     "default": _with_horovod,
     "ring": _with_horovod,
     "ddp": _with_ddp,
