@@ -195,9 +195,9 @@ class Job:
     def _failure(self, case: Case | None, why: str) -> dict[str, Any]:
         text = self._log.read_text(errors="replace")
         cut = text.find("\nhost ")  # the table of the cluster's counters
-        said = " | ".join(text[: cut if cut > 0 else None][-TAIL:].split("\n"))
+        said = " | ".join(text[: cut if cut > 0 else None].strip()[-TAIL:].split("\n"))
         begun = case._asdict() if case else {}
-        return {**begun, "ok": False, "why": f"{why}: {said.strip()}"}
+        return {**begun, "ok": False, "why": f"{why}: {said}"}
 
     def stop(self) -> None:
         """End the cluster, and with it all that runs in it."""

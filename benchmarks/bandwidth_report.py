@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for experiments/
 
+from bandwidth_claims import (
+    DDP_POWER,
+    PEERS,
+    SLOW,
+    TALK,
+    TALK_HOSTS,
+    Rows,
+    add_claims,
+    best_of,
+    known,
+    median_of,
+    ring_bytes,
+)
 from bandwidth_plan import MODELS, WAYS, Case, case_of, epoch_seconds, rows_of
 
 from ef_horovod.cluster.network import read_rate, show_rate
-from ef_horovod.transports.base import ring_share
 from experiments.claims import Panel, Report, plot_panels
 
-Rows = dict[Case, dict[str, Any]]
-SLOW = read_rate("100mbit")
-DENSE = ("Horovod dense, default", "Horovod dense, ring", "DDP dense")
-HALF = ("Horovod fp16, ring", "DDP fp16")
-DDP_POWER = "DDP PowerSGD rank 4"
-PEERS = (*DENSE, *HALF, DDP_POWER)
 SHOWN = (
     "no exchange",
     "Horovod dense, ring",
@@ -33,36 +39,6 @@ SHOWN = (
     "DoubleSqueeze 1 bit",
     "PowerSGD rank 4",
 )
-# The two plots of the talk about DoubleSqueeze, on the server and on Horovod.
-TALK = {
-    "server, 1 bit": (
-        ("uncompressed", "server: uncompressed"),
-        ("MEM-SGD", "server: MEM-SGD 1 bit"),
-        ("QSGD", "server: QSGD"),
-        ("DoubleSqueeze", "server: DoubleSqueeze 1 bit"),
-    ),
-    "server, top-k": (
-        ("uncompressed", "server: uncompressed"),
-        ("Top-k SGD", "server: Top-k SGD"),
-        ("MEM-SGD", "server: MEM-SGD top-k"),
-        ("DoubleSqueeze", "server: DoubleSqueeze top-k"),
-    ),
-    "Horovod, 1 bit": (
-        ("uncompressed", "Horovod dense, ring"),
-        ("MEM-SGD", "MEM-SGD 1 bit"),
-        ("QSGD", "QSGD"),
-        ("DoubleSqueeze", "DoubleSqueeze 1 bit"),
-    ),
-    "Horovod, top-k": (
-        ("uncompressed", "Horovod dense, ring"),
-        ("Top-k SGD", "Top-k SGD"),
-        ("MEM-SGD", "MEM-SGD top-k"),
-        ("DoubleSqueeze", "DoubleSqueeze top-k"),
-    ),
-}
-TALK_HOSTS = 4
-TOLERANCE = 0.05  # of bytes, besides control traffic
-PACKET_SLACK = 2000  # bytes a step: a few messages' headers and acknowledgements with data
 
 
 def make(file: Path) -> Report:
@@ -75,7 +51,7 @@ def make(file: Path) -> Report:
     _winners(report, rows)
     _failures(report, rows)
     _curves(report, rows)
-    _claims(report, rows)
+    add_claims(report, rows)
     return report
 
 
@@ -115,7 +91,7 @@ def _span(numbers: Iterable[int]) -> str:
 
 def _step_tables(report: Report, rows: Rows) -> None:
     """Milliseconds a step: a table for each model and number of hosts, a column for each rate."""
-    for model, hosts in product(MODELS, _known(rows, "hosts")):
+    for model, hosts in product(MODELS, known(rows, "hosts")):
         own = [case for case in rows if (case.model, case.hosts) == (model, hosts)]
         rates = sorted({case.rate for case in own})
         for way in (name for name in WAYS if any(case.way == name for case in own)):
@@ -145,13 +121,9 @@ def _byte_table(report: Report, rows: Rows) -> None:
                     "kB a step by stats()": "" if by_stats is None else f"{by_stats / 1e3:,.1f}",
                     "kB by the interface": f"{wire / 1e3:,.1f}",
                     "control, kB": f"{control / 1e3:,.1f}",
-                    "of a dense ring": f"{wire / _ring(case):.4f}",
+                    "of a dense ring": f"{wire / ring_bytes(case):.4f}",
                 }
             )
-
-
-def _ring(case: Case) -> int:
-    return ring_share(4 * MODELS[case.model].parameters, case.hosts)
 
 
 def _phase_table(report: Report, rows: Rows) -> None:
@@ -177,10 +149,10 @@ def _phase_table(report: Report, rows: Rows) -> None:
 
 def _winners(report: Report, rows: Rows) -> None:
     """The best of others next to the best of ours, wherever both were measured."""
-    for model, hosts in product(MODELS, _known(rows, "hosts")):
-        for rate in _known(rows, "rate"):
-            others = _best(rows, PEERS, model, hosts, rate)
-            ours = _best(rows, [w.name for w in WAYS.values() if w.ours], model, hosts, rate)
+    for model, hosts in product(MODELS, known(rows, "hosts")):
+        for rate in known(rows, "rate"):
+            others = best_of(rows, PEERS, model, hosts, rate)
+            ours = best_of(rows, [w.name for w in WAYS.values() if w.ours], model, hosts, rate)
             if others is None or ours is None:
                 continue
             gain = others[1] / ours[1]
@@ -204,10 +176,6 @@ def _failures(report: Report, rows: Rows) -> None:
             report.row(**{"failed": case.label, "why": row["why"].replace("|", "/")})
 
 
-def _known(rows: Rows, field: str) -> list[int]:
-    return sorted({getattr(case, field) for case in rows})
-
-
 def _in_order(rows: Rows) -> list[tuple[Case, dict[str, Any]]]:
     ways = list(WAYS)
     return sorted(
@@ -215,134 +183,11 @@ def _in_order(rows: Rows) -> list[tuple[Case, dict[str, Any]]]:
     )
 
 
-def _best(
-    rows: Rows, ways: Sequence[str], model: str, hosts: int, rate: int
-) -> tuple[str, float] | None:
-    found = [(way, _median(rows, Case(model, way, hosts, rate))) for way in ways]
-    return min(((w, t) for w, t in found if t is not None), key=lambda x: x[1], default=None)
-
-
-def _median(rows: Rows, case: Case) -> float | None:
-    row = rows.get(case)
-    return row["median"] if row and row["ok"] else None
-
-
-# --- verdicts ----------------------------------------------------------------------------------
-
-
-def _claims(report: Report, rows: Rows) -> None:
-    _speed_claims(report, rows)
-    _byte_claims(report, rows)
-    for title, ways in TALK.items():
-        _slope_claim(report, rows, title, dict(ways))
-
-
-def _speed_claims(report: Report, rows: Rows) -> None:
-    at = f"MLP, 4 hosts, {show_rate(SLOW)}"
-    for ours, others, part, words in (
-        ("EF21 top-k", DENSE, 0.1, "at most 1/10 of the best dense time"),
-        ("EF21 top-k", HALF, 0.2, "at most 1/5 of the best fp16 time"),
-        ("EF21 top-k", (DDP_POWER,), 1.0, "no slower than DDP with PowerSGD, rank 4"),
-        ("PowerSGD rank 4", (DDP_POWER,), 1.0, "no slower than DDP with PowerSGD, rank 4"),
-    ):
-        own = _median(rows, Case("mlp", ours, 4, SLOW))
-        best = _best(rows, others, "mlp", 4, SLOW)
-        if own is None or best is None:
-            report.claim(f"{ours}: {words}, {at}", f"{part:g} of it", "not measured", False)
-            continue
-        measured = f"{1e3 * own:.0f} ms of {1e3 * best[1]:.0f} ({best[0]}): {own / best[1]:.3f}"
-        report.claim(f"{ours}: {words}, {at}", f"{part:g} of it", measured, own <= part * best[1])
-
-
-def _byte_claims(report: Report, rows: Rows) -> None:
-    counted = [(c, r) for c, r in rows.items() if r["ok"] and r["stats_bytes"] is not None]
-    worst = max((_off(r), c.label) for c, r in counted) if counted else (1.0, "not measured")
-    report.claim(
-        "bytes by interfaces agree with stats()",
-        f"within {TOLERANCE:.0%} and the control traffic of an idle Horovod",
-        f"off by {worst[0]:.1%} at most, of {len(counted)}: {worst[1]}",
-        worst[0] <= TOLERANCE,
-    )
-    _growth_claim(
-        report,
-        rows,
-        "DoubleSqueeze 1 bit",
-        "bytes of a double pass, 2 to 8 hosts",
-        "differ by less than 20 %",
-        lambda case, sent: sent,
-    )
-    _growth_claim(
-        report,
-        rows,
-        "DoubleSqueeze 1 bit",
-        "bytes of a double pass, of a dense ring's, 2 to 8 hosts",
-        "differ by less than 20 %",
-        lambda case, sent: sent / _ring(case),
-    )
-    _growth_claim(
-        report,
-        rows,
-        "DoubleSqueeze 1 bit, gather",
-        "bytes of a gather over n - 1, 2 to 8 hosts",
-        "differ by less than 5 %",
-        lambda case, sent: sent / (case.hosts - 1),
-        most=1.05,
-    )
-
-
-def _off(row: dict[str, Any]) -> float:
-    """How far the interface's count is from stats(), beyond the control traffic."""
-    beyond = abs(row["wire_bytes"] - row["stats_bytes"])
-    return max(0.0, beyond - row["control_bytes"] - PACKET_SLACK) / max(row["stats_bytes"], 1.0)
-
-
-def _growth_claim(
-    report: Report,
-    rows: Rows,
-    way: str,
-    claim: str,
-    expected: str,
-    share: Callable[[Case, float], float],
-    most: float = 1.2,
-) -> None:
-    cases = [Case("mlp", way, hosts, SLOW) for hosts in (2, 4, 8)]
-    if not all(_median(rows, case) for case in cases):
-        report.claim(claim, expected, "not measured", False)
-        return
-    values = [share(case, rows[case]["stats_bytes"]) for case in cases]
-    ratio = max(values) / min(values)
-    shown = ", ".join(f"{value:,.4g}" for value in values)
-    report.claim(claim, expected, f"{shown}: {ratio - 1:.0%}", ratio < most)
-
-
-def _slope_claim(report: Report, rows: Rows, title: str, ways: dict[str, str]) -> None:
-    """DoubleSqueeze's time grows slowest as bandwidth goes down."""
-    claim = f"{title}: DoubleSqueeze's time grows slowest with 1/bandwidth"
-    expected = "no more than any other's, within 10 %"
-    rates = _known(rows, "rate")
-    grown = {
-        name: _grown(rows, way, rates[0], rates[-1]) if rates else None
-        for name, way in ways.items()
-    }
-    if None in grown.values():
-        report.claim(claim, expected, "not measured", False)
-        return
-    shown = ", ".join(f"{name} {1e3 * value:,.0f}" for name, value in grown.items())
-    own = grown.pop("DoubleSqueeze")
-    span = f"ms from {show_rate(rates[-1])} to {show_rate(rates[0])}"
-    report.claim(claim, expected, f"{span}: {shown}", own <= 1.1 * min(grown.values()))
-
-
-def _grown(rows: Rows, way: str, slow: int, fast: int) -> float | None:
-    times = [_median(rows, Case("mlp", way, TALK_HOSTS, rate)) for rate in (slow, fast)]
-    return None if None in times else times[0] - times[1]
-
-
 # --- plots -------------------------------------------------------------------------------------
 
 
 def _curves(report: Report, rows: Rows) -> None:
-    rates = _known(rows, "rate")
+    rates = known(rows, "rate")
     for model in MODELS:
         for way in SHOWN:
             _curve(report, f"{model}, 4 hosts: {way}", rows, model, way, 4, rates, 1e3)
@@ -352,8 +197,8 @@ def _curves(report: Report, rows: Rows) -> None:
                 _curve(report, label, rows, model, way, TALK_HOSTS, rates, None)
     for rate in (SLOW, read_rate("1gbit")):
         for way in SHOWN:
-            cases = [Case("mlp", way, hosts, rate) for hosts in _known(rows, "hosts")]
-            times = [(case.hosts, _median(rows, case)) for case in cases]
+            cases = [Case("mlp", way, hosts, rate) for hosts in known(rows, "hosts")]
+            times = [(case.hosts, median_of(rows, case)) for case in cases]
             good = [(hosts, 1e3 * t) for hosts, t in times if t is not None]
             if len(good) > 1:
                 report.curve(f"mlp, {show_rate(rate)}: {way}", *zip(*good, strict=True))
@@ -373,7 +218,7 @@ def _curve(
     points = []
     for rate in reversed(rates):
         case = Case(model, way, hosts, rate)
-        seconds = _median(rows, case)
+        seconds = median_of(rows, case)
         if seconds is not None:
             y = epoch_seconds(case, seconds) if scale is None else scale * seconds
             points.append((1e9 / rate, y))
