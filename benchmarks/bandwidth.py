@@ -228,8 +228,11 @@ def environment(group: str) -> dict[str, str]:
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
     ring = RING if group in ("ring", "tensorflow") else {}
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    gloo = {"GLOO_SOCKET_IFNAME": "eth0", "TF_CPP_MIN_LOG_LEVEL": "3", "EF_HOROVOD_TIMEOUT": "300"}
-    return {**os.environ, **threads, **ring, **gloo, "PYTHONPATH": path}
+    more = {"GLOO_SOCKET_IFNAME": "eth0", "TF_CPP_MIN_LOG_LEVEL": "3", "EF_HOROVOD_TIMEOUT": "300"}
+    # Ranks tell each other in each cycle which collectives of this cache are due. One training has
+    # few, a job here many, one after the other: without a limit the last ones would be slower.
+    more["HOROVOD_CACHE_CAPACITY"] = "64"
+    return {**os.environ, **threads, **ring, **more, "PYTHONPATH": path}
 
 
 # --- all of it ---------------------------------------------------------------------------------

@@ -86,8 +86,6 @@ class Way:
         """What the busiest link carries in one direction in a step, guessed."""
         if self.group == "server":
             return hosts * max(self.up, self.down) * parameters
-        if self.group == "alone":
-            return 0.0
         if self.passes:
             return self.passes * (hosts - 1) / hosts * max(self.up, self.down) * parameters
         return (hosts - 1) * self.up * parameters
@@ -103,7 +101,7 @@ WAYS = {
     way.name: way
     for way in (
         Way("Horovod dense, default", "default", passes=4.0),
-        Way("no exchange", "ring", passes=0.0, up=0.0),
+        Way("no exchange", "ddp", passes=0.0, up=0.0),
         Way("Horovod dense, ring", "ring"),
         Way("Horovod fp16, ring", "ring", up=2.0),
         Way("EF21 top-k", "ring", "EF21(TopK(0.01))", _GATHER, _TOPK, passes=0),

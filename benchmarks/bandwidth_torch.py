@@ -152,8 +152,6 @@ def _with_horovod(training: Training, way: Way, **options: Any) -> None:
 
     import ef_horovod.torch as ef
 
-    if way.name == "no exchange":
-        return
     plain, named = training.optimizer, training.named
     if not way.ours:
         compression = hvd.Compression.fp16 if "fp16" in way.name else hvd.Compression.none
@@ -173,6 +171,8 @@ def _with_horovod(training: Training, way: Way, **options: Any) -> None:
 def _with_ddp(training: Training, way: Way) -> None:
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
+    if way.name == "no exchange":  # here, where no thread of Horovod's is awake
+        return
     power = "PowerSGD" in way.name
     size = {"bucket_cap_mb": _ONE_BUCKET_MB} if power else {}
     wrapped = nn.parallel.DistributedDataParallel(training.model, **size)
