@@ -351,6 +351,8 @@ def _kilo(number: float | None) -> str:
 
 
 def main(words: Sequence[str]) -> int:
+    # So that whoever ends this ends its cluster, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = parse(words)
     if options.report or options.check:
         import bandwidth_report

@@ -132,8 +132,12 @@ class Training:
         return [total.seconds_compress, total.seconds_wait, total.seconds_decompress]
 
     def close(self) -> None:
-        """Leave the exchange."""
+        """Leave the exchange, and give up what is large: Horovod's hooks keep all of it alive."""
         self.closing()
+        self.optimizer.__dict__.clear()
+        self.stats = None
+        for parameter in self.model.parameters():
+            parameter.grad, parameter.data = None, torch.empty(0)
 
 
 def _build(name: str) -> nn.Module:
