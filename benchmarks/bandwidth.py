@@ -15,7 +15,8 @@ optimizer and on the parameter server. One thread a rank.
 
 A step is forward, backward, exchange and update; its time is that of the slowest rank, the table
 has medians. What a rank sends is counted twice: by `stats()`, and by the interface without packets'
-headers. From that, Horovod's negotiation is taken off, measured while nobody trains.
+headers. In that are Horovod's negotiation, which is measured while nobody trains, and what TCP sent
+a second time.
 
 Each configuration ends within a limit; what fails is written down with its reason, and the rest
 goes on. Results are lines of JSON in NAME.jsonl, appended as they come. Hosts share the machine's
@@ -337,6 +338,7 @@ def show_rows(rows: Sequence[dict[str, Any]]) -> None:
             "kB by stats": _kilo(row.get("stats_bytes")),
             "by the link": _kilo(row.get("wire_bytes")),
             "control": _kilo(row.get("control_bytes")),
+            "resent": _kilo(row.get("resent_bytes")),
         }
         for row in rows
     ]

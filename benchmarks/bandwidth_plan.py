@@ -95,6 +95,7 @@ _TOPK, _ONEBIT, _TERNARY, _RANK4 = 0.0503, 0.126, 0.2, 0.016  # bytes a paramete
 _DS1, _DSK = "DoubleSqueeze(OneBit(), down=OneBit())", "DoubleSqueeze(TopK(0.01), down=TopK(0.01))"
 _TOPK_SGD = "NoFeedback(TopK(0.01), down=TopK(0.01))"
 _EF21_BOTH = "EF21(TopK(0.01), down=TopK(0.01))"
+_EF21_NATURAL = "EF21(Then(TopK(0.01), Natural()))"
 _GATHER, _DOUBLE = "gather", "double_pass"
 
 WAYS = {
@@ -105,6 +106,7 @@ WAYS = {
         Way("Horovod dense, ring", "ring"),
         Way("Horovod fp16, ring", "ring", up=2.0),
         Way("EF21 top-k", "ring", "EF21(TopK(0.01))", _GATHER, _TOPK, passes=0),
+        Way("EF21 top-k, natural", "ring", _EF21_NATURAL, _GATHER, 0.0216, passes=0),
         Way("EF21 top-k, double pass", "ring", _EF21_BOTH, _DOUBLE, _TOPK, _TOPK),
         Way("DoubleSqueeze 1 bit, gather", "ring", _DS1, _GATHER, _ONEBIT, passes=0),
         Way("DoubleSqueeze 1 bit", "ring", _DS1, _DOUBLE, _ONEBIT, _ONEBIT),
@@ -136,6 +138,7 @@ FEW_WAYS = (
     "Horovod dense, ring",
     "Horovod fp16, ring",
     "EF21 top-k",
+    "EF21 top-k, natural",
     "EF21 top-k, double pass",
     "DoubleSqueeze 1 bit, gather",
     "DoubleSqueeze 1 bit",

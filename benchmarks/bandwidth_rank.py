@@ -30,6 +30,7 @@ from mpi4py import MPI  # noqa: E402 - importing it starts MPI
 
 _PHASES = ("seconds_compress", "seconds_wait", "seconds_decompress")
 _IDLE_SECONDS = 0.5
+_SEGMENT_NBYTES = 1448  # data of a packet of 1500 bytes, with IPv4, TCP and time stamps
 
 
 def main(file: str) -> None:
@@ -79,21 +80,26 @@ def measure(training: Any, case: Case, peers: Any, budget: Budget) -> dict[str, 
         last = _timed(training.step)
     steps = budget.steps(peers.allreduce(last, MPI.MAX))
     peers.Barrier()
-    sent, phases, before = training.sent(), training.phases(), counters("self").payload_out
+    sent, phases = training.sent(), training.phases()
+    before, resent = counters("self").payload_out, _resent_bytes()
     begin = time.perf_counter()
     times = [_timed(training.step) for _ in range(steps)]
     seconds = time.perf_counter() - begin
-    wire = counters("self").payload_out - before
+    wire, resent = counters("self").payload_out - before, _resent_bytes() - resent
     counted, after = training.sent(), training.phases()
     control = _idle_bytes(peers) / _IDLE_SECONDS * seconds
     slowest = np.max(peers.allgather(times), axis=0)
     numbers = [(counted - sent) / steps if counted is not None else 0.0, wire / steps]
-    numbers += [control / steps, *((b - a) / steps for a, b in zip(phases, after, strict=True))]
+    numbers += [
+        control / steps,
+        resent / steps,
+        *((b - a) / steps for a, b in zip(phases, after, strict=True)),
+    ]
     means = np.mean(peers.allgather(numbers), axis=0)
     row = _row(case, slowest, training)
     row |= {"stats_bytes": means[0] if counted is not None else None}
-    row |= {"wire_bytes": means[1], "control_bytes": means[2]}
-    return row | dict(zip(_PHASES, means[3:].tolist(), strict=False))
+    row |= {"wire_bytes": means[1], "control_bytes": means[2], "resent_bytes": means[3]}
+    return row | dict(zip(_PHASES, means[4:].tolist(), strict=False))
 
 
 def _row(case: Case, times: np.ndarray, training: Any) -> dict[str, Any]:
@@ -121,6 +127,13 @@ def _idle_bytes(peers: Any) -> int:
     before = counters("self").payload_out
     time.sleep(_IDLE_SECONDS)
     return counters("self").payload_out - before
+
+
+def _resent_bytes() -> int:
+    """What TCP has sent a second time on this host: links with full queues drop packets."""
+    rows = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines()]
+    names, values = (row for row in rows if row[0] == "Tcp:")
+    return _SEGMENT_NBYTES * int(values[names.index("RetransSegs")])
 
 
 def _timed(step: Callable[[], Any]) -> float:

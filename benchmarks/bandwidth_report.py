@@ -121,6 +121,7 @@ def _byte_table(report: Report, rows: Rows) -> None:
                     "kB a step by stats()": "" if by_stats is None else f"{by_stats / 1e3:,.1f}",
                     "kB by the interface": f"{wire / 1e3:,.1f}",
                     "control, kB": f"{control / 1e3:,.1f}",
+                    "resent, kB": f"{row.get('resent_bytes', 0.0) / 1e3:,.1f}",
                     "of a dense ring": f"{wire / ring_bytes(case):.4f}",
                 }
             )

@@ -237,6 +237,17 @@ def test_bytes_that_do_not_agree_are_found(plan, report, tmp_path):
         assert found["bytes by interfaces agree with stats()"] == holds
 
 
+def test_what_was_resent_is_no_fault_of_the_count(plan, report, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for part, holds in ((0.1, True), (0.02, False)):
+        lines = [json.loads(line) for line in results(plan, GOOD, sent=1e6).splitlines()]
+        sent = lines[-1]["stats_bytes"]
+        lines[-1] |= {"wire_bytes": 1.1 * sent, "resent_bytes": part * sent}
+        file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+        found = {claim.claim: claim.holds for claim in report.make(file).claims}
+        assert found["bytes by interfaces agree with stats()"] == holds
+
+
 def test_what_was_not_measured_does_not_hold(plan, report, tmp_path):
     file = tmp_path / "rows.jsonl"
     case = plan.Case("mlp", "EF21 top-k", 4, SLOW)
