@@ -50,6 +50,7 @@ TALK = {
 }
 TALK_HOSTS = 4
 TOLERANCE = 0.05  # of bytes, besides control traffic
+NOISE = 0.02  # of times; methods with equal bytes grow alike
 PACKET_SLACK = 2000  # bytes a step: MPI headers and requests, which an idle Horovod does not send
 
 
@@ -143,7 +144,7 @@ def _growth_claim(
 def _slope_claim(report: Report, rows: Rows, title: str, ways: dict[str, str]) -> None:
     """DoubleSqueeze's time grows slowest as bandwidth goes down."""
     claim = f"{title}: DoubleSqueeze's time grows slowest with 1/bandwidth"
-    expected = "no more than any other's, within 10 %"
+    expected = f"no other's by less, up to {NOISE:.0%} of uncompressed's"
     rates = known(rows, "rate")
     grown = {
         name: _grown(rows, way, rates[0], rates[-1]) if rates else None
@@ -153,9 +154,9 @@ def _slope_claim(report: Report, rows: Rows, title: str, ways: dict[str, str]) -
         report.claim(claim, expected, "not measured", False)
         return
     shown = ", ".join(f"{name} {1e3 * value:,.0f}" for name, value in grown.items())
-    own = grown.pop("DoubleSqueeze")
+    own, noise = grown.pop("DoubleSqueeze"), NOISE * grown["uncompressed"]
     span = f"ms from {show_rate(rates[-1])} to {show_rate(rates[0])}"
-    report.claim(claim, expected, f"{span}: {shown}", own <= 1.1 * min(grown.values()))
+    report.claim(claim, expected, f"{span}: {shown}", own <= min(grown.values()) + noise)
 
 
 def _grown(rows: Rows, way: str, slow: int, fast: int) -> float | None:
