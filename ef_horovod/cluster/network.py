@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -125,8 +126,40 @@ def connect(hosts: Sequence[Host], pids: Sequence[int], delay: str | None) -> No
             _batch("ip", ["link set lo up", address, f"link set {INTERFACE} up"])
 
 
-def counters(pid: int) -> Counters:
-    """Of the interface of the host that a process is on."""
+def change_rate(rate: int) -> None:
+    """Change both directions of the link of the host that the caller is on; it has no `--delay`.
+
+    For programs inside of a cluster that measure at several rates: the connections stay. Packets
+    that wait in a queue go on at the new rate.
+
+    Args:
+        rate: in bits per second, as `read_rate` returns it.
+
+    Raises:
+        ClusterError: the caller is not on a host of a cluster.
+    """
+    name = socket.gethostname()
+    if _SWITCH not in _links_of(1):
+        raise ClusterError(f"{name} is no host of a cluster; start this in launch/cluster")
+    replace = [
+        line.replace("qdisc add", "qdisc replace") for line in _shaping(INTERFACE, rate, None)
+    ]
+    _batch("tc", replace)
+    with network_of(1):  # process 1 of a cluster has the switch
+        _batch("tc", [line.replace(f"dev {INTERFACE} ", f"dev {name} ") for line in replace])
+
+
+def _links_of(pid: int) -> set[str]:
+    """Names of the interfaces in the network of a process; none if it cannot be seen."""
+    try:
+        lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()
+    except OSError:
+        return set()
+    return {line.partition(":")[0].strip() for line in lines if ":" in line}
+
+
+def counters(pid: int | str) -> Counters:
+    """Of the interface of the host that a process is on; "self" is the caller."""
     for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
         name, _, rest = line.partition(":")
         if name.strip() == INTERFACE:
