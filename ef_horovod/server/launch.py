@@ -55,7 +55,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("-s", "--servers", type=_count, default=1, metavar="N", help="(1)")
     parser.add_argument("-w", "--workers", type=_count, required=True, metavar="N")
     parser.add_argument(
-        "-H", "--host", metavar="A:2,B:2", help="hosts with slots; servers come to the first ones"
+        "-H",
+        "--host",
+        metavar="A:2,B:2",
+        help="hosts with slots; servers come to the first ones, this host before all others",
     )
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="the same in a file")
     parser.add_argument(
