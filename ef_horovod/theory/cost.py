@@ -144,14 +144,16 @@ def reference_work(method: Method, d: int) -> Work:
     """Speeds of a core that were not measured: round numbers near those of docs/cost-model.md.
 
     `exchange="auto"` takes them, for it has to choose alike on all ranks and in all runs. They are
-    those of error feedback with top-k or one bit; a message is decoded in 2 ns a byte.
+    those of error feedback with top-k or one bit; a message is decoded in 2 ns a byte, up to
+    2.5 ns an element.
 
     Example:
         >>> import ef_horovod as ef
         >>> reference_work(ef.EF21(ef.TopK(0.01)), 10**6).decode < 2e-10
         True
     """
-    decode = 2e-9 * method.compressor.nbytes(method.message_length(d, 0)) / max(d, 1)
+    density = method.compressor.nbytes(method.message_length(d, 0)) / max(d, 1)
+    decode = min(2e-9 * density, 2.5e-9)
     return Work(push=1.5e-9, decode=decode, aggregate=1.0e-9, pull=0.5e-9, copy=0.4e-9)
 
 
