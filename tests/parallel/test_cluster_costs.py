@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+import importlib.util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from clusters import run_in_cluster
-from launching import PROGRAMS
-from processes import BIN
+from processes import ENVIRONMENT
 
 from ef_horovod import theory
-from ef_horovod.spelling import read_method
-from ef_horovod.theory.cost import SOFTWARE
 
 pytestmark = [pytest.mark.parallel, pytest.mark.root, pytest.mark.slow]
 
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cost_model.py"
 HALF = 'Cast("float16")'
 # Messages that are large for their compression's time: a busy machine delays the latter.
 CASES = {
@@ -28,31 +22,21 @@ CASES = {
     "reduce": ("ErrorFeedback(Identity())", "reduce"),
     "double pass": (f"NoFeedback({HALF}, down={HALF})", "double_pass"),
 }
-RINGS = {
-    "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
-    "OMPI_MCA_coll_tuned_allreduce_algorithm": "4",
-    "OMPI_MCA_coll_tuned_allgatherv_algorithm": "3",
-}
 TOLERANCE = 0.35
 
 
-def measured(hosts: int, rate: str, elements: int, software: str, out: Path) -> list[Any]:
-    """What each rank found, for each case."""
-    program = [sys.executable, str(PROGRAMS / "exchange_times.py"), str(out), str(elements), "4"]
-    nodes = ",".join(f"node{i + 1}:1" for i in range(hosts))
-    mpirun = [str(BIN / "mpirun"), "-np", str(hosts), "-H", nodes]
-    variables = RINGS if software == "ring" else {}
-    run_in_cluster(
-        ["--hosts", str(hosts), "--rate", rate],
-        [*mpirun, *program, json.dumps(CASES)],
-        out,
-        **variables,
-    )
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(hosts)]
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("cost_model_benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(
-    ("rate", "hosts", "software"),
+    ("rate", "hosts", "mpi"),
     [
         ("50mbit", 2, "ring"),
         ("50mbit", 4, "ring"),
@@ -62,30 +46,13 @@ def measured(hosts: int, rate: str, elements: int, software: str, out: Path) -> 
     ],
 )
 def test_steps_take_as_long_as_predicted(
-    rate: str, hosts: int, software: str, tmp_path: Path
+    rate: str, hosts: int, mpi: str, benchmark: Any, tmp_path: Path
 ) -> None:
-    network = theory.Network.read(rate)
-    elements = round(network.bandwidth / 50)  # the network takes as long at any rate
-    found = measured(hosts, rate, elements, software, tmp_path)
-    share = max(1.0, hosts / (os.cpu_count() or 1))
-    for case, (method, exchange) in CASES.items():
-        of_ranks = [rank[case] for rank in found]
-        # All ranks were probed at the same time, so their speeds are those of a part of a core.
-        speeds = np.mean([rank["work"] for rank in of_ranks], axis=0) / share
-        cost = theory.step_cost(
-            read_method(method),
-            elements,
-            hosts,
-            exchange,
-            network,
-            software=SOFTWARE[software],
-            work=theory.Work(*speeds),
-            share=share,
-        )
+    elements = round(theory.Network.read(rate).bandwidth / 50)  # as long on any network
+    cell = benchmark.Cell(rate, hosts, mpi, elements, repetitions=4)
+    found = benchmark.measure(cell, CASES, tmp_path, TMPDIR=str(tmp_path), **ENVIRONMENT)
+    for row in benchmark.compare(cell, CASES, found):
         # What else runs on the machine delays some steps of the four, seldom all of them.
-        step, least = (max(rank[name] for rank in of_ranks) for name in ("step", "least"))
-        said = f"{least:.3f} to {step:.3f} s, predicted {cost.step:.3f} s ({cost.network:.3f} s of "
-        in_time = (1 - TOLERANCE) * least < cost.step < (1 + TOLERANCE) * step
-        assert in_time, f"{case}: {said}network)"
-        sent = np.mean([rank["bytes_out"] for rank in of_ranks])
-        assert sent == pytest.approx(cost.traffic.sent, rel=1e-4)
+        in_time = (1 - TOLERANCE) * row.least < row.predicted < (1 + TOLERANCE) * row.step
+        assert in_time, f"expected a prediction within {TOLERANCE:.0%} of {row}"
+        assert row.bytes_out == pytest.approx(row.bytes_predicted, rel=1e-4)

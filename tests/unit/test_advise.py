@@ -62,7 +62,13 @@ def test_bytes_are_those_of_theory(capsys):
 
 def test_a_fast_link_is_told_to_stay_dense(capsys):
     text = run(capsys, "--workers", "4", "--bandwidth", "400gbit", "--mpi", "ideal")
-    assert "Verdict: stay dense: no compression is predicted to take less than 90%" in text
+    assert "Verdict: stay dense: nothing is predicted to take less than 90% of the" in text
+
+
+def test_what_horovod_does_better_by_itself_is_said(capsys):
+    slow = ["--method", "EF21(TopK(0.5))", "--compute", "1ms"]
+    text = run(capsys, "--workers", "4", "--bandwidth", "1gbit", *slow)
+    assert "Verdict: take Horovod's own hvd.Compression.fp16, without this library" in text
 
 
 def test_many_workers_get_a_row_each(capsys):

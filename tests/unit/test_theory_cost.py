@@ -105,8 +105,8 @@ def test_a_step_is_the_sum_of_its_parts():
     assert gather.decode == pytest.approx(2e-3 * (4 * 2 + 3 + 4))
     assert gather.step == pytest.approx(0.5 + gather.compress + gather.network + gather.decode)
     slices = theory.step_cost(method, d, 4, "double_pass", NETWORK, **options)
-    assert slices.compress == pytest.approx(2e-3 * (1 + 5))
-    assert slices.decode == pytest.approx(2e-3 * (2 + 3 / 4 + 5 + 4))
+    assert slices.compress == pytest.approx(2e-3 * (1 + 2 * 5))
+    assert slices.decode == pytest.approx(2e-3 * (2 + 3 / 4 + 2 * 5 + 4))
     dense = theory.step_cost(method, d, 4, "dense", NETWORK, **options)
     assert (dense.compress, dense.decode) == (0.0, pytest.approx(2e-3 * 5))
 
@@ -141,7 +141,7 @@ def test_rings_are_never_predicted_to_be_slower_for_long_messages():
             theory.step_cost(METHODS[0], 10**7, workers, "dense", NETWORK, software=software).step
             for software in (OPEN_MPI, OPEN_MPI_RING)
         ]
-        assert times[0] > 1.2 * times[1]
+        assert times[0] > 1.1 * times[1]
 
 
 def test_half_precision_sends_half():

@@ -1,4 +1,4 @@
-"""Seconds of single exchanges over Horovod: for each case the parts of a step, and its bytes.
+"""A rank of benchmarks/cost_model.py: for each case the parts of a step, and its bytes.
 
 Before each case all ranks probe at once how fast they compute, so that the speeds are those of
 ranks that share the machine's cores.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
 import torch
-from common import ARGUMENTS, report
 
 from ef_horovod.channel import Channel, finish_step
 from ef_horovod.probe import measure_work
@@ -25,19 +26,19 @@ WARM_UP = 2
 
 
 def main() -> None:
-    """Arguments: elements, repetitions, JSON of {label: [method, exchange]}."""
+    """Arguments: folder for results, elements, repetitions, JSON of {label: [method, exchange]}."""
     hvd.init()
     torch.set_num_threads(1)
-    elements, repetitions, cases = int(ARGUMENTS[0]), int(ARGUMENTS[1]), json.loads(ARGUMENTS[2])
+    out, *numbers = sys.argv[1:4]
+    elements, repetitions = (int(number) for number in numbers)
+    cases = json.loads(sys.argv[4])
     generator = torch.Generator().manual_seed(hvd.rank())
     gradient = torch.randn(elements, generator=generator)
-    report(
-        hvd.rank(),
-        {
-            label: measure(label, method, exchange, gradient, repetitions)
-            for label, (method, exchange) in cases.items()
-        },
-    )
+    found = {
+        label: measure(label, method, exchange, gradient, repetitions)
+        for label, (method, exchange) in cases.items()
+    }
+    Path(out, f"rank{hvd.rank()}.json").write_text(json.dumps(found))
 
 
 def measure(label: str, method: str, exchange: str, gradient: Any, repetitions: int) -> Any:
@@ -80,7 +81,8 @@ def measure_fp16(label: str, gradient: Any, repetitions: int) -> dict[str, float
         reduced = hvd.allreduce(compressed, op=hvd.Sum, name=label)
         hvd.Compression.fp16.decompress(reduced, context)
         seconds.append(time.perf_counter() - begin)
-    return {"step": statistics.median(seconds[WARM_UP:])}
+    measured = seconds[WARM_UP:]
+    return {"step": statistics.median(measured), "least": min(measured)}
 
 
 main()
