@@ -145,23 +145,22 @@ def _slope_claim(report: Report, rows: Rows, title: str, ways: dict[str, str]) -
     """DoubleSqueeze's time grows slowest as bandwidth goes down."""
     claim = f"{title}: DoubleSqueeze's time grows slowest with 1/bandwidth"
     expected = f"no other's by less, up to {NOISE:.0%} of uncompressed's"
-    rates = known(rows, "rate")
-    grown = {
-        name: _grown(rows, way, rates[0], rates[-1]) if rates else None
-        for name, way in ways.items()
+    times = {
+        rate: {
+            name: median_of(rows, Case("mlp", way, TALK_HOSTS, rate)) for name, way in ways.items()
+        }
+        for rate in known(rows, "rate")
     }
-    if None in grown.values():
+    rates = [rate for rate, found in times.items() if None not in found.values()]
+    if len(rates) < 2:
         report.claim(claim, expected, "not measured", False)
         return
+    slow, fast = times[rates[0]], times[rates[-1]]
+    grown = {name: slow[name] - fast[name] for name in ways}
     shown = ", ".join(f"{name} {1e3 * value:,.0f}" for name, value in grown.items())
     own, noise = grown.pop("DoubleSqueeze"), NOISE * grown["uncompressed"]
     span = f"ms from {show_rate(rates[-1])} to {show_rate(rates[0])}"
     report.claim(claim, expected, f"{span}: {shown}", own <= min(grown.values()) + noise)
-
-
-def _grown(rows: Rows, way: str, slow: int, fast: int) -> float | None:
-    times = [median_of(rows, Case("mlp", way, TALK_HOSTS, rate)) for rate in (slow, fast)]
-    return None if None in times else times[0] - times[1]
 
 
 # --- asking rows
