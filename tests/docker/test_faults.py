@@ -45,7 +45,7 @@ HOROVOD = ("-np", "4", "-H", HOSTS, PYTHON, "train_horovod.py")
 # Without node1: Open MPI fills the host it is called on first, and the server is rank 0.
 SERVER = (PYTHON, "-m", "ef_horovod.server.launch", "-s", "1", "-w", "2")
 SERVER = (*SERVER, "-H", "node2:1,node3:1,node4:1", "--", PYTHON, "train_server.py")
-# ssh names the node; mpirun then says one or the other, as it hears of it from a socket or from ssh.
+# ssh names the node; mpirun says one or the other, as it hears of it by a socket or from ssh.
 LOST = (
     r"Connection to {node} closed by remote host[\s\S]*"
     "ORTE (has lost communication with a remote daemon|was unable to reliably start one or more)"
