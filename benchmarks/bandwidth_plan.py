@@ -268,14 +268,17 @@ def case_of(row: dict[str, Any]) -> Case:
     return Case(*(row[field] for field in Case._fields))
 
 
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of results; of each case the last one. A half written line is skipped."""
-    found = {}
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """What a file of results says, line by line; a half written line is skipped."""
+    found = []
     for line in file.read_text().splitlines():
         try:
-            row = json.loads(line)
+            found.append(json.loads(line))
         except ValueError:
             continue
-        if "ok" in row:
-            found[case_of(row)] = row
-    return list(found.values())
+    return found
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results; of each case the last one."""
+    return list({case_of(line): line for line in lines_of(file) if "ok" in line}.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -24,7 +23,7 @@ from bandwidth_claims import (
     median_of,
     ring_bytes,
 )
-from bandwidth_plan import MODELS, WAYS, Case, case_of, epoch_seconds, rows_of
+from bandwidth_plan import MODELS, WAYS, Case, case_of, epoch_seconds, lines_of, rows_of
 
 from ef_horovod.cluster.network import read_rate, show_rate
 from experiments.claims import Panel, Report, plot_panels
@@ -63,8 +62,7 @@ def write(report: Report, out: Path) -> None:
 
 
 def _settings(file: Path, rows: Rows) -> dict[str, Any]:
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-    runs = [line["settings"] for line in lines if "settings" in line]
+    runs = [line["settings"] for line in lines_of(file) if "settings" in line]
     last = runs[-1] if runs else {}
     loads = [row["load"] for row in rows.values() if row["ok"]]
     found = {key: last[key] for key in ("cores", "linux", "python") if key in last}
