@@ -31,7 +31,7 @@ from bandwidth_plan import Case
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ef_horovod.cluster.network import read_rate, show_rate
+from ef_horovod.units import read_rate, show_rate
 
 WAYS = ["Horovod dense, ring", "EF21 top-k", "DoubleSqueeze 1 bit"]
 WARM_UP, STEPS = 4, 12

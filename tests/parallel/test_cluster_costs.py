@@ -15,14 +15,14 @@ pytestmark = [pytest.mark.parallel, pytest.mark.root, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cost_model.py"
 HALF = 'Cast("float16")'
-# Messages that are large for their compression's time: a busy machine delays the latter.
+# Messages that are large for their compression's time: their steps are the network's.
 CASES = {
     "dense": ("NoFeedback(Identity())", "dense"),
     "gather": (f"NoFeedback({HALF})", "gather"),
     "reduce": ("ErrorFeedback(Identity())", "reduce"),
     "double pass": (f"NoFeedback({HALF}, down={HALF})", "double_pass"),
 }
-TOLERANCE = 0.35
+TOLERANCE = 0.35  # by which a network may be faster than predicted; a busy machine is slower
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,6 @@ def benchmark() -> Any:
     ("rate", "hosts", "mpi"),
     [
         ("50mbit", 2, "ring"),
-        ("50mbit", 4, "ring"),
-        ("200mbit", 2, "ring"),
         ("200mbit", 4, "ring"),
         ("50mbit", 4, "default"),
     ],
@@ -52,7 +50,6 @@ def test_steps_take_as_long_as_predicted(
     cell = benchmark.Cell(rate, hosts, mpi, elements, repetitions=4)
     found = benchmark.measure(cell, CASES, tmp_path, TMPDIR=str(tmp_path), **ENVIRONMENT)
     for row in benchmark.compare(cell, CASES, found):
-        # What else runs on the machine delays some steps of the four, seldom all of them.
-        in_time = (1 - TOLERANCE) * row.least < row.predicted < (1 + TOLERANCE) * row.step
-        assert in_time, f"expected a prediction within {TOLERANCE:.0%} of {row}"
+        in_time = row.least / 2 < row.network < (1 + TOLERANCE) * row.step
+        assert in_time, f"expected a network's time from half of the least step on in {row}"
         assert row.bytes_out == pytest.approx(row.bytes_predicted, rel=1e-4)
