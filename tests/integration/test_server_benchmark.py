@@ -43,7 +43,7 @@ def test_a_short_run_has_a_row_for_each_method(benchmark, tmp_path):
     # The slowest of all workers is shown, and a link carries all workers' bytes.
     assert dense["bound"] == pytest.approx(2 * dense["bytes_up"] / dense["bandwidth"])
     for row in report["computing"]:
-        assert row["passes"] == pytest.approx((row["reduce"] - row["decode"]) / row["copy"])
+        assert row["passes"] == pytest.approx((row["reduce"] - row["decode"]) / row["one"])
     assert report["held"] == (max(row["passes"] for row in report["computing"]) <= 3)
 
 
@@ -53,7 +53,7 @@ def test_the_bound_takes_the_busier_direction(benchmark):
 
 
 def test_the_limit_is_held_up(benchmark, capsys):
-    good = benchmark.Computing(10, 1, "m", copy=1.0, reduce=5.0, decode=2.0, checks=9.0)
+    good = benchmark.Computing(10, 1, "m", one=1.0, reduce=5.0, decode=2.0, checks=9.0)
     assert benchmark.hold_limit([good])
     assert not benchmark.hold_limit([good, good._replace(reduce=5.1)])
     assert capsys.readouterr().out.count("MISSED") == 1
