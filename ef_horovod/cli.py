@@ -217,9 +217,10 @@ def _run_advise(arguments: argparse.Namespace) -> None:
 
 def _read(name: str) -> Callable[[str], Any]:
     """A reader of `units` as a type of arguments, with its own words for what is wrong."""
-    from ef_horovod import units
 
     def read(text: str) -> float:
+        from ef_horovod import units
+
         try:
             return getattr(units, name)(text)
         except ValueError as error:

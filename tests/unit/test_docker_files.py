@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +65,19 @@ def test_horovods_layer_depends_on_what_builds_it_and_nothing_else():
     command = imported_by("ef_horovod.cli") - package
     assert command <= copied("build"), "launch/setup calls the command"
     assert all(name.startswith("docker/site/") for name in copied("build") - command)
+
+
+def test_the_command_starts_with_the_files_of_its_layer(tmp_path):
+    for name in sorted(copied("recipe") | copied("build")):
+        if name.startswith("ef_horovod/"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "ef_horovod" / "__init__.py").touch()
+    words = [sys.executable, "-m", "ef_horovod.cli", "build-horovod", "--help"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_pip_reads_of_pyproject_comes_first():
