@@ -45,15 +45,18 @@ HOROVOD = ("-np", "4", "-H", HOSTS, PYTHON, "train_horovod.py")
 # Without node1: Open MPI fills the host it is called on first, and the server is rank 0.
 SERVER = (PYTHON, "-m", "ef_horovod.server.launch", "-s", "1", "-w", "2")
 SERVER = (*SERVER, "-H", "node2:1,node3:1,node4:1", "--", PYTHON, "train_server.py")
-# ssh names the node; mpirun says one or the other, as it hears of it by a socket or from ssh.
+# ssh names the node; mpirun says one or the other, as it hears of it by a socket or from ssh, and
+# before ssh or after it.
 LOST = (
-    r"Connection to {node} closed by remote host[\s\S]*"
-    "ORTE (has lost communication with a remote daemon|was unable to reliably start one or more)"
+    r"(?s)(?=.*Connection to {node} closed by remote host)"
+    "(?=.*ORTE (has lost communication with a remote daemon|was unable to reliably start one or))"
 )
+# In what a rank waits for, or as it asks for the next collective.
+DOWN = "HorovodInternalError: (rank|Horovod has been shut down)"
 WAITED = "CollectiveTimeoutError: rank 0 of 4 waited 8 s in 'ef0."
 KINDS = {
     "mpi": Kind(("horovodrun", "--mpi", *HOROVOD), "node3", LOST, WAITED),
-    "gloo": Kind(("horovodrun", "--gloo", *HOROVOD), "node3", "HorovodInternalError: rank", WAITED),
+    "gloo": Kind(("horovodrun", "--gloo", *HOROVOD), "node3", DOWN, WAITED),
     "worker": Kind(
         SERVER,
         "node3",
