@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import horovod.torch as hvd
@@ -22,9 +23,10 @@ class HorovodTorchTransport(HorovodTransport):
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
     ) -> Callable[[], list[np.ndarray]]:
-        handle = hvd.allgather_async(
-            torch.from_numpy(data), name=self.named(name), process_set=self._process_set
-        )
+        with self._naming(name):
+            handle = hvd.allgather_async(
+                torch.from_numpy(data), name=self.named(name), process_set=self._process_set
+            )
 
         def finish() -> list[np.ndarray]:
             gathered = self._wait(handle, name).numpy()
@@ -37,12 +39,13 @@ class HorovodTorchTransport(HorovodTransport):
     def alltoall(
         self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
     ) -> Callable[[], list[np.ndarray]]:
-        handle = hvd.alltoall_async(
-            torch.from_numpy(np.concatenate(parts)),
-            splits=torch.tensor([part.size for part in parts], dtype=torch.int32),
-            name=self.named(name),
-            process_set=self._process_set,
-        )
+        with self._naming(name):
+            handle = hvd.alltoall_async(
+                torch.from_numpy(np.concatenate(parts)),
+                splits=torch.tensor([part.size for part in parts], dtype=torch.int32),
+                name=self.named(name),
+                process_set=self._process_set,
+            )
 
         def finish() -> list[np.ndarray]:
             arrived, _ = self._wait(handle, name)
@@ -55,9 +58,10 @@ class HorovodTorchTransport(HorovodTransport):
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
         tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-        handle = hvd.allreduce_async_(
-            tensor, op=hvd.Sum, name=self.named(name), process_set=self._process_set
-        )
+        with self._naming(name):
+            handle = hvd.allreduce_async_(
+                tensor, op=hvd.Sum, name=self.named(name), process_set=self._process_set
+            )
         self._count_allreduce(tensor.numel() * tensor.element_size())
 
         def finish() -> Array:
@@ -68,8 +72,14 @@ class HorovodTorchTransport(HorovodTransport):
 
     def _wait(self, handle: int, name: str) -> Any:
         wait_until(lambda: bool(hvd.poll(handle)), self.timeout, lambda: self._waited(name))
-        try:
+        with self._naming(name):
             return hvd.synchronize(handle)
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Say in Horovod's errors which rank failed in what."""
+        try:
+            yield
         except HorovodInternalError as error:
             raise HorovodInternalError(
                 f"rank {self.rank} failed in '{self.named(name)}': {error}; "

@@ -52,7 +52,7 @@ LOST = (
     "(?=.*ORTE (has lost communication with a remote daemon|was unable to reliably start one or))"
 )
 # In what a rank waits for, or as it asks for the next collective.
-DOWN = "HorovodInternalError: (rank|Horovod has been shut down)"
+DOWN = r"HorovodInternalError: rank \d failed in 'ef0\."
 WAITED = "CollectiveTimeoutError: rank 0 of 4 waited 8 s in 'ef0."
 KINDS = {
     "mpi": Kind(("horovodrun", "--mpi", *HOROVOD), "node3", LOST, WAITED),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from launching import Results, horovodrun
 
@@ -73,3 +75,13 @@ def test_the_stock_adapter_resumes_to_the_last_bit(results: Results) -> None:
 def test_elastic_jobs_are_refused(results: Results) -> None:
     for error in results[0]["elastic"]:
         assert "start it with horovodrun -np N" in error
+
+
+@pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])
+def test_a_rank_that_leaves_is_noticed_by_name(gloo: bool, tmp_path: Path) -> None:
+    said = horovodrun(2, "ends_early.py", tmp_path, gloo=gloo)[0]
+    where = dict(waits="second", allgather="third", alltoall="fourth", allreduce="fifth")
+    for name, collective in where.items():
+        expected = f"HorovodInternalError: rank 0 failed in 'ef.{collective}': "
+        assert said[name].startswith(expected)
+        assert "a rank ended early" in said[name]
