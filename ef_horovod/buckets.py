@@ -51,6 +51,13 @@ class BucketPlan(NamedTuple):
         """Number of elements."""
         return self.slots[-1].stop
 
+    def apart(self) -> list[BucketPlan]:
+        """A bucket for each of the parameters, uncompressed."""
+        return [
+            BucketPlan(f"{self.name}.{i}", one_slot(slot.name, slot.parameter), None)
+            for i, slot in enumerate(self.slots)
+        ]
+
 
 def plan_buckets(
     named: Iterable[tuple[str, Parameter]],

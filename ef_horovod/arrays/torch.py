@@ -118,7 +118,10 @@ def abs_sum(x: torch.Tensor) -> float:
 
 @_kernel
 def abs_max(x: torch.Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
+    if not x.numel():
+        return 0.0
+    least, most = torch.aminmax(x)  # NaN if there is one; x.abs() would be a vector more
+    return float(torch.maximum(-least, most))
 
 
 @_kernel

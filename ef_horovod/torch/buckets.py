@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 
 from ef_horovod.buckets import BucketPlan, Slot
@@ -10,10 +12,15 @@ from ef_horovod.transports.base import Transport
 
 
 class Bucket:
-    """Parameters that travel together, and their channel."""
+    """Parameters that travel together, and their channel.
+
+    A gradient that is alone in its bucket and stays uncompressed is summed where it lies.
+    """
 
     def __init__(self, channel: Channel, slots: list[Slot]) -> None:
         self.channel, self.slots = channel, slots
+        self._alone = channel.exchange == "dense" and len(slots) == 1
+        self._own = channel.gradient
         self.filled: dict[torch.Tensor, tuple[torch.Tensor | None, int]] = {}  # as of when
         self.started = False
 
@@ -25,15 +32,19 @@ class Bucket:
 
     def fill(self, slot: Slot, loss_scale: float) -> None:
         """Copy a parameter's gradient (zeros if it has none) into the bucket, unscaled."""
-        target = self.channel.gradient[slot.start : slot.stop].view(slot.parameter.shape)
         gradient = slot.parameter.grad
+        self.filled[slot.parameter] = _now(gradient)
+        if self._alone and loss_scale == 1.0 and _is_plain(gradient):
+            # `data`, for sums in it are not what the user is told not to do in `release`.
+            self.channel.gradient = gradient.data.view(-1)
+            return
+        target = self.channel.gradient[slot.start : slot.stop].view(slot.parameter.shape)
         if gradient is None:
             target.zero_()
         elif loss_scale == 1.0:
             target.copy_(gradient.detach())
         else:
             target.copy_(gradient.detach()).div_(loss_scale)
-        self.filled[slot.parameter] = _now(gradient)
 
     def start(self, step: int) -> None:
         """Send the bucket."""
@@ -50,7 +61,12 @@ class Bucket:
                 gradient.fill_(float("nan"))
                 continue
             part = direction[slot.start : slot.stop].view(slot.parameter.shape)
-            gradient.copy_(part if factor == 1.0 else part * factor)  # scaled before it is rounded
+            if factor != 1.0:
+                part = part * factor  # scaled before it is rounded
+            if part.data_ptr() != gradient.data_ptr():
+                gradient.copy_(part)
+        if self._alone:
+            self.channel.gradient = self._own  # and not what the user may free
 
     def release(self) -> None:
         """Give up what `fill` has taken, before the first delivery of a step.
@@ -66,6 +82,11 @@ class Bucket:
                     "expected it as backward() left it, for it was on its way to other ranks; call "
                     "synchronize(), then change it, then step() inside skip_synchronize()"
                 )
+
+
+def _is_plain(gradient: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    """Whether a gradient's memory is a float32 vector."""
+    return gradient is not None and gradient.dtype == torch.float32 and gradient.is_contiguous()
 
 
 def _now(gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ef_horovod.buckets import Slot, describe, plan_buckets
+from ef_horovod.buckets import BucketPlan, Slot, describe, plan_buckets
 from ef_horovod.channel import ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
@@ -221,9 +221,20 @@ class Reducer:
             bucket_bytes=options.bucket_bytes,
             device_of=lambda parameter: parameter.device,
         )
+        return [bucket for plan in plans for bucket in self._open(plan)]
+
+    def _open(self, plan: BucketPlan) -> list[Bucket]:
+        """A bucket; one for each parameter where nothing is compressed, for which none is copied.
+
+        Small parameters have one allreduce all the same.
+        """
+        options = self.options
+        bucket = Bucket.open(plan, self.transport, exchange=options.exchange, seed=options.seed)
+        if plan.method is None or bucket.channel.exchange != "dense":
+            return [bucket]
+        singles = plan.apart()
         return [
-            Bucket.open(plan, self.transport, exchange=options.exchange, seed=options.seed)
-            for plan in plans
+            Bucket.open(p, self.transport, exchange="dense", seed=options.seed) for p in singles
         ]
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:

@@ -13,7 +13,13 @@ pytestmark = pytest.mark.parallel
 
 @pytest.mark.parametrize(("ranks", "gloo"), [(2, False), (3, False), (2, True)])
 def test_identity_is_plain_horovod(ranks: int, gloo: bool, tmp_path: Path) -> None:
-    result = horovodrun(ranks, "identity.py", tmp_path, gloo=gloo)[0]
+    results = horovodrun(ranks, "identity.py", tmp_path, gloo=gloo)
+    for rank, of_rank in enumerate(results):
+        for step, facts in enumerate(of_rank["where they lie"]):
+            assert facts["right"], f"rank {rank}, step {step}"
+            alone = rank == 0 and step == 1  # which had no gradient to sum in
+            assert facts["in place"] != alone, f"rank {rank}, step {step}"
+    result = results[0]
     for name in ("ef dense", "ef reduce", "ef gather", "ef late", "stock dense", "stock reduce"):
         np.testing.assert_allclose(
             result["horovod"], result[name], rtol=2e-4, atol=2e-6, err_msg=name

@@ -30,6 +30,36 @@ def adapter(method, model):
     return ef.Compression(method, model.named_parameters())
 
 
+def where_they_lie() -> list[dict[str, bool]]:
+    """Steps of two large matrices, the second one with columns in memory as rows."""
+    rank, size = hvd.rank(), hvd.size()
+    one, two = (torch.nn.Parameter(torch.zeros(300, 70)) for _ in range(2))
+    two.data = torch.zeros(70, 300).t()
+    plain = torch.optim.SGD([one, two], lr=0.0)
+    optimizer = ef.DistributedOptimizer(plain, [("one", one), ("two", two)])
+    mean, found = sum(range(1, size + 1)) / size, []
+    for without, bad in ((False, False), (True, False), (False, True), (False, False)):
+        optimizer.zero_grad()
+        loss = two.sum() * (rank + 1)
+        if not (without and rank == 0):
+            loss = loss + one.sum() * (float("nan") if bad and rank == 0 else rank + 1)
+        loss.backward()
+        before = one.grad.data_ptr() if one.grad is not None else 0
+        optimizer.synchronize()
+        expected = mean - (1 / size if without else 0)
+        right = [bool((p.grad == value).all()) for p, value in ((one, expected), (two, mean))]
+        lost = all(bool(p.grad.isnan().all()) for p in (one, two))
+        found.append(
+            {
+                "right": (lost and optimizer.step_skipped) if bad else all(right),
+                "in place": one.grad.data_ptr() == before,
+            }
+        )
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    return found
+
+
 def main() -> None:
     hvd.init()
     identity, feedback = ef.NoFeedback(ef.Identity()), ef.ErrorFeedback(ef.Identity())
@@ -54,7 +84,7 @@ def main() -> None:
             lambda o, m: stock(o, m, op=hvd.Sum, compression=adapter(onebit, m))
         ),
     }
-    report(hvd.rank(), results)
+    report(hvd.rank(), results | {"where they lie": where_they_lie()})
 
 
 main()
