@@ -27,6 +27,7 @@ import numpy as np
 from tabulate import tabulate
 
 from ef_horovod import theory
+from ef_horovod.cluster.network import bucket
 from ef_horovod.spelling import read_method
 from ef_horovod.theory.cost import SOFTWARE
 
@@ -108,6 +109,7 @@ def compare(
 ) -> list[Row]:
     """Measured and predicted, for each case."""
     network, rows = theory.Network.read(cell.rate), []
+    network = network._replace(burst=bucket(round(network.bandwidth))[0])
     share = max(1.0, cell.hosts / (os.cpu_count() or 1))
     options: dict[str, Any] = {"software": SOFTWARE[cell.mpi], "share": share}
     for case, (method, exchange) in cases.items():

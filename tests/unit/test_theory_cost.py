@@ -141,7 +141,7 @@ def test_rings_are_never_predicted_to_be_slower_for_long_messages():
             theory.step_cost(METHODS[0], 10**7, workers, "dense", NETWORK, software=software).step
             for software in (OPEN_MPI, OPEN_MPI_RING)
         ]
-        assert times[0] > 1.1 * times[1]
+        assert times[0] > (1.0 if workers == 2 else 1.1) * times[1]
 
 
 def test_half_precision_sends_half():
@@ -150,8 +150,18 @@ def test_half_precision_sends_half():
     assert fp16.traffic.sent == dense.traffic.sent / 2
     assert 0.45 < fp16.network / dense.network < 0.55
     assert fp16.compress + fp16.decode == pytest.approx(
-        3e6 * reference_work(METHODS[0], 10**6).copy
+        1.5e6 * reference_work(METHODS[0], 10**6).copy
     )
+
+
+def test_a_burst_goes_at_once():
+    bucket = NETWORK._replace(burst=1e6)
+    assert bucket.carry(1e6) == 0.0
+    assert bucket.carry(3e6) == NETWORK.carry(2e6) > 0
+    slow, fast = (
+        theory.step_cost(METHODS[0], 10**6, 4, "gather", network) for network in (NETWORK, bucket)
+    )
+    assert fast.step < slow.step
 
 
 @pytest.mark.parametrize(
@@ -159,7 +169,7 @@ def test_half_precision_sends_half():
     [("100mbit", (1e8, 50e-6)), ("2.5gbit,2ms", (2.5e9, 2e-3)), ("1gbit,0us", (1e9, 0.0))],
 )
 def test_networks_are_read_from_text(text, network):
-    assert theory.Network.read(text) == pytest.approx(network)
+    assert theory.Network.read(text) == pytest.approx((*network, 0.0))
 
 
 @pytest.mark.parametrize("text", ["", "fast", "100mbit,", "100mbit,2", "1gbit,2ms,3", "100"])
