@@ -12,17 +12,8 @@ from tabulate import tabulate
 from ef_horovod.methods.base import Method
 from ef_horovod.probe import measure_work
 from ef_horovod.spelling import read_method
-from ef_horovod.theory.cost import (
-    SOFTWARE,
-    Cost,
-    Network,
-    Software,
-    Work,
-    half_precision_cost,
-    possible_exchanges,
-    reference_work,
-    step_cost,
-)
+from ef_horovod.theory import cost as model
+from ef_horovod.theory.cost import SOFTWARE, Cost, Network, Software, Work
 from ef_horovod.units import show_rate, show_seconds
 
 USUAL_METHODS = (
@@ -127,7 +118,7 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
     """
     lengths = bucket_lengths(question.parameters, question.bucket_bytes)
     work = {
-        method: (probe if question.measured else reference_work)(method, max(lengths))
+        method: (probe if question.measured else model.reference_work)(method, max(lengths))
         for method in question.methods
     }
     return [_answer(question, workers, lengths, work) for workers in question.workers]
@@ -152,7 +143,7 @@ def _answer(
         (f"{method!r}, {exchange}", method, _bucketed(question, workers, lengths, method, exchange,
                                                       work[method]))
         for method in question.methods
-        for exchange in (*possible_exchanges(method), "server")
+        for exchange in (*model.possible_exchanges(method), "server")
     ]  # fmt: skip
     rows = [*((name, None, cost) for name, cost in plain.items()), *compressed]
     dense = min(cost.step for name, cost in plain.items() if "dense" in name)
@@ -168,13 +159,13 @@ def _plain_costs(question: Question, workers: int, work: Work | None) -> dict[st
 
     def dense(software: Software) -> Cost:
         method = read_method("NoFeedback(Identity())")
-        return step_cost(method, d, workers, "dense", network, software=software, **own)
+        return model.step_cost(method, d, workers, "dense", network, software=software, **own)
 
     costs = {_PLAIN + "dense": dense(asked)}
     if question.software == "default":
         costs[_PLAIN + "dense by a ring"] = dense(SOFTWARE["ring"])
     return costs | {
-        _PLAIN + "fp16": half_precision_cost(d, workers, network, software=asked, **own)
+        _PLAIN + "fp16": model.half_precision_cost(d, workers, network, software=asked, **own)
     }
 
 
@@ -188,7 +179,7 @@ def _bucketed(
 ) -> Cost:
     """The sum over buckets, of which one waits for the other."""
     costs = {
-        d: step_cost(
+        d: model.step_cost(
             method,
             d,
             workers,

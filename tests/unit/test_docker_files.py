@@ -198,22 +198,24 @@ def test_no_docker(command, only_python):
     assert said.count("\n") == 1
 
 
-def test_no_engine(only_python):
-    client = only_python / "docker"
-    client.write_text("#!/bin/sh\necho 'Cannot connect to the Docker daemon' >&2\nexit 1\n")
-    client.chmod(0o755)
+@pytest.mark.parametrize(
+    ("client", "expected"),
+    [
+        (
+            "echo 'Cannot connect to the Docker daemon' >&2\nexit 1",
+            "no Docker engine answers (Cannot connect to the Docker daemon), expected one",
+        ),
+        ('[ "$1" = version ]', "neither `docker compose` nor docker-compose was found"),
+    ],
+    ids=["no engine", "no compose"],
+)
+def test_what_the_client_lacks(client, expected, only_python):
+    script = only_python / "docker"
+    script.write_text(f"#!/bin/sh\n{client}\n")
+    script.chmod(0o755)
     status, said = said_by("docker/test", "--check")
     assert status == 1
-    assert "no Docker engine answers (Cannot connect to the Docker daemon), expected one" in said
-
-
-def test_no_compose(only_python):
-    client = only_python / "docker"
-    client.write_text('#!/bin/sh\n[ "$1" = version ]\n')
-    client.chmod(0o755)
-    status, said = said_by("docker/test", "--check")
-    assert status == 1
-    assert "neither `docker compose` nor docker-compose was found" in said
+    assert expected in said
 
 
 def test_launch_test_looks_for_docker_before_it_begins(only_python, monkeypatch, tmp_path):
