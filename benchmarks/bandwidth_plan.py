@@ -64,7 +64,7 @@ class Way:
         name: for options and tables.
         group: of ways that one job can measure: who carries the bytes, and how it was started.
         method: of this package, as `read_method` reads it; "" for other packages.
-        exchange: of this package; for others what is asked of them.
+        exchange: of this package, with RATE for the links'; for others what is asked of them.
         up: bytes that a worker sends for each parameter in one message, for guesses.
         down: bytes of an answer for each parameter, where there are answers.
         passes: how often a ring or an all-to-all carries it; 0 for one message to each other rank.
@@ -81,6 +81,10 @@ class Way:
     @property
     def ours(self) -> bool:
         return bool(self.method)
+
+    def exchange_on(self, rate: int) -> str:
+        """The exchange to ask for, on links of so many bits per second."""
+        return self.exchange.replace("RATE", f"{rate}bit")
 
     def link_bytes(self, parameters: int, hosts: int) -> float:
         """What the busiest link carries in one direction in a step, guessed."""
@@ -108,6 +112,7 @@ WAYS = {
         Way("EF21 top-k", "ring", "EF21(TopK(0.01))", _GATHER, _TOPK, passes=0),
         Way("EF21 top-k, natural", "ring", _EF21_NATURAL, _GATHER, 0.0216, passes=0),
         Way("EF21 top-k, double pass", "ring", _EF21_BOTH, _DOUBLE, _TOPK, _TOPK),
+        Way("EF21 top-k, auto", "ring", "EF21(TopK(0.01))", "auto:RATE", _TOPK, passes=0),
         Way("DoubleSqueeze 1 bit, gather", "ring", _DS1, _GATHER, _ONEBIT, passes=0),
         Way("DoubleSqueeze 1 bit", "ring", _DS1, _DOUBLE, _ONEBIT, _ONEBIT),
         Way("DoubleSqueeze top-k", "ring", _DSK, _DOUBLE, _TOPK, _TOPK),
@@ -140,6 +145,7 @@ FEW_WAYS = (
     "EF21 top-k",
     "EF21 top-k, natural",
     "EF21 top-k, double pass",
+    "EF21 top-k, auto",
     "DoubleSqueeze 1 bit, gather",
     "DoubleSqueeze 1 bit",
     "PowerSGD rank 4",

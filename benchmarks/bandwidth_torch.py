@@ -56,7 +56,8 @@ class Trainings:
         torch.manual_seed(0)  # the same start on all ranks
         way, model = WAYS[case.way], _build(case.model)
         inputs, labels = self._samples(case.model)
-        training = Training(model, inputs, labels, MODELS[case.model].batch, way.exchange)
+        exchange, batch = way.exchange_on(case.rate), MODELS[case.model].batch
+        training = Training(model, inputs, labels, batch, exchange)
         training.data = self._source(case.model)
         _MAKERS[self._group](training, way, **options)
         return training
@@ -166,7 +167,7 @@ def _with_horovod(training: Training, way: Way, **options: Any) -> None:
         training.stats = stock.stats
     else:
         training.optimizer = ef.DistributedOptimizer(
-            plain, named, read_method(way.method), exchange=way.exchange, **options
+            plain, named, read_method(way.method), exchange=training.exchange, **options
         )
         training.stats = training.optimizer.stats
         training.closing = training.optimizer.unwrap
