@@ -121,7 +121,7 @@ def abs_max(x: torch.Tensor) -> float:
     if not x.numel():
         return 0.0
     least, most = torch.aminmax(x)  # NaN if there is one; x.abs() would be a vector more
-    return float(torch.maximum(-least, most))
+    return abs(float(torch.maximum(-least, most)))
 
 
 @_kernel
