@@ -51,8 +51,11 @@ LOST = (
     r"(?s)(?=.*Connection to {node} closed by remote host)"
     "(?=.*ORTE (has lost communication with a remote daemon|was unable to reliably start one or))"
 )
-# In what a rank waits for, or as it asks for the next collective.
-DOWN = r"HorovodInternalError: rank \d failed in 'ef0\."
+# A rank names what it was in; or horovodrun hears of it by ssh first, and ends the ranks itself.
+DOWN = (
+    r"(?s)HorovodInternalError: rank \d failed in 'ef0\."
+    r"|Connection to {node} closed by remote host.*was:\s+Process name: 2\s"
+)
 WAITED = "CollectiveTimeoutError: rank 0 of 4 waited 8 s in 'ef0."
 KINDS = {
     "mpi": Kind(("horovodrun", "--mpi", *HOROVOD), "node3", LOST, WAITED),
