@@ -19,9 +19,10 @@ from ef_horovod.server.__main__ import method_of
 
 _PASSED_ON = ("EF_HOROVOD_TIMEOUT",)  # to ranks on other hosts, which have a login's variables
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-# mpirun ends all ranks when one dies; a server has so many seconds to save its state then. mpirun
-# waits that long in any case, twice.
-_SECONDS_TO_SAVE = 10
+# mpirun ends all ranks when one dies; they have so many seconds then, a server to save its state or
+# only to tell its workers why. mpirun waits that long in any case, twice, and shows nothing of the
+# ranks on its nodes meanwhile.
+_SECONDS_TO_SAVE, _SECONDS_TO_TELL = 10, 3
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -86,7 +87,10 @@ def command(
     threads = arguments.threads or (1 if elsewhere else max(1, cores // ranks))
     variables = [word for name in _THREADS for word in ("-x", f"{name}={threads}")]
     variables += [word for name in _PASSED_ON if name in os.environ for word in ("-x", name)]
-    line = [*mpirun(arguments), "-np", str(arguments.servers), *variables]
+    saves = make_server_parser().parse_args(for_server).checkpoint is not None
+    patience = _SECONDS_TO_SAVE if saves else _SECONDS_TO_TELL
+    line = [*mpirun(arguments), "--mca", "odls_base_sigkill_timeout", str(patience)]
+    line += ["-np", str(arguments.servers), *variables]
     line += [sys.executable, "-m", "ef_horovod.server", *for_server, ":"]
     return [*line, "-np", str(arguments.workers), *variables, *program]
 
@@ -105,8 +109,7 @@ def mpirun(arguments: argparse.Namespace) -> list[str]:
     if not elsewhere and ranks > cores:
         line += ["--oversubscribe"]
     line += ["--bind-to", "none"]  # or ranks with several threads share one core
-    line += ["--mca", "mpi_yield_when_idle", "1"]  # whoever waits in MPI leaves the core to others
-    return [*line, "--mca", "odls_base_sigkill_timeout", str(_SECONDS_TO_SAVE)]
+    return [*line, "--mca", "mpi_yield_when_idle", "1"]  # who waits leaves the core to others
 
 
 def _mpirun() -> str:

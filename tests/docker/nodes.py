@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -105,9 +106,12 @@ class Job:
     def text(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_for(self, text: str, seconds: float) -> float:
-        """Wait until the job has printed `text`; returns the moment."""
-        return self._wait(lambda: text in self.text(), seconds, f"print {text!r}")
+    def wait_for(self, pattern: str, seconds: float) -> float:
+        """Wait until the job has printed what a pattern matches; returns the moment."""
+        found = re.compile(pattern)
+        return self._wait(
+            lambda: found.search(self.text()) is not None, seconds, f"print {pattern!r}"
+        )
 
     def end(self, seconds: float) -> int:
         """Wait until the job has ended; returns its status."""

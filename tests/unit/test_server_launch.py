@@ -56,6 +56,8 @@ def test_two_programs(capsys, monkeypatch):
         (["-w", "1", "--threads", "3"], 2, False, ["-x OMP_NUM_THREADS=3"], []),
         (["-w", "9", "-H", "a:2,b:9"], 2, False, ["--host a:2,b:9"], ["--oversubscribe"]),
         (["-w", "9", "--hostfile", "h"], 64, False, ["--hostfile h", "THREADS=1"], []),
+        (["-w", "1"], 2, False, ["odls_base_sigkill_timeout 3 "], []),
+        (["-w", "1", "--checkpoint", "d"], 2, False, ["odls_base_sigkill_timeout 10 "], []),
         (["-w", "2", "--quorum", "1"], 2, False, ["ef_horovod.server --quorum 1 :"], []),
     ],
 )
