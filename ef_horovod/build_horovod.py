@@ -4,7 +4,8 @@ Horovod 0.28.1 does not compile against current torch and TensorFlow as it is. N
 needs a patch of Horovod; each is met from outside, by files that `write_recipe` puts in a folder:
 
 1. It asks for C++14, torch's headers need C++20: a CMake toolchain file appends the standard to
-   every compile.
+   every compile. So does it with two standard headers that Horovod and its Gloo use without
+   including them; up to g++ 12 others bring them along.
 2. TensorFlow's headers include two third-party headers by a short name: their folders go on
    CPLUS_INCLUDE_PATH.
 3. `xla_builder.h` has moved: a forwarding header of the old name goes on CPLUS_INCLUDE_PATH.
@@ -53,8 +54,9 @@ CMAKE_OLDEST = (3, 21)  # the first that reads CMAKE_TOOLCHAIN_FILE from the env
 BUILD_DISK_BYTES = 1 * 1000**3  # the object files and the two libraries with debug symbols
 
 TOOLCHAIN = """\
+set(EF_FLAGS "-std=gnu++20 -include string -include cstdint")
 set(CMAKE_CXX_COMPILE_OBJECT
-    "<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> -std=gnu++20 -o <OBJECT> -c <SOURCE>")
+    "<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> ${EF_FLAGS} -o <OBJECT> -c <SOURCE>")
 # A library that no symbol needs would be recorded by its path in this environment.
 set(CMAKE_SHARED_LINKER_FLAGS_INIT "-Wl,--as-needed")
 set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)

@@ -20,8 +20,9 @@ MAX_NORM = 1.0
 hvd.init()
 torch.manual_seed(0)
 torch.set_num_threads(1)
-device = torch.device("cuda", hvd.local_rank()) if torch.cuda.is_available() else "cpu"
-dtype = torch.float16 if torch.cuda.is_available() else torch.bfloat16
+gpus = torch.cuda.device_count()
+device = torch.device("cuda", hvd.local_rank() % gpus) if gpus else "cpu"
+dtype = torch.float16 if gpus else torch.bfloat16
 
 digits = load_digits()
 x = torch.tensor(digits.data / 16, dtype=torch.float32, device=device)

@@ -14,6 +14,7 @@ import torch
 
 import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays.numpy import Like
+from ef_horovod.arrays.torch_device import add_product as _add_product
 from ef_horovod.arrays.torch_device import from_host as from_host
 from ef_horovod.arrays.torch_device import kernel as _kernel
 from ef_horovod.arrays.torch_device import to_host as to_host
@@ -97,18 +98,20 @@ def write(x: torch.Tensor, start: int, values: torch.Tensor) -> None:
 
 @_kernel
 def divide(x: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
-    torch.div(x, divisor, out=out)
+    # By a tensor on the device: by a number it would be multiplied with the reciprocal there, which
+    # rounds twice.
+    torch.div(x, torch.full((), divisor, dtype=x.dtype, device=x.device), out=out)
 
 
 @_kernel
 def add(x: torch.Tensor, y: torch.Tensor, weight: float = 1.0) -> None:
-    x.add_(y, alpha=weight)
+    _add_product(x, y, weight)
 
 
 @_kernel
 def average(x: torch.Tensor, y: torch.Tensor, weight: float, out: torch.Tensor) -> None:
     torch.mul(x, 1.0 - weight, out=out)
-    out.add_(y, alpha=weight)
+    _add_product(out, y, weight)
 
 
 @_kernel
@@ -136,10 +139,13 @@ def top_k(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0, np.int64), np.empty(0, np.float32)
     # As integers, magnitudes sort like floats with infinity and NaN on top, as on the host.
     order = x.view(torch.int32) & 0x7FFFFFFF
-    threshold = torch.topk(order, k, sorted=True).values[-1]
-    above = torch.nonzero(order > threshold).view(-1)
-    ties = torch.nonzero(order == threshold).view(-1)[: k - above.numel()]
-    indices = torch.cat([above, ties]).sort().values
+    threshold = torch.topk(order, k, sorted=False).values.min()
+    indices = torch.nonzero(order >= threshold).view(-1)
+    spare = indices.numel() - k
+    if spare:  # of the entries as large as the threshold, the last ones are too many
+        chosen = torch.ones_like(indices, dtype=torch.bool)
+        chosen[torch.nonzero(order[indices] == threshold).view(-1)[-spare:]] = False
+        indices = indices[chosen]
     return to_host(indices), to_host(x[indices])
 
 
@@ -156,10 +162,12 @@ def take(x: torch.Tensor, indices: np.ndarray) -> np.ndarray:
 
 @_kernel
 def scatter_add(x: torch.Tensor, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
-    # The indices differ from each other, so the order of additions does not matter.
-    x.index_add_(
-        0, from_host(indices, x.device), from_host(values, x.device).to(x.dtype), alpha=weight
-    )
+    # The indices differ from each other. Not by `index_add_`: a GPU's atomic additions take numbers
+    # below 1e-38 for zeros.
+    places = from_host(indices, x.device)
+    own = x[places]
+    _add_product(own, from_host(values, x.device).to(x.dtype), weight)
+    x[places] = own
 
 
 @_kernel
@@ -211,4 +219,4 @@ def add_widened(x: torch.Tensor, codes: np.ndarray, kind: str, shift: int, weigh
     half = from_host(codes.view(np.int16), x.device).view(getattr(torch, kind))
     for start in range(0, x.numel(), _WORK):
         wide = (half[start : start + _WORK].double() * 2.0**-shift).float()
-        x[start : start + _WORK].add_(wide, alpha=weight)
+        _add_product(x[start : start + _WORK], wide, weight)

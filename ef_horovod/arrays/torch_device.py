@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 import ef_horovod.arrays.numpy as host
+
+_WORK = 1 << 22  # entries handled at once where a product needs memory
 
 
 def kernel(on_device: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,11 +33,32 @@ def kernel(on_device: Callable[..., Any]) -> Callable[..., Any]:
 
 def to_host(x: torch.Tensor) -> np.ndarray:
     """x as a NumPy array, sharing memory on the CPU."""
-    return x.cpu().numpy()
+    if x.device.type != "cuda":
+        return x.cpu().numpy()
+    staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    staged.copy_(x)
+    return staged.numpy()
 
 
 def from_host(values: np.ndarray, device: Any = None) -> torch.Tensor:
     """A host array as a tensor on `device`, sharing memory on the CPU."""
+    if torch.device(device or "cpu").type == "cuda":
+        # GPUs reach page-locked memory directly, and torch keeps it for the next copy: of memory
+        # that is new, each page would be touched for the first time.
+        dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
+        staged = torch.empty(values.shape, dtype=dtype, pin_memory=True)
+        np.copyto(staged.numpy(), values)
+        return staged.to(device, non_blocking=True)
     if not values.flags.writeable:  # received bytes; torch has no read-only tensors
         values = values.copy()
     return torch.from_numpy(values).to(device)
+
+
+def add_product(x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
+    """x += weight * y, rounded twice as on the host; a GPU's `add_` with a factor rounds once."""
+    exact = abs(math.frexp(weight)[0]) == 0.5  # a power of two: the product is not rounded
+    if exact or not x.numel():
+        x.add_(y, alpha=weight)
+        return
+    for part, other in zip(x.split(_WORK), y.split(_WORK), strict=True):
+        part.add_(other * weight)

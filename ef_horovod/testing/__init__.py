@@ -54,7 +54,8 @@ def check_compressor(compressor: Compressor, *, frameworks: Sequence[str] = ("nu
 
     Args:
         compressor: instance of a registered class.
-        frameworks: "numpy" and those whose arrays it has to take as well, such as "torch".
+        frameworks: "numpy" and those whose arrays it has to take as well: "torch", "tensorflow",
+            and "torch:cuda" for tensors on a GPU.
 
     Example:
         >>> import ef_horovod as ef

@@ -119,5 +119,10 @@ def facts(sent: list[bytes], directions: list[bytes], bucket: Any) -> Facts:
     return {
         "sent": sent,
         "directions": directions,
-        "memories": {field: np.asarray(value).tobytes() for field, value in memories.items()},
+        "memories": {field: _bytes(value) for field, value in memories.items()},
     }
+
+
+def _bytes(memory: Any) -> bytes:
+    """Of an array, or of a number."""
+    return bits(memory) if hasattr(memory, "shape") else np.asarray(memory).tobytes()

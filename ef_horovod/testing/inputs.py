@@ -191,6 +191,7 @@ def check_generator_untouched(compressor: Compressor, framework: str) -> None:
     state = {
         "numpy": lambda: repr(np.random.get_state(legacy=False)),
         "torch": lambda: importlib.import_module("torch").get_rng_state().tolist(),
+        "torch:cuda": lambda: importlib.import_module("torch").cuda.get_rng_state().tolist(),
         "tensorflow": _tensorflow_generator_state,
     }[framework]
     before = state()

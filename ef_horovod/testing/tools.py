@@ -55,10 +55,11 @@ def _indifferent(compressor: Compressor, x: np.ndarray) -> bool:
 
 
 def array_of(framework: str, x: np.ndarray) -> Array:
-    """A framework's array with a copy of x, keeping its shape."""
+    """A framework's array with a copy of x, keeping its shape; "torch:cuda" is one on a GPU."""
     x = np.array(x, order="C")
-    xp = importlib.import_module(f"ef_horovod.arrays.{framework}")
-    return xp.from_host(x, None)
+    name, _, device = framework.partition(":")
+    xp = importlib.import_module(f"ef_horovod.arrays.{name}")
+    return xp.from_host(x, device or None)
 
 
 def framework_of(x: Array) -> str:

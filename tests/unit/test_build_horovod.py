@@ -243,7 +243,8 @@ def test_too_little_disk(monkeypatch, tmp_path):
 def test_toolchain_and_forwarding_header(tmp_path):
     build_horovod.write_recipe(tmp_path, BOTH, {"CMAKE_TOOLCHAIN_FILE": "/own.cmake"})
     toolchain = (tmp_path / "toolchain.cmake").read_text()
-    assert "<FLAGS> -std=gnu++20 -o <OBJECT>" in toolchain
+    assert "<FLAGS> ${EF_FLAGS} -o <OBJECT>" in toolchain
+    assert 'EF_FLAGS "-std=gnu++20 -include string -include cstdint"' in toolchain
     assert 'set(MPI_CXX_COMPILER "/env/bin/mpicxx" CACHE FILEPATH "")' in toolchain
     assert 'include("/own.cmake")' in toolchain
     assert "USE_LINK_PATH" not in toolchain

@@ -1,6 +1,7 @@
 """Steps of every method x compressor x exchange on this rank; where they lead, as digests.
 
-Argument: "mpi" (a channel over mpi4py), "torch" or "tensorflow" (the adapters over Horovod).
+Argument: "mpi" (a channel over mpi4py), "torch" or "tensorflow" (the adapters over Horovod), or
+"torch:cuda" for torch with its tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def over_mpi():
     return transport.rank, walk
 
 
-def with_torch():
+def with_torch(device=None):
     import horovod.torch as hvd
     import torch
 
@@ -42,7 +43,7 @@ def with_torch():
     hvd.init()
 
     def walk(method, exchange):
-        x = torch.nn.Parameter(torch.zeros(SHAPE))
+        x = torch.nn.Parameter(torch.zeros(SHAPE, device=device))
         optimizer = ef.DistributedOptimizer(
             torch.optim.SGD([x], lr=1.0),
             [("x", x)],
@@ -52,9 +53,10 @@ def with_torch():
         )
         for step in range(STEPS):
             optimizer.zero_grad()
-            (x * torch.from_numpy(gradient(hvd.rank(), step))).sum().backward()
+            own = torch.from_numpy(gradient(hvd.rank(), step)).to(device)
+            (x * own).sum().backward()
             optimizer.step()
-        return x.detach().numpy()
+        return x.detach().cpu().numpy()
 
     return hvd.rank(), walk
 
@@ -80,7 +82,8 @@ def with_tensorflow():
 
 def main() -> None:
     ways = {"mpi": over_mpi, "torch": with_torch, "tensorflow": with_tensorflow}
-    rank, walk = ways[ARGUMENTS[0]]()
+    way, *device = ARGUMENTS[0].split(":")
+    rank, walk = ways[way](*device)
     report(
         rank,
         {

@@ -49,7 +49,7 @@ def digest(model: torch.nn.Module) -> str:
     """Hash of all parameters' bits."""
     sha = hashlib.sha256()
     for parameter in model.parameters():
-        sha.update(parameter.detach().numpy().tobytes())
+        sha.update(parameter.detach().cpu().numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -65,9 +65,10 @@ def train(
     steps: int,
 ) -> float:
     """Plain training loop; the last loss."""
+    device = next(model.parameters()).device
     loss = torch.zeros(())
     for _ in range(steps):
-        inputs, labels = next_batch()
+        inputs, labels = (part.to(device) for part in next_batch())
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(inputs), labels)
         loss.backward()

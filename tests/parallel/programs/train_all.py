@@ -1,6 +1,7 @@
 """Many methods x compressors, by both adapters; digests of the parameters.
 
-Arguments: adapter ("ef" or "stock"), pairs ("all" or "selection"), steps.
+Arguments: adapter ("ef" or "stock"), pairs ("all" or "selection"), steps, and a device if it is not
+the CPU.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def wrap(adapter: str, method: ef.Method, model: torch.nn.Module) -> torch.optim
 
 def main() -> None:
     hvd.init()
-    adapter, which, steps = ARGUMENTS
+    adapter, which, steps, *device = ARGUMENTS
     results = {}
     for method in pairs.every_method() if which == "all" else pairs.selection():
-        model = build_model()
+        model = build_model().to(*device)
         start = digest(model)
         loss = train(model, wrap(adapter, method, model), batches(hvd.rank()), int(steps))
         results[repr(method)] = {"start": start, "end": digest(model), "loss": loss}
