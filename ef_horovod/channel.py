@@ -151,7 +151,11 @@ class Channel:
         self._finish = None
         self._stats.dense_bytes_out += self._transport.dense_nbytes(4 * self._stats.num_elements)
         if self.exchange == "dense":
-            return math.isfinite(self._xp.abs_max(self._received))
+            with self._timed("seconds_decompress"):
+                # Into `gradient`, for what arrives may be a tensor that cannot be changed; and at
+                # once, for the look at all numbers is free then.
+                size, mean = self._transport.size, self.gradient
+                return bool(self._xp.divide_checked(self._received, size, out=mean))
         return not any(message.is_skip for message in self._received)
 
     def reply(self) -> None:
@@ -161,9 +165,7 @@ class Channel:
         """Aggregate and take over the new states; the direction, float32[d], to read at once."""
         with self._timed("seconds_decompress"):
             if self.exchange == "dense":
-                # Into `gradient`, for what arrives may be a tensor that cannot be changed.
-                direction = self.gradient
-                self._xp.divide(self._received, self._transport.size, out=direction)
+                direction = self.gradient  # since `arrived`
             else:
                 aggregate = self._aggregate()
                 before = self.worker

@@ -14,6 +14,7 @@ _LANES = 32  # independent accumulators: lets LLVM vectorise a sum without reord
 _BLOCK = 4096  # float32 partial sums stay short, then go to float64; also what stays in the cache
 # Times a word of eight bytes that are 0 or 1, their bits side by side in the uppermost byte.
 _GATHER = np.uint64(0x0102040810204080)
+_MAGNITUDES, _EXPONENT_ONES = np.uint64(0x7FFFFFFF7FFFFFFF), np.uint64(0x0080000000800000)
 # A word of one bit times this has another number in its upper six bits for each of the 64 places.
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _PLACE = np.argsort([(int(_DE_BRUIJN) << place) % 2**64 >> 58 for place in range(64)])
@@ -24,6 +25,32 @@ def add(x, y, weight):  # type: ignore[no-untyped-def]
     """x += weight * y, both float32[n]."""
     for i in range(x.size):
         x[i] += weight * y[i]
+
+
+@njit(cache=True, nogil=True)
+def largest(bits):  # type: ignore[no-untyped-def]
+    """Largest magnitude, from and as float bits: NaN ranks above infinity."""
+    most = np.uint32(0)
+    for i in range(bits.size):
+        most = max(most, bits[i] & np.uint32(0x7FFFFFFF))
+    return most
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # which lets a division by zero be one
+def divide(x, divisor, words):  # type: ignore[no-untyped-def]
+    """x /= divisor; whether all of it is finite, but for the last entry of an odd number.
+
+    Args:
+        words: x as uint64, two entries each.
+    """
+    found = np.uint64(0)
+    for start in range(0, x.size, _BLOCK):  # small enough to be read again in the cache
+        part, pairs = x[start : start + _BLOCK], words[start // 2 : (start + _BLOCK) // 2]
+        for i in range(part.size):
+            part[i] = part[i] / divisor
+        for i in range(pairs.size):  # only of infinity and NaN the exponent reaches the sign
+            found |= (pairs[i] & _MAGNITUDES) + _EXPONENT_ONES
+    return found & ~_MAGNITUDES == 0
 
 
 @njit(cache=True, nogil=True)

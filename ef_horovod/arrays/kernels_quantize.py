@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ef_horovod.arrays.kernels import _mix
+from ef_horovod.arrays.kernels import _mix, largest
 
 _CHUNK = 5120  # entries: a multiple of 40, so that chunks start at whole bytes and base-3 groups
 _LANES = 64  # as many independent sums: fewer are not vectorised
@@ -21,18 +21,10 @@ _UNIT = np.float32(2.0**-24)
 
 
 @njit(cache=True, nogil=True)
-def _max(bits):  # type: ignore[no-untyped-def]
-    largest = np.uint32(0)
-    for i in range(bits.size):
-        largest = max(largest, bits[i] & _MAGNITUDE)
-    return largest
-
-
-@njit(cache=True, nogil=True)
 def block_max(bits, block, out):  # type: ignore[no-untyped-def]
     """Largest magnitude of each block, from and as float bits: NaN ranks above infinity."""
     for b in range(out.size):
-        out[b] = _max(bits[b * block : (b + 1) * block])
+        out[b] = largest(bits[b * block : (b + 1) * block])
 
 
 @njit(cache=True, nogil=True)

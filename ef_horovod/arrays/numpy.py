@@ -113,6 +113,15 @@ def divide(x: np.ndarray, divisor: float, out: np.ndarray) -> None:
     np.divide(x, np.float32(divisor), out=out)
 
 
+def divide_checked(x: np.ndarray, divisor: float, out: np.ndarray) -> bool:
+    """out = x / divisor, in the same pass: whether all of it is finite; `out` may be x."""
+    if address(x) != address(out):
+        np.copyto(out, x)
+    even = out.size - out.size % 2
+    good = _kernels().divide(out, np.float32(divisor), out[:even].view(np.uint64))
+    return bool(good) and bool(np.isfinite(out[even:]).all())
+
+
 def add(x: np.ndarray, y: np.ndarray, weight: float = 1.0) -> None:
     """x += weight * y."""
     _kernels().add(x, y, np.float32(weight))
@@ -133,9 +142,7 @@ def abs_sum(x: np.ndarray) -> float:
 
 def abs_max(x: np.ndarray) -> float:
     """Largest magnitude, 0 for an empty x; not finite if an entry is not."""
-    if x.size == 0:
-        return 0.0
-    return max(float(np.max(x)), -float(np.min(x)))
+    return float(np.uint32(_kernels().largest(x.view(np.uint32))).view(np.float32))
 
 
 def squared_norm(x: np.ndarray) -> float:

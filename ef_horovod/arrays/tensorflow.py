@@ -129,6 +129,13 @@ def divide(x: tf.Tensor | tf.Variable, divisor: float, out: tf.Variable) -> None
 
 
 @_kernel
+def divide_checked(x: tf.Tensor | tf.Variable, divisor: float, out: tf.Variable) -> bool:
+    quotient = tf.convert_to_tensor(x) / np.float32(divisor)
+    out.assign(quotient)
+    return bool(tf.reduce_all(tf.math.is_finite(quotient)))
+
+
+@_kernel
 def add(x: tf.Variable, y: tf.Tensor | tf.Variable, weight: float = 1.0) -> None:
     x.assign_add(y if weight == 1.0 else tf.multiply(y, np.float32(weight)))
 

@@ -98,9 +98,13 @@ def write(x: torch.Tensor, start: int, values: torch.Tensor) -> None:
 
 @_kernel
 def divide(x: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
-    # By a tensor on the device: by a number it would be multiplied with the reciprocal there, which
-    # rounds twice.
-    torch.div(x, torch.full((), divisor, dtype=x.dtype, device=x.device), out=out)
+    _divide(x, divisor, out)
+
+
+@_kernel
+def divide_checked(x: torch.Tensor, divisor: float, out: torch.Tensor) -> bool:
+    _divide(x, divisor, out)
+    return bool(torch.isfinite(torch.stack(torch.aminmax(out))).all()) if out.numel() else True
 
 
 @_kernel
@@ -220,3 +224,9 @@ def add_widened(x: torch.Tensor, codes: np.ndarray, kind: str, shift: int, weigh
     for start in range(0, x.numel(), _WORK):
         wide = (half[start : start + _WORK].double() * 2.0**-shift).float()
         _add_product(x[start : start + _WORK], wide, weight)
+
+
+def _divide(x: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
+    # By a tensor on the device: by a number it would be multiplied with the reciprocal there, which
+    # rounds twice.
+    torch.div(x, torch.full((), divisor, dtype=x.dtype, device=x.device), out=out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_arrays import CALLS, IN_ANOTHER_ORDER, LARGE, adversaries, assert_top_k, fit
+from test_arrays import CALLS, IN_ANOTHER_ORDER, LARGE, WITH_OUT, adversaries, assert_top_k, fit
 
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.torch as device
@@ -40,7 +40,7 @@ def test_an_op_equals_the_host_kernel(name, call, length, work, monkeypatch) -> 
     *args, options = call if call and isinstance(call[-1], dict) else (*call, {})
     args = [fit(a, length) for a in args]
     tensors = [on_gpu(a) if name in VECTORS and isinstance(a, np.ndarray) else a for a in args]
-    outs = [{"out": x}, {"out": own}] if name in ("divide", "average") else [{}, {}]
+    outs = [{"out": x}, {"out": own}] if name in WITH_OUT else [{}, {}]
     expected = getattr(host, name)(x, *args, **options, **outs[0])
     found = getattr(device, name)(own, *tensors, **options, **outs[1])
     assert own.cpu().numpy().tobytes() == x.tobytes()

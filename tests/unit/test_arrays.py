@@ -125,6 +125,7 @@ def on_cpu_tensor(function):
             "add",
             "average",
             "divide",
+            "divide_checked",
         )
 
     return run
@@ -160,6 +161,7 @@ CALLS = {
     "fill": [(2.5,)],
     "assign": [(Y,)],
     "divide": [(3,), (4,)],
+    "divide_checked": [(3,), (1,)],
     "add": [(Y,), (Y, -1.0), (Y, 0.5)],
     "average": [(Y, 0.25), (Y, 1.0)],
     "abs_sum": [()],
@@ -226,6 +228,7 @@ IN_ANOTHER_ORDER = {  # sums: equal up to rounding, of so much where terms cance
     "block_halves": 0,
     "factors": 1e-3,
 }
+WITH_OUT = ("divide", "divide_checked", "average")
 DEVICE_OPS = {name for name in vars(device) if hasattr(getattr(device, name), "on_device")}
 
 
@@ -252,7 +255,7 @@ def test_device_op_equals_host_kernel(name, call, length, work, monkeypatch):
     for own, function in zip(
         xs, (getattr(host, name), on_cpu_tensor(getattr(device, name).on_device)), strict=True
     ):
-        out = {"out": own} if name in ("divide", "average") else {}
+        out = {"out": own} if name in WITH_OUT else {}
         results.append(function(own, *args, **options, **out))
     assert xs[0].tobytes() == xs[1].tobytes()
     if name in IN_ANOTHER_ORDER:
@@ -289,6 +292,19 @@ def test_torch_functions_on_cpu_run_the_host_kernels_in_place():
     assert x.tolist() == [1, 1.5, 2, 2.5, 3, 3.5]
     assert device.address(x) == device.address(x.view(2, 3)) != device.address(x.clone())
     assert device.top_k(x, 2)[0].tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 5000, 9999])
+def test_a_division_says_whether_all_is_finite(bad, place):
+    x = np.full(10_000, 3.4e38, np.float32)  # whose sum is not
+    for divide in (host.divide_checked, on_cpu_tensor(device.divide_checked.on_device)):
+        own = x.copy()
+        assert divide(own, 2, out=own)
+        assert own.tobytes() == (x / np.float32(2)).tobytes()
+        own[place] = bad
+        assert not divide(own, 2, out=own)
+        assert not np.isfinite(own[place])
 
 
 @pytest.mark.parametrize("value", [3.4e38, -3.4e38, 1e-45])
