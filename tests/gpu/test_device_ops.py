@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_arrays import CALLS, IN_ANOTHER_ORDER, LARGE, WITH_OUT, adversaries, assert_top_k, fit
 
+import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.torch as device
 from ef_horovod.arrays import torch_matrices, torch_quantize
@@ -70,9 +71,7 @@ def test_what_is_not_finite_shows(bad) -> None:
             assert not np.isfinite(sized(own))
 
 
-def test_an_error_names_the_place() -> None:
-    import ef_horovod as ef
-
+def test_a_vector_that_is_not_finite_is_refused() -> None:
     x = torch.ones(10_000, device="cuda")
     x[777] = float("nan")
     with pytest.raises(NonFiniteError):
