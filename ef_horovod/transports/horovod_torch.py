@@ -15,6 +15,7 @@ from ef_horovod.arrays import Array
 from ef_horovod.transports.base import Measure, require_summable, split
 from ef_horovod.transports.horovod import HorovodTransport
 from ef_horovod.transports.waiting import wait_until
+from ef_horovod.transports.watchdog import ended_after
 
 
 class HorovodTorchTransport(HorovodTransport):
@@ -77,15 +78,24 @@ class HorovodTorchTransport(HorovodTransport):
 
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
-        """Say in Horovod's errors which rank failed in what."""
+        """Say in Horovod's errors which rank failed in what; end it if it does not come back."""
         try:
-            yield
+            with ended_after(self.timeout, self._stuck(name)):
+                yield
         except HorovodInternalError as error:
             raise HorovodInternalError(
                 f"rank {self.rank} failed in '{self.named(name)}': {error}; "
                 "a rank ended early, or called hvd.join(), which cannot go with compression: "
                 "give all ranks the same number of steps (drop_last=True)"
             ) from error
+
+    def _stuck(self, name: str) -> str:
+        return (
+            f"rank {self.rank} of {self.size} called Horovod for '{self.named(name)}', which did "
+            f"not return in {self.timeout:g} s and keeps Python's lock, so this rank ends; Horovod "
+            "does that where it shuts down beneath a running program: see what the other ranks "
+            "said before, or raise timeout= or EF_HOROVOD_TIMEOUT"
+        )
 
     def _waited(self, name: str) -> str:
         return (

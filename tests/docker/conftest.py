@@ -30,5 +30,7 @@ if PROJECT:
         yield all_nodes
         all_nodes.wake_up()
         left = all_nodes.processes_left()
+        for name in left:  # so that one test fails for it, not all that follow
+            all_nodes.disturb("stop", name)
         all_nodes.restart()
         assert not left, f"processes are left on nodes that were not stopped: {left}"

@@ -1,0 +1,85 @@
+"""A limit for calls that may never give back Python's lock, past which the process ends.
+
+`waiting` and `alarm` need that lock to look at the clock. Horovod 0.28.1 can keep a rank from ever
+having it again: its thread, as it ends, drops tensors under the lock of its process sets, for which
+PyTorch needs Python's; and the caller of the next collective has Python's and waits for the other.
+So this is a compiled loop in a thread of its own that needs neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+_NAP_MICROSECONDS = 20_000
+_STDERR = 2
+
+# Read by the loop: the number of the call under way or 0, its limit in naps, its bytes of text.
+_call = np.zeros(3, np.int64)
+_text = np.zeros(4096, np.uint8)
+_numbers = itertools.count(1)
+
+
+@contextmanager
+def ended_after(seconds: float, message: str) -> Iterator[None]:
+    """End the process with status 1 if what is done here takes longer.
+
+    One call at a time is watched, the last one that began: a caller that keeps Python's lock is
+    the last one. Time in which the process is frozen does not count, for it is counted in naps.
+
+    Args:
+        seconds: the limit.
+        message: what to write to standard error, one sentence.
+
+    Examples:
+        >>> with ended_after(60, "rank 0 did not come back in 60 s"):
+        ...     sum(range(10))
+        45
+    """
+    _start()
+    words = np.frombuffer(f"ef_horovod: {message}\n".encode()[: _text.size], np.uint8)
+    _text[: words.size] = words
+    _call[1] = math.ceil(seconds * 1e6 / _NAP_MICROSECONDS)
+    _call[2] = words.size
+    _call[0] = next(_numbers)
+    try:
+        yield
+    finally:
+        _call[0] = 0
+
+
+@functools.cache
+def _start() -> None:
+    """Compile the loop and start it, once a process: 0.3 s."""
+    from numba import njit  # at the first use: see `arrays/kernels.py`
+
+    libc = ctypes.CDLL(None)
+    sleep, write, leave = libc.usleep, libc.write, libc._exit
+    sleep.argtypes, sleep.restype = [ctypes.c_uint], ctypes.c_int
+    write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    write.restype = ctypes.c_ssize_t
+    leave.argtypes, leave.restype = [ctypes.c_int], None
+
+    @njit("void(int64[::1], uint8[::1])", nogil=True)
+    def watch(call, text):  # type: ignore[no-untyped-def]
+        seen, naps = 0, 0
+        while True:
+            sleep(_NAP_MICROSECONDS)
+            if call[0] == 0 or call[0] != seen:
+                seen, naps = call[0], 0
+                continue
+            naps += 1
+            if naps >= call[1]:
+                write(_STDERR, text.ctypes.data, call[2])
+                leave(1)
+
+    threading.Thread(
+        target=watch, args=(_call, _text), name="ef_horovod watchdog", daemon=True
+    ).start()
