@@ -5,6 +5,7 @@
     python benchmarks/bandwidth.py --list                             what, and how long it takes
     python benchmarks/bandwidth.py --quick                            less than a minute
     python benchmarks/bandwidth.py --hosts 4 --rates 100mbit --models mlp --ways EF21 PowerSGD
+    python benchmarks/bandwidth.py --rates 10gbit --groups ring --ways auto dense --repeat 9
     python benchmarks/bandwidth.py --report bandwidth.jsonl --out docs/results   page and plots
     python benchmarks/bandwidth.py --check bandwidth.jsonl     verdicts; status 1 if one fails
 
@@ -14,9 +15,10 @@ fp16 and PowerSGD hooks, and this package under Horovod in PyTorch and TensorFlo
 optimizer and on the parameter server. One thread a rank.
 
 A step is forward, backward, exchange and update; its time is that of the slowest rank, the table
-has medians. What a rank sends is counted twice: by `stats()`, and by the interface without packets'
-headers. In that are Horovod's negotiation, which is measured while nobody trains, and what TCP sent
-a second time.
+has medians. The machine's minutes differ more than close ways do: with --repeat all are measured so
+often, in turn, and the middle one counts. What a rank sends is counted twice: by
+`stats()`, and by the interface without packets' headers. In that are Horovod's negotiation, which
+is measured while nobody trains, and what TCP sent a second time.
 
 Each configuration ends within a limit; what fails is written down with its reason, and the rest
 goes on. Results are lines of JSON in NAME.jsonl, appended as they come. Hosts share the machine's
@@ -89,6 +91,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10; else random images")
     parser.add_argument("--seconds", type=float, help="of timed steps in a configuration (2)")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="of all, in turn (1)")
     parser.add_argument("--out", default="bandwidth", metavar="NAME", help="(%(default)s)")
     parser.add_argument("--resume", action="store_true", help="leave out what NAME.jsonl has")
     parser.add_argument("--quick", action="store_true", help="MLP, 2 hosts, 1 Gbit/s, three ways")
@@ -365,7 +368,7 @@ def main(words: Sequence[str]) -> int:
             bandwidth_report.write(found, Path(options.out))
         print(found.text())
         return 0 if found.all_hold or options.report else 1
-    cases, budget = chosen(options), budget_of(options)
+    cases, budget = chosen(options) * options.repeat, budget_of(options)
     out = Path(f"{options.out}.jsonl")
     if options.resume and out.exists():
         done = {case_of(row) for row in rows_of(out) if row["ok"]}

@@ -92,11 +92,33 @@ def test_steps_follow_from_the_budget(plan, step, steps):
 def test_the_last_row_of_a_case_counts(plan, tmp_path):
     file = tmp_path / "rows.jsonl"
     case = plan.Case("mlp", "EF21 top-k", 2, SLOW)
-    lines = [{"settings": {}}, {**case._asdict(), "ok": False}, {**case._asdict(), "ok": True}]
-    file.write_text("\n".join(map(json.dumps, lines)) + '\n{"model": "ml')
-    (row,) = plan.rows_of(file)
-    assert row["ok"]
-    assert plan.case_of(row) == case
+    good, bad = {**case._asdict(), "ok": True, "median": 0.1}, {**case._asdict(), "ok": False}
+    for lines, ok in (([{"settings": {}}, bad, good], True), ([good, bad], False)):
+        file.write_text("\n".join(map(json.dumps, lines)) + '\n{"model": "ml')
+        (row,) = plan.rows_of(file)
+        assert row["ok"] is ok
+        assert plan.case_of(row) == case
+
+
+def test_ways_are_repeated_in_turn_and_the_middle_counts(plan, driver, tmp_path):
+    words = ["--rates", "10gbit", "1gbit", "--hosts", "2", "--models", "mlp", "--repeat", "3"]
+    options = driver.parse([*words, "--ways", "EF21 top-k, auto", "dense, ring"])
+    cases = driver.chosen(options) * options.repeat
+    ((_, _, wanted),) = plan.jobs(cases)
+    ways = ["Horovod dense, ring", "EF21 top-k, auto"]
+    assert [(case.way, case.rate) for case in wanted] == [(way, FAST) for way in 3 * ways] + [
+        (way, FAST // 10) for way in 3 * ways
+    ]
+    file, medians = tmp_path / "rows.jsonl", [0.3, 0.1, 0.2, 0.9, 0.8, 0.7] * 2
+    rows = [{**c._asdict(), "ok": True, "median": m} for c, m in zip(wanted, medians, strict=True)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = {plan.case_of(row): row["median"] for row in plan.rows_of(file)}
+    assert found == {
+        wanted[0]: 0.3,  # of 0.3, 0.2, 0.8
+        wanted[1]: 0.7,  # of 0.1, 0.9, 0.7
+        wanted[6]: 0.3,
+        wanted[7]: 0.7,
+    }
 
 
 class FakeJob:
