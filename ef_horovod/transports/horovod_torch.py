@@ -14,12 +14,18 @@ from horovod.common.exceptions import HorovodInternalError
 from ef_horovod.arrays import Array
 from ef_horovod.transports.base import Measure, require_summable, split
 from ef_horovod.transports.horovod import HorovodTransport
-from ef_horovod.transports.waiting import wait_until
+from ef_horovod.transports.waiting import RecurringWaits
 from ef_horovod.transports.watchdog import ended_after
 
 
 class HorovodTorchTransport(HorovodTransport):
     """The ranks of a Horovod process set; collectives run while the caller goes on."""
+
+    def __init__(
+        self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
+    ) -> None:
+        super().__init__(prefix, process_set, timeout)
+        self._waits = RecurringWaits()
 
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
@@ -72,7 +78,9 @@ class HorovodTorchTransport(HorovodTransport):
         return finish
 
     def _wait(self, handle: int, name: str) -> Any:
-        wait_until(lambda: bool(hvd.poll(handle)), self.timeout, lambda: self._waited(name))
+        self._waits.until(
+            name, lambda: bool(hvd.poll(handle)), self.timeout, lambda: self._waited(name)
+        )
         with self._naming(name):
             return hvd.synchronize(handle)
 

@@ -10,6 +10,8 @@ from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.base import DEFAULT_TIMEOUT_SECONDS
 
 _LONGEST_NAP_SECONDS = 1e-3
+_ASLEEP = 0.75  # of a wait, if it takes as long as usual
+_DUE, _DUE_SECONDS = 1.3, 0.01  # until which part of it, and how long at most, nobody naps
 
 
 def wait_until(done: Callable[[], bool], timeout: float, message: Callable[[], str]) -> None:
@@ -30,6 +32,39 @@ def wait_until(done: Callable[[], bool], timeout: float, message: Callable[[], s
             raise CollectiveTimeoutError(message())
         time.sleep(nap)
         nap = min(2 * nap, _LONGEST_NAP_SECONDS)
+
+
+class RecurringWaits:
+    """Waits that come again in each step and take about as long as in the last one.
+
+    Most of such a wait is one nap: who is waited for is not woken up and has the core. When the end
+    is due, polls follow each other with no more than a yield in between, for naps come late. Not
+    for those whose polls are what moves the bytes.
+    """
+
+    def __init__(self) -> None:
+        self._usual: dict[str, float] = {}  # seconds
+
+    def until(
+        self, name: str, done: Callable[[], bool], timeout: float, message: Callable[[], str]
+    ) -> None:
+        """As `wait_until`, for the wait of a name.
+
+        Raises:
+            CollectiveTimeoutError: the limit has passed.
+        """
+        begin, usual = time.monotonic(), self._usual.get(name, 0.0)
+        if not done():
+            time.sleep(min(_ASLEEP * usual, timeout))
+        if done():
+            self._usual[name] = usual / 2
+            return
+        due = min(_DUE * usual, _ASLEEP * usual + _DUE_SECONDS, timeout)
+        while not done() and time.monotonic() < begin + due:
+            os.sched_yield()
+        wait_until(done, begin + timeout - time.monotonic(), message)
+        # One long wait, such as the first one, must not make the next ones long.
+        self._usual[name] = min(time.monotonic() - begin, 1.5 * usual + 5e-4)
 
 
 def default_timeout() -> float:
