@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import numpy as np
 
 _NAP_MICROSECONDS = 20_000
+_LONGEST_SECONDS = 1e9  # 30 years, for a limit of infinity
 _STDERR = 2
 
 # Read by the loop: the number of the call under way or 0, its limit in naps, its bytes of text.
@@ -46,7 +47,7 @@ def ended_after(seconds: float, message: str) -> Iterator[None]:
     _start()
     words = np.frombuffer(f"ef_horovod: {message}\n".encode()[: _text.size], np.uint8)
     _text[: words.size] = words
-    _call[1] = math.ceil(seconds * 1e6 / _NAP_MICROSECONDS)
+    _call[1] = math.ceil(min(seconds, _LONGEST_SECONDS) * 1e6 / _NAP_MICROSECONDS)
     _call[2] = words.size
     _call[0] = next(_numbers)
     try:

@@ -99,9 +99,11 @@ print("it came back")
     assert (process.returncode, output, errors) == (0, "it came back\n", "")
 
 
-def test_a_text_without_end_is_cut() -> None:
+def test_a_text_without_end_is_cut_and_a_limit_without_end_is_none() -> None:
     with ended_after(60, "x" * 10_000):
         pass
+    with ended_after(float("inf"), "never"):
+        time.sleep(0.1)
 
 
 def test_a_rank_that_does_not_come_back_from_horovod_is_named() -> None:
