@@ -58,7 +58,7 @@ def ended_after(seconds: float, message: str) -> Iterator[None]:
 
 @functools.cache
 def _start() -> None:
-    """Compile the loop and start it, once a process: 0.3 s."""
+    """Compile the loop and start it, once a process: 0.6 s, Numba's import included."""
     from numba import njit  # at the first use: see `arrays/kernels.py`
 
     libc = ctypes.CDLL(None)
