@@ -121,6 +121,17 @@ def test_ways_are_repeated_in_turn_and_the_middle_counts(plan, driver, tmp_path)
     }
 
 
+def test_an_interrupted_run_goes_on_with_the_turns_that_are_left(plan, driver, tmp_path):
+    first, other = (plan.Case("mlp", way, 2, SLOW) for way in ("EF21 top-k", "DDP dense"))
+    rows = [{"settings": {}}] + [
+        {**case._asdict(), "ok": ok} for case, ok in ((first, True), (other, False), (first, True))
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert driver.not_in(file, [first, other]) == [other]
+    assert driver.not_in(file, [first, other] * 3) == [other, other, first, other]
+
+
 class FakeJob:
     """A job that measures some cases, then fails, or not at all."""
 

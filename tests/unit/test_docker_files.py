@@ -13,6 +13,7 @@ from importlib import machinery, util
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
@@ -154,7 +155,6 @@ def test_a_file_that_is_not_there_is_named(build, tmp_path):
 
 
 def test_the_compose_file_has_nodes_that_differ_by_name_alone():
-    yaml = pytest.importorskip("yaml")
     compose = yaml.safe_load((ROOT / "docker" / "compose.yml").read_text())
     nodes = compose["services"]
     assert list(nodes) == ["node1", "node2", "node3", "node4"]
