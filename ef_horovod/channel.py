@@ -7,6 +7,9 @@ under way at once and one bad gradient anywhere drops the whole step everywhere:
     channel.arrived()              wait for the others; False: some rank asks to drop the step
     channel.reply()                if all channels' messages are good: what the others wait for
     direction = channel.commit()   or channel.drop(): states are as they were before start
+
+A committed step can still be left out: `channel.undo()`, if `channel.keep_undo()` came before
+`reply`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
 from ef_horovod.spelling import write_method
 from ef_horovod.transports.base import Answer, Transport
+from ef_horovod.undo import Undo, Undoer
 
 
 @dataclass
@@ -60,6 +64,14 @@ class Piece(NamedTuple):
     name: str  # what the names of its memories start with
     start: int  # where in the channel's vector it begins
     channel: Channel  # whose gradient is as long as the piece
+
+
+class _Before(NamedTuple):
+    """A channel before a step was committed."""
+
+    worker: Undo | None
+    server: Undo | None
+    gradient: Array  # room for the gradient, which becomes part of the state in some methods
 
 
 class Channel:
@@ -99,6 +111,8 @@ class Channel:
         self._pushed: Any = None
         self._finish: Callable[[], Any] | None = None
         self._received: Any = None
+        self._undoers = Undoer(), Undoer()
+        self._undo: _Before | None = None
         self._stats = ChannelStats(name, like.shape[0], repr(method), self.exchange)
 
     def _open(self, seed: int) -> tuple[Any, Any]:
@@ -120,6 +134,7 @@ class Channel:
     def start(self, step: int) -> None:
         """Compress `gradient` and start the exchange; overwrites `gradient`."""
         assert self._finish is None, f"{self.name} was started twice"
+        self._undo = None
         if self.exchange == "dense":
             with self._counted():
                 self._finish = self._transport.allreduce(self.name, self.gradient)
@@ -157,6 +172,29 @@ class Channel:
                 size, mean = self._transport.size, self.gradient
                 return bool(self._xp.divide_checked(self._received, size, out=mean))
         return not any(message.is_skip for message in self._received)
+
+    def keep_undo(self) -> None:
+        """Keep the way back before this step, until the next one starts."""
+        method = self.method
+        halves = (
+            (self.worker, method.pulled_in_place),
+            (self.server, method.reduced_in_place),
+        )
+        worker, server = (
+            None if state is None else undoer.before(state, method.scratch, changed)
+            for undoer, (state, changed) in zip(self._undoers, halves, strict=True)
+        )
+        self._undo = _Before(worker, server, self.gradient)
+
+    def undo(self) -> None:
+        """Go back before the step that was committed last; its directions are no longer valid."""
+        assert self._undo is not None, f"{self.name} keeps no way back"
+        worker, server, self.gradient = self._undo
+        self.worker = None if worker is None else worker.restore()
+        self.server = None if server is None else server.restore()
+        self._undo = self._message = None
+        self._stats.steps -= 1
+        self._stats.skipped += 1
 
     def reply(self) -> None:
         """Send what other ranks need of this one to commit: nothing, if not in slices."""
@@ -223,7 +261,7 @@ class Channel:
 
     def drop(self) -> None:
         """Forget the step: all states stay as they were before `start`."""
-        self._received = self._pushed = self._message = None
+        self._received = self._pushed = self._message = self._undo = None
         self._stats.skipped += 1
 
     def stats(self) -> ChannelStats:
@@ -274,25 +312,31 @@ class Channel:
         stats.bytes_in += transport.bytes_received - received
 
 
-def finish_step(channels: list[Channel], *, good: bool = True) -> list[Array] | None:
+def finish_step(
+    channels: list[Channel], *, good: bool = True, undoable: bool = False
+) -> list[Array] | None:
     """Wait for all channels, then commit all, or drop all if any rank's gradient was not finite.
 
     Args:
         channels: that were started.
         good: False to drop the step whatever arrives; equal on all ranks.
+        undoable: whether `Channel.undo` may be called after it.
 
     Returns:
         The directions in the order of the channels, or None for a dropped step. All ranks get the
         same answer, because it follows from what all of them received.
     """
-    return conclude(channels, good=settle(channels, good=good))
+    return conclude(channels, good=settle(channels, good=good, undoable=undoable))
 
 
-def settle(channels: list[Channel], *, good: bool = True) -> bool:
+def settle(channels: list[Channel], *, good: bool = True, undoable: bool = False) -> bool:
     """The first half of `finish_step`: whether the step is good; if so, what is due is sent."""
     arrived = [channel.arrived() for channel in channels]  # wait for all, also after a bad one
     good = good and all(arrived)
-    if good:  # only now, for a reply changes the aggregator's state: nothing is taken back
+    if good and undoable:
+        for channel in channels:
+            channel.keep_undo()
+    if good:  # only now: a reply changes the aggregator's state
         for channel in channels:
             channel.reply()
     return good

@@ -117,6 +117,16 @@ class SlicedChannel(Channel):
         self._received = [checked(data, rank, own, self.name) for rank, data in enumerate(arrived)]
         return not any(message.is_skip for message in self._received)
 
+    def keep_undo(self) -> None:
+        super().keep_undo()
+        for part in self._slices:
+            part.channel.keep_undo()
+
+    def undo(self) -> None:
+        super().undo()
+        for part in self._slices:
+            part.channel.undo()
+
     def reply(self) -> None:
         """Reduce the slice that this rank owns, and send what came of it to all ranks."""
         with self._timed("seconds_decompress"):

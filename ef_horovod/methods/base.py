@@ -55,6 +55,8 @@ class Method(Shown):
     # Vectors of the aggregator's state that `reduce` changes in place, None if that is not known:
     # a server that may have to take a round back copies them before.
     reduced_in_place: ClassVar[frozenset[str] | None] = None
+    # The same of the worker's state and `pull`: copied before a step that may still be left out.
+    pulled_in_place: ClassVar[frozenset[str] | None] = None
     # Whether workers may miss rounds, and `listen` to them: what a round means must not depend on
     # the step that a worker last took part in.
     can_listen: ClassVar[bool] = True

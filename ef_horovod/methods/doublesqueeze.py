@@ -61,6 +61,7 @@ class DoubleSqueeze(Method):
     down: Compressor = Identity()  # noqa: RUF009 - frozen
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "direction"})
     reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # memories change places
+    pulled_in_place: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -88,6 +88,7 @@ class EF21(Method):
     down: Compressor | None = None
     weights: tuple[float, ...] | None = None
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "next_velocity", "pending"})
+    pulled_in_place: ClassVar[frozenset[str]] = frozenset({"tracked", "estimate"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,6 +54,7 @@ class EF21Plus(Method):
     """
 
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "afresh", "pending"})
+    pulled_in_place: ClassVar[frozenset[str]] = frozenset({"tracked"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

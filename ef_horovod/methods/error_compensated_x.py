@@ -93,6 +93,7 @@ class ErrorCompensatedX(Method):
     beta: float = 0.3
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "answer", "next_filtered", "alpha"})
     reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # memories change places
+    pulled_in_place: ClassVar[frozenset[str]] = frozenset({"direction"})
     can_listen: ClassVar[bool] = False  # alpha_t weighs answers, and belongs to a worker's own step
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
@@ -52,6 +52,7 @@ class ErrorFeedback(Method):
     """
 
     step_inside: Schedule | None = None
+    pulled_in_place: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         super().__post_init__()

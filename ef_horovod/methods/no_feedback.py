@@ -41,6 +41,7 @@ class NoFeedback(Method):
 
     down: Compressor | None = None
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "direction"})
+    pulled_in_place: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         super().__post_init__()

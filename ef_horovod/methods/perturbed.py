@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -52,6 +53,7 @@ class PerturbedCompressedSGD(Method):
     noise: float = 0.0
     reset_every: int | None = None
     reset: str = "flush"
+    pulled_in_place: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -105,6 +105,8 @@ class PowerSGD(Method):
     rank: int = 4
     shapes: tuple[Shape, ...] | None = field(default=None, repr=False)
     scratch: ClassVar[frozenset[str]] = frozenset({"under_way"})
+    # `push` makes a new error; `pull` takes the old one for the result.
+    pulled_in_place: ClassVar[frozenset[str]] = frozenset({"error", "factors"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ in place is copied before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from ef_horovod.errors import (
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.protocol import HEADER_NBYTES, Kind, Message, pack
+from ef_horovod.undo import Undo, Undoer, vectors_of
 from ef_horovod.wire import HEADER_NBYTES as PAYLOAD_HEADER_NBYTES
 
 _NOTHING = np.zeros(0, np.uint8)
@@ -39,13 +40,6 @@ def longest_message(spec: BucketSpec) -> int:
     return (
         HEADER_NBYTES + PAYLOAD_HEADER_NBYTES + max(method.compressor.body_nbytes(d), 5 * d + 256)
     )
-
-
-class _Undo(NamedTuple):
-    """How to go back before the last round."""
-
-    state: Any  # the aggregator's state as it was
-    copies: tuple[tuple[np.ndarray, np.ndarray], ...]  # (vector of the state, what it held)
 
 
 class ServedBucket:
@@ -71,8 +65,8 @@ class ServedBucket:
         self._fingerprint = fingerprint
         self._messages: dict[int, Payload] = {}
         self._this_step = step  # of the messages in this round
-        self._undo: _Undo | None = None
-        self._spare: dict[int, np.ndarray] = {}  # copies of what `reduce` changes in place
+        self._undo: Undo | None = None
+        self._undoer = Undoer()
         self._outgoing = np.empty(longest_message(spec), np.uint8)
 
     @property
@@ -166,13 +160,7 @@ class ServedBucket:
 
     def _fields(self, state: Any) -> Iterator[tuple[str, np.ndarray]]:
         """The vectors that a state holds between steps."""
-        for field, value in state._asdict().items():
-            if field in self.method.scratch:
-                continue
-            if isinstance(value, np.ndarray):
-                yield field, value
-            elif isinstance(value, tuple):
-                yield from ((f"{field}.{i}", vector) for i, vector in enumerate(value))
+        return vectors_of(state, self.method.scratch)
 
     def _checked(self, worker: int, message: Message, body: np.ndarray) -> Payload:
         problem = self._problem(worker, message)
@@ -217,9 +205,10 @@ class ServedBucket:
         key = Key(
             self.spec.seed, self._this_step, tensor_id(self.spec.name), 0, self.workers
         ).of_server()
-        self._remember()
+        method = self.method
+        self._undo = self._undoer.before(self.state, method.scratch, method.reduced_in_place)
         try:
-            aggregate, self.state = self.method.reduce(self.state, payloads, key)
+            aggregate, self.state = method.reduce(self.state, payloads, key)
         except NonFiniteError:  # finite messages can have a sum that is not
             self._restore()
             return Kind.DROP, _NOTHING
@@ -230,28 +219,9 @@ class ServedBucket:
             return Kind.PAYLOAD, aggregate.data
         return Kind.NUMBERS, aggregate.view(np.uint8)
 
-    def _remember(self) -> None:
-        changed = self.method.reduced_in_place
-        copies = []
-        for name, vector in self._fields(self.state):
-            if changed is None or name.partition(".")[0] in changed:
-                spare = self._spare_of(vector)
-                np.copyto(spare, vector)
-                copies.append((vector, spare))
-        self._undo = _Undo(self.state, tuple(copies))
-
-    def _spare_of(self, vector: np.ndarray) -> np.ndarray:
-        """Room for a copy, the same one in every round."""
-        address = vector.ctypes.data
-        if address not in self._spare:
-            self._spare[address] = np.empty_like(vector)
-        return self._spare[address]
-
     def _restore(self) -> None:
         assert self._undo is not None
-        for vector, held in self._undo.copies:
-            np.copyto(vector, held)
-        self.state, self._undo = self._undo.state, None
+        self.state, self._undo = self._undo.restore(), None
 
     def _take_back(self) -> None:
         """The workers dropped the last step."""

@@ -57,6 +57,7 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
         yield partial(check_dropped_push, method, bad)
     for bad in _BAD:
         yield partial(check_bad_gradient, method, bad)
+    yield partial(check_undone, method)
     yield partial(check_lost, method)
     yield partial(check_exchanges, method)
     yield partial(check_checkpoint, method)
@@ -71,6 +72,7 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
     if method.sliceable:
         yield partial(check_bad_gradient, method, np.nan, "double_pass")
         yield partial(check_checkpoint, method, "double_pass")
+        yield partial(check_undone, method, "double_pass")
         for framework in frameworks:
             if framework != "tensorflow":
                 yield partial(check_slices, method, framework)
@@ -114,6 +116,22 @@ def check_dropped_push(method: Method, bad: float | None) -> None:
         same = [bytes(m) for m in messages] == [bytes(m) for m in others]
         same = same and direction.tobytes() == other.tobytes() and _same(kept, control)
         require(same, method, f"goes on in another way after a dropped push (step {t})")
+
+
+def check_undone(method: Method, exchange: str = "auto") -> None:
+    """A step that is committed and then left out leaves no trace in the states."""
+    kept, control = (channels(method, WORKERS, exchange=exchange) for _ in range(2))
+    for t, g in enumerate(gradients(WORKERS, 10)):
+        run_channels(kept, list(100 * g[::-1]), t, undoable=True)
+        for channel in kept:
+            channel.undo()
+        pairs = zip(run_channels(kept, g, t), run_channels(control, g, t), strict=True)
+        same = all(a is not None and b is not None and a.tobytes() == b.tobytes() for a, b in pairs)
+        message = (
+            f"goes on in another way after a step that was undone, by {exchange} (step {t}); list "
+            "in pulled_in_place and reduced_in_place what pull and reduce change in place"
+        )
+        require(same, method, message)
 
 
 def check_lost(method: Method) -> None:

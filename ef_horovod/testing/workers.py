@@ -122,13 +122,17 @@ def channels(
 
 
 def run_channels(
-    group: Sequence[Channel], gradients: Sequence[np.ndarray], step: int
+    group: Sequence[Channel],
+    gradients: Sequence[np.ndarray],
+    step: int,
+    *,
+    undoable: bool = False,
 ) -> list[np.ndarray | None]:
     """One step of all ranks in this thread; their directions, copied, or None if dropped."""
     for channel, g in zip(group, gradients, strict=True):
         framework = framework_of(channel.gradient)
         namespace(channel.gradient).assign(channel.gradient, array_of(framework, g))
         channel.start(step)
-    good = [settle([channel]) for channel in group]
+    good = [settle([channel], undoable=undoable) for channel in group]
     finished = [conclude([channel], good=fine) for channel, fine in zip(group, good, strict=True)]
     return [None if parts is None else host(parts[0]).copy() for parts in finished]
