@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from ef_horovod.compressors.base import Compressor
+from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
 
 Parameter = Any  # torch.Tensor, tensorflow.Variable or keras.Variable
 DensePolicy = Callable[[str, Parameter], bool]
@@ -65,6 +68,40 @@ def require_method(compression: Any) -> Method:
     else:
         way_out = "write EF21(TopK(ratio=0.01)), or NoFeedback(Cast('float16')) for fp16"
     raise UnsupportedError(f"got compression={compression!r}, expected a method; {way_out}")
+
+
+def warn_of_surprises(
+    named: list[tuple[str, Parameter]], method: Method, dense: DensePolicy, rank: int
+) -> None:
+    """Warn on rank 0 of float64 that is reduced in float32, and of a method without work.
+
+    Call it once for each optimizer, from the function that the user calls.
+
+    Args:
+        named: the parameters whose gradients are reduced, with their names.
+        method: for those that `dense` does not keep.
+        dense: the policy.
+        rank: of this process; all others stay silent.
+    """
+    if rank != 0 or not named:
+        return
+    doubles = [name for name, parameter in named if "float64" in str(parameter.dtype)]
+    if doubles:
+        warnings.warn(
+            f"got float64 in {len(doubles)} of {len(named)} parameters (such as '{doubles[0]}'), "
+            "expected float32 or less, for all gradients are reduced in float32; train in float32, "
+            "or without this package where float64 sums are needed",
+            stacklevel=3,
+        )
+    if method != NoFeedback(Identity()) and all(dense(name, p) for name, p in named):
+        largest = max(math.prod(parameter.shape) for _, parameter in named)
+        warnings.warn(
+            f"got no parameter to compress by {method!r}: dense= keeps all {len(named)} "
+            f"uncompressed, the largest of {largest} elements (the default keeps those of fewer "
+            f"than {MIN_COMPRESSED_ELEMENTS} elements or of one dimension), expected at least one; "
+            "pass dense=lambda name, parameter: False to compress all of them",
+            stacklevel=3,
+        )
 
 
 def refuse_elastic() -> None:

@@ -27,6 +27,7 @@ from ef_horovod.policy import (
     require_distinct,
     require_method,
     small_or_vector,
+    warn_of_surprises,
 )
 from ef_horovod.torch.buckets import Bucket
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
@@ -84,6 +85,7 @@ class Compression:
         self._step_hook: Any = None
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
         self._parameters = dict(require_distinct(trainable))
+        warn_of_surprises(trainable, method, dense, self._transport.rank)
         self._order, self._next_place = list(reversed(self._parameters)), 0
         self._buckets = {
             name: Bucket.open(

@@ -21,6 +21,7 @@ from ef_horovod.policy import (
     refuse_process_set,
     require_method,
     small_or_vector,
+    warn_of_surprises,
 )
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Options, Reducer
@@ -124,6 +125,7 @@ def DistributedOptimizer(
     if transport is not None:
         trainable = [(name, p) for name, p in named if p.requires_grad]
         frozen = [(name, p) for name, p in named if not p.requires_grad]
+        warn_of_surprises(trainable, options.method, dense, transport.rank)
         loss_scale = grad_scaler.get_scale if grad_scaler is not None else lambda: 1.0
         wrapped._reducer = Reducer(trainable, frozen, options, transport, loss_scale)
     return wrapped
