@@ -24,6 +24,7 @@ class Row(NamedTuple):
     label: str
     method: ef.Method | None
     stock: str = ""  # its name in hvd.Compression
+    adapter: bool = False  # ef.Compression in Horovod's own optimizer or tape
 
 
 ROWS = {
@@ -35,6 +36,14 @@ ROWS = {
         "EF21(TopK(0.01), momentum=0.5)", ef.EF21(ef.TopK(ratio=0.01), momentum=0.5)
     ),
     "topk-ef": Row("ErrorFeedback(TopK(0.01))", ef.ErrorFeedback(ef.TopK(ratio=0.01))),
+    "topk-stock": Row(
+        "EF21(TopK(0.01)), ef.Compression", ef.EF21(ef.TopK(ratio=0.01)), adapter=True
+    ),
+    "topk-ef-stock": Row(
+        "ErrorFeedback(TopK(0.01)), ef.Compression",
+        ef.ErrorFeedback(ef.TopK(ratio=0.01)),
+        adapter=True,
+    ),
 }
 DEFAULT_ROWS = ("dense", "fp16", "onebit", "topk", "topk-ef")
 

@@ -8,6 +8,8 @@ Keras 3: same images, same batches, same step sizes, the same network up to its 
 
 from __future__ import annotations
 
+from typing import Any
+
 import demo_training
 import horovod.tensorflow as hvd
 import keras
@@ -50,13 +52,16 @@ class KerasTraining:
         self._test = test
         self._model = model = small_cnn(*self._x.shape[2:])
         self.parameters = model.count_params()
-        self._row, self._counting, self._steps = row, None, 0
+        self._compression: Any = None  # for Horovod's tape; Horovod's own optimizer lacks Keras 3
+        self._steps = 0
         optimizer = keras.optimizers.SGD(
             0.0, momentum=MOMENTUM, weight_decay=DECAY_OUTSIDE_MOMENTUM
         )
         if row.method is None:
             stock = getattr(hvd.Compression, row.stock)
-            self._counting = CountingCompression(stock, hvd.size(), lambda t: t.dtype.size)
+            self._compression = CountingCompression(stock, hvd.size(), lambda t: t.dtype.size)
+        elif row.adapter:
+            self._compression = ef.Compression(row.method, model.trainable_variables)
         else:
             optimizer = ef.DistributedOptimizer(optimizer, row.method)
         optimizer.build(model.trainable_variables)
@@ -71,9 +76,9 @@ class KerasTraining:
         return float(self._compiled(tf.constant(batch)))
 
     def sent(self) -> Sent:
-        if self._counting is None:
-            return sent_by(self._optimizer.stats())
-        traced = self._counting.sent  # it runs once, when the graph of a step is made
+        if not isinstance(self._compression, CountingCompression):
+            return sent_by((self._compression or self._optimizer).stats())
+        traced = self._compression.sent  # it runs once, when the graph of a step is made
         return Sent(self._steps * traced.everything, self._steps * traced.compressed)
 
     def accuracy(self) -> float:
@@ -88,8 +93,8 @@ class KerasTraining:
             logits = self._model(images, training=True)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             loss = tf.reduce_mean(losses)
-        if self._counting is not None:  # Horovod's own optimizer does not know Keras 3
-            tape = hvd.DistributedGradientTape(tape, compression=self._counting)
+        if self._compression is not None:
+            tape = hvd.DistributedGradientTape(tape, compression=self._compression)
         gradients = tape.gradient(loss, [v.value for v in variables])
         self._optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return loss

@@ -12,7 +12,7 @@ import demo_training
 import horovod.torch as hvd
 import torch
 from demo_data import Images
-from demo_methods import CountingCompression, Row, Sent, sent_by
+from demo_methods import CountingCompression, Row, sent_by
 from demo_network import TorchTraining
 from demo_training import Framework
 
@@ -25,20 +25,21 @@ class HorovodTraining(TorchTraining):
     def __init__(self, row: Row, seed: int, train: Images, test: Images) -> None:
         super().__init__(seed, train, test)
         hvd.broadcast_parameters(self._model.state_dict(), root_rank=0)
-        self._counting: CountingCompression | None = None
         named = list(self._model.named_parameters())
+        inner = self._optimizer
         if row.method is None:
             stock = getattr(hvd.Compression, row.stock)
             counting = CountingCompression(stock, hvd.size(), lambda t: t.element_size())
-            self._counting = counting
-            self._optimizer = hvd.DistributedOptimizer(self._optimizer, named, compression=counting)
+            self._optimizer = hvd.DistributedOptimizer(inner, named, compression=counting)
+            self.sent = lambda: counting.sent
+        elif row.adapter:
+            adapter = ef.Compression(row.method, named)
+            self._optimizer = hvd.DistributedOptimizer(inner, named, compression=adapter)
+            self.sent = lambda: sent_by(adapter.stats())
         else:
-            self._optimizer = ef.DistributedOptimizer(
-                self._optimizer, named, compression=row.method
-            )
-
-    def sent(self) -> Sent:
-        return self._counting.sent if self._counting else sent_by(self._optimizer.stats())
+            optimizer = ef.DistributedOptimizer(inner, named, compression=row.method)
+            self._optimizer = optimizer
+            self.sent = lambda: sent_by(optimizer.stats())
 
 
 if __name__ == "__main__":
