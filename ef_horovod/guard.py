@@ -2,20 +2,21 @@
 
 Ranks that disagree about the config, the parameter names or their shapes would hang, or mix their
 data without an error. Each rank describes itself in one line a fact; the digests are compared, and
-if they differ, all ranks learn all descriptions and name the first difference.
+if they differ, all ranks find the first difference and name it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
 
 from ef_horovod.errors import ConfigMismatchError
 from ef_horovod.transports.base import Transport
 
-_DESCRIPTION_NBYTES = 1 << 16  # equal on all ranks; what is longer is cut
+_NOTHING = "nothing there"
 
 
 def require_same_config(transport: Transport, facts: Sequence[str], name: str = "guard") -> None:
@@ -29,34 +30,51 @@ def require_same_config(transport: Transport, facts: Sequence[str], name: str = 
     Raises:
         ConfigMismatchError: on every rank, naming two ranks and what differs between them.
     """
-    text = "\n".join(facts).encode()
-    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8).copy()
-    digests = [part.tobytes() for part in transport.allgather(f"{name}.digest", digest)()]
+    digests = _gather(transport, f"{name}.digest", _digest(facts))
     other = next((rank for rank, d in enumerate(digests) if d != digests[0]), None)
     if other is None:
         return
-    padded = np.zeros(_DESCRIPTION_NBYTES, np.uint8)
-    padded[: min(len(text), padded.size)] = np.frombuffer(text, np.uint8)[: padded.size]
-    descriptions = transport.allgather(f"{name}.facts", padded)()
-    first, second = (
-        descriptions[rank].tobytes().rstrip(b"\0").decode(errors="replace").split("\n")
-        for rank in (0, other)
-    )
-    here, there = first_difference(first, second)
+    here, there = _first_difference(transport, facts, other, name)
     raise ConfigMismatchError(
         f"rank 0 has {here} and rank {other} has {there}, expected the same on all ranks; "
         "give all ranks the same model, the same compression and the same options"
     )
 
 
-def first_difference(first: list[str], second: list[str]) -> tuple[str, str]:
+def first_difference(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
     """Where two lists of facts, one line each, begin to differ: what each of them has there."""
-    for here, there in zip(first, second, strict=False):
-        if here != there:
-            return here, there
-    longer = max(len(first), len(second))
-    extra = (first if len(first) > len(second) else second)[min(len(first), len(second)) :]
-    what = extra[0] if extra else f"something after the first {_DESCRIPTION_NBYTES} bytes"
-    if len(first) == longer:
-        return what, "nothing there"
-    return "nothing there", what
+    pairs = zip_longest(first, second, fillvalue=_NOTHING)
+    return next((here, there) for here, there in pairs if here != there)
+
+
+def _first_difference(
+    transport: Transport, facts: Sequence[str], other: int, name: str
+) -> tuple[str, str]:
+    """The same for the facts of rank 0 and another one; collective over all ranks.
+
+    Found by bisection, so that what travels does not grow with the model.
+    """
+    counts = _gather(transport, f"{name}.count", np.array([len(facts)], "<u8").view(np.uint8))
+    same, bound = 0, min(int.from_bytes(counts[rank], "little") for rank in (0, other))
+    while same < bound:  # the first `same` facts are equal
+        middle = (same + bound + 1) // 2
+        digests = _gather(transport, f"{name}.digest", _digest(facts[:middle]))
+        if digests[0] == digests[other]:
+            same = middle
+        else:
+            bound = middle - 1
+    line = np.frombuffer("\n".join(facts[same : same + 1]).encode(), np.uint8)
+    lengths = _gather(transport, f"{name}.count", np.array([line.size], "<u8").view(np.uint8))
+    padded = np.zeros(max(int.from_bytes(length, "little") for length in lengths) + 1, np.uint8)
+    padded[: line.size] = line
+    lines = _gather(transport, f"{name}.fact", padded)
+    here, there = (lines[rank].rstrip(b"\0").decode() or _NOTHING for rank in (0, other))
+    return here, there
+
+
+def _digest(facts: Sequence[str]) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256("\n".join(facts).encode()).digest(), np.uint8).copy()
+
+
+def _gather(transport: Transport, name: str, data: np.ndarray) -> list[bytes]:
+    return [part.tobytes() for part in transport.allgather(name, data)()]

@@ -14,14 +14,14 @@ from pathlib import Path
 from ef_horovod.errors import EFHorovodError
 from ef_horovod.methods.base import Method
 from ef_horovod.spelling import read_compressor, read_method
-from ef_horovod.transports.waiting import default_timeout
+from ef_horovod.transports.waiting import limit_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until the workers have ended; the exit status."""
     arguments = make_parser().parse_args(argv)
     try:
-        method, limit = method_of(arguments), arguments.timeout or default_timeout()
+        method, limit = method_of(arguments), limit_of(arguments.timeout)
     except (ValueError, EFHorovodError) as error:
         print(f"ef_horovod.server: error: {error}", file=sys.stderr)
         return 2

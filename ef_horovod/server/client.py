@@ -34,7 +34,7 @@ from ef_horovod.server.protocol import (
 from ef_horovod.server.rounds import longest_message
 from ef_horovod.transports.base import Answer
 from ef_horovod.transports.mpi import MPI, MPITransport
-from ef_horovod.transports.waiting import default_timeout, wait_until
+from ef_horovod.transports.waiting import limit_of, wait_until
 
 # A worker's limit is so much later than a server's: the server knows whom everybody waits for.
 _GRACE = 1.1
@@ -61,7 +61,7 @@ class ServerTransport(MPITransport):
 
     def __init__(self, timeout: float | None = None, comm: Any = None) -> None:
         require_first(comm)
-        limit = timeout or default_timeout()
+        limit = limit_of(timeout)
         self._group = connect(WORKER, limit, comm)
         super().__init__(self._group.peers, limit)
         self._all = self._group.comm

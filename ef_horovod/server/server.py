@@ -32,7 +32,7 @@ from ef_horovod.server.quorum import Participation, QuorumBucket
 from ef_horovod.server.rounds import ServedBucket, longest_message
 from ef_horovod.server.watch import Totals, Watch
 from ef_horovod.spelling import read_method
-from ef_horovod.transports.waiting import default_timeout, wait_until
+from ef_horovod.transports.waiting import limit_of, wait_until
 
 _FAREWELL_SECONDS = 5.0  # for workers to take the reason of the end
 _REFUSED_SHOWN = 20
@@ -63,7 +63,7 @@ class Server:
         say: Callable[[str], None] = lambda line: None,
         comm: Any = None,
     ) -> None:
-        self.timeout = timeout or default_timeout()
+        self.timeout = limit_of(timeout)
         self._method, self._say, self._folder = method, say, checkpoint
         self._group: Group = connect(SERVER, self.timeout, comm)
         self._worker_of = {rank: i for i, rank in enumerate(self._group.workers)}

@@ -10,8 +10,7 @@ import numpy as np
 
 from ef_horovod.arrays import Array, dtype_name
 from ef_horovod.errors import PayloadError, UnsupportedError
-
-DEFAULT_TIMEOUT_SECONDS = 300.0
+from ef_horovod.transports.waiting import DEFAULT_TIMEOUT_SECONDS, require_limit
 
 Measure = Callable[[np.ndarray], int]
 
@@ -47,9 +46,7 @@ class Transport(ABC):
     """
 
     def __init__(self, rank: int, size: int, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
-        if not timeout > 0:
-            raise ValueError(f"got timeout={timeout}, expected a positive number of seconds")
-        self.rank, self.size, self.timeout = rank, size, timeout
+        self.rank, self.size, self.timeout = rank, size, require_limit(timeout)
         self.bytes_sent = 0  # by this rank, as the algorithms below would put on a network
         self.bytes_received = 0
         self.quorum: int | None = None  # how many workers make a server's round, if not all do

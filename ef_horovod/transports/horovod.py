@@ -6,8 +6,11 @@ from typing import Any
 
 from horovod.common.process_sets import global_process_set
 
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.transports.base import Transport
-from ef_horovod.transports.waiting import default_timeout
+from ef_horovod.transports.waiting import limit_of
+
+_MOST_NBYTES = 2**31 - 1  # of a gather: Horovod counts and places them by C's int
 
 
 class HorovodTransport(Transport):
@@ -25,9 +28,23 @@ class HorovodTransport(Transport):
         self._process_set = process_set or global_process_set
         # Horovod never asks a rank outside the set to take part, but it may make the object.
         rank = self._process_set.rank() if self._process_set.included() else -1
-        super().__init__(rank, self._process_set.size(), timeout or default_timeout())
+        super().__init__(rank, self._process_set.size(), limit_of(timeout))
         self._prefix = prefix
 
     def named(self, name: str) -> str:
         """What Horovod knows a collective by."""
         return f"{self._prefix}.{name}"
+
+    def require_countable(self, name: str, nbytes: int) -> None:
+        """Raise if all ranks' buffers of so many bytes are more than Horovod's gather can place.
+
+        Raises:
+            UnsupportedError: on all ranks, where these are equally long on all of them.
+        """
+        if nbytes * self.size > _MOST_NBYTES:
+            raise UnsupportedError(
+                f"got {nbytes} bytes to gather from each of {self.size} ranks for "
+                f"'{self.named(name)}', expected at most {_MOST_NBYTES} together, which is as far "
+                "as Horovod counts; take exchange='double_pass', a smaller bucket_bytes, or a "
+                "compressor that sends less"
+            )

@@ -43,6 +43,7 @@ class HorovodTensorFlowTransport(HorovodTransport):
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
     ) -> Callable[[], list[np.ndarray]]:
+        self.require_countable(name, data.size)
         gathered = self._at_once(name, lambda: self.carry(name, tf.convert_to_tensor(data)))
         parts = split(name, gathered, data.size, self.size, measure)
         self._count_allgather([part.size for part in parts])
@@ -142,6 +143,7 @@ class Courier(Transport):
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
     ) -> Callable[[], list[np.ndarray]]:
+        self._transport.require_countable(name, data.size)
         self._leave(name, data)
 
         def finish() -> list[np.ndarray]:

@@ -30,6 +30,7 @@ class HorovodTorchTransport(HorovodTransport):
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
     ) -> Callable[[], list[np.ndarray]]:
+        self.require_countable(name, data.size)
         with self._naming(name):
             handle = hvd.allgather_async(
                 torch.from_numpy(data), name=self.named(name), process_set=self._process_set

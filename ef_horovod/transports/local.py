@@ -10,12 +10,8 @@ import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import CollectiveTimeoutError
-from ef_horovod.transports.base import (
-    DEFAULT_TIMEOUT_SECONDS,
-    Measure,
-    Transport,
-    require_summable,
-)
+from ef_horovod.transports.base import Measure, Transport, require_summable
+from ef_horovod.transports.waiting import DEFAULT_TIMEOUT_SECONDS
 
 
 class LocalTransport(Transport):
@@ -81,7 +77,7 @@ class LocalTransport(Transport):
         entry = self._mailbox.deposit(name, self.rank, data)
 
         def collect() -> list[Any]:
-            if not entry.complete.wait(self.timeout):
+            if not entry.complete.wait(min(self.timeout, threading.TIMEOUT_MAX)):
                 missing = sorted(set(range(self.size)) - set(entry.parts))
                 raise CollectiveTimeoutError(
                     f"rank {self.rank} waited {self.timeout:g} s in '{name}' for ranks {missing}; "

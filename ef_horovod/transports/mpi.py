@@ -17,7 +17,7 @@ import numpy as np
 from ef_horovod import _openmpi
 from ef_horovod.arrays import Array
 from ef_horovod.transports.base import Measure, Transport, require_summable
-from ef_horovod.transports.waiting import default_timeout, wait_until
+from ef_horovod.transports.waiting import limit_of, wait_until
 
 _openmpi.set_prefix()  # importing MPI initialises it
 from mpi4py import MPI  # noqa: E402
@@ -37,7 +37,7 @@ class MPITransport(Transport):
 
     def __init__(self, comm: Any = None, timeout: float | None = None) -> None:
         self._comm = (comm or MPI.COMM_WORLD).Dup()
-        super().__init__(self._comm.Get_rank(), self._comm.Get_size(), timeout or default_timeout())
+        super().__init__(self._comm.Get_rank(), self._comm.Get_size(), limit_of(timeout))
         self._names: dict[int, str] = {}
         self._under_way: set[str] = set()
 

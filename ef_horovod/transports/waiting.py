@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
 from ef_horovod.errors import CollectiveTimeoutError
-from ef_horovod.transports.base import DEFAULT_TIMEOUT_SECONDS
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
 
 _LONGEST_NAP_SECONDS = 1e-3
 _ASLEEP = 0.75  # of a wait, if it takes as long as usual
@@ -67,12 +70,31 @@ class RecurringWaits:
         self._usual[name] = min(time.monotonic() - begin, 1.5 * usual + 5e-4)
 
 
-def default_timeout() -> float:
-    """Seconds that a wait may take: $EF_HOROVOD_TIMEOUT, or 300."""
-    text = os.environ.get("EF_HOROVOD_TIMEOUT", str(DEFAULT_TIMEOUT_SECONDS))
+def limit_of(timeout: float | None) -> float:
+    """The limit of a wait in seconds: `timeout`, or without one $EF_HOROVOD_TIMEOUT, or 300.
+
+    Raises:
+        ValueError: it is not a positive number; infinity is one.
+    """
+    if timeout is not None:
+        return require_limit(timeout)
+    text = os.environ.get("EF_HOROVOD_TIMEOUT", "")
+    return require_limit(text, "EF_HOROVOD_TIMEOUT") if text else DEFAULT_TIMEOUT_SECONDS
+
+
+def require_limit(seconds: Any, name: str = "timeout") -> float:
+    """A limit as a number, from one or from a text.
+
+    Raises:
+        ValueError: it is not a positive number.
+    """
     try:
-        return float(text)
-    except ValueError:
+        limit = float(seconds) if isinstance(seconds, str | Real) else 0.0
+    except (ValueError, OverflowError):
+        limit = 0.0
+    if isinstance(seconds, bool) or not limit > 0:
         raise ValueError(
-            f"got EF_HOROVOD_TIMEOUT={text!r}, expected a number of seconds; unset it or set one"
-        ) from None
+            f"got {name}={seconds!r}, expected a positive number of seconds; leave it out for "
+            f"{DEFAULT_TIMEOUT_SECONDS:g}, or set it to inf for no limit"
+        )
+    return limit

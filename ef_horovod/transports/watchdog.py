@@ -12,6 +12,7 @@ import ctypes
 import functools
 import itertools
 import math
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,19 +22,25 @@ import numpy as np
 _NAP_MICROSECONDS = 20_000
 _LONGEST_SECONDS = 1e9  # 30 years, for a limit of infinity
 _STDERR = 2
+_CALLS = 64  # that are watched at the same time; one more waits for the end of one of them
 
-# Read by the loop: the number of the call under way or 0, its limit in naps, its bytes of text.
-_call = np.zeros(3, np.int64)
-_text = np.zeros(4096, np.uint8)
+# Read by the loop, a row for each call under way: its number or 0, its limit in naps, its bytes of
+# text.
+_calls = np.zeros((_CALLS, 3), np.int64)
+_texts = np.zeros((_CALLS, 4096), np.uint8)
+_free: queue.SimpleQueue[int] = queue.SimpleQueue()  # rows
+for _row in range(_CALLS):
+    _free.put(_row)
 _numbers = itertools.count(1)
+_starting = threading.Lock()
 
 
 @contextmanager
 def ended_after(seconds: float, message: str) -> Iterator[None]:
     """End the process with status 1 if what is done here takes longer.
 
-    One call at a time is watched, the last one that began: a caller that keeps Python's lock is
-    the last one. Time in which the process is frozen does not count, for it is counted in naps.
+    Every call is watched by itself, in whichever thread it is. Time in which the process is frozen
+    does not count, for it is counted in naps.
 
     Args:
         seconds: the limit.
@@ -44,16 +51,19 @@ def ended_after(seconds: float, message: str) -> Iterator[None]:
         ...     sum(range(10))
         45
     """
-    _start()
-    words = np.frombuffer(f"ef_horovod: {message}\n".encode()[: _text.size], np.uint8)
-    _text[: words.size] = words
-    _call[1] = math.ceil(min(seconds, _LONGEST_SECONDS) * 1e6 / _NAP_MICROSECONDS)
-    _call[2] = words.size
-    _call[0] = next(_numbers)
+    with _starting:
+        _start()
+    row = _free.get()
+    words = np.frombuffer(f"ef_horovod: {message}\n".encode()[: _texts.shape[1]], np.uint8)
+    _texts[row, : words.size] = words
+    _calls[row, 1] = math.ceil(min(seconds, _LONGEST_SECONDS) * 1e6 / _NAP_MICROSECONDS)
+    _calls[row, 2] = words.size
+    _calls[row, 0] = next(_numbers)
     try:
         yield
     finally:
-        _call[0] = 0
+        _calls[row, 0] = 0
+        _free.put(row)
 
 
 @functools.cache
@@ -68,19 +78,20 @@ def _start() -> None:
     write.restype = ctypes.c_ssize_t
     leave.argtypes, leave.restype = [ctypes.c_int], None
 
-    @njit("void(int64[::1], uint8[::1])", nogil=True)
-    def watch(call, text):  # type: ignore[no-untyped-def]
-        seen, naps = 0, 0
+    @njit("void(int64[:, ::1], uint8[:, ::1])", nogil=True)
+    def watch(calls, texts):  # type: ignore[no-untyped-def]
+        seen, naps = np.zeros(_CALLS, np.int64), np.zeros(_CALLS, np.int64)
         while True:
             sleep(_NAP_MICROSECONDS)
-            if call[0] == 0 or call[0] != seen:
-                seen, naps = call[0], 0
-                continue
-            naps += 1
-            if naps >= call[1]:
-                write(_STDERR, text.ctypes.data, call[2])
-                leave(1)
+            for row in range(_CALLS):
+                if calls[row, 0] == 0 or calls[row, 0] != seen[row]:
+                    seen[row], naps[row] = calls[row, 0], 0
+                    continue
+                naps[row] += 1
+                if naps[row] >= calls[row, 1]:
+                    write(_STDERR, texts[row].ctypes.data, calls[row, 2])
+                    leave(1)
 
     threading.Thread(
-        target=watch, args=(_call, _text), name="ef_horovod watchdog", daemon=True
+        target=watch, args=(_calls, _texts), name="ef_horovod watchdog", daemon=True
     ).start()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from processes import ENVIRONMENT
 
 from ef_horovod.transports.watchdog import ended_after
@@ -67,6 +68,54 @@ with ended_after(0.2, "rank 0 waited in d"):
     keep_the_lock(30)
 """)
     assert errors == "ef_horovod: rank 0 waited in d\n"
+
+
+@pytest.mark.parametrize("first_ends", ["before", "after"])
+def test_calls_of_several_threads_are_watched_each_by_itself(first_ends: str) -> None:
+    """Another thread's call that begins and ends meanwhile takes nobody's limit away."""
+    status, output, errors, seconds = ended(f"""
+import threading
+begun, other_begun = threading.Event(), threading.Event()
+
+def stuck():
+    with ended_after(1, "this call did not come back"):
+        begun.set()
+        other_begun.wait()
+        time.sleep(30)
+
+threading.Thread(target=stuck, daemon=True).start()
+begun.wait()
+with ended_after(30, "another thread's call"):
+    other_begun.set()
+    time.sleep(0.2 if {first_ends == "after"} else 20)
+time.sleep(20)
+print("nobody has ended it")
+""")
+    assert (status, output, errors) == (1, "", "ef_horovod: this call did not come back\n")
+    assert seconds < 10
+
+
+def test_a_call_that_has_ended_does_not_end_another_threads() -> None:
+    status, output, errors, _ = ended("""
+import threading
+waits = [threading.Event() for _ in range(100)]  # more than are watched at the same time
+
+def call(event):
+    with ended_after(0.7, "too early"):
+        event.wait()
+
+threads = [threading.Thread(target=call, args=(event,)) for event in waits]
+for thread in threads:
+    thread.start()
+for event in waits:
+    event.set()
+    time.sleep(0.001)
+for thread in threads:
+    thread.join()
+time.sleep(1)
+print("they came back")
+""")
+    assert (status, output, errors) == (0, "they came back\n", "")
 
 
 def test_calls_that_return_in_time_do_not_end_the_process() -> None:
