@@ -162,12 +162,17 @@ def _with_horovod(training: Training, way: Way, **options: Any) -> None:
         compression = hvd.Compression.fp16 if "fp16" in way.name else hvd.Compression.none
         training.optimizer = hvd.DistributedOptimizer(plain, named, compression=compression)
     elif way.exchange == "stock":
-        stock = ef.Compression(read_method(way.method), named)
+        stock = ef.Compression(read_method(way.method), named, check_sync=False)
         training.optimizer = hvd.DistributedOptimizer(plain, named, compression=stock)
         training.stats = stock.stats
     else:
         training.optimizer = ef.DistributedOptimizer(
-            plain, named, read_method(way.method), exchange=training.exchange, **options
+            plain,
+            named,
+            read_method(way.method),
+            exchange=training.exchange,
+            check_sync=False,
+            **options,
         )
         training.stats = training.optimizer.stats
         training.closing = training.optimizer.unwrap

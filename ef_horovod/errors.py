@@ -49,3 +49,12 @@ class ServerError(EFHorovodError, RuntimeError):
 
 class ClusterError(EFHorovodError, RuntimeError):
     """A virtual cluster cannot be made here; the message says what is missing."""
+
+
+def without_adapter(compression: object) -> UnsupportedError:
+    """What to raise where stock Horovod was given a method or a compressor as it is."""
+    return UnsupportedError(
+        f"got {compression!r} as compression= of stock Horovod, expected ef.Compression; write "
+        "ef.Compression(method, model.named_parameters()), with model.trainable_variables in "
+        "TensorFlow, or take ef.DistributedOptimizer"
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from ef_horovod import registry, wire
 from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.arrays.numpy import Like
-from ef_horovod.errors import NonFiniteError, PayloadError
+from ef_horovod.errors import NonFiniteError, PayloadError, without_adapter
 from ef_horovod.keys import Key
 from ef_horovod.shown import Shown
 
@@ -253,6 +253,10 @@ class Payload:
     def from_start(cls, data: np.ndarray) -> Payload:
         """The payload at the start of uint8[m]; what follows it is padding."""
         return cls(data[: wire.HEADER_NBYTES + wire.read_header(data).body_nbytes])
+
+    def __iter__(self) -> Any:
+        """Not there: stock Horovod asks for it, to which a compressor was given as it is."""
+        raise without_adapter(self)
 
     @property
     def nbytes(self) -> int:

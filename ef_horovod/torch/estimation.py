@@ -45,6 +45,12 @@ class EstimatedGradient:
     """
 
     def __init__(self, estimator: Estimator, optimizer: Any) -> None:
+        if not isinstance(estimator, Estimator):
+            raise UnsupportedError(
+                f"EstimatedGradient got {type(estimator).__name__} as estimator, expected one such "
+                "as STORM(alpha), and the optimizer second; write EstimatedGradient(STORM(alpha), "
+                "optimizer)"
+            )
         reducer = getattr(optimizer, "_reducer", None)
         if reducer is None:
             raise UnsupportedError(
@@ -76,6 +82,11 @@ class EstimatedGradient:
             closure: computes the loss of this step's sample, multiplied by the loss scale if there
                 is one. Like `loss.backward()`, call this as often as backward_passes_per_step says.
         """
+        if not callable(closure):
+            raise UnsupportedError(
+                f"backward() got {type(closure).__name__}, expected a function that computes the "
+                "loss, for it is called at several points; write backward(lambda: loss_of(batch))"
+            )
         step = self._reducer.step
         if step != self._step:  # a dropped step is taken again, with the same points
             self._step, self._before, self._last = step, self._now, self._newest

@@ -49,6 +49,7 @@ def DistributedOptimizer(
     seed: int = 0,
     grad_scaler: torch.amp.GradScaler | None = None,
     overlap: bool = True,
+    check_sync: bool = True,
     timeout: float | None = None,
 ) -> Any:
     """Wrap an optimizer so that its gradients are averaged over all ranks, compressed.
@@ -91,6 +92,9 @@ def DistributedOptimizer(
         seed: of random compressors.
         grad_scaler: the scaler, if one is used, so that memories stay in unscaled units.
         overlap: send buckets during backward (False: all of them in `synchronize`).
+        check_sync: compare the ranks' parameters by hash before the first step changes them, and
+            in the steps 2, 4, 8 and so on (with a quorum in the first one alone); they raise
+            `OutOfSyncError` if ranks differ.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
 
     Raises:
@@ -118,6 +122,7 @@ def DistributedOptimizer(
         sparse_as_dense=sparse_as_dense,
         overlap=overlap,
         scaled=grad_scaler is not None and grad_scaler.is_enabled(),
+        check_sync=check_sync,
     )
     named = name_parameters(named_parameters, optimizer.param_groups)
     wrapped = _rebuild(optimizer)
@@ -379,6 +384,12 @@ def _refuse_unsupported(
             "leave it out and set bucket_bytes"
         )
     refuse_elastic()
+    if not hasattr(optimizer, "param_groups"):
+        raise UnsupportedError(
+            f"got {type(optimizer).__name__} as optimizer, expected a torch optimizer; write for "
+            "example ef.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), "
+            "model.named_parameters(), compression=method)"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedError(
             "got LBFGS, expected an optimizer that needs one gradient a step; use SGD or Adam"

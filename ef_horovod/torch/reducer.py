@@ -22,6 +22,7 @@ from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import DensePolicy
 from ef_horovod.torch.buckets import Bucket
+from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.transports.base import Transport
 
 Named = list[tuple[str, torch.Tensor]]
@@ -43,6 +44,7 @@ class Options:
         overlap: start exchanges during backward, or all of them in `finish`; the first step's are
             never started before `finish`, where the config is checked.
         scaled: whether gradients come multiplied by a loss scale.
+        check_sync: whether ranks' parameters are compared; see `SyncCheck`.
     """
 
     method: Method
@@ -55,6 +57,7 @@ class Options:
     sparse_as_dense: bool
     overlap: bool
     scaled: bool
+    check_sync: bool
 
 
 class Reducer:
@@ -82,6 +85,8 @@ class Reducer:
         self._frozen = frozen
         self._read_loss_scale, self._loss_scale = loss_scale, 1.0
         self._config_checked = False
+        parameters = [p for _, p in [*trainable, *frozen]]
+        self._in_sync = SyncCheck(parameters, transport, options.check_sync)
         self._sparse: set[torch.Tensor] = set()  # densified in this step
         self.buckets = self._make_buckets(trainable)
         self._place = {slot.parameter: (b, slot) for b in self.buckets for slot in b.slots}
@@ -149,6 +154,7 @@ class Reducer:
                 "comes between the two (clipping, a GradScaler), or start the server without "
                 "--quorum"
             )
+        self._in_sync.check()
         self._start_rest()
         directions = finish_step([bucket.channel for bucket in self.buckets])
         self._release()
@@ -178,6 +184,7 @@ class Reducer:
         Each of them is in `p.grad` until the next one is asked for; ask for all of them.
         """
         self._require_unchanged()
+        self._in_sync.check(again=False)  # later on workers are in different rounds
         self._start_rest()
         found = finish_rounds([bucket.channel for bucket in self.buckets], self.transport)
         self._release()
@@ -296,7 +303,8 @@ class Reducer:
         return [
             f"compression {options.method!r}",
             f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
-            f"backward_passes_per_step={options.passes}, grad_scaler={options.scaled}",
+            f"backward_passes_per_step={options.passes}, grad_scaler={options.scaled}, "
+            f"check_sync={options.check_sync}",
             *describe(self.buckets),
         ]
 

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from launching import Results, horovodrun
 
+import ef_horovod as ef
+
+METHOD = repr(ef.ErrorFeedback(ef.OneBit()))
+
 pytestmark = pytest.mark.parallel
 
 
@@ -39,6 +43,34 @@ def test_tied_and_complex_parameters_are_refused(results: Results) -> None:
     for adapter in ("", ", stock"):
         assert "list tied parameters once" in errors[f"tied{adapter}"]
         assert "real numbers (torch.view_as_real" in errors[f"complex{adapter}"]
+
+
+@pytest.mark.parametrize(
+    ("slip", "sentence"),
+    [
+        ("parameters", "got something of type Parameter in named_parameters, expected pairs"),
+        ("one parameter", "in named_parameters, expected pairs"),
+        ("not called", "got something of type method in named_parameters, expected pairs"),
+        ("method second", f"got {METHOD} in named_parameters, expected pairs"),
+        ("model first", "got Linear as optimizer, expected a torch optimizer"),
+        ("state dict", "expected a name for each"),
+        ("adapter, swapped", "expected a method"),
+        ("adapter, parameters", "got something of type Parameter in named_parameters, expected"),
+        ("adapter, alone", "got something of type NoneType in named_parameters, expected pairs"),
+        ("stock, method", f"got {METHOD} as compression= of stock Horovod, expected ef.Compr"),
+        ("stock, compressor", "as compression= of stock Horovod, expected ef.Compression"),
+        ("estimator, swapped", "EstimatedGradient got SGD as estimator, expected one such"),
+        ("estimator, loss", "backward() got Tensor, expected a function"),
+    ],
+)
+def test_slips_raise_a_sentence(slip: str, sentence: str, results: Results) -> None:
+    for result in results:
+        assert sentence in result["slips"][slip]
+
+
+@pytest.mark.parametrize("form", ["dict", "model", "adapter, model"])
+def test_parameters_are_taken_in_other_forms(form: str, results: Results) -> None:
+    assert all(result["slips"][form] == "" for result in results)
 
 
 def test_synchronizing_twice_changes_nothing(results: Results) -> None:

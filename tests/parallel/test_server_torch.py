@@ -47,3 +47,8 @@ def require_same(method: ef.Method, workers: int, result: dict[str, Any]) -> Non
     assert result["skipped"] == [step == STEPS - 1 for step in range(STEPS + 1)]
     assert "got a process_set with exchange='server'" in result["process_set"]
     assert result["second"].startswith("UnsupportedError: got a second optimizer, reducer, tape")
+    if workers == 1:
+        assert result["apart"] == ""
+    else:
+        assert result["apart"].startswith("OutOfSyncError: the parameters of rank 0 and rank 1")
+        assert "by torch.manual_seed(seed) or a file" in result["apart"]

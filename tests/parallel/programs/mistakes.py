@@ -77,6 +77,55 @@ def strange_parameters():
     }
 
 
+def slips():
+    """What is passed in the wrong place or form; '' where it is taken all the same."""
+    model = torch.nn.Linear(64, 64)
+    named = model.named_parameters
+
+    def sgd():
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def ours(*arguments, **options):
+        ef.DistributedOptimizer(*arguments, **options).unwrap()
+
+    def stock(compression):
+        model = torch.nn.Linear(64, 64)  # whose hooks the failed optimizer keeps
+        plain = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = hvd.DistributedOptimizer(
+            plain, model.named_parameters(), compression=compression
+        )
+        model(torch.ones(8, 64)).sum().backward()
+        optimizer.step()
+
+    def estimate_of(loss):
+        method = ef.ErrorCompensatedX(ef.OneBit(), down=ef.OneBit(), alpha=0.5)
+        optimizer = ef.DistributedOptimizer(sgd(), named(), method)
+        try:
+            ef.EstimatedGradient(ef.STORM(0.5), optimizer).backward(loss)
+        finally:
+            optimizer.unwrap()
+
+    actions = {
+        "parameters": lambda: ours(sgd(), model.parameters(), compression=METHOD),
+        "one parameter": lambda: ours(sgd(), model.weight, compression=METHOD),
+        "not called": lambda: ours(sgd(), named, compression=METHOD),
+        "method second": lambda: ours(sgd(), METHOD),
+        "model first": lambda: ours(model, named(), compression=METHOD),
+        "dict": lambda: ours(sgd(), dict(named()), compression=METHOD),
+        "model": lambda: ours(sgd(), model, compression=METHOD),
+        "state dict": lambda: ours(sgd(), model.state_dict(), compression=METHOD),
+        "adapter, swapped": lambda: ef.Compression(named(), METHOD),
+        "adapter, parameters": lambda: ef.Compression(METHOD, model.parameters()),
+        "adapter, alone": lambda: ef.Compression(METHOD),
+        "adapter, model": lambda: ef.Compression(METHOD, model),
+        "stock, method": lambda: stock(METHOD),
+        "stock, compressor": lambda: stock(ef.OneBit()),
+        "estimator, swapped": lambda: ef.EstimatedGradient(sgd(), ef.STORM(0.5)),
+        "estimator, loss": lambda: estimate_of(model(torch.ones(8, 64)).sum()),
+    }
+    return {slip: error_of(action) for slip, action in actions.items()}
+
+
 def synchronizing_twice():
     model = build_model()
     optimizer = wrapped(model)
@@ -184,7 +233,8 @@ def elastic():
 def main() -> None:
     hvd.init()
     scenarios = (
-        clipping_too_early, freezing_and_wrapping_again, strange_parameters, synchronizing_twice,
+        clipping_too_early, freezing_and_wrapping_again, strange_parameters, slips,
+        synchronizing_twice,
         an_epoch_that_ends_within_an_accumulation, loading_a_state, closure, two_optimizers,
         stock_checkpoint, scaler_without_synchronize, elastic,
     )  # fmt: skip

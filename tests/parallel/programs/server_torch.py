@@ -35,12 +35,18 @@ def run(method):
             g = g * np.nan  # dropped everywhere; the last gradient comes again in the next step
         (x * g).sum().backward()
         started.append(optimizer._reducer.buckets[0].started)
+        if step == 0:
+            with torch.no_grad():
+                x.fill_(transport.rank)
+                apart = error_of(optimizer.step)
+                x.zero_()
         optimizer.step()
         skipped.append(optimizer.step_skipped)
     result = {
         "x": digest(x.detach().numpy()),
         "overlap": started[1:],
         "skipped": skipped,
+        "apart": apart,
         "process_set": error_of(
             lambda: ef.DistributedOptimizer(
                 torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0),

@@ -20,6 +20,7 @@ def main() -> None:
         dense=lambda name, parameter: False,
         bucket_bytes=4 * ELEMENTS,
         exchange=EXCHANGES.get(ARGUMENTS[0], "auto"),
+        check_sync=False,
     )
     gradient = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(hvd.rank()))
 

@@ -1,0 +1,98 @@
+"""Are all ranks' parameters the same? Asked before the first update and now and then after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.in_sync import digest_of, require_equal
+from ef_horovod.torch.parameters import tensors_of
+from ef_horovod.transports.base import Transport
+from ef_horovod.transports.horovod_torch import HorovodTorchTransport
+
+_BY_BROADCAST = (
+    "call hvd.broadcast_optimizer_state(optimizer, root_rank=0) and then "
+    "hvd.broadcast_parameters(model.state_dict(), root_rank=0), state first, parameters last "
+    "(Horovod takes a step on ranks without a state, and with weight decay that moves the "
+    "parameters), and give all ranks the same learning rate"
+)
+_BY_SEED = (
+    "give all workers the same first values by torch.manual_seed(seed) or a file, and the same "
+    "learning rate and optimizer state"
+)
+
+
+def require_in_sync(
+    parameters: Any, timeout: float | None = None, *, process_set: Any = None
+) -> None:
+    """Raise on all ranks unless the parameters hold the same bits everywhere; collective.
+
+    `ef.DistributedOptimizer` and `ef.Compression` ask this by themselves, see `check_sync`.
+
+    Args:
+        parameters: `model.parameters()`, `model.state_dict()`, the model, or any tensors, in the
+            same order on all ranks.
+        timeout: seconds to wait for other ranks; default $EF_HOROVOD_TIMEOUT or 300.
+        process_set: Horovod process set to compare within; default all ranks.
+
+    Raises:
+        OutOfSyncError: they differ; names two ranks and the likely reasons.
+        UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
+
+    Example:
+        ef.require_in_sync(model.parameters())
+    """
+    if not hvd.is_initialized():
+        raise UnsupportedError(
+            "got ef.require_in_sync without an initialised Horovod, expected hvd.init() before it; "
+            "in a job with parameter servers leave it out: workers are compared by the optimizer"
+        )
+    tensors = tensors_of(parameters)
+    process_set = process_set or hvd.global_process_set
+    if process_set.included():
+        _compare(tensors, HorovodTorchTransport("ef.sync", process_set, timeout), "digest")
+
+
+class SyncCheck:
+    """Compares ranks' parameters before the first update, then in calls 2, 4, 8 and so on.
+
+    The second call shows ranks that began with other learning rates or another optimizer state.
+    Later ones show what comes later, such as a warm-up from 0, and cost less and less.
+
+    Args:
+        parameters: in the same order on all ranks.
+        transport: to the other ranks.
+        enabled: False to do nothing.
+    """
+
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], transport: Transport, enabled: bool
+    ) -> None:
+        self._parameters, self._transport, self._enabled = parameters, transport, enabled
+        self._calls = 0
+
+    def check(self, *, again: bool = True) -> None:
+        """Compare if it is time to; collective. Without `again` in the first call alone.
+
+        Raises:
+            OutOfSyncError: on all ranks: parameters differ.
+        """
+        self._calls += 1
+        due = self._calls & (self._calls - 1) == 0 if again else self._calls == 1
+        if self._enabled and due:
+            _compare(self._parameters, self._transport, "sync")
+
+
+def _compare(parameters: Iterable[torch.Tensor], transport: Transport, name: str) -> None:
+    if transport.size > 1:
+        digests = transport.allgather(name, digest_of(_bits(p) for p in parameters))()
+        require_equal(digests, _BY_SEED if transport.has_server else _BY_BROADCAST)
+
+
+def _bits(tensor: torch.Tensor) -> Any:
+    """uint8[m]: NumPy has not all of torch's dtypes."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
