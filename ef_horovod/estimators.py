@@ -20,7 +20,8 @@ from ef_horovod.arrays import Array
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method
-from ef_horovod.schedules import Decay, Schedule, require_weight, value_at
+from ef_horovod.options import keep_number, keep_seed
+from ef_horovod.schedules import Decay, Schedule, keep_weight, value_at
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class STORM(Estimator):
     alpha: Schedule = Decay(2 / 3)  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
-        require_weight("alpha", self.alpha)
+        keep_weight(self, "alpha")
 
     def points(self, x: Array, before: Array, step: int) -> list[Array]:
         return [x] if step == 0 or value_at(self.alpha, step) == 1 else [x, before]
@@ -178,11 +179,9 @@ class PAGE(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.probability <= 1:
-            raise ValueError(
-                f"PAGE got probability={self.probability}, expected one in (0, 1]; with batches of "
-                "b out of m samples, b / (m + b) is usual"
-            )
+        way_out = "with batches of b out of m samples, b / (m + b) is usual"
+        keep_number(self, "probability", "(0, 1]", way_out)
+        keep_seed(self)
 
     def whole(self, step: int) -> bool:
         """Whether the sample of this step is all of the data, for all workers alike."""

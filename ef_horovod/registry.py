@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.options import whole
 
 if TYPE_CHECKING:
     from ef_horovod.compressors.base import Compressor
@@ -30,28 +31,61 @@ def register_compressor(wire_id: int) -> Callable[[_C], _C]:
     Args:
         wire_id: 0 to 255, never reused; 128 and up are free for use outside this package.
 
+    A module that is imported again, as in a notebook, registers its classes anew.
+
     Raises:
-        ValueError: the number is out of range or taken by another compressor.
+        ValueError: the number is out of range, or it or the name is another class's.
     """
 
     def register(cls: _C) -> _C:
-        other = _BY_WIRE_ID.get(wire_id)
-        if not 0 <= wire_id <= 255 or (other is not None and other.__name__ != cls.__name__):
+        number = whole(cls.__name__, "wire_id", wire_id, 0, 255, "take one from 128 on")
+        _require_free_name(cls)
+        other = _BY_WIRE_ID.get(number)
+        if other is not None and _origin(other) != _origin(cls):
             raise ValueError(
-                f"{cls.__name__} asks for wire_id {wire_id}, expected a number from 0 to 255 that "
-                f"no other compressor has (taken: {sorted(_BY_WIRE_ID)}); take another one"
+                f"{_origin(cls)} asks for wire_id {number}, which {_origin(other)} has, expected "
+                f"one that is free (taken: {sorted(_BY_WIRE_ID)}); take another one"
             )
-        cls.wire_id = wire_id
-        _BY_WIRE_ID[wire_id] = COMPRESSORS[cls.__name__] = cls
+        before = COMPRESSORS.get(cls.__name__)
+        if before is not None and before.wire_id != number:  # edited, and imported again
+            del _BY_WIRE_ID[before.wire_id]
+        cls.wire_id = number
+        _BY_WIRE_ID[number] = COMPRESSORS[cls.__name__] = cls
         return cls
 
     return register
 
 
 def register_method(cls: _M) -> _M:
-    """Class decorator that makes an error-feedback method known under its name."""
+    """Class decorator that makes an error-feedback method known under its name.
+
+    A module that is imported again, as in a notebook, registers its classes anew.
+
+    Raises:
+        ValueError: the name is another class's.
+    """
+    _require_free_name(cls)
     METHODS[cls.__name__] = cls
     return cls
+
+
+def _require_free_name(cls: type) -> None:
+    """Raise if another compressor or method has the name; texts name them in any case.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for other in (*COMPRESSORS.values(), *METHODS.values()):
+        if other.__name__.lower() == cls.__name__.lower() and _origin(other) != _origin(cls):
+            raise ValueError(
+                f"got {_origin(cls)} to register, expected a name that no other class has, but "
+                f"{_origin(other)} is registered; give the new class another name"
+            )
+
+
+def _origin(cls: type) -> str:
+    """Where a class is from: equal when its module is imported again."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def compressor_of(wire_id: int) -> type[Compressor] | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from ef_horovod.options import is_in, keep_number
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,10 @@ class Decay:
     offset: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.power < 0 or not self.initial > 0 or not self.offset > 0:
-            raise ValueError(
-                f"got {self}, expected power >= 0 and initial and offset above 0; Decay(power=1) "
-                "is 1, 1/2, 1/3, ..."
-            )
+        way_out = "Decay(power=1) is 1, 1/2, 1/3, ..."
+        keep_number(self, "power", "[0, inf)", way_out)
+        keep_number(self, "initial", "(0, inf)", way_out)
+        keep_number(self, "offset", "(0, inf)", way_out)
 
     def at(self, step: int) -> float:
         """The value at a step."""
@@ -46,14 +48,25 @@ def value_at(schedule: Schedule, step: int) -> float:
     return schedule.at(step) if isinstance(schedule, Decay) else float(schedule)
 
 
-def require_weight(what: str, schedule: Schedule) -> None:
-    """Raise unless a schedule stays in (0, 1]; it never rises, so its start tells.
+def keep_schedule(
+    owner: Any, name: str, interval: str, way_out: str, what: str = "a number"
+) -> None:
+    """Check a field of a frozen dataclass: a number in an interval, or a Decay that starts there.
+
+    It never rises, so its start tells.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it is something else.
     """
-    if not 0 < value_at(schedule, 0) <= 1:
-        raise ValueError(
-            f"got {what}={schedule!r}, expected a weight in (0, 1] or a Decay that starts there; "
-            "0.1 averages over about ten steps"
-        )
+    value = getattr(owner, name)
+    if not (isinstance(value, Decay) and is_in(value.initial, interval)):
+        keep_number(owner, name, interval, way_out, what, also=" or a Decay that starts there")
+
+
+def keep_weight(owner: Any, name: str) -> None:
+    """Check a field of a frozen dataclass: a weight in (0, 1], or a schedule of them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    keep_schedule(owner, name, "(0, 1]", "0.1 averages over about ten steps", "a weight")

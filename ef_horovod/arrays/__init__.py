@@ -35,6 +35,40 @@ def namespace(x: Array) -> ModuleType:
     return _namespace_of(type(x))  # type: ignore[arg-type, unused-ignore]
 
 
+def float_namespace(x: Array, what: str = "an array") -> ModuleType:
+    """The array functions for x's framework, if x holds real floating-point numbers.
+
+    Args:
+        x: array of a supported framework.
+        what: x is, for messages.
+
+    Raises:
+        TypeError: x is something else.
+    """
+    xp = namespace(x)
+    if xp.is_float(x):
+        return xp
+    if "complex" in dtype_name(x):
+        way_out = "send real and imaginary parts as real numbers, as torch.view_as_real has them"
+    else:
+        way_out = "other numbers have no gradient, so convert it first if that is meant"
+    raise TypeError(f"got {what} of {x.dtype}, expected a real, floating-point one; {way_out}")
+
+
+def require_writable(x: Array) -> None:
+    """Raise unless x can be changed in place by kernels that want its numbers side by side.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    problem = namespace(x).why_not_writable(x)
+    if problem:
+        raise ValueError(
+            f"got an array to add to that {problem}, expected one that can be changed in place, "
+            "with its numbers side by side; add to a copy"
+        )
+
+
 def dtype_name(x: Array) -> str:
     """x's dtype in the words that all frameworks share: "float32", "bfloat16"."""
     return str(x.dtype).removeprefix("torch.").removeprefix("<dtype: '").removesuffix("'>")
@@ -51,6 +85,11 @@ def _namespace_of(kind: type) -> ModuleType:
             )
         if framework in _SUPPORTED and base.__name__ in _NAMES:
             return importlib.import_module(f"ef_horovod.arrays.{framework}")
+        if framework == "numpy" and base.__name__ == "MaskedArray":
+            raise TypeError(
+                "got a numpy.ma.MaskedArray, expected an array without a mask, which would be "
+                "lost; fill it first, for example with x.filled(0)"
+            )
     raise TypeError(
         f"got {kind.__module__}.{kind.__qualname__}, expected a NumPy array, a torch or a "
         "TensorFlow tensor; convert it first, for example with numpy.asarray(x, dtype='float32')"

@@ -43,6 +43,13 @@ def is_float(x: np.ndarray) -> bool:
     return np.issubdtype(x.dtype, np.floating)
 
 
+def why_not_writable(x: np.ndarray) -> str:
+    """What keeps x from being changed in place by kernels, or nothing."""
+    if not x.flags.writeable:
+        return "is read-only"
+    return "" if x.flags.c_contiguous else "is a view with gaps"
+
+
 def is_float64(x: np.ndarray) -> bool:
     """Whether x has more precision than the float32 that is sent."""
     return x.dtype == np.float64

@@ -42,6 +42,11 @@ def is_float(x: tf.Tensor | tf.Variable) -> bool:
     return bool(x.dtype.is_floating)
 
 
+def why_not_writable(x: tf.Tensor | tf.Variable) -> str:
+    """What keeps x from being changed in place, or nothing."""
+    return "" if isinstance(x, tf.Variable) else "is a tensor of TensorFlow, not a variable"
+
+
 def is_float64(x: tf.Tensor | tf.Variable) -> bool:
     """Whether x has more precision than the float32 that is sent."""
     return bool(x.dtype == tf.float64)

@@ -36,6 +36,13 @@ def is_float(x: torch.Tensor) -> bool:
     return x.is_floating_point()
 
 
+def why_not_writable(x: torch.Tensor) -> str:
+    """What keeps x from being changed in place by kernels, or nothing."""
+    if x.requires_grad:
+        return "requires a gradient"
+    return "" if x.is_contiguous() else "is a view with gaps"
+
+
 def is_float64(x: torch.Tensor) -> bool:
     """Whether x has more precision than the float32 that is sent."""
     return x.dtype == torch.float64

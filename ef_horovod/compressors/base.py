@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ef_horovod import registry, wire
-from ef_horovod.arrays import Array, dtype_name, namespace
+from ef_horovod.arrays import Array, dtype_name, float_namespace, namespace, require_writable
 from ef_horovod.arrays.numpy import Like
 from ef_horovod.errors import NonFiniteError, PayloadError, without_adapter
 from ef_horovod.keys import Key
+from ef_horovod.options import number
 from ef_horovod.shown import Shown
 
 DEFAULT_KEY = Key()
@@ -151,7 +152,7 @@ class Compressor(Shown):
             >>> payload.decompress()
             array([ 0., -5.,  0.], dtype=float32)
         """
-        xp = _float_namespace(x)
+        xp = _checked(x, key)
         flat = xp.flat_float32(x)
         return self._payload(self.encode(flat, key, residual=False), flat.shape[0], xp.like(x))
 
@@ -170,7 +171,7 @@ class Compressor(Shown):
             >>> ef.TopK(k=1).squeeze(numpy.array([1.0, -5.0, 2.0], dtype="float32"))[1]
             array([1., 0., 2.], dtype=float32)
         """
-        xp = _float_namespace(x)
+        xp = _checked(x, key)
         if xp.is_float64(x):
             payload = self.compress(x, key)
             return payload, xp.detached(x) - payload.decompress()
@@ -325,19 +326,23 @@ class Payload:
 
         Raises:
             PayloadError: the body is malformed; dense is untouched then.
-            ValueError: dense has another length, dtype or layout.
+            TypeError: dense is no array of a supported framework.
+            ValueError: dense has another length, dtype or layout, or cannot be changed in place.
         """
         self._require(dense)
+        weight = number("add_to", "weight", weight, "(-inf, inf)", "1 adds C(x) as it is")
         if not self.is_absent:
             self.kind.accumulate(self._body, dense, weight)
 
     def _require(self, dense: Array) -> None:
         """Raise unless the payload has numbers and `dense` is fit to take them."""
+        namespace(dense)  # which raises for what is no array
         if tuple(dense.shape) != (self.num_elements,) or dtype_name(dense) != "float32":
             raise ValueError(
                 f"got a dense array of shape {tuple(dense.shape)} and dtype {dense.dtype}, "
                 f"expected float32[{self.num_elements}]; flatten or convert it first"
             )
+        require_writable(dense)
         if self.is_skip:
             raise PayloadError(
                 "got a payload that asks to drop the step, expected one with numbers; check "
@@ -382,11 +387,10 @@ def require_finite(number: Any, compressor: Compressor) -> None:
         )
 
 
-def _float_namespace(x: Array) -> Any:
-    xp = namespace(x)
-    if not xp.is_float(x):
+def _checked(x: Array, key: Key) -> Any:
+    """The array functions for x, if it can be compressed with a key."""
+    if not isinstance(key, Key):
         raise TypeError(
-            f"got an array of {x.dtype}, expected a floating-point one; integers have no gradient "
-            "to compress, so convert it first if that is meant"
+            f"got key={key!r}, expected an ef.Key; write for example ef.Key(seed=0, step=3)"
         )
-    return xp
+    return float_namespace(x)

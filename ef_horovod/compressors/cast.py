@@ -12,6 +12,7 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
+from ef_horovod.options import keep_choice
 from ef_horovod.registry import register_compressor
 from ef_horovod.wire import Fields
 
@@ -46,8 +47,7 @@ class Cast(Compressor):
     dtype: Literal["float16", "bfloat16"]
 
     def __post_init__(self) -> None:
-        if self.dtype not in _KINDS:
-            raise ValueError(f"Cast got dtype={self.dtype!r}, expected one of {_KINDS}; pick one")
+        keep_choice(self, "dtype", _KINDS, "pick one")
 
     def contraction(self, d: int) -> float:
         # Squared unit roundoff 2**-22 or 2**-16, doubled for what clipping and underflow add.

@@ -10,10 +10,10 @@ import numpy as np
 from ef_horovod.arrays import Array
 from ef_horovod.arrays.grid import bits_nbytes
 from ef_horovod.compressors.base import Compressor
-from ef_horovod.compressors.rounding import require_range
 from ef_horovod.compressors.shortening import add_shortened, shorten
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
+from ef_horovod.options import keep_whole
 from ef_horovod.registry import register_compressor
 from ef_horovod.wire import Fields
 
@@ -51,7 +51,7 @@ class Clip(Compressor):
     bits: int
 
     def __post_init__(self) -> None:
-        require_range("Clip: bits", self.bits, 0, _MAX_BITS)
+        keep_whole(self, "bits", 0, _MAX_BITS, "7 is bfloat16's precision")
 
     def contraction(self, d: int) -> float:
         return 1 - (2.0**self.bits + 1) ** -2

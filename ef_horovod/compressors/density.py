@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ef_horovod.options import keep_number
+
 
 def kept(ratio: float | None, k: int | None, d: int) -> int:
     """Entries kept of d: k, or max(1, floor(ratio * d)); never more than d."""
@@ -11,10 +15,11 @@ def kept(ratio: float | None, k: int | None, d: int) -> int:
     return min(k, d)
 
 
-def require_ratio(name: str, ratio: float) -> None:
-    """Raise ValueError unless ratio is a fraction in (0, 1]."""
-    if not 0 < ratio <= 1:
-        raise ValueError(
-            f"{name} got ratio={ratio}, expected a kept fraction in (0, 1]; "
-            "0.01 keeps one entry in a hundred"
-        )
+def keep_ratio(compressor: Any) -> None:
+    """Check the field `ratio`: a fraction in (0, 1].
+
+    Raises:
+        ValueError: it is something else.
+    """
+    way_out = "0.01 keeps one entry in a hundred"
+    keep_number(compressor, "ratio", "(0, 1]", way_out, "a kept fraction")

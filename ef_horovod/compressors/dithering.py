@@ -8,12 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors.rounding import (
-    RoundsToLevels,
-    block_length,
-    require_block,
-    require_range,
-)
+from ef_horovod.compressors.rounding import RoundsToLevels, block_length
+from ef_horovod.options import keep_number
 from ef_horovod.registry import register_compressor
 
 
@@ -56,8 +52,8 @@ class NaturalDithering(RoundsToLevels):
     bucket: int | None = None
 
     def __post_init__(self) -> None:
-        require_range("NaturalDithering: levels", self.levels, 1, self.max_levels)
-        require_block("NaturalDithering: bucket", self.bucket)
+        super().__post_init__()
+        keep_number(self, "norm", "[2, inf]", "2 and math.inf are the two that there are")
         if self.norm not in (2, math.inf):
             raise ValueError(
                 f"NaturalDithering got norm={self.norm!r}, expected 2 or math.inf; choose one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +16,7 @@ from ef_horovod.compressors.sparse import (
     read_coded,
 )
 from ef_horovod.keys import Key
+from ef_horovod.options import keep_number
 from ef_horovod.registry import register_compressor
 from ef_horovod.wire import Fields
 
@@ -56,11 +56,8 @@ class HardThreshold(Sparsifier):
     ascending: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (self.threshold > 0 and math.isfinite(self.threshold)):
-            raise ValueError(
-                f"HardThreshold got threshold={self.threshold}, expected a positive number in the "
-                "units of a gradient; theory.calibrate finds one for a number of entries a step"
-            )
+        way_out = "theory.calibrate finds one for a number of entries a step"
+        keep_number(self, "threshold", "(0, inf)", way_out, "a number in the units of a gradient")
 
     @property
     def sized(self) -> bool:

@@ -12,9 +12,10 @@ import numpy as np
 from ef_horovod.arrays import Array, means, namespace
 from ef_horovod.arrays.grid import blocks
 from ef_horovod.compressors.base import Compressor, require_finite
-from ef_horovod.compressors.rounding import block_length, read_block, read_scales, require_block
+from ef_horovod.compressors.rounding import block_length, read_block, read_scales
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
+from ef_horovod.options import keep_block, keep_choice
 from ef_horovod.registry import register_compressor
 from ef_horovod.wire import Fields
 
@@ -72,12 +73,8 @@ class OneBit(Compressor):
         return object.__new__(OneBitBlocks if general else cls)
 
     def __post_init__(self) -> None:
-        require_block("OneBit: block", self.block)
-        if self.scale not in _SCALES:
-            raise ValueError(
-                f"OneBit got scale={self.scale!r}, expected one of {_SCALES}; 'l1' is the one for "
-                "error feedback"
-            )
+        keep_block(self, "block")
+        keep_choice(self, "scale", _SCALES, "'l1' is the one for error feedback")
 
     def contraction(self, d: int) -> float | None:
         # The worst case is one entry different from zero; two means differ from l1 only for better.

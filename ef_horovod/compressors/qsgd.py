@@ -8,12 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.compressors.rounding import (
-    RoundsToLevels,
-    block_length,
-    require_block,
-    require_range,
-)
+from ef_horovod.compressors.rounding import RoundsToLevels, block_length
 from ef_horovod.registry import register_compressor
 
 
@@ -52,10 +47,6 @@ class QSGD(RoundsToLevels):
     max_levels = 2**15 - 1
     levels: int
     bucket: int | None = 512
-
-    def __post_init__(self) -> None:
-        require_range("QSGD: levels", self.levels, 1, self.max_levels)
-        require_block("QSGD: bucket", self.bucket)
 
     def variance(self, d: int) -> float:
         b, s = block_length(self.bucket, d), self.levels

@@ -11,11 +11,11 @@ import numpy as np
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.numpy_quantize import random_words
 from ef_horovod.compressors.base import require_finite
-from ef_horovod.compressors.density import kept, require_ratio
-from ef_horovod.compressors.rounding import require_block
-from ef_horovod.compressors.sparse import Chosen, RandomSparsifier, Scale, require_scale
+from ef_horovod.compressors.density import keep_ratio, kept
+from ef_horovod.compressors.sparse import Chosen, RandomSparsifier, Scale
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
+from ef_horovod.options import keep_block
 from ef_horovod.registry import register_compressor
 from ef_horovod.wire import Fields
 
@@ -75,9 +75,9 @@ class RandomBlock(RandomSparsifier):
     shared: bool = True
 
     def __post_init__(self) -> None:
-        require_ratio("RandomBlock", self.ratio)
-        require_block("RandomBlock: block", self.block)
-        require_scale("RandomBlock", self.scale)
+        keep_ratio(self)
+        keep_block(self, "block", optional=False)
+        super().__post_init__()
 
     @classmethod
     def examples(cls) -> tuple[RandomBlock, ...]:

@@ -9,13 +9,12 @@ import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import require_finite
-from ef_horovod.compressors.density import kept, require_ratio
+from ef_horovod.compressors.density import keep_ratio, kept
 from ef_horovod.compressors.sparse import (
     Chosen,
     Entries,
     RandomSparsifier,
     Scale,
-    require_scale,
 )
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
@@ -61,8 +60,8 @@ class RandomK(RandomSparsifier):
     scale: Scale = "contractive"
 
     def __post_init__(self) -> None:
-        require_ratio("RandomK", self.ratio)
-        require_scale("RandomK", self.scale)
+        keep_ratio(self)
+        super().__post_init__()
 
     @classmethod
     def examples(cls) -> tuple[RandomK, ...]:

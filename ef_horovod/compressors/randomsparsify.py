@@ -17,10 +17,10 @@ from ef_horovod.compressors.sparse import (
     Entries,
     RandomSparsifier,
     Scale,
-    require_scale,
 )
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
+from ef_horovod.options import keep_number
 from ef_horovod.registry import register_compressor
 from ef_horovod.wire import Fields
 
@@ -72,12 +72,9 @@ class RandomSparsify(RandomSparsifier):
     scale: Scale = "contractive"
 
     def __post_init__(self) -> None:
-        require_scale("RandomSparsify", self.scale)
-        if not 0 < self.p <= 1:
-            raise ValueError(
-                f"RandomSparsify got p={self.p}, expected a probability in (0, 1]; "
-                "0.01 keeps one entry in a hundred on average"
-            )
+        way_out = "0.01 keeps one entry in a hundred on average"
+        keep_number(self, "p", "(0, 1]", way_out, "a probability")
+        super().__post_init__()
 
     @property
     def sized(self) -> bool:

@@ -13,23 +13,10 @@ from ef_horovod.arrays.numpy_quantize import largest_code
 from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
 from ef_horovod.keys import Key
+from ef_horovod.options import LARGEST_FIELD, keep_block, keep_whole
 from ef_horovod.wire import Fields
 
 _LEVELS = struct.Struct("<II")  # levels, bucket (0: the whole vector)
-
-
-def require_range(what: str, value: int | None, low: int, high: int) -> None:
-    """Raise ValueError unless an integer option is None or from `low` to `high`."""
-    if value is not None and not low <= value <= high:
-        raise ValueError(
-            f"{what}={value!r} is out of range, expected a whole number from {low} to {high}; "
-            "choose one"
-        )
-
-
-def require_block(what: str, value: int | None) -> None:
-    """Raise ValueError unless a block's length is None (the whole vector) or fits its field."""
-    require_range(what, value, 1, 2**31 - 1)
 
 
 def block_length(option: int | None, d: int) -> int:
@@ -61,9 +48,9 @@ def scale_of(exact: np.ndarray, compressor: Compressor) -> np.ndarray:
 
 def read_block(word: int, what: str, d: int) -> int:
     """The length of blocks from their field, 0 for the whole vector."""
-    if word > 2**31 - 1:
+    if word > LARGEST_FIELD:
         raise PayloadError(
-            f"{what} payload has blocks of {word} entries, expected at most {2**31 - 1}; "
+            f"{what} payload has blocks of {word} entries, expected at most {LARGEST_FIELD}; "
             "it was damaged on the way"
         )
     return block_length(word or None, d)
@@ -95,6 +82,10 @@ class RoundsToLevels(Compressor):
     levels: int
     bucket: int | None
     weighs_residual = True
+
+    def __post_init__(self) -> None:
+        keep_whole(self, "levels", 1, self.max_levels, "powers of two less 1 use all codes")
+        keep_block(self, "bucket")
 
     def lowest(self, x: Array, block: int) -> np.ndarray:
         """The lowest level above 0 of each block of float32[d] x: float64[blocks]."""

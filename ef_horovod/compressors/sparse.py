@@ -13,6 +13,7 @@ from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
 from ef_horovod.index_code import decode_indices, encode_indices, indices_nbytes
 from ef_horovod.keys import Key
+from ef_horovod.options import keep_choice, keep_flag
 from ef_horovod.wire import Fields
 
 Scale = Literal["contractive", "unbiased"]
@@ -158,6 +159,11 @@ class RandomSparsifier(Sparsifier):
     shared: bool
     scale: Scale
 
+    def __post_init__(self) -> None:
+        keep_flag(self, "shared")
+        way_out = "'contractive' is the one for error feedback"
+        keep_choice(self, "scale", ("contractive", "unbiased"), way_out)
+
     def share(self, d: int) -> float:
         """The part of d entries that is kept, on average."""
         return self.count(d) / max(d, 1)
@@ -178,15 +184,6 @@ class RandomSparsifier(Sparsifier):
 
     def gain(self, d: int) -> float:
         return d / max(self.count(d), 1) if self.unbiased else 1.0
-
-
-def require_scale(name: str, scale: str) -> None:
-    """Raise ValueError unless scale is one that random sparsifiers know."""
-    if scale not in ("contractive", "unbiased"):
-        raise ValueError(
-            f"{name} got scale={scale!r}, expected 'contractive' (for error feedback) or "
-            "'unbiased'; choose one of them"
-        )
 
 
 def coded_nbytes(k: int, d: int) -> int:

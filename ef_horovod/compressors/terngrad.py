@@ -16,10 +16,10 @@ from ef_horovod.compressors.rounding import (
     block_length,
     contraction_of,
     read_block,
-    require_block,
     scale_of,
 )
 from ef_horovod.keys import Key
+from ef_horovod.options import keep_block, keep_number
 from ef_horovod.registry import register_compressor
 from ef_horovod.wire import Fields
 
@@ -68,12 +68,9 @@ class TernGrad(Compressor):
     bucket: int | None = None
 
     def __post_init__(self) -> None:
-        require_block("TernGrad: bucket", self.bucket)
-        if self.clip is not None and not 0 < self.clip < math.inf:
-            raise ValueError(
-                f"TernGrad got clip={self.clip!r}, expected a positive number of standard "
-                "deviations or None; the paper takes 2.5"
-            )
+        keep_block(self, "bucket")
+        what, way_out = "a number of standard deviations", "the paper takes 2.5"
+        keep_number(self, "clip", "(0, inf)", way_out, what, optional=True)
 
     weighs_residual = True
 

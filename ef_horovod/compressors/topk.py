@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import require_finite
-from ef_horovod.compressors.density import kept, require_ratio
+from ef_horovod.compressors.density import keep_ratio, kept
 from ef_horovod.compressors.sparse import (
     Chosen,
     Entries,
@@ -17,6 +17,7 @@ from ef_horovod.compressors.sparse import (
     read_coded,
 )
 from ef_horovod.keys import Key
+from ef_horovod.options import keep_whole
 from ef_horovod.registry import register_compressor
 from ef_horovod.wire import Fields
 
@@ -54,13 +55,13 @@ class TopK(Sparsifier):
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.k is None):
             raise ValueError(
-                f"TopK got ratio={self.ratio} and k={self.k}, expected exactly one of them; "
+                f"TopK got ratio={self.ratio!r} and k={self.k!r}, expected exactly one of them; "
                 "write TopK(ratio=0.01) or TopK(k=1000)"
             )
         if self.ratio is not None:
-            require_ratio("TopK", self.ratio)
-        elif self.k is not None and self.k < 1:
-            raise ValueError(f"TopK got k={self.k}, expected at least 1; use ratio= for a fraction")
+            keep_ratio(self)
+        else:
+            keep_whole(self, "k", 1, None, "use ratio= for a fraction")
 
     def contraction(self, d: int) -> float:
         return self.count(d) / max(d, 1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
@@ -13,7 +14,8 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.down import require_down
-from ef_horovod.methods.participation import participates, require_share
+from ef_horovod.methods.participation import participates
+from ef_horovod.options import keep, keep_number, number
 from ef_horovod.registry import register_method
 
 
@@ -92,24 +94,16 @@ class EF21(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.momentum is not None and not 0 < self.momentum <= 1:
-            raise ValueError(
-                f"EF21 got momentum={self.momentum}, expected the weight of the new gradient in "
-                "(0, 1]; 0.1 averages over about ten steps"
-            )
+        what, way_out = "the weight of the new gradient", "0.1 averages over about ten steps"
+        keep_number(self, "momentum", "(0, 1]", way_out, what, optional=True)
         require_down(self)
         for compressor in (self.compressor, self.down):
             if compressor is not None:
                 require_contraction("EF21", compressor)
-        require_share("EF21", self.participation)
+        what, way_out = "the share of workers that send in a step", "leave it out for all"
+        keep_number(self, "participation", "(0, 1]", way_out, what, optional=True)
         if self.weights is not None:
-            if not all(0 < weight < math.inf for weight in self.weights):
-                raise ValueError(
-                    f"EF21 got weights={self.weights}, expected positive numbers; give each "
-                    "worker's smoothness constant L_i"
-                )
-            # Plain numbers, for the config is compared among ranks by what it prints.
-            object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+            keep(self, "weights", _checked_weights(self.weights))
 
     @property
     def summable(self) -> bool:
@@ -200,6 +194,14 @@ class EF21(Method):
     def _weight(self, rank: int) -> float:
         assert self.weights is not None
         return self.weights[rank] / sum(self.weights)
+
+
+def _checked_weights(weights: Any) -> tuple[float, ...]:
+    way_out = "give each worker's smoothness constant L_i, as in (1.0, 2.0)"
+    if isinstance(weights, (str, bytes)) or not isinstance(weights, (Sequence, np.ndarray)):
+        raise ValueError(f"EF21 got weights={weights!r}, expected one number a worker; {way_out}")
+    named = ((f"weights[{i}]", weight) for i, weight in enumerate(weights))
+    return tuple(float(number("EF21", name, w, "(0, inf)", way_out)) for name, w in named)
 
 
 def require_contraction(method: str, compressor: Compressor) -> None:

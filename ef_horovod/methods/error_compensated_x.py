@@ -13,8 +13,9 @@ from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.down import decoded, require_down
 from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.options import keep_number
 from ef_horovod.registry import register_method
-from ef_horovod.schedules import Schedule, require_weight, value_at
+from ef_horovod.schedules import Schedule, keep_weight, value_at
 
 
 class ECXState(NamedTuple):
@@ -99,8 +100,8 @@ class ErrorCompensatedX(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_down(self, optional=False)
-        require_weight("alpha", self.alpha)
-        require_weight("beta", self.beta)
+        keep_weight(self, "alpha")
+        keep_number(self, "beta", "(0, 1]", "1 takes Delta_t over as it is", "a weight")
         for compressor in (self.compressor, self.down):
             require_no_amplifier("ErrorCompensatedX", compressor)
 

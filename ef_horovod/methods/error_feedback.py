@@ -11,7 +11,7 @@ from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.registry import register_method
-from ef_horovod.schedules import Schedule, value_at
+from ef_horovod.schedules import Schedule, keep_schedule, value_at
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -57,11 +57,9 @@ class ErrorFeedback(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_no_amplifier("ErrorFeedback", self.compressor)
-        if self.step_inside is not None and not value_at(self.step_inside, 0) > 0:
-            raise ValueError(
-                f"ErrorFeedback got step_inside={self.step_inside!r}, expected the optimizer's "
-                "learning rate, above 0; leave it out to compress gradients"
-            )
+        if self.step_inside is not None:
+            what, way_out = "the optimizer's learning rate", "leave it out to compress gradients"
+            keep_schedule(self, "step_inside", "(0, inf)", way_out, what)
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:

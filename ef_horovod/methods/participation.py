@@ -25,16 +25,3 @@ def participates(share: float | None, key: Key) -> bool:
     seed = np.uint64(key._replace(tensor=0).apart(2).draw(shared=True))
     kernels.random_indices(seed, key.workers, chosen)
     return key.rank in chosen
-
-
-def require_share(method: str, share: float | None) -> None:
-    """Raise unless a share of the workers is in (0, 1] or None.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(
-            f"{method} got participation={share}, expected the share of workers that send in a "
-            "step, in (0, 1]; leave it out for all"
-        )

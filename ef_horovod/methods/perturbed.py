@@ -13,6 +13,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.error_feedback import ErrorFeedbackState, require_no_amplifier
+from ef_horovod.options import keep_choice, keep_number, keep_whole
 from ef_horovod.registry import register_method
 
 RESETS = ("flush", "drop")
@@ -58,16 +59,10 @@ class PerturbedCompressedSGD(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_no_amplifier("PerturbedCompressedSGD", self.compressor)
-        if not self.noise >= 0 or self.reset not in RESETS:
-            raise ValueError(
-                f"PerturbedCompressedSGD got noise={self.noise}, reset={self.reset!r}, expected a "
-                f"standard deviation of at least 0 and one of {RESETS}; 0 is plain error feedback"
-            )
-        if self.reset_every is not None and self.reset_every < 1:
-            raise ValueError(
-                f"PerturbedCompressedSGD got reset_every={self.reset_every}, expected a number of "
-                "steps, at least 1; leave it out for no reset"
-            )
+        what, way_out = "a standard deviation", "0 is plain error feedback"
+        keep_number(self, "noise", "[0, inf)", way_out, what)
+        keep_whole(self, "reset_every", 1, None, "leave it out for no reset", optional=True)
+        keep_choice(self, "reset", RESETS, "'flush' loses nothing")
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.keys import Key
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.options import keep, keep_whole, whole
 from ef_horovod.registry import register_method
 
 Shape = tuple[int, ...]
@@ -111,18 +112,16 @@ class PowerSGD(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_no_amplifier("PowerSGD", self.compressor)
-        if not (isinstance(self.rank, int) and self.rank >= 1):
-            raise ValueError(
-                f"PowerSGD got rank={self.rank!r}, expected a number of directions of at least 1; "
-                "4 is a good start"
-            )
+        keep_whole(self, "rank", 1, None, "4 is a good start")
+        if self.shapes is not None:
+            keep(self, "shapes", _checked_shapes(self.shapes))
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
         return (cls(compressor, rank=2),) if isinstance(compressor, (Identity, Cast)) else ()
 
     def for_shapes(self, shapes: Sequence[Shape]) -> PowerSGD:
-        return replace(self, shapes=tuple(tuple(int(n) for n in shape) for shape in shapes))
+        return replace(self, shapes=tuple(tuple(shape) for shape in shapes))
 
     def init(self, x: Array, workers: int = 1) -> tuple[PowerSGDState, PowerSGDServer]:
         room = self._layout(x.shape[0]).room[-1]
@@ -181,6 +180,19 @@ class PowerSGD(Method):
 
     def _layout(self, d: int) -> _Layout:
         return _layout(d, self.rank, self.shapes)
+
+
+def _checked_shapes(shapes: Any) -> tuple[Shape, ...]:
+    """Plain numbers: layouts are found by them."""
+    try:
+        return tuple(
+            tuple(whole("PowerSGD", "shapes", n, 0, None, "write ((30, 40), (40,))") for n in shape)
+            for shape in shapes
+        )
+    except TypeError:
+        raise ValueError(
+            f"PowerSGD got shapes={shapes!r}, expected one tuple an array; write ((30, 40), (40,))"
+        ) from None
 
 
 class _Layout(NamedTuple):

@@ -366,7 +366,7 @@ def test_no_infinity_enters_the_error_memory(size):
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, "2", None])
 def test_ranks_that_are_none_are_refused(rank):
-    with pytest.raises(ValueError, match="expected a number of directions of at least 1"):
+    with pytest.raises(ValueError, match="expected a whole number of at least 1"):
         ef.PowerSGD(rank=rank)
 
 

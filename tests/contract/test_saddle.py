@@ -139,7 +139,7 @@ def test_noise_escapes_a_strict_saddle(method):
         ({"noise": -0.1}, "got noise=-0.1"),
         ({"noise": float("nan")}, "got noise=nan"),
         ({"reset": "forget"}, "reset='forget', expected"),
-        ({"reset_every": 0}, "got reset_every=0, expected a number of steps, at least 1"),
+        ({"reset_every": 0}, "got reset_every=0, expected a whole number of at least 1"),
     ],
     ids=repr,
 )

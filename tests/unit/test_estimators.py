@@ -173,7 +173,7 @@ def test_an_estimator_for_another_method_is_refused(estimator, method, message):
 def test_numbers_out_of_range_are_refused():
     with pytest.raises(ValueError, match="got alpha=0, expected a weight"):
         ef.STORM(0)
-    with pytest.raises(ValueError, match="PAGE got probability=0, expected one in"):
+    with pytest.raises(ValueError, match="PAGE got probability=0, expected a number in"):
         ef.PAGE(0)
 
 

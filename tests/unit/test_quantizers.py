@@ -350,14 +350,14 @@ def test_codes_stand_side_by_side(levels):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ef.Clip(23), "bits=23 is out of range, expected a whole number from 0 to 22"),
+        (lambda: ef.Clip(23), "bits=23, expected a whole number from 0 to 22"),
         (lambda: ef.QSGD(0), "levels=0"),
         (lambda: ef.QSGD(2**15), "levels=32768"),
         (lambda: ef.QSGD(4, bucket=0), "bucket=0"),
-        (lambda: ef.TernGrad(clip=0), "clip=0, expected a positive number"),
+        (lambda: ef.TernGrad(clip=0), "clip=0, expected a number of standard deviations in"),
         (lambda: ef.TernGrad(bucket=2**31), "bucket=2147483648"),
         (lambda: ef.NaturalDithering(128), "levels=128"),
-        (lambda: ef.NaturalDithering(4, norm=1), "norm=1, expected 2 or math.inf"),
+        (lambda: ef.NaturalDithering(4, norm=1), "norm=1, expected .*; 2 and math.inf are the two"),
         (lambda: ef.RandomBlock(0), "ratio=0"),
         (lambda: ef.RandomBlock(0.1, block=0), "block=0"),
         (lambda: ef.RandomBlock(0.1, scale="no"), "scale='no'"),

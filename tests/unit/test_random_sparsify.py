@@ -128,5 +128,5 @@ def test_size_is_the_seed_and_the_values():
 def test_probabilities_out_of_range_are_refused(p):
     with pytest.raises(ValueError, match=r"expected a probability in \(0, 1\]"):
         ef.RandomSparsify(p)
-    with pytest.raises(ValueError, match="scale='no', expected 'contractive'"):
+    with pytest.raises(ValueError, match="scale='no', expected one of"):
         ef.RandomSparsify(0.1, scale="no")

@@ -1,0 +1,82 @@
+"""The options that adapters share, checked in one place before anything is built or sent.
+
+require_options("ef.Reducer", seed=seed, bucket_bytes=bucket_bytes)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.options import flag, number, seed_of, whole
+
+
+def require_options(owner: str, **given: Any) -> None:
+    """Raise unless each option is one that its name stands for.
+
+    Args:
+        owner: the class or function that the options belong to.
+        given: by their names; those that are not shared are passed over.
+
+    Raises:
+        ValueError: a number of another type or out of range.
+        UnsupportedError: something that is no function, text or process set.
+    """
+    for name, value in given.items():
+        check = _CHECKS.get(name)
+        if check is not None:
+            check(owner, name, value)
+
+
+def _count(owner: str, name: str, value: Any) -> None:
+    whole(owner, name, value, 1, None, "1 exchanges gradients in every step")
+
+
+def _bytes(owner: str, name: str, value: Any) -> None:
+    whole(owner, name, value, 1, None, "25 * 2**20 is the default")
+
+
+def _seed(owner: str, name: str, value: Any) -> None:
+    seed_of(owner, value)
+
+
+def _seconds(owner: str, name: str, value: Any) -> None:
+    if value is not None:
+        way_out = "leave it out for $EF_HOROVOD_TIMEOUT or 300"
+        number(owner, name, value, "(0, inf]", way_out, "a number of seconds")
+
+
+def _kind(expected: str, way_out: str, fits: Callable[[Any], bool]) -> Callable[..., None]:
+    """A check of what is no number."""
+
+    def check(owner: str, name: str, value: Any) -> None:
+        if not fits(value):
+            raise UnsupportedError(f"{owner} got {name}={value!r}, expected {expected}; {way_out}")
+
+    return check
+
+
+_CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
+    "backward_passes_per_step": _count,
+    "bucket_bytes": _bytes,
+    "seed": _seed,
+    "timeout": _seconds,
+    "overlap": flag,
+    "sparse_as_dense": flag,
+    "check_sync": flag,
+    "average_aggregated_gradients": flag,
+    "dense": _kind(
+        "a function of name and parameter that says which ones stay uncompressed",
+        "write dense=lambda name, parameter: False to compress all, or leave it out",
+        callable,
+    ),
+    "exchange": _kind(
+        "a text", "write exchange='auto', or leave it out", lambda value: isinstance(value, str)
+    ),
+    "process_set": _kind(
+        "one of Horovod",
+        "write hvd.add_process_set([0, 1]), or leave it out for all ranks",
+        lambda value: value is None or (hasattr(value, "included") and hasattr(value, "ranks")),
+    ),
+}
