@@ -8,13 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-DATA_HELP = """\
-a folder with cifar10_train.npz and cifar10_test.npz (default: the 1797 images of handwritten
-digits that come with scikit-learn). Get CIFAR-10 from https://www.cs.toronto.edu/~kriz/cifar.html
-or as images from any mirror, and save each part by
-numpy.savez(file, jpeg=..., offset=..., label=...): `jpeg` uint8, all images as JPEG or PNG files
-one after the other; `offset` int64[n + 1], where each starts; `label` uint8[n]"""
-
 
 class Images(NamedTuple):
     """Images with their classes."""

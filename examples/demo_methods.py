@@ -45,7 +45,6 @@ ROWS = {
         adapter=True,
     ),
 }
-DEFAULT_ROWS = ("dense", "fp16", "onebit", "topk", "topk-ef")
 
 
 def sent_by(stats: list[Any]) -> Sent:

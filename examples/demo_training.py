@@ -6,7 +6,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +14,8 @@ import demo_report
 import numpy as np
 from demo_data import Images
 from demo_loopback import idle_rate, loopback_bytes, use_tcp, wait_for_all
-from demo_methods import DEFAULT_ROWS, ROWS, Row, Sent
+from demo_methods import ROWS, Row, Sent
+from demo_options import add_options
 from demo_report import LOG_EVERY, LogEntry, Result
 from tqdm import tqdm
 
@@ -87,17 +87,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help=demo_data.DATA_HELP)
-    parser.add_argument("--limit", type=int, metavar="N", help="use N training images only")
-    parser.add_argument("--methods", nargs="+", choices=ROWS, default=DEFAULT_ROWS)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=40, help="(%(default)s)")
-    parser.add_argument(
-        "--batch", type=int, default=16, help="images a step on a rank (%(default)s)"
-    )
-    parser.add_argument("--lr", type=float, default=0.03, help="highest step size (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("demo-results"), metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="1 seed, 2 epochs: does it run?")
+    add_options(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seeds, arguments.epochs = 1, 2

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from ef_horovod.cluster import inside, namespaces
 from ef_horovod.cluster.folder import remove_leftovers, run_folder
 from ef_horovod.cluster.network import MOST_HOSTS, Host, read_delay
@@ -35,15 +33,11 @@ In the end it shows what went through each host's interface. docs/cluster.md has
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a command in a cluster; its exit status, or 1 with a sentence if that cannot be."""
-    words = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(prog)
-    cut = words.index("--") if "--" in words else len(words)
-    arguments = parser.parse_args(words[:cut])
     try:
-        if arguments.clean:
+        arguments, plan = _read(parser, sys.argv[1:] if argv is None else argv)
+        if plan is None:
             return _clean()
-        plan = _plan(parser, arguments, words[cut + 1 :])
-        _require_root_and_tools()
         remove_leftovers()
         report = _run(plan)
     except ClusterError as error:
@@ -54,13 +48,46 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return int(report["status"])
 
 
-def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+def check(words: Sequence[str], prog: str | None = None, more: str = "") -> int | None:
+    """Whether there can be a cluster: None, or the status to end with.
+
+    `launch/cluster` calls it by any Python, so that help, wrong options and a missing tool are
+    answered at once, and `--clean` is done.
+
+    Args:
+        words: of the command line.
+        prog: the name of the command.
+        more: the end of its help.
+    """
+    parser = make_parser(prog, more)
+    try:
+        _, plan = _read(parser, words)
+        return _clean() if plan is None else None
+    except ClusterError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _read(
+    parser: argparse.ArgumentParser, words: Sequence[str]
+) -> tuple[argparse.Namespace, inside.Plan | None]:
+    """The options, and the plan of a cluster that can be; without one, `--clean` was asked for."""
+    cut = list(words).index("--") if "--" in words else len(words)
+    arguments = parser.parse_args(words[:cut])
+    if arguments.clean:
+        return arguments, None
+    plan = _plan(parser, arguments, list(words[cut + 1 :]))
+    _require_root_and_tools()
+    return arguments, plan
+
+
+def make_parser(prog: str | None = None, more: str = "") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog or "python -m ef_horovod.cluster",
         usage="%(prog)s --hosts N [--rate RATE] [--delay TIME] [--json FILE] -- COMMAND\n"
         "       %(prog)s --clean",
         description="Run a command in a cluster of virtual hosts on this machine. Needs root.",
-        epilog=_EPILOG,
+        epilog=_EPILOG + (f"\n{more}\n" if more else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -170,6 +197,8 @@ def _wait(child: int, signals: Signals) -> int:
 
 def _show(plan: inside.Plan, report: dict[str, Any], file: Path | None) -> None:
     """The table goes to stderr: stdout is the command's."""
+    from tabulate import tabulate  # not needed for what `check` answers
+
     names = ("bytes out", "packets out", "payload out", "bytes in", "packets in", "payload in")
     rows = [
         [host.name, show_rate(host.rate), *(f"{counts[_key(name)]:,}" for name in names)]

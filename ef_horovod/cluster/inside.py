@@ -60,7 +60,8 @@ def _run(plan: Plan, folder: Path, signals: Signals) -> dict[str, Any]:
     environment = login_environment(os.environ, folder)
     _hide_horovod_cache(folder)
     pids = [_start_host(host, folder, environment) for host in plan.hosts]
-    lines = [f"{host.name} {pid}\n" for host, pid in zip(plan.hosts, pids, strict=True)]
+    places = zip(plan.hosts, pids, strict=True)
+    lines = [f"{host.name} {host.address} {pid}\n" for host, pid in places]
     (folder / PIDS).write_text("".join(lines))
     connect(plan.hosts, pids, plan.delay)
     begin = time.monotonic()
@@ -78,6 +79,8 @@ def login_environment(outside: Mapping[str, str], folder: Path) -> dict[str, str
     agent = str(folder / "bin" / "ssh")
     search = environment.get("PATH", os.defpath)
     environment["PATH"] = os.pathsep.join([str(folder / "bin"), search])
+    # Outside it may be "isolated", for want of an ssh: all ranks would run on the first host then.
+    environment["OMPI_MCA_plm"] = "rsh"
     environment["OMPI_MCA_plm_rsh_agent"] = agent
     environment["OMPI_MCA_orte_tmpdir_base"] = str(folder / "tmp")
     # All hosts have the same cores: nobody may bind to them, or hold them while waiting.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PIDS = "hosts"  # in a run's folder: a line "name pid" for each host
+PIDS = "hosts"  # in a run's folder: a line "name address pid" for each host
 
 _KINDS = ("net", "uts", "ipc", "mnt")  # mnt last: paths may mean something else then
 _WITH_VALUE = set("BbcDEeFIiJLlmOopQRSWw")  # options of ssh that take one
@@ -72,15 +72,30 @@ def environment_of(pid: int) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def find(text: str, host: str) -> int:
+    """The process that holds a host, which is given by name or by address.
+
+    >>> find("node1 10.77.0.1 31\\nnode2 10.77.0.2 32\\n", "10.77.0.2")
+    32
+
+    Args:
+        text: of the file `PIDS`.
+        host: the one to find; if it is unknown, this process ends with a sentence.
+    """
+    hosts = [line.split() for line in text.splitlines()]
+    for name, address, pid in hosts:
+        if host in (name, address):
+            return int(pid)
+    known = ", ".join(f"{name} ({address})" for name, address, _ in hosts)
+    sys.exit(f"ssh: got the host {host!r}, expected one of this cluster: {known}")
+
+
 def main(folder: str, words: Sequence[str]) -> None:
     """Become the command, on its host, with the variables of a new login."""
     host, command = split(words)
-    lines = (Path(folder) / PIDS).read_text().splitlines()
-    pids = {name: int(pid) for name, pid in (line.split() for line in lines)}
-    if host not in pids:
-        sys.exit(f"ssh: got the host {host!r}, expected one of this cluster: {', '.join(pids)}")
-    environment = environment_of(pids[host])
-    join(pids[host])
+    pid = find((Path(folder) / PIDS).read_text(), host)
+    environment = environment_of(pid)
+    join(pid)
     home = environment.get("HOME", "/")
     os.chdir(home if os.path.isdir(home) else "/")
     shell = pwd.getpwuid(os.getuid()).pw_shell or "/bin/sh"

@@ -10,15 +10,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ef_horovod.errors import EFHorovodError
-from ef_horovod.methods.base import Method
-from ef_horovod.spelling import read_compressor, read_method
-from ef_horovod.transports.waiting import limit_of
+
+if TYPE_CHECKING:  # launch/server reads options by a Python that may have no NumPy
+    from ef_horovod.methods.base import Method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until the workers have ended; the exit status."""
+    from ef_horovod.transports.waiting import limit_of
+
     arguments = make_parser().parse_args(argv)
     try:
         method, limit = method_of(arguments), limit_of(arguments.timeout)
@@ -136,6 +139,8 @@ def method_of(arguments: argparse.Namespace) -> Method | None:
     Raises:
         ValueError, UnsupportedError: it cannot be read, or is no method.
     """
+    from ef_horovod.spelling import read_compressor, read_method
+
     up, down = (
         read_compressor(text) if text else None
         for text in (arguments.compressor, arguments.down_compressor)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ef_horovod.errors import UnsupportedError
+from ef_horovod.errors import UnsupportedError  # all imports here do without NumPy: see `read`
 from ef_horovod.server.__main__ import make_parser as make_server_parser
 from ef_horovod.server.__main__ import method_of
 
@@ -28,16 +28,11 @@ _SECONDS_TO_SAVE, _SECONDS_TO_TELL = 10, 3
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Print the line and become it."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(prog)
-    cut = words.index("--") if "--" in words else len(words)
-    arguments, for_server = parser.parse_known_args(words[:cut])
-    program = words[cut + 1 :]
-    if not program:
-        parser.error("received no program for the workers, expected one after --: -- python x.py")
+    arguments, for_server, program = read(words, prog)
     try:
         method_of(make_server_parser().parse_args(for_server))
     except (ValueError, UnsupportedError) as error:
-        parser.error(str(error))
+        make_parser(prog).error(str(error))
     line = command(arguments, for_server, program)
     print(shlex.join(line), flush=True)
     if arguments.dry_run:
@@ -45,12 +40,35 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     os.execvp(line[0], line)
 
 
-def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+def read(
+    words: Sequence[str], prog: str | None = None, more: str = ""
+) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """The launcher's options, those of the servers, and the workers' program.
+
+    `launch/server` calls it by any Python, so that help and wrong options are answered at once.
+
+    Args:
+        words: of the command line.
+        prog: the name of the command.
+        more: the end of its help.
+    """
+    parser = make_parser(prog, more)
+    cut = words.index("--") if "--" in words else len(words)
+    arguments, for_server = parser.parse_known_args(words[:cut])
+    make_server_parser().parse_args(for_server)
+    program = list(words[cut + 1 :])
+    if not program:
+        parser.error("received no program for the workers, expected one after --: -- python x.py")
+    return arguments, for_server, program
+
+
+def make_parser(prog: str | None = None, more: str = "") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog or "python -m ef_horovod.server.launch",
         description="Start servers and workers under mpirun: prints the line, then runs it.",
         epilog="Options that are not listed here go to the servers (`python -m ef_horovod.server "
-        "--help`): --method, --compressor, --timeout, ... The workers' program follows after --.",
+        "--help`): --method, --compressor, --timeout, ... The workers' program follows after --. "
+        + more,
         allow_abbrev=False,
     )
     parser.add_argument("-s", "--servers", type=_count, default=1, metavar="N", help="(1)")

@@ -59,6 +59,25 @@ def test_horovodrun_trains_on_several_hosts(how: str, tmp_path: Path) -> None:
         assert host["payload_out"] > int(sent), "every host has sent its part"
 
 
+@pytest.mark.parametrize("outside", [{}, {"OMPI_MCA_plm": "isolated"}])
+def test_addresses_work_where_names_do(outside: dict[str, str], tmp_path: Path) -> None:
+    """Also where the machine has no ssh, so that mpirun was told outside to start no daemons."""
+    horovodrun, ranks = str(BIN / "horovodrun"), "-np 2 -H 10.77.0.1:1,10.77.0.2:1 hostname"
+    calls = [
+        "ssh root@10.77.0.2 hostname",
+        f"{MPIRUN} -np 3 --host node1:1,10.77.0.2:2 hostname",
+        f"{horovodrun} --mpi {ranks}",
+        f"{horovodrun} --gloo {ranks}",
+    ]
+    script = " && ".join(f"({call}; echo end)" for call in calls)
+    printed, _ = run_in_cluster(["--hosts", "2"], ["sh", "-c", script], tmp_path, **outside)
+    parts = printed.split("end\n")[: len(calls)]
+    line = re.compile(r"^(?:\[[\d,]+\]<stdout>:)?(node\d)$", re.MULTILINE)
+    found = [sorted(line.findall(part)) for part in parts]
+    both = ["node1", "node2"]
+    assert found == [["node2"], ["node1", "node2", "node2"], both, both], printed
+
+
 def test_a_server_and_workers_on_hosts_of_their_own(tmp_path: Path) -> None:
     server = [sys.executable, "-m", "ef_horovod.server.launch", "-s", "1", "-w", "2"]
     script = [sys.executable, str(EXAMPLES / "server_numpy.py")]
@@ -124,7 +143,11 @@ def test_two_clusters_at_once_do_not_meet(tmp_path: Path) -> None:
         (["sh", "-c", "exit 7"], 7, "node2"),
         (["sh", "-c", "kill -9 $$"], 137, "node2"),
         (["no-such-program"], 1, "cannot start 'no-such-program'"),
-        (["ssh", "node9", "true"], 1, "got the host 'node9', expected one of this cluster: node1"),
+        (
+            ["ssh", "node9", "true"],
+            1,
+            "got the host 'node9', expected one of this cluster: node1 (10.77.0.1)",
+        ),
     ],
 )
 def test_the_status_is_the_commands(command, status, said, tmp_path: Path) -> None:

@@ -167,18 +167,29 @@ def test_a_discipline_that_is_not_there(option, kind, monkeypatch):
         network.connect([host], [1], "1ms" if option == "--delay" else None)
 
 
+def test_a_host_is_found_by_its_name_and_by_its_address():
+    text = "node1 10.77.0.1 31\nnode10 10.77.0.10 40\n"
+    assert login.find(text, "node1") == login.find(text, "10.77.0.1") == 31
+    assert login.find(text, "node10") == login.find(text, "10.77.0.10") == 40
+    with pytest.raises(SystemExit, match=r"expected one of this cluster: node1 \(10\.77\.0\.1\), "):
+        login.find(text, "10.77.0.2")
+
+
 def test_the_script_becomes_it_in_the_environment(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     loader = machinery.SourceFileLoader("launch_cluster", str(ROOT / "launch" / "cluster"))
     script = util.module_from_spec(util.spec_from_loader("launch_cluster", loader))
     loader.exec_module(script)
-    monkeypatch.setattr(script, "prepare", lambda: Path(sys.executable))
-    monkeypatch.setattr(sys, "argv", ["launch/cluster", "--help"])
+    monkeypatch.setattr(script, "prepare", lambda **_: Path(sys.executable))
+    monkeypatch.setattr(cluster, "_require_root_and_tools", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["launch/cluster", "--hosts", "2", "--", "train"])
     became = []
     monkeypatch.setattr(os, "execve", lambda *words: became.append(words))
     script.main()
     ((program, words, environment),) = became
-    assert program == sys.executable
+    assert program == Path(sys.executable)
+    assert words[3:] == ["--hosts", "2", "--", "train"]
+    words = [*words[:3], "--help"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: launch/cluster --hosts N ")
     assert os.access(ROOT / "launch" / "cluster", os.X_OK)

@@ -109,16 +109,20 @@ def test_methods_of_the_command_line():
     assert method_of(make_parser().parse_args([])) is None
 
 
-def test_the_script_runs_it_in_the_environment(capfd, monkeypatch):
+def test_the_script_runs_it_in_the_environment(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     loader = machinery.SourceFileLoader("launch_server", str(ROOT / "launch" / "server"))
     script = util.module_from_spec(util.spec_from_loader("launch_server", loader))
     loader.exec_module(script)
-    monkeypatch.setattr(script, "prepare", lambda: sys.executable)
-    for words, shown in ((["--help"], "usage: launch/server "), (LINE, "-np 4 ")):
-        monkeypatch.setattr(sys, "argv", ["launch/server", *words])
-        assert script.main() == 0
-        assert shown in capfd.readouterr().out
+    calls = []
+    monkeypatch.setattr(script, "prepare", lambda **_: Path(sys.executable))
+    monkeypatch.setattr(script.os, "execve", lambda *call: calls.append(call))
+    monkeypatch.setattr(sys, "argv", ["launch/server", *LINE])
+    script.main()
+    [(program, words, environment)] = calls
+    shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert program == Path(sys.executable)
+    assert "-np 4 " in shown.stdout
     assert os.access(ROOT / "launch" / "server", os.X_OK)
 
 

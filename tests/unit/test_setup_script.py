@@ -252,8 +252,149 @@ def test_the_users_own_variables_win(common, monkeypatch):
 def test_a_failed_setup_ends_the_caller_with_its_status(common, monkeypatch):
     monkeypatch.setattr(common.subprocess, "call", lambda command: 3)
     with pytest.raises(SystemExit) as caught:
-        common.prepare()
+        common.prepare(needs=())
     assert caught.value.code == 3
+
+
+@pytest.fixture
+def active(common, monkeypatch, tmp_path):
+    """A virtual environment that the user has activated: this Python, with a few modules more."""
+    folder = tmp_path / "active"
+    (folder / "bin").mkdir(parents=True)
+    site = folder / "lib" / "site-packages"
+    for package in ("ef_horovod", "horovod/torch", "matplotlib"):
+        (site / package).mkdir(parents=True)
+        (site / package.partition("/")[0] / "__init__.py").touch()
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.delenv("EF_VENV")
+    monkeypatch.setenv("VIRTUAL_ENV", str(folder))
+    monkeypatch.setattr(common.subprocess, "call", lambda command: pytest.fail("installs"))
+    return folder
+
+
+def test_an_active_environment_with_all_that_is_needed_is_taken_as_it_is(common, active, capsys):
+    python = common.prepare(needs=("matplotlib",))
+    assert python == active / "bin" / "python"
+    assert f"running in the active virtual environment {active}" in capsys.readouterr().err
+    assert common.child_environment(python)["VIRTUAL_ENV"] == str(active)
+
+
+@pytest.mark.parametrize(
+    ("needs", "own_code", "missing"),
+    [
+        (("matplotlib", "torch"), False, "torch"),
+        (("horovod.torch",), False, "horovod.torch"),
+        (("horovod.tensorflow", "tqdm"), False, "horovod.tensorflow, tqdm"),
+        (("matplotlib",), True, f"the ef_horovod of {LAUNCH.parent}"),
+    ],
+)
+def test_an_active_environment_that_lacks_something_is_left_alone(
+    common, active, monkeypatch, capsys, needs, own_code, missing
+):
+    calls = []
+    monkeypatch.setattr(common.subprocess, "call", lambda command: calls.append(command) or 0)
+    before = sorted(active.rglob("*"))
+    python = common.prepare(needs=needs, own_code=own_code)
+    assert python == LAUNCH.parent / ".venv" / "bin" / "python"
+    assert len(calls) == 1, "launch/setup"
+    assert sorted(active.rglob("*")) == before
+    said = capsys.readouterr().err
+    assert f"{active} lacks {missing}" in said
+    assert "EF_VENV" in said
+
+
+def test_horovod_counts_if_it_was_built_for_the_framework(common, active):
+    python = active / "bin" / "python"
+    assert common.missing_in(python, ("horovod.torch",)) == ["horovod.torch"]
+    (active / "lib/site-packages/horovod/torch/mpi_lib_v2.cpython-310.so").touch()
+    assert common.missing_in(python, ("horovod.torch",)) == []
+
+
+def test_ef_venv_wins_over_an_active_environment(common, active, monkeypatch, tmp_path):
+    monkeypatch.setenv("EF_VENV", str(tmp_path / "named"))
+    monkeypatch.setattr(common.subprocess, "call", lambda command: 0)
+    assert common.prepare(needs=("matplotlib",)) == tmp_path / "named" / "bin" / "python"
+
+
+def test_an_active_environment_without_a_python_is_not_taken(common, active, monkeypatch):
+    monkeypatch.setattr(common.subprocess, "call", lambda command: 0)
+    (active / "bin" / "python").unlink()
+    assert common.prepare(needs=()) == LAUNCH.parent / ".venv" / "bin" / "python"
+
+
+# --- help and wrong options, before anything is installed --------------------------------------
+
+
+def bare(script: str, *words: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    """Run a script by a Python without packages; nothing may be installed."""
+    env = {"PATH": os.environ["PATH"], "EF_VENV": str(tmp_path / "none"), "HOME": str(tmp_path)}
+    command = [sys.executable, "-S", str(LAUNCH.parent / script), *words]
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=10, check=False
+    )
+    assert list(tmp_path.iterdir()) == []
+    return done
+
+
+SCRIPTS = [
+    *(f"launch/{name}" for name in ("cluster", "demo", "reproduce", "server", "setup", "test")),
+    *("docker/build", "docker/test"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_environment(script, tmp_path):
+    done = bare(script, "--help", tmp_path=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: {script}" in done.stdout
+    if script.startswith("launch/"):
+        assert "EF_VENV" in done.stdout
+        assert "active virtual" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("launch/server", "", "the following arguments are required: -w"),
+        ("launch/server", "-w 2", "received no program for the workers"),
+        ("launch/server", "-w 2 --nosuch 3 -- x", "unrecognized arguments: --nosuch"),
+        ("launch/server", "-w none -- x", "received 'none', expected an integer"),
+        ("launch/cluster", "", "received no --hosts"),
+        ("launch/cluster", "--hosts 2", "received no command"),
+        ("launch/cluster", "--hosts 2 --nosuch -- x", "unrecognized arguments: --nosuch"),
+        ("launch/cluster", "--hosts 2 --rate 1mb -- x", "got the rate '1mb'"),
+        ("launch/demo", "--nosuch", "unrecognized arguments: --nosuch"),
+        ("launch/demo", "--framework jax", "invalid choice: 'jax'"),
+        ("launch/demo", "--methods all", "invalid choice: 'all'"),
+        ("launch/demo", "--epochs 0", "received '0', expected an integer of 1 or more"),
+        ("launch/reproduce", "", "the following arguments are required: name"),
+        ("launch/reproduce", "ef22", "invalid choice: 'ef22'"),
+        ("launch/reproduce", "ef21 --nosuch", "unrecognized arguments: --nosuch"),
+        ("launch/setup", "--nosuch", "unrecognized arguments: --nosuch"),
+    ],
+)
+def test_wrong_options_need_no_environment(script, words, said, tmp_path):
+    done = bare(script, *words.split(), tmp_path=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_offers_the_methods_that_it_has():
+    code = "import demo_methods, demo_options; print(*demo_methods.ROWS); "
+    code += "print(*demo_options.METHODS)"
+    path = os.pathsep.join([str(LAUNCH.parent / "examples"), str(LAUNCH.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows, offered = done.stdout.splitlines()
+    assert rows == offered
 
 
 def test_every_pin_of_the_recipe_is_there():
