@@ -87,7 +87,7 @@ class Engine:
             bucket.send(step, loss_scale, [gradients[i] for i in its])
             for bucket, its in zip(self._buckets, places, strict=True)
         ]
-        rows = {i: exchange.exchange(gradients[i]) for i, exchange in self._rows.items()}
+        rows = {i: exchange.exchange(gradients[i], step) for i, exchange in self._rows.items()}
         # With `in_sync` among them, though it is never False: waits must not change places.
         rows_good = tf.reduce_all([in_sync, *(finite for _, finite in rows.values())])
         factor = loss_scale * (1 if self.options.average else self.transport.size)
@@ -96,8 +96,8 @@ class Engine:
         reduced: list[Gradient] = [None] * len(gradients)
         for i, direction in zip((i for its in places for i in its), directions, strict=True):
             reduced[i] = tf.cast(direction, gradients[i].dtype)
-        for i, (total, _) in rows.items():
-            reduced[i] = self._scaled(total, good, gradients[i].dtype)
+        for i, (mean, _) in rows.items():
+            reduced[i] = self._scaled(mean, good, gradients[i].dtype)
         return reduced, good
 
     def stats(self) -> list[ChannelStats]:
@@ -243,11 +243,11 @@ class Engine:
             return tf.convert_to_tensor(gradient)
         return gradient
 
-    def _scaled(self, total: tf.IndexedSlices, good: tf.Tensor, dtype: Any) -> tf.IndexedSlices:
+    def _scaled(self, mean: tf.IndexedSlices, good: tf.Tensor, dtype: Any) -> tf.IndexedSlices:
         """Averages, or sums, of rows; NaN for a dropped step."""
-        ranks = self.transport.size if self.options.average else 1
-        values = tf.where(good, total.values / ranks, np.float32(np.nan))
-        return tf.IndexedSlices(tf.cast(values, dtype), total.indices, total.dense_shape)
+        factor = 1 if self.options.average else self.transport.size
+        values = tf.where(good, mean.values * factor, np.float32(np.nan))
+        return tf.IndexedSlices(tf.cast(values, dtype), mean.indices, mean.dense_shape)
 
 
 def _kind(gradient: Gradient) -> str:

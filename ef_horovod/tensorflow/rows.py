@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from ef_horovod import rows
 from ef_horovod.channel import ChannelStats
-from ef_horovod.transports.base import ring_share
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 
 
 class Rows:
-    """Exchange of one variable's `tf.IndexedSlices`: uncompressed, each row once a rank.
+    """Exchange of one variable's `tf.IndexedSlices`: uncompressed, each row once per rank.
 
     Args:
         name: of the variable.
@@ -24,45 +24,45 @@ class Rows:
     def __init__(
         self, name: str, shape: tuple[int, ...], transport: HorovodTensorFlowTransport
     ) -> None:
-        self._name, self._transport = f"rows.{name}", transport
-        self._row_nbytes = 8 + 4 * math.prod(shape[1:])  # an int64 index and float32 values
-        self._dense_nbytes = ring_share(4 * math.prod(shape), transport.size)
-        self.stats = ChannelStats(self._name, math.prod(shape), "rows as they are", "gather")
+        self._transport, self._courier = transport, transport.courier()
+        self._channel = rows.RowsChannel(name, *rows.matrix_of(shape), self._courier)
 
-    def exchange(self, gradient: tf.IndexedSlices) -> tuple[tf.IndexedSlices, tf.Tensor]:
-        """Ops that sum the rows of all ranks; each row once, in float32, and whether all finite."""
-        mine = coalesced(gradient)
-        gather = self._transport.gather_rows
-        everyones = tf.IndexedSlices(
-            gather(f"{self._name}.values", mine.values),
-            gather(f"{self._name}.indices", mine.indices),
-        )
-        total = coalesced(everyones)
-        finite = tf.numpy_function(
-            self._arrived,
-            [
-                tf.shape(mine.indices)[0],
-                tf.shape(everyones.indices)[0],
-                tf.reduce_all(tf.math.is_finite(total.values)),
-            ],
-            tf.bool,
-        )
-        values = tf.ensure_shape(total.values, [None, *gradient.values.shape[1:]])
-        slices = tf.IndexedSlices(values, total.indices, gradient.dense_shape)
+    @property
+    def stats(self) -> ChannelStats:
+        """What was sent so far."""
+        return self._channel.stats()
+
+    def exchange(
+        self, gradient: tf.IndexedSlices, step: tf.Tensor
+    ) -> tuple[tf.IndexedSlices, tf.Tensor]:
+        """Ops that average the rows of all ranks.
+
+        Args:
+            gradient: this rank's; a row may occur more than once.
+            step: the step's number; that a step comes after the last one follows from it.
+
+        Returns:
+            Each row once, in float32, and whether all of them are finite.
+        """
+        values = tf.cast(gradient.values, tf.float32)
+        inputs = [step, tf.cast(gradient.indices, tf.int64), values]
+        message = tf.numpy_function(self._push, inputs, tf.uint8, stateful=False)
+        arrived = self._transport.carry(self._channel.name, tf.ensure_shape(message, [None]))
+        kinds = [tf.int64, tf.float32, tf.bool]
+        indices, means, finite = tf.numpy_function(self._finish, [arrived], kinds)
+        row = gradient.values.shape[1:]
+        means = tf.ensure_shape(tf.reshape(means, [-1, *row]), [None, *row])
+        slices = tf.IndexedSlices(means, tf.ensure_shape(indices, [None]), gradient.dense_shape)
         return slices, tf.ensure_shape(finite, [])
 
-    def _arrived(self, own: np.int32, everyones: np.int32, finite: np.bool_) -> np.bool_:
-        self.stats.steps += 1
-        self.stats.bytes_out += int(own) * self._row_nbytes * (self._transport.size - 1)
-        self.stats.bytes_in += (int(everyones) - int(own)) * self._row_nbytes
-        self.stats.dense_bytes_out += self._dense_nbytes
-        return finite
+    def _push(self, step: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+        values = values.reshape(len(indices), self._channel.width)
+        self._channel.rows = rows.Rows(indices, values)
+        self._channel.start(int(step))
+        return self._courier.collect(self._channel.name)
 
-
-def coalesced(slices: tf.IndexedSlices) -> tf.IndexedSlices:
-    """The same sum with each row once; float32 values and int64 indices."""
-    indices, places = tf.unique(tf.cast(slices.indices, tf.int64))
-    values = tf.math.unsorted_segment_sum(
-        tf.cast(slices.values, tf.float32), places, tf.shape(indices)[0]
-    )
-    return tf.IndexedSlices(values, indices, slices.dense_shape)
+    def _finish(self, arrived: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.bool_]:
+        self._courier.bring(self._channel.name, arrived)
+        finite = self._channel.arrived()
+        mean = self._channel.commit()
+        return mean.indices, mean.values, np.bool_(finite)

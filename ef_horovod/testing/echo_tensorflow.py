@@ -30,7 +30,3 @@ class EchoOps(HorovodTensorFlowTransport):
     def carry_slices(self, name: str, message: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
         """As Horovod's op: what each rank has for rank 0."""
         return tf.concat([message[: lengths[0]]] * self.size, 0)
-
-    def gather_rows(self, name: str, rows: tf.Tensor) -> tf.Tensor:
-        """As Horovod's op."""
-        return tf.concat([rows] * self.size, 0)

@@ -33,7 +33,7 @@ class Bucket:
     def fill(self, slot: Slot, loss_scale: float) -> None:
         """Copy a parameter's gradient (zeros if it has none) into the bucket, unscaled."""
         gradient = slot.parameter.grad
-        self.filled[slot.parameter] = _now(gradient)
+        self.filled[slot.parameter] = state_of(gradient)
         if self._alone and loss_scale == 1.0 and _is_plain(gradient):
             # `data`, for sums in it are not what the user is told not to do in `release`.
             self.channel.gradient = gradient.data.view(-1)
@@ -76,7 +76,7 @@ class Bucket:
         """
         taken, self.filled, self.started = self.filled, {}, False
         for slot in self.slots:
-            if not _same(taken[slot.parameter], _now(slot.parameter.grad)):
+            if not _same(taken[slot.parameter], state_of(slot.parameter.grad)):
                 raise RuntimeError(
                     f"the gradient of '{slot.name}' was changed between backward() and step(), "
                     "expected it as backward() left it, for it was on its way to other ranks; call "
@@ -89,7 +89,7 @@ def _is_plain(gradient: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     return gradient is not None and gradient.dtype == torch.float32 and gradient.is_contiguous()
 
 
-def _now(gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+def state_of(gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     """A gradient and how often it was changed in place."""
     return gradient, 0 if gradient is None else gradient._version
 

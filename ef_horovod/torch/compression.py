@@ -42,7 +42,8 @@ class Compression:
 
     Parameters that the policy keeps dense travel in a named allreduce each, which Horovod fuses.
     If any rank's gradient is not finite, all ranks keep their memories, and the optimizer's next
-    step changes nothing. `op=hvd.Adasum` and sparse gradients are not supported.
+    step changes nothing. Rows of sparse gradients are gathered by Horovod itself, uncompressed.
+    `op=hvd.Adasum` and `sparse_as_dense=True` are not supported.
 
     Args:
         method: error-feedback method with its compressor.
@@ -124,8 +125,12 @@ class Compression:
         # Horovod wants one tensor to allreduce: a 1, which comes back as 1 for Average, n for Sum.
         return torch.ones(1, device=tensor.device), (name, tensor)
 
-    def decompress(self, tensor: torch.Tensor, ctx: tuple[str, torch.Tensor]) -> torch.Tensor:
+    def decompress(
+        self, tensor: torch.Tensor, ctx: tuple[str, torch.Tensor] | None
+    ) -> torch.Tensor:
         """Called by Horovod for each parameter once all of them have been compressed."""
+        if ctx is None:  # a sparse gradient, whose rows Horovod has gathered itself
+            return tensor
         name, gradient = ctx
         if self._directions is None:
             self._finish()
@@ -202,5 +207,5 @@ class Compression:
             f"got a tensor of shape {tuple(tensor.shape)} to compress that is no gradient of the "
             "named parameters, expected one, with the dense gradients and op=Average of "
             "hvd.DistributedOptimizer; pass the same model.named_parameters() to both, "
-            "without Adasum and sparse gradients"
+            "without Adasum and sparse_as_dense"
         )

@@ -78,7 +78,8 @@ def DistributedOptimizer(
         op: `hvd.Average` or `hvd.Sum`.
         gradient_predivide_factor: 1.0; sums are float32 here and need no help.
         num_groups, groups: not needed, buckets take their place.
-        sparse_as_dense: densify sparse gradients; they raise otherwise.
+        sparse_as_dense: compress sparse gradients like all others; otherwise their rows are sent
+            as they are, each once, and stay sparse.
         process_set: Horovod process set to average over; default all ranks.
         dense: `dense(name, parameter)` says which parameters stay uncompressed (they share one
             allreduce); default `small_or_vector`.

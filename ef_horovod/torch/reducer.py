@@ -18,10 +18,11 @@ from ef_horovod.buckets import BucketPlan, Slot, describe, plan_buckets
 from ef_horovod.channel import ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
-from ef_horovod.memories import load_state, save_state
+from ef_horovod.memories import load_memories, load_state, save_memories, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import DensePolicy
-from ef_horovod.torch.buckets import Bucket
+from ef_horovod.torch.buckets import Bucket, state_of
+from ef_horovod.torch.rows import RowsBucket, agree, changed, kind_of
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.transports.base import Transport
 
@@ -40,7 +41,7 @@ class Options:
         passes: backward passes that are accumulated before an exchange.
         seed: of random compressors.
         average: deliver means over ranks, or sums.
-        sparse_as_dense: whether sparse gradients are densified; they raise otherwise.
+        sparse_as_dense: whether sparse gradients are densified; they travel as rows otherwise.
         overlap: start exchanges during backward, or all of them in `finish`; the first step's are
             never started before `finish`, where the config is checked.
         scaled: whether gradients come multiplied by a loss scale.
@@ -88,8 +89,10 @@ class Reducer:
         parameters = [p for _, p in [*trainable, *frozen]]
         self._in_sync = SyncCheck(parameters, transport, options.check_sync)
         self._sparse: set[torch.Tensor] = set()  # densified in this step
-        self.buckets = self._make_buckets(trainable)
-        self._place = {slot.parameter: (b, slot) for b in self.buckets for slot in b.slots}
+        self._trainable = trainable
+        # Which parameters travel as rows is known when all ranks have their first gradients.
+        self._rows_known = options.sparse_as_dense or transport.has_server
+        self._use(self._make_buckets({}), {})
         self._require_free()
         self.reset_passes()
         # Weak: a model must not keep the reducer of a forgotten optimizer at work.
@@ -155,6 +158,7 @@ class Reducer:
                 "--quorum"
             )
         self._in_sync.check()
+        self._agree_on_rows()
         self._start_rest()
         directions = finish_step([bucket.channel for bucket in self.buckets])
         self._release()
@@ -207,7 +211,8 @@ class Reducer:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memories."""
-        return save_state(self.buckets, self.step, repr(self.options.method), self.transport)
+        state = save_state(self.buckets, self.step, repr(self.options.method), self.transport)
+        return {**state, "rows": dict(self._rows)}
 
     def checkpoint(self) -> dict[str, Any]:
         """The same after the servers, if there are any, have written theirs; collective."""
@@ -217,18 +222,47 @@ class Reducer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned on this rank of an equal job."""
-        self.step = load_state(state, self.buckets, repr(self.options.method), self.transport)
+        rows, buckets = self._rows, self.buckets
+        if not self._rows_known and state.get("rows"):
+            rows = {n: state["rows"][n] for n, _ in self._trainable if n in state["rows"]}
+            buckets = self._make_buckets(rows)
+        self.step = load_state(state, buckets, repr(self.options.method), self.transport)
+        self._use(buckets, rows)
 
-    def _make_buckets(self, trainable: Named) -> list[Bucket]:
-        options = self.options
+    def _use(self, buckets: list[Bucket], rows: dict[str, int]) -> None:
+        self.buckets, self._rows = buckets, rows
+        self._place = {slot.parameter: (b, slot) for b in buckets for slot in b.slots}
+
+    def _agree_on_rows(self) -> None:
+        """Before the first exchange: rows for what has a sparse gradient on any rank; collective.
+
+        What was taken already goes into the new buckets; error memories of the rest stay.
+        """
+        if self._rows_known:
+            return
+        rows, self._rows_known = agree(self._trainable, self._rows, self.transport)
+        if rows != self._rows:
+            taken = {p: state for bucket in self.buckets for p, state in bucket.filled.items()}
+            memories = save_memories(self.buckets)
+            self._use(self._make_buckets(rows), rows)
+            load_memories(self.buckets, {n: m for n, m in memories.items() if n not in rows})
+            for parameter, state in taken.items():
+                bucket, slot = self._place[parameter]
+                bucket.fill(slot, self._loss_scale)
+                bucket.filled[parameter] = state  # with which `release` compares
+
+    def _make_buckets(self, rows: dict[str, int]) -> list[Bucket]:
+        """All buckets; parameters that travel as rows have one each."""
+        named, options = dict(self._trainable), self.options
         plans = plan_buckets(
-            trainable,
+            [(name, parameter) for name, parameter in named.items() if name not in rows],
             options.method,
             dense=options.dense,
             bucket_bytes=options.bucket_bytes,
             device_of=lambda parameter: parameter.device,
         )
-        return [bucket for plan in plans for bucket in self._open(plan)]
+        dense = [bucket for plan in plans for bucket in self._open(plan)]
+        return dense + [RowsBucket(n, named[n], dims, self.transport) for n, dims in rows.items()]
 
     def _open(self, plan: BucketPlan) -> list[Bucket]:
         """A bucket; one for each parameter where nothing is compressed, for which none is copied.
@@ -256,7 +290,7 @@ class Reducer:
         bucket, slot = self._place[parameter]
         self._fill(bucket, slot)
         full = len(bucket.filled) == len(bucket.slots)
-        if full and self.options.overlap and self._config_checked:
+        if full and self.options.overlap and self._config_checked and self._rows_known:
             bucket.start(self.step)
 
     def _start_rest(self) -> None:
@@ -285,18 +319,27 @@ class Reducer:
                 self._fill(bucket, slot)
 
     def _fill(self, bucket: Bucket, slot: Slot) -> None:
-        gradient = slot.parameter.grad
-        if gradient is not None and gradient.is_sparse:
-            if not self.options.sparse_as_dense:
-                raise UnsupportedError(
-                    f"the gradient of '{slot.name}' is sparse, expected a dense one; pass "
-                    "sparse_as_dense=True, or build the embedding with sparse=False"
-                )
-            slot.parameter.grad = gradient.to_dense()
-            self._sparse.add(slot.parameter)
         if not self.under_way:
             self._loss_scale = self._read_loss_scale()
-        bucket.fill(slot, self._loss_scale)
+        gradient = slot.parameter.grad
+        if gradient is None or not gradient.is_sparse or isinstance(bucket, RowsBucket):
+            bucket.fill(slot, self._loss_scale)
+        elif self.options.sparse_as_dense:
+            slot.parameter.grad = gradient.to_dense()
+            self._sparse.add(slot.parameter)
+            bucket.fill(slot, self._loss_scale)
+        elif self._rows_known:
+            raise self._no_rows(slot.name, gradient)
+        else:
+            bucket.filled[slot.parameter] = state_of(gradient)  # to be taken by `_agree_on_rows`
+
+    def _no_rows(self, name: str, gradient: torch.Tensor) -> UnsupportedError:
+        if not self.transport.has_server:
+            return changed(name, "dense", kind_of(gradient))
+        return UnsupportedError(
+            f"the gradient of '{name}' is sparse with exchange='server', expected a dense one, "
+            "because servers know no rows; pass sparse_as_dense=True"
+        )
 
     def _describe(self) -> list[str]:
         options = self.options
@@ -304,7 +347,7 @@ class Reducer:
             f"compression {options.method!r}",
             f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
             f"backward_passes_per_step={options.passes}, grad_scaler={options.scaled}, "
-            f"check_sync={options.check_sync}",
+            f"check_sync={options.check_sync}, sparse_as_dense={options.sparse_as_dense}",
             *describe(self.buckets),
         ]
 

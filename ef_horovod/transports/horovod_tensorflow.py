@@ -98,13 +98,6 @@ class HorovodTensorFlowTransport(HorovodTransport):
         """What a channel in a graph sends with."""
         return Courier(self)
 
-    def gather_rows(self, name: str, rows: tf.Tensor) -> tf.Tensor:
-        """All ranks' rows below each other; every rank may have another number of them."""
-        with tf.device("/CPU:0"):
-            return hvd.allgather(
-                rows, name=self.named(name), ignore_name_scope=True, process_set=self._process_set
-            )
-
     def _at_once(self, name: str, op: Callable[[], tf.Tensor]) -> np.ndarray:
         self.alarm.start(name)
         try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from launching import Results, horovodrun
+
+from ef_horovod.wire import size_class
 
 pytestmark = pytest.mark.parallel
 
@@ -32,14 +35,16 @@ def test_a_sum_of_rows_is_the_mean_times_the_ranks(results: Results) -> None:
 
 @pytest.mark.parametrize("how", ["rows", "none_on_one_rank"])
 def test_bytes_of_rows_are_those_that_each_rank_touched(how: str, results: Results) -> None:
-    touched = results[0][how]["touched"]
-    assert (touched[1] == 0) == (how == "none_on_one_rank")
+    touched = results[0][how]["touched"]  # [step][rank]
+    assert (touched[0][1] == 0) == (how == "none_on_one_rank")
+    # A message begins with the number of its rows.
+    nbytes = np.array([[size_class(8 + rows * ROW_NBYTES) for rows in step] for step in touched])
     for rank, result in enumerate(results):
         facts = result[how]
         assert facts["touched"] == touched
         assert facts["steps"] == 3
-        sent = (RANKS - 1) * touched[rank] * ROW_NBYTES
-        received = (sum(touched) - touched[rank]) * ROW_NBYTES
+        sent = (RANKS - 1) * nbytes[:, rank].sum()
+        received = nbytes.sum() - nbytes[:, rank].sum()
         ring = 3 * 2 * (RANKS - 1) * (60 * WIDTH * 4) // RANKS
         assert facts["bytes"] == [sent, received, ring]
 

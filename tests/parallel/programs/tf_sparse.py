@@ -63,7 +63,7 @@ def rows(op=hvd.Average, empty_rank=-1):
         "once": once,
         "wrong": max(wrong),
         "largest": float(np.abs(expected).max()),
-        "touched": np.sum(touched, axis=0).tolist(),
+        "touched": touched,
         "bytes": [row.bytes_out, row.bytes_in, row.dense_bytes_out],
         "steps": row.steps,
     }

@@ -1,0 +1,126 @@
+"""Sparse gradients in PyTorch: which parameters have them, and a bucket for each of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ef_horovod.buckets import Slot, one_slot
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.rows import Rows, RowsChannel, matrix_of
+from ef_horovod.torch.buckets import Bucket, state_of
+from ef_horovod.transports.base import Transport
+
+_MISSING, _DENSE = 0, 1  # kinds of gradients; _DENSE + s: sparse in the first s dimensions
+
+
+class RowsBucket(Bucket):
+    """A parameter with sparse gradients, which travel as rows.
+
+    Args:
+        name: of the parameter.
+        parameter: whose gradients are sparse in the first `sparse_dims` dimensions.
+        sparse_dims: 1 for embeddings.
+        transport: to the other ranks.
+    """
+
+    channel: RowsChannel
+
+    def __init__(
+        self, name: str, parameter: torch.Tensor, sparse_dims: int, transport: Transport
+    ) -> None:
+        shape = tuple(parameter.shape)
+        self.sparse_dims = sparse_dims
+        self._lead, self._row = shape[:sparse_dims], shape[sparse_dims:]
+        channel = RowsChannel(name, *matrix_of(shape, sparse_dims), transport)
+        super().__init__(channel, one_slot(name, parameter))
+
+    def fill(self, slot: Slot, loss_scale: float) -> None:
+        """Take a parameter's rows (none if it has no gradient), unscaled.
+
+        Raises:
+            UnsupportedError: its gradient is not sparse, or in other dimensions.
+        """
+        gradient = slot.parameter.grad
+        kind = kind_of(gradient)
+        if kind not in (_MISSING, _DENSE + self.sparse_dims):
+            raise changed(slot.name, _words(_DENSE + self.sparse_dims), kind)
+        self.filled[slot.parameter] = state_of(gradient)
+        if gradient is None:
+            gradient = torch.zeros_like(slot.parameter, layout=torch.sparse_coo)
+        indices = gradient._indices()[: self.sparse_dims].cpu().numpy()  # [sparse_dims, k]
+        values = gradient._values().detach().float().cpu()  # [k, *row]
+        if loss_scale != 1.0:
+            values = values / loss_scale
+        places = np.ravel_multi_index(tuple(indices), self._lead).astype(np.int64)
+        self.channel.rows = Rows(places, values.reshape(len(places), self.channel.width).numpy())
+
+    def deliver(self, direction: Any, factor: float) -> None:  # Rows or None
+        """Give the parameter rows * factor as sparse gradient; a row of NaNs if there are none."""
+        (slot,) = self.slots
+        if direction is None:
+            nan = np.full((1, self.channel.width), np.nan, np.float32)
+            direction = Rows(np.zeros(1, np.int64), nan)
+        indices = np.stack(np.unravel_index(direction.indices, self._lead))
+        values = torch.from_numpy(direction.values).view(-1, *self._row)
+        slot.parameter.grad = torch.sparse_coo_tensor(
+            torch.from_numpy(indices),
+            (values * factor if factor != 1.0 else values).to(slot.parameter.dtype),
+            tuple(slot.parameter.shape),
+            device=slot.parameter.device,
+            is_coalesced=True,
+            check_invariants=False,  # the channel has looked at the indices
+        )
+
+
+def agree(
+    named: Sequence[tuple[str, torch.Tensor]], known: dict[str, int], transport: Transport
+) -> tuple[dict[str, int], bool]:
+    """Which parameters have sparse gradients on any rank; collective.
+
+    Args:
+        named: all parameters with their names, in an order that is equal on all ranks.
+        known: what is certain already, from a checkpoint; equal on all ranks.
+        transport: to the other ranks.
+
+    Returns:
+        Their names with the number of sparse dimensions, and whether there was any gradient.
+
+    Raises:
+        UnsupportedError: on all ranks, if a parameter's gradient is sparse on one rank and dense
+            on another one.
+    """
+    mine = np.array([kind_of(parameter.grad) for _, parameter in named], np.uint8)
+    everyones = np.stack(transport.allgather("kinds", mine)())  # [ranks, parameters]
+    found = dict(known)
+    for (name, _), kinds in zip(named, everyones.T, strict=True):
+        present = sorted({int(kind) for kind in kinds} - {_MISSING})
+        expected = _DENSE + known[name] if name in known else min(present, default=_DENSE)
+        if set(present) - {expected}:
+            raise changed(name, _words(expected), present[-1])
+        if expected != _DENSE:
+            found[name] = expected - _DENSE
+    return found, bool(everyones.any())
+
+
+def kind_of(gradient: torch.Tensor | None) -> int:
+    """What a gradient is: missing, dense, or sparse in so many dimensions."""
+    if gradient is None:
+        return _MISSING
+    return _DENSE + (gradient.sparse_dim() if gradient.is_sparse else 0)
+
+
+def changed(name: str, expected: str, kind: int) -> UnsupportedError:
+    """For a gradient that is of one kind here and of another one there, or in another step."""
+    return UnsupportedError(
+        f"the gradient of '{name}' is {_words(kind)}, expected it {expected} as in the first "
+        "step and on all ranks; build the embedding with sparse=False, or pass "
+        "sparse_as_dense=True"
+    )
+
+
+def _words(kind: int) -> str:
+    return "dense" if kind == _DENSE else f"sparse in {kind - _DENSE} dimension(s)"
