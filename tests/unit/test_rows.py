@@ -103,9 +103,18 @@ def test_servers_refuse_sparse_gradients_with_the_way_out() -> None:
 
     table = torch.nn.Embedding(100, 20, sparse=True)
     options = Options(
-        ef.ErrorFeedback(ef.OneBit()), small_or_vector, "server", 1 << 20, 1, 0, True, False, True,
-        False,
-    )  # fmt: skip
+        method=ef.ErrorFeedback(ef.OneBit()),
+        dense=small_or_vector,
+        exchange="server",
+        bucket_bytes=1 << 20,
+        passes=1,
+        seed=0,
+        average=True,
+        sparse_as_dense=False,
+        overlap=True,
+        scaled=False,
+        check_sync=False,
+    )
     reducer = Reducer(list(table.named_parameters()), [], options, Served(2))
     with pytest.raises(UnsupportedError, match="exchange='server', .* pass sparse_as_dense=True"):
         table(torch.tensor([3])).sum().backward()
