@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import horovod.torch as hvd
@@ -23,6 +24,7 @@ from ef_horovod.policy import (
     small_or_vector,
     warn_of_surprises,
 )
+from ef_horovod.torch import wrapping
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Options, Reducer
 from ef_horovod.transports.base import Transport
@@ -126,7 +128,7 @@ def DistributedOptimizer(
         check_sync=check_sync,
     )
     named = name_parameters(named_parameters, optimizer.param_groups)
-    wrapped = _rebuild(optimizer)
+    wrapped = wrapping.wrap(optimizer, _Distributed)
     transport = _open_transport(exchange, process_set, timeout)
     if transport is not None:
         trainable = [(name, p) for name, p in named if p.requires_grad]
@@ -160,12 +162,12 @@ class _Distributed:
     """
 
     _base: type[torch.optim.Optimizer]
-    _reducer: Reducer | None
-    _synchronized: bool
-    _should_synchronize: bool
-    step_skipped: bool
-    rounds: int
-    _settings: dict[tuple[int, str], Any]  # after the last round, where there are some
+    _reducer: Reducer | None = None
+    _synchronized = False
+    _should_synchronize = True
+    step_skipped = False
+    rounds = 0
+    _settings: Mapping[tuple[int, str], Any] = MappingProxyType({})  # after the last round
     param_groups: list[dict[str, Any]]
 
     def synchronize(self) -> None:
@@ -252,13 +254,8 @@ class _Distributed:
         self._synchronized = False
         if self._reducer is not None:
             self._reducer.reset_passes()
-        groups = self.param_groups
-        self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
-        # The old dicts get the new contents: schedulers made before the wrapping hold on to them.
-        for group, loaded in zip(groups, self.param_groups, strict=True):
-            group.clear()
-            group.update(loaded)
-        self.param_groups = groups
+        with wrapping.same_groups(self):  # type: ignore[arg-type]
+            self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Accumulate another number of micro-batches from the next step on."""
@@ -266,10 +263,17 @@ class _Distributed:
             self._reducer.set_passes(passes)
 
     def unwrap(self) -> None:
-        """Stop averaging: hooks and memories are gone, the optimizer steps locally from now on."""
+        """Be the plain optimizer again: hooks and memories are gone, and so are these methods.
+
+        State and parameter groups stay. It can be wrapped again, for instance after layers were
+        frozen, and so can a copy, which has no exchange with other ranks before that.
+        """
         if self._reducer is not None:
             self._reducer.close()
-            self._reducer = None
+        wrapping.unwrap(self, _Distributed)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return wrapping.copied(self, _Distributed, protocol)
 
     @property
     def transport(self) -> Transport | None:
@@ -336,26 +340,6 @@ class _Distributed:
 _Distributed.step.hooked = True  # type: ignore[attr-defined]
 
 
-def _rebuild(optimizer: torch.optim.Optimizer) -> Any:
-    """The optimizer under a class of its own; state and parameter groups are shared with it."""
-    base = type(optimizer)
-    members = {name: m for name, m in vars(_Distributed).items() if name not in _NOT_MEMBERS}
-    members |= {"_base": base, "__module__": hvd.optimizer.__name__}
-    wrapped: Any = object.__new__(type(base.__name__, (base,), members))
-    wrapped.__dict__.update(optimizer.__dict__)
-    # A scheduler made earlier has put a wrapped `step` into the instance: it would hide ours.
-    wrapped.__dict__.pop("step", None)
-    wrapped._reducer = None
-    wrapped._synchronized = False
-    wrapped._should_synchronize = True
-    wrapped.step_skipped = False
-    wrapped.rounds, wrapped._settings = 0, {}
-    return wrapped
-
-
-_NOT_MEMBERS = ("__dict__", "__weakref__", "__annotations__", "__module__", "__doc__")
-
-
 def _settings_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
     """Learning rates and all else that parameter groups say, by group and name."""
     return {
@@ -398,5 +382,6 @@ def _refuse_unsupported(
     if hasattr(optimizer, "_allreduce_grad_async") or hasattr(optimizer, "_reducer"):
         raise UnsupportedError(
             "got an optimizer that is wrapped already, expected a plain torch optimizer; "
-            "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer"
+            "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer, or call its "
+            "unwrap() before"
         )

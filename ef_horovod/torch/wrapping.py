@@ -1,0 +1,104 @@
+"""An optimizer under a class that has more methods, and what plain optimizers do: load, copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from ef_horovod.errors import UnsupportedError
+
+_NOT_MEMBERS = ("__dict__", "__weakref__", "__annotations__", "__module__", "__doc__")
+
+
+def wrap(optimizer: torch.optim.Optimizer, methods: type) -> Any:
+    """The optimizer under a class of its own with these methods; state and groups are shared.
+
+    Args:
+        optimizer: stays as it is.
+        methods: a class whose members go into the new one; `unwrap` takes them away again, and
+            what instances keep under the same names.
+    """
+    wrapped: Any = object.__new__(_class_of(type(optimizer), methods))
+    wrapped.__dict__.update(optimizer.__dict__)
+    # A scheduler made earlier has put a wrapped `step` into the instance: it would hide ours.
+    wrapped.__dict__.pop("step", None)
+    return wrapped
+
+
+def unwrap(wrapped: Any, methods: type) -> None:
+    """Make a wrapped optimizer a plain one again."""
+    for name in vars(methods):
+        wrapped.__dict__.pop(name, None)
+    wrapped.__class__ = wrapped._base
+
+
+@contextmanager
+def same_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """What is loaded inside ends in the dicts of parameter groups that are there now.
+
+    Schedulers made before the wrapping hold on to these, and so do optimizers that the optimizer
+    holds (SAM, Lookahead): who has shared a dict before shares it afterwards.
+    """
+    before = [(one, list(one.param_groups)) for one in _all_held_by(optimizer)]
+    yield
+    for one, groups in before:
+        loaded = one.param_groups
+        if len(loaded) != len(groups):
+            continue  # the optimizer's own way of loading, which knows better
+        for group, new in zip(groups, loaded, strict=True):
+            if group is not new:
+                contents = dict(new)
+                group.clear()
+                group.update(contents)
+        loaded[:] = groups  # in the same list, which an optimizer inside may share
+
+
+def copied(wrapped: Any, methods: type, protocol: Any) -> tuple[Any, ...]:
+    """How to copy or pickle a wrapped optimizer: with its state, without its exchange."""
+    _, _, *rest = wrapped._base.__reduce_ex__(wrapped, protocol)
+    if rest and isinstance(rest[0], dict):
+        rest[0] = {name: value for name, value in rest[0].items() if name not in vars(methods)}
+    return _make_copy, (wrapped._base, methods), *rest
+
+
+class NoExchange:
+    """In the place of a copy's reducer: whatever would average gradients raises."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def reset_passes(self) -> None:
+        """There is nothing to count, so that a copy can load a state."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedError(
+            "got a copy of a wrapped optimizer, expected the wrapped one itself, for a copy has no "
+            "exchange with other ranks; call unwrap() on the copy and wrap it again"
+        )
+
+
+def _make_copy(base: type, methods: type) -> Any:
+    copy: Any = object.__new__(_class_of(base, methods))
+    copy._reducer = NoExchange()
+    return copy
+
+
+def _class_of(base: type, methods: type) -> type:
+    members = {name: m for name, m in vars(methods).items() if name not in _NOT_MEMBERS}
+    members |= {"_base": base, "__module__": hvd.optimizer.__name__}
+    return type(base.__name__, (base,), members)
+
+
+def _all_held_by(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizer, and all that it holds in attributes, or in lists and tuples there."""
+    found = [optimizer]
+    for one in found:  # grows on the way
+        for value in vars(one).values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(inner, torch.optim.Optimizer) and all(inner is not o for o in found):
+                    found.append(inner)
+    return found
