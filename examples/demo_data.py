@@ -43,14 +43,14 @@ def share(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # pip install scikit-learn
 
     digits = load_digits()
     return digits.images[:, None] / 16.0, digits.target  # 8 x 8 pixels of 0 to 16
 
 
 def _archive(file: Path, limit: int | None, rank: int, size: int) -> Images:
-    from PIL import Image
+    from PIL import Image  # pip install pillow
 
     with np.load(file) as archive:
         jpeg, offset, label = archive["jpeg"], archive["offset"], archive["label"]

@@ -108,7 +108,7 @@ def notes(results: Sequence[Result], description: str) -> str:
 
 def plot(results: Sequence[Result], file: Path) -> None:
     """Loss against steps and against bytes sent, the first seed of each method."""
-    import matplotlib
+    import matplotlib  # pip install matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -17,7 +17,7 @@ from demo_loopback import idle_rate, loopback_bytes, use_tcp, wait_for_all
 from demo_methods import ROWS, Row, Sent
 from demo_options import add_options
 from demo_report import LOG_EVERY, LogEntry, Result
-from tqdm import tqdm
+from tqdm import tqdm  # pip install tqdm
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4

@@ -1,5 +1,6 @@
 """Ten workers in one process, without Horovod: what does a method need to reach the optimum?
 
+    pip install scikit-learn    # for the digits
     python examples/numpy_simulate.py
 
 Each worker has its own part of the digits, sorted by class, so that workers disagree; together
@@ -7,7 +8,7 @@ they fit a linear model by least squares. Payloads are real, their bytes are cou
 """
 
 import numpy as np
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 
 import ef_horovod as ef
 

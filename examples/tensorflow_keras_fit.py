@@ -11,7 +11,7 @@ import horovod.tensorflow as hvd  # NEW
 import keras
 import numpy as np
 import tensorflow as tf
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 
 import ef_horovod.tensorflow as ef  # NEW
 

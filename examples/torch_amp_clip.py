@@ -9,7 +9,7 @@ sent. The scaler is passed to the optimizer, so that error memories do not depen
 
 import horovod.torch as hvd
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import nn
 
 import ef_horovod.torch as ef

@@ -7,7 +7,7 @@ Against a script for plain Horovod, the two lines marked NEW have changed.
 
 import horovod.torch as hvd
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import nn
 
 import ef_horovod.torch as ef  # NEW

@@ -8,7 +8,7 @@ compression through. Its price is a collective for each parameter instead of one
 
 import horovod.torch as hvd
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import nn
 
 import ef_horovod.torch as ef

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from ef_horovod._extras import explained, require
+from ef_horovod.errors import EFHorovodError
+from experiments.errors import Refused
 from experiments.workers import Workers
 
 NAMES = (
@@ -22,6 +27,10 @@ NAMES = (
 )
 
 
+REFUSED = 2  # the status; 1 is that of a claim that does not hold
+SECONDS_FOR_RANK_0 = 20
+
+
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("name", choices=NAMES)
@@ -31,11 +40,34 @@ def main(words: list[str]) -> int:
     parser.add_argument("--mpi", action="store_true", help="each rank of this MPI job is a worker")
     options = parser.parse_args(words)
     transport = None
-    if options.mpi:
-        from ef_horovod.transports.mpi import MPITransport
+    try:
+        if options.mpi:
+            from ef_horovod.transports.mpi import MPITransport
 
-        transport = MPITransport()
-    module = importlib.import_module(f"experiments.{options.name.replace('-', '_')}")
+            transport = MPITransport()
+        return run(options, transport)
+    except (Refused, ImportError, EFHorovodError) as error:
+        if transport is not None and transport.rank != 0:
+            # Rank 0 usually says the same, and its end ends this process before it can.
+            time.sleep(SECONDS_FOR_RANK_0)
+        print(f"experiments: error: {error}", file=sys.stderr, flush=True)
+        if transport is not None:
+            from mpi4py import MPI
+
+            MPI.COMM_WORLD.Abort(REFUSED)  # MPI's usual end waits for all ranks
+        return REFUSED
+
+
+def run(options: argparse.Namespace, transport: Any) -> int:
+    """Run what the options say; the exit status.
+
+    Raises:
+        Refused, ImportError: it cannot run; the message is for the user.
+    """
+    require("matplotlib", "the plot of an experiment")
+    require_folder(options.out)
+    with explained(f"the experiment {options.name}"):
+        module = importlib.import_module(f"experiments.{options.name.replace('-', '_')}")
     workers, begin = Workers(transport), time.perf_counter()
     report = module.run(workers, options.data, options.quick)
     if not workers.leads:
@@ -49,6 +81,24 @@ def main(words: list[str]) -> int:
     )
     # Of an MPI job mpirun would take a 1 for a rank that failed; launch/reproduce reads the JSON.
     return 0 if report.all_hold or options.mpi else 1
+
+
+def require_folder(out: Path) -> None:
+    """Make the folder for the results, before minutes of work are spent on them.
+
+    Raises:
+        Refused: it cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(out, os.W_OK) else "no permission to write"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise Refused(
+            f"got --out {out}, where nothing can be written ({problem}), expected a folder that "
+            "can be made and written to: name another one"
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ef_horovod import theory
+from experiments.errors import Refused
 
 
 def minimiser(problem: theory.Problem, tolerance: float = 1e-12) -> np.ndarray:
@@ -27,7 +28,7 @@ def minimiser(problem: theory.Problem, tolerance: float = 1e-12) -> np.ndarray:
                 features.T @ (weights[:, None] * features) / (len(features) * len(problem.features))
             )
         x = x - np.linalg.solve(hessian, gradient)
-    raise ArithmeticError(
+    raise Refused(
         f"Newton's method has ||grad f|| = {np.linalg.norm(gradient):.1e} after 100 steps, "
         f"expected {tolerance:g}; the problem is not strongly convex"
     )

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ef_horovod._extras import require
+from experiments.errors import DataNotFound, reading
+
 WHERE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _ROW = 1 + 3 * 32 * 32  # bytes: a label, then the channels
 
@@ -46,20 +49,24 @@ def load_cifar10(data: Path, *, train: int = 50_000, test: int = 10_000) -> Imag
         train, test: how many, at most 50,000 and 10,000.
 
     Raises:
-        FileNotFoundError: neither is there; says where to get it.
+        DataNotFound: neither is there; says where to get it.
+        Refused: a file cannot be read.
     """
     for folder in (data, data / "cifar-10-batches-bin"):
         if (folder / "test_batch.bin").is_file():
             batches = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
-            return Images(
-                *_from_binary(batches, train), *_from_binary([folder / "test_batch.bin"], test)
-            )
+            with reading(f"the batches in {folder}", WHERE):
+                return Images(
+                    *_from_binary(batches, train), *_from_binary([folder / "test_batch.bin"], test)
+                )
     if (data / "cifar10_train.npz").is_file():
-        return Images(
-            *_from_jpeg(data / "cifar10_train.npz", train),
-            *_from_jpeg(data / "cifar10_test.npz", test),
-        )
-    raise FileNotFoundError(
+        require("PIL", "reading the images")
+        with reading(f"the archives in {data}", WHERE):
+            return Images(
+                *_from_jpeg(data / "cifar10_train.npz", train),
+                *_from_jpeg(data / "cifar10_test.npz", test),
+            )
+    raise DataNotFound(
         f"found no test_batch.bin in {data} or {data / 'cifar-10-batches-bin'}, expected CIFAR-10 "
         f"(binary version); get it from {WHERE}, unpack it and pass its folder as --data"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ef_horovod import theory
+from experiments.errors import DataNotFound, reading
 
 SETS = ("phishing", "mushrooms", "a9a", "w8a")
 WHERE = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"
@@ -20,17 +21,19 @@ def load_problem(data: Path, name: str, workers: int, **objective: object) -> th
         objective: of `theory.Problem`.
 
     Raises:
-        FileNotFoundError: no such file; says where to get it.
+        DataNotFound: no such file; says where to get it.
+        Refused: the file cannot be read.
     """
     for folder in (data / "libsvm", data):
         for ending in (".txt.gz", ".txt", ""):
             path = folder / f"{name}{ending}"
             if path.is_file():
-                features, labels = theory.load_libsvm(path)
+                with reading(path, WHERE):
+                    features, labels = theory.load_libsvm(path)
                 return theory.Problem(
                     theory.contiguous_shards(features, labels, workers), **objective
                 )
-    raise FileNotFoundError(
+    raise DataNotFound(
         f"found no {name}.txt.gz in {data} or {data / 'libsvm'}, expected the LIBSVM set; get it "
         f"from {WHERE} and pass its folder as --data"
     )

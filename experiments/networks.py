@@ -5,7 +5,6 @@ torch is imported when a network is made, so that all other experiments run with
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import ef_horovod as ef
+from ef_horovod._extras import require
 from experiments.counting import Counts, counted
 from experiments.images import Images, load_cifar10
 from experiments.workers import Workers
@@ -357,7 +357,7 @@ def make_trainer(
 
     Raises:
         ModuleNotFoundError: torch is not installed.
-        FileNotFoundError: CIFAR-10 is not in `data`.
+        Refused: CIFAR-10 is not in `data`, or cannot be read.
     """
     part = workers.part(WORKERS)
     if part is None:
@@ -370,10 +370,9 @@ def load_images(workers: Workers, data: Path, quick: bool) -> Images:
     """All of CIFAR-10, or a small part of it; read once and sent to all ranks.
 
     Raises:
-        ModuleNotFoundError, FileNotFoundError: as `make_trainer`.
+        ModuleNotFoundError, Refused: as `make_trainer`.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise ModuleNotFoundError("found no torch, expected it for networks; pip install torch")
+    require("torch", "an experiment with networks")
     part = {"train": 4000, "test": 1000} if quick else {}
     images: Images = workers.from_lead(lambda: load_cifar10(data, **part))
     return images

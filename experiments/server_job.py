@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 
 from ef_horovod import server  # whose parts load MPI when they are used
+from experiments.errors import Refused
 from experiments.networks import WORKERS, Plan, Trained, Trainer
 from experiments.workers import Workers
 
@@ -17,11 +18,11 @@ def require_ranks(workers: Workers) -> None:
     """Whether this is a job of one server and WORKERS workers.
 
     Raises:
-        ValueError: it is not.
+        Refused: it is not.
     """
     ranks = 1 if workers.transport is None else workers.transport.size
     if ranks != RANKS:
-        raise ValueError(
+        raise Refused(
             f"got {ranks} rank{'s' * (ranks > 1)}, expected {RANKS}: a server and {WORKERS} "
             f"workers; start it with mpirun -np {RANKS} and --mpi, as launch/reproduce does"
         )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.errors import DataNotFound
 from experiments.images import load_cifar10
 
 SIDE, CLASSES = 16, 10
@@ -94,7 +95,7 @@ def load_images(data: Path, count: int) -> Images:
     """
     try:
         colour = load_cifar10(data, train=count, test=0)
-    except FileNotFoundError:
+    except DataNotFound:
         return _made_up(count)
     red, green, blue = colour.train.astype(np.float32).transpose(1, 0, 2, 3)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue  # luminance, ITU-R BT.601

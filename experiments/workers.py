@@ -11,6 +11,7 @@ import numpy as np
 import ef_horovod as ef
 from ef_horovod.estimators import Estimator
 from experiments.counting import Counts, counted
+from experiments.errors import Refused
 
 Observe = Callable[[np.ndarray], dict[str, Any]]
 
@@ -50,7 +51,7 @@ class Workers:
         Collective: all ranks call it. In one process there is nothing to leave out.
 
         Raises:
-            ValueError: the job has fewer ranks.
+            Refused: the job has fewer ranks.
         """
         if self.transport is None:
             return self
@@ -60,7 +61,7 @@ class Workers:
 
         rank, size = self.transport.rank, self.transport.size
         if size < count:
-            raise ValueError(
+            raise Refused(
                 f"got {size} ranks, expected at least {count}; start as many with mpirun -np"
             )
         inside = MPI.COMM_WORLD.Split(0 if rank < count else MPI.UNDEFINED, rank)

@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ef_horovod._extras import explained
+
 if TYPE_CHECKING:
     from ef_horovod.server.client import ServerTransport as ServerTransport
     from ef_horovod.server.server import Server as Server
@@ -29,4 +31,5 @@ __all__ = ["Server", "ServerTransport", "Worker"]
 def __getattr__(name: str) -> Any:  # the parts that need MPI are loaded when they are used
     if name not in _PLACES:
         raise AttributeError(f"module 'ef_horovod.server' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"ef_horovod.server.{_PLACES[name]}"), name)
+    with explained("ef_horovod.server"):
+        return getattr(importlib.import_module(f"ef_horovod.server.{_PLACES[name]}"), name)

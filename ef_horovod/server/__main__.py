@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ef_horovod._extras import explained
 from ef_horovod.errors import EFHorovodError
 
 if TYPE_CHECKING:  # launch/server reads options by a Python that may have no NumPy
@@ -32,12 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(f"ef_horovod.server: {line}", file=sys.stderr, flush=True)
 
-    with ended_after(
-        limit,
-        lambda: say(
-            f"error: waited {limit:g} s for all ranks to start MPI; see whether a worker's program "
-            "ended before it did, or raise --timeout or EF_HOROVOD_TIMEOUT"
+    with (
+        ended_after(
+            limit,
+            lambda: say(
+                f"error: waited {limit:g} s for all ranks to start MPI; see whether a worker's "
+                "program ended before it did, or raise --timeout or EF_HOROVOD_TIMEOUT"
+            ),
         ),
+        explained("ef_horovod.server"),
     ):
         from mpi4py import MPI
     from ef_horovod.server.server import Server

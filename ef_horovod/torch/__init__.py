@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import ef_horovod as _core
 from ef_horovod import _openmpi
+from ef_horovod._extras import explained
 from ef_horovod.policy import small_or_vector
-from ef_horovod.torch.compression import Compression
-from ef_horovod.torch.estimation import EstimatedGradient
-from ef_horovod.torch.optimizer import DistributedOptimizer
-from ef_horovod.torch.sync import require_in_sync
+
+with explained("ef_horovod.torch"):
+    from ef_horovod.torch.compression import Compression
+    from ef_horovod.torch.estimation import EstimatedGradient
+    from ef_horovod.torch.optimizer import DistributedOptimizer
+    from ef_horovod.torch.sync import require_in_sync
 
 _openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
 

@@ -73,13 +73,54 @@ def test_a_server_needs_ranks(tmp_path: Path) -> None:
     assert "received server with --local, expected it alone" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("ef21", [], "found no phishing.txt.gz in "),
+        ("doublesqueeze", [], "found no test_batch.bin in "),
+        ("hard-threshold", [], "found no test_batch.bin in "),
+        ("server", [], "got 1 rank, expected 5"),
+        ("ef21", ["--out", "file/below"], "where nothing can be written (Not a directory)"),
+    ],
+)
+def test_what_cannot_run_is_one_sentence(name, words, said, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = start(name, tmp_path, tmp_path / "out", words=words, cwd=tmp_path)
+    refused(run, said)
+
+
+def test_data_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "phishing.txt.gz").write_bytes(gzip.compress(b"1 1:1\n-1 2:1\n")[:20])
+    (tmp_path / "test_batch.bin").write_bytes(bytes(100))
+    for name, said in (("ef21", "phishing.txt.gz, which cannot be read"), ("saddle", "batches in")):
+        refused(start(name, tmp_path, tmp_path / "out"), said)
+
+
+def test_of_many_ranks_one_says_why_the_experiment_cannot_run(tmp_path: Path) -> None:
+    mpirun = [str(BIN / "mpirun"), "--quiet", "-np", "4"]
+    refused(start("ef21", tmp_path, tmp_path, *mpirun, words=["--mpi"]), "found no phishing.txt.gz")
+
+
+def refused(run: subprocess.CompletedProcess, said: str) -> None:
+    """One sentence on stderr and the status of what cannot run."""
+    assert run.returncode == 2
+    assert run.stderr.startswith("experiments: error: ")
+    assert said in run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+
+
 def seconds_of_children() -> float:
     used = os.times()
     return used.children_user + used.children_system
 
 
 def start(
-    name: str, data: Path, out: Path, *launcher: str, words: list[str] | None = None
+    name: str,
+    data: Path,
+    out: Path,
+    *launcher: str,
+    words: list[str] | None = None,
+    cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess:
     """As launch/reproduce does it, without making an environment."""
     command = [*launcher, sys.executable, "-m", "experiments", name, "--quick"]
@@ -88,6 +129,7 @@ def start(
     return subprocess.run(
         command,
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=600,
