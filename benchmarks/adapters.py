@@ -39,7 +39,7 @@ from ef_horovod.tensorflow.engine import Engine
 from ef_horovod.tensorflow.engine import Options as EngineOptions
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.echo_tensorflow import EchoOps
-from ef_horovod.torch.reducer import Options as ReducerOptions
+from ef_horovod.torch.options import Options as ReducerOptions
 from ef_horovod.torch.reducer import Reducer
 
 LIMIT = 1.5
@@ -86,9 +86,7 @@ def torch_step(method: ef.Method, gradients: list[np.ndarray]) -> tuple[Step, St
     """A step of the torch adapter, and what it gave."""
     parameters = [torch.nn.Parameter(torch.zeros(g.shape)) for g in gradients]
     named = [(f"p{i}", p) for i, p in enumerate(parameters)]
-    options = ReducerOptions(
-        method=method, passes=1, overlap=False, scaled=False, check_sync=False, **COMMON
-    )
+    options = ReducerOptions(method=method, passes=1, overlap=False, check_sync=False, **COMMON)
     reducer = Reducer(named, [], options, EchoTransport(RANKS))
     fresh = [torch.from_numpy(g) for g in gradients]
     for parameter in parameters:

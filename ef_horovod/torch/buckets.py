@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Iterable
+from typing import NamedTuple, TypeGuard
 
 import torch
 
 from ef_horovod.buckets import BucketPlan, Slot
 from ef_horovod.channel import Channel
 from ef_horovod.transports.base import Transport
+
+_SAMPLE = 32  # numbers of each gradient by which changes are noticed
 
 
 class Bucket:
@@ -21,7 +24,7 @@ class Bucket:
         self.channel, self.slots = channel, slots
         self._alone = channel.exchange == "dense" and len(slots) == 1
         self._own = channel.gradient
-        self.filled: dict[torch.Tensor, tuple[torch.Tensor | None, int]] = {}  # as of when
+        self.filled: dict[torch.Tensor, Taken] = {}
         self.started = False
 
     @classmethod
@@ -30,14 +33,21 @@ class Bucket:
         like = torch.empty(plan.length, device=plan.slots[0].parameter.device)
         return cls(plan.open(like, transport, exchange=exchange, seed=seed), plan.slots)
 
-    def fill(self, slot: Slot, loss_scale: float) -> None:
-        """Copy a parameter's gradient (zeros if it has none) into the bucket, unscaled."""
+    def fill(self, slot: Slot, loss_scale: float, *, in_place: bool = True) -> None:
+        """Copy a parameter's gradient (zeros if it has none) into the bucket, unscaled.
+
+        Args:
+            slot: the parameter's.
+            loss_scale: what the gradient is multiplied by.
+            in_place: whether it may be summed where it lies.
+        """
         gradient = slot.parameter.grad
-        self.filled[slot.parameter] = state_of(gradient)
-        if self._alone and loss_scale == 1.0 and _is_plain(gradient):
-            # `data`, for sums in it are not what the user is told not to do in `release`.
+        if self._alone and in_place and loss_scale == 1.0 and _is_plain(gradient):
+            self.filled[slot.parameter] = Taken.of(gradient, sampled=False)
+            # `data`: the sum in it must not count as a change by the user.
             self.channel.gradient = gradient.data.view(-1)
             return
+        self.filled[slot.parameter] = Taken.of(gradient)
         target = self.channel.gradient[slot.start : slot.stop].view(slot.parameter.shape)
         if gradient is None:
             target.zero_()
@@ -69,30 +79,70 @@ class Bucket:
             self.channel.gradient = self._own  # and not what the user may free
 
     def release(self) -> None:
-        """Give up what `fill` has taken, before the first delivery of a step.
+        """Give up what `fill` has taken, before the next step."""
+        self.filled, self.started = {}, False
 
-        Raises:
-            RuntimeError: a gradient was changed after it had been taken; the change would be lost.
-        """
-        taken, self.filled, self.started = self.filled, {}, False
-        for slot in self.slots:
-            if not _same(taken[slot.parameter], state_of(slot.parameter.grad)):
-                raise RuntimeError(
-                    f"the gradient of '{slot.name}' was changed between backward() and step(), "
-                    "expected it as backward() left it, for it was on its way to other ranks; call "
-                    "synchronize(), then change it, then step() inside skip_synchronize()"
-                )
+
+class Taken(NamedTuple):
+    """A gradient as of when it was copied into a bucket."""
+
+    gradient: torch.Tensor | None
+    version: int  # how often it was changed in place
+    sample: torch.Tensor | None  # some of its numbers: not all changes raise the version
+
+    @classmethod
+    def of(cls, gradient: torch.Tensor | None, *, sampled: bool = True) -> Taken:
+        """The gradient as it is now."""
+        if gradient is None:
+            return cls(None, 0, None)
+        dense = sampled and not gradient.is_sparse
+        return cls(gradient, gradient._version, _sample_of(gradient) if dense else None)
+
+    def is_current(self, gradient: torch.Tensor | None) -> bool:
+        """Whether it is the same tensor in the same version."""
+        return self.gradient is gradient and (gradient is None or gradient._version == self.version)
+
+
+def changed_gradient(buckets: Iterable[Bucket]) -> str:
+    """Name of a parameter whose gradient was replaced or changed after it was taken, or "".
+
+    Changes that do not raise a tensor's version, such as those of `p.grad.data` or of a GradScaler,
+    are noticed by samples.
+    """
+    samples: dict[torch.device, list[_Sample]] = {}
+    for bucket in buckets:
+        for slot in bucket.slots:
+            taken, now = bucket.filled[slot.parameter], slot.parameter.grad
+            if not taken.is_current(now):
+                return slot.name
+            if taken.sample is not None and now is not None:
+                sample = _Sample(slot.name, taken.sample, _sample_of(now))
+                samples.setdefault(now.device, []).append(sample)
+    for of_device in samples.values():  # one comparison for each device: it waits for a GPU
+        before = torch.cat([sample.before for sample in of_device])
+        now = torch.cat([sample.now for sample in of_device])
+        if not _same_bits(before, now):
+            return next(s.name for s in of_device if not _same_bits(s.before, s.now))
+    return ""
+
+
+class _Sample(NamedTuple):
+    name: str
+    before: torch.Tensor
+    now: torch.Tensor
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def _sample_of(gradient: torch.Tensor) -> torch.Tensor:
+    """float32[at most 32]: a copy of numbers that lie evenly in a gradient."""
+    in_memory_order = sorted(range(gradient.dim()), key=gradient.stride, reverse=True)
+    flat = gradient.detach().permute(in_memory_order).reshape(-1)  # copies no dense tensor
+    return flat[:: max(1, -(-flat.numel() // _SAMPLE))].to(torch.float32, copy=True)
 
 
 def _is_plain(gradient: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     """Whether a gradient's memory is a float32 vector."""
     return gradient is not None and gradient.dtype == torch.float32 and gradient.is_contiguous()
-
-
-def state_of(gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
-    """A gradient and how often it was changed in place."""
-    return gradient, 0 if gradient is None else gradient._version
-
-
-def _same(before: tuple[torch.Tensor | None, int], after: tuple[torch.Tensor | None, int]) -> bool:
-    return before[0] is after[0] and before[1] == after[1]

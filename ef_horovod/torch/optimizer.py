@@ -25,8 +25,15 @@ from ef_horovod.policy import (
     warn_of_surprises,
 )
 from ef_horovod.torch import wrapping
+from ef_horovod.torch.loss_scale import (
+    average_unscaled,
+    require_scaler_call,
+    take_call,
+    unscale_averages,
+)
+from ef_horovod.torch.options import Options
 from ef_horovod.torch.parameters import name_parameters
-from ef_horovod.torch.reducer import Options, Reducer
+from ef_horovod.torch.reducer import Reducer
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
@@ -93,7 +100,8 @@ def DistributedOptimizer(
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32; each
             is compressed as one vector and sent in one collective, during backward.
         seed: of random compressors.
-        grad_scaler: the scaler, if one is used, so that memories stay in unscaled units.
+        grad_scaler: the scaler; needed only by those who call `synchronize()`, before which the
+            optimizer must know it.
         overlap: send buckets during backward (False: all of them in `synchronize`).
         check_sync: compare the ranks' parameters by hash before the first step changes them, and
             in the steps 2, 4, 8 and so on (with a quorum in the first one alone); they raise
@@ -124,7 +132,6 @@ def DistributedOptimizer(
         average=op == hvd.Average,
         sparse_as_dense=sparse_as_dense,
         overlap=overlap,
-        scaled=grad_scaler is not None and grad_scaler.is_enabled(),
         check_sync=check_sync,
     )
     named = name_parameters(named_parameters, optimizer.param_groups)
@@ -134,8 +141,8 @@ def DistributedOptimizer(
         trainable = [(name, p) for name, p in named if p.requires_grad]
         frozen = [(name, p) for name, p in named if not p.requires_grad]
         warn_of_surprises(trainable, options.method, dense, transport.rank)
-        loss_scale = grad_scaler.get_scale if grad_scaler is not None else lambda: 1.0
-        wrapped._reducer = Reducer(trainable, frozen, options, transport, loss_scale)
+        scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+        wrapped._reducer = Reducer(trainable, frozen, options, transport, scaler)
     return wrapped
 
 
@@ -171,9 +178,13 @@ class _Distributed:
     param_groups: list[dict[str, Any]]
 
     def synchronize(self) -> None:
-        """Finish the exchange: `p.grad` becomes the average, ready to be clipped."""
+        """Finish the exchange: `p.grad` becomes the average, ready to be clipped.
+
+        `zero_grad()` or `discard()` in place of `step()` leaves the step out: error-feedback state
+        is as before it then.
+        """
         if self._reducer is not None and (self._reducer.under_way or not self._synchronized):
-            self.step_skipped = not self._reducer.finish()
+            self.step_skipped = not self._reducer.finish(undoable=True)
         self._synchronized = True
 
     @contextmanager
@@ -195,21 +206,32 @@ class _Distributed:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        fresh = self._reducer is not None and self._reducer.under_way
-        if self._should_synchronize and (fresh or not self._synchronized):
-            if self._reducer is not None and self._reducer.comes_in_rounds():
-                self._step_by_rounds(self._reducer)
+        reducer = self._reducer
+        if reducer is None:
+            return self._base_step(loss, closure)
+        call = take_call(self)
+        if self._should_synchronize and (reducer.under_way or not self._synchronized):
+            if reducer.comes_in_rounds(scaled=call is not None):
+                self._step_by_rounds(reducer)
                 return loss
-            self._require_unscaled()
-            self.synchronize()
-        elif fresh:
+            if call is None:
+                require_scaler_call(reducer)
+            good = reducer.finish() if call is None else average_unscaled(self, reducer, call)
+            self.step_skipped = not good
+        elif reducer.under_way:
             raise RuntimeError(
                 "step() inside skip_synchronize() has gradients that are under way to other ranks, "
                 "expected averaged ones; call synchronize() first"
             )
+        else:
+            good = not self.step_skipped and (call is None or unscale_averages(self, reducer, call))
         self._synchronized = False
-        if self.step_skipped:
+        if not good:
             return loss
+        reducer.keep()
+        return self._base_step(loss, closure)
+
+    def _base_step(self, loss: Any, closure: Callable[[], Any] | None) -> Any:
         stepped = self._base.step(self)  # type: ignore[call-overload]
         self.rounds += 1
         return loss if closure is not None else stepped
@@ -234,13 +256,49 @@ class _Distributed:
             raise RuntimeError(
                 "zero_grad() was called between backward() and step(), expected it before "
                 "backward() or after step(), for the gradients are under way to other ranks; if "
-                "another loss reached these parameters, freeze them with requires_grad_(False) for "
-                "its backward()"
+                "another loss reached these parameters, take its gradients with "
+                "torch.autograd.grad, freeze them with requires_grad_(False) for its backward(), "
+                "or call discard() on all ranks"
             )
+        self._clear(set_to_none)
+
+    def discard(self) -> None:
+        """Leave this step out on all ranks: as `zero_grad()` after `synchronize()`, or before it.
+
+        Error-feedback state is as before `backward()`, gradients are cleared. Call it on all ranks:
+        gradients under way have to arrive. They were sent, so `stats()` counts their bytes.
+
+        Raises:
+            UnsupportedError: with a parameter server that has a quorum.
+
+        Example:
+            loss.backward()
+            if spike:  # equal on all ranks
+                optimizer.discard()
+            else:
+                optimizer.step()
+        """
+        if self._reducer is not None and self._reducer.under_way:
+            self._reducer.drop_under_way()
+        self._clear(set_to_none=True)
+
+    def _clear(self, set_to_none: bool) -> None:
+        """Clear gradients; averages among them that were not applied are a step left out."""
         self._synchronized = False
         if self._reducer is not None:
+            if self._reducer.undoable:
+                self._reducer.undo()
             self._reducer.reset_passes()
         self._base.zero_grad(self, set_to_none)  # type: ignore[arg-type]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler calls `step()` in every step: see `loss_scale`."""
+        return self._reducer is not None or self.__dict__.get("_step_supports_amp_scaling", False)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__["_step_supports_amp_scaling"] = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the new parameters would not be averaged."""
@@ -322,18 +380,6 @@ class _Distributed:
         if self._reducer is not None:
             self._reducer.load_state_dict(state)
             self.rounds = self._reducer.step
-
-    def _require_unscaled(self) -> None:
-        """Gradients come out of `synchronize` as scaled as they went in; fused optimizers know."""
-        reducer = self._reducer
-        if reducer is None or not reducer.options.scaled:
-            return
-        if not getattr(self, "_step_supports_amp_scaling", False):
-            raise RuntimeError(
-                "step() would use gradients that are multiplied by the loss scale, expected "
-                "unscaled ones; call synchronize(), scaler.unscale_(optimizer), then "
-                "scaler.step(optimizer) inside skip_synchronize()"
-            )
 
 
 # The base's step runs the hooks that users registered; ours must not be wrapped to run them again.

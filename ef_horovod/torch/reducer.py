@@ -7,58 +7,26 @@ whole step on all of them.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ef_horovod.buckets import BucketPlan, Slot, describe, plan_buckets
+from ef_horovod.buckets import Slot, describe
 from ef_horovod.channel import ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
 from ef_horovod.memories import load_memories, load_state, save_memories, save_state
-from ef_horovod.methods.base import Method
-from ef_horovod.policy import DensePolicy
-from ef_horovod.torch.buckets import Bucket, state_of
-from ef_horovod.torch.rows import RowsBucket, agree, changed, kind_of
+from ef_horovod.torch.buckets import Bucket, Taken, changed_gradient
+from ef_horovod.torch.hooks import GradientHooks
+from ef_horovod.torch.options import Options
+from ef_horovod.torch.rows import RowsBucket, agree, changed, kind_of, make_buckets
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.transports.base import Transport
+from ef_horovod.undo import vectors_of
 
 Named = list[tuple[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How gradients are reduced; equal on all ranks.
-
-    Args:
-        method: for the compressed buckets.
-        dense: policy that says which parameters stay uncompressed; they share one allreduce.
-        exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
-        bucket_bytes: size of a compressed bucket in bytes of float32.
-        passes: backward passes that are accumulated before an exchange.
-        seed: of random compressors.
-        average: deliver means over ranks, or sums.
-        sparse_as_dense: whether sparse gradients are densified; they travel as rows otherwise.
-        overlap: start exchanges during backward, or all of them in `finish`; the first step's are
-            never started before `finish`, where the config is checked.
-        scaled: whether gradients come multiplied by a loss scale.
-        check_sync: whether ranks' parameters are compared; see `SyncCheck`.
-    """
-
-    method: Method
-    dense: DensePolicy
-    exchange: str
-    bucket_bytes: int
-    passes: int
-    seed: int
-    average: bool
-    sparse_as_dense: bool
-    overlap: bool
-    scaled: bool
-    check_sync: bool
 
 
 class Reducer:
@@ -69,7 +37,7 @@ class Reducer:
         frozen: parameters that must not start to require a gradient.
         options: see there.
         transport: to the other ranks.
-        loss_scale: asked once a step for what gradients are multiplied by; memories stay in
+        scaler: of the loss that gradients come from, so that error-feedback state is kept in
             unscaled units.
     """
 
@@ -79,12 +47,13 @@ class Reducer:
         frozen: Named,
         options: Options,
         transport: Transport,
-        loss_scale: Callable[[], float] = lambda: 1.0,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.options, self.transport = options, transport
         self.step = 0  # number of the next step; a dropped step's number is used again
         self._frozen = frozen
-        self._read_loss_scale, self._loss_scale = loss_scale, 1.0
+        self.scaler, self._loss_scale = scaler, 1.0
+        self._averages: dict[torch.Tensor, Taken] | None = None  # delivered, not yet applied
         self._config_checked = False
         parameters = [p for _, p in [*trainable, *frozen]]
         self._in_sync = SyncCheck(parameters, transport, options.check_sync)
@@ -93,12 +62,8 @@ class Reducer:
         # Which parameters travel as rows is known when all ranks have their first gradients.
         self._rows_known = options.sparse_as_dense or transport.has_server
         self._use(self._make_buckets({}), {})
-        self._require_free()
         self.reset_passes()
-        # Weak: a model must not keep the reducer of a forgotten optimizer at work.
-        hook = _weak(self._on_gradient)
-        self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._place]
-        _live.add(self)
+        self._hooks = GradientHooks(dict(self.named_parameters()), self._on_gradient)
 
     @property
     def under_way(self) -> bool:
@@ -108,6 +73,18 @@ class Reducer:
     def named_parameters(self) -> list[tuple[torch.Tensor, str]]:
         """All parameters whose gradients are averaged, with their names."""
         return [(parameter, slot.name) for parameter, (_, slot) in self._place.items()]
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether anything of a gradient is remembered between steps."""
+        return any(
+            True
+            for bucket in self.buckets
+            for piece in bucket.channel.pieces()
+            for state in (piece.channel.worker, piece.channel.server)
+            if state is not None
+            for _ in vectors_of(state, piece.channel.method.scratch)
+        )
 
     def reset_passes(self) -> None:
         """Count backward passes from the start."""
@@ -138,8 +115,13 @@ class Reducer:
             self.transport.handshake(facts, self.step, several_rounds=True)
             self._config_checked = True
 
-    def finish(self) -> bool:
-        """Send what is not yet under way, wait, and put the directions into `p.grad`.
+    def finish(self, *, undoable: bool = False, unscaled: bool = False) -> bool:
+        """Send what is not yet under way, wait, and put the averages into `p.grad`.
+
+        Args:
+            undoable: whether the step may still be left out: `undo`, or `keep`.
+            unscaled: whether the averages come without the loss scale. Then a GradScaler is at
+                work, which changes gradients under way.
 
         Returns:
             Whether the step is good. If some rank's gradient was not finite, all ranks return
@@ -160,21 +142,64 @@ class Reducer:
         self._in_sync.check()
         self._agree_on_rows()
         self._start_rest()
-        directions = finish_step([bucket.channel for bucket in self.buckets])
+        if not unscaled:
+            self._require_untouched()
+        channels = [bucket.channel for bucket in self.buckets]
+        directions = finish_step(channels, undoable=undoable)
         self._release()
-        self._deliver(directions or [None] * len(self.buckets))
+        self._deliver(directions or [None] * len(self.buckets), unscaled=unscaled)
         self._sparse.clear()
-        self.step += directions is not None
-        return directions is not None
+        good = directions is not None
+        self.step += good
+        if good and undoable:
+            self._averages = {p: Taken.of(p.grad, sampled=False) for p in self._place}
+        return good
 
-    def comes_in_rounds(self) -> bool:
+    @property
+    def undoable(self) -> bool:
+        """Whether averages were delivered that were neither applied nor left out."""
+        return self._averages is not None
+
+    def keep(self) -> None:
+        """The averages were applied, or went into the next gradient."""
+        self._averages = None
+
+    def undo(self) -> None:
+        """Leave out the step whose averages were delivered: states are as before it."""
+        for bucket in self.buckets:
+            bucket.channel.undo()
+        self.step -= 1
+        self._averages = None
+
+    def drop_under_way(self) -> None:
+        """Leave out a step that is under way; collective.
+
+        Raises:
+            UnsupportedError: a server's rounds do not wait for all workers.
+        """
+        if self.transport.quorum is not None:
+            raise UnsupportedError(
+                f"got discard() and a server with a quorum of {self.transport.quorum}, expected "
+                "step(): the gradients may be in a round already; start the server without "
+                "--quorum"
+            )
+        if self._config_checked and self._rows_known:  # otherwise nothing was sent
+            self._start_rest()
+            finish_step([bucket.channel for bucket in self.buckets], good=False)
+        self._sparse.clear()
+        self._release()
+
+    def comes_in_rounds(self, *, scaled: bool) -> bool:
         """Whether a server's rounds do not wait for all workers; the first call is collective.
+
+        Args:
+            scaled: whether a GradScaler calls.
 
         Raises:
             UnsupportedError: they do not, and there is a loss scale.
         """
         self.begin()
-        if self.transport.quorum is not None and self.options.scaled:
+        if self.transport.quorum is not None and (scaled or self.scaler is not None):
             raise UnsupportedError(
                 f"got a grad_scaler and a server with a quorum of {self.transport.quorum}, "
                 "expected one of them, for the scales of workers in different rounds differ; "
@@ -190,6 +215,7 @@ class Reducer:
         self._require_unchanged()
         self._in_sync.check(again=False)  # later on workers are in different rounds
         self._start_rest()
+        self._require_untouched()
         found = finish_rounds([bucket.channel for bucket in self.buckets], self.transport)
         self._release()
         for directions in found:
@@ -200,9 +226,7 @@ class Reducer:
 
     def close(self) -> None:
         """Leave the parameters alone from now on."""
-        for hook in self._hooks:
-            hook.remove()
-        _live.discard(self)
+        self._hooks.remove()
 
     def stats(self) -> list[ChannelStats]:
         """One row a bucket and a total; call it between steps."""
@@ -252,33 +276,34 @@ class Reducer:
                 bucket.filled[parameter] = state  # with which `release` compares
 
     def _make_buckets(self, rows: dict[str, int]) -> list[Bucket]:
-        """All buckets; parameters that travel as rows have one each."""
-        named, options = dict(self._trainable), self.options
-        plans = plan_buckets(
-            [(name, parameter) for name, parameter in named.items() if name not in rows],
-            options.method,
-            dense=options.dense,
-            bucket_bytes=options.bucket_bytes,
-            device_of=lambda parameter: parameter.device,
-        )
-        dense = [bucket for plan in plans for bucket in self._open(plan)]
-        return dense + [RowsBucket(n, named[n], dims, self.transport) for n, dims in rows.items()]
+        return make_buckets(self._trainable, rows, self.options, self.transport)
 
-    def _open(self, plan: BucketPlan) -> list[Bucket]:
-        """A bucket; one for each parameter where nothing is compressed, for which none is copied.
+    def use_scaler(self, scaler: torch.amp.GradScaler, *, unscaled: bool) -> None:
+        """Take gradients as multiplied by its scale from now on, those taken already too.
 
-        Small parameters have one allreduce all the same.
+        Args:
+            scaler: that was not known before.
+            unscaled: whether what is in `p.grad` is unscaled by now.
+
+        Raises:
+            RuntimeError: gradients are under way to other ranks, with another scale.
         """
-        options = self.options
-        bucket = Bucket.open(plan, self.transport, exchange=options.exchange, seed=options.seed)
-        if plan.method is None or bucket.channel.exchange != "dense":
-            return [bucket]
-        singles = plan.apart()
-        return [
-            Bucket.open(p, self.transport, exchange="dense", seed=options.seed) for p in singles
-        ]
+        if any(bucket.started for bucket in self.buckets):
+            raise RuntimeError(
+                "got a GradScaler that was not used in earlier steps while gradients are under way "
+                "to other ranks, expected one GradScaler from the first step on; pass it as "
+                "grad_scaler="
+            )
+        self.scaler = scaler
+        self._loss_scale = 1.0 if unscaled else scaler.get_scale()
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                if slot.parameter in bucket.filled:
+                    self._take(bucket, slot)
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
+        if self._averages is not None:
+            self._settle(parameter, self._averages[parameter])
         self._passes_left[parameter] -= 1
         if self._passes_left[parameter] < 0:
             raise RuntimeError(
@@ -293,6 +318,20 @@ class Reducer:
         if full and self.options.overlap and self._config_checked and self._rows_known:
             bucket.start(self.step)
 
+    def _settle(self, parameter: torch.Tensor, average: Taken) -> None:
+        """A backward pass has begun after `finish`: were the averages thrown away?"""
+        now = parameter.grad
+        if now is not average.gradient:
+            self.undo()
+        elif now is not None and now._version == average.version + 1:
+            self.keep()  # the pass has added to them
+        else:
+            raise RuntimeError(
+                "got a backward pass after synchronize() without step(), and averaged gradients "
+                "that were changed, expected step(), or zero_grad() or discard() to leave the step "
+                "out; call one of them first"
+            )
+
     def _start_rest(self) -> None:
         """Send what is not yet under way."""
         for bucket in self.buckets:
@@ -300,13 +339,28 @@ class Reducer:
                 self._fill_rest(bucket)
                 bucket.start(self.step)
 
+    def _require_untouched(self) -> None:
+        """Raise if a gradient was changed after it had been taken: the change would be lost."""
+        changed = changed_gradient(self.buckets)
+        if changed:
+            raise RuntimeError(
+                f"the gradient of '{changed}' was changed between backward() and step(), "
+                "expected it as backward() left it: it was on its way to other ranks; call "
+                "synchronize(), then change it (clip, scaler.unscale_), then step() inside "
+                "skip_synchronize(), or discard() to leave the step out"
+            )
+
     def _release(self) -> None:
         for bucket in self.buckets:
             bucket.release()
         self.reset_passes()
 
-    def _deliver(self, directions: Sequence[torch.Tensor | None]) -> None:
-        factor = self._loss_scale * (1 if self.options.average else self.transport.size)
+    def _deliver(
+        self, directions: Sequence[torch.Tensor | None], *, unscaled: bool = False
+    ) -> None:
+        factor = (1.0 if unscaled else self._loss_scale) * (
+            1 if self.options.average else self.transport.size
+        )
         for bucket, direction in zip(self.buckets, directions, strict=True):
             bucket.deliver(direction, factor)
         for parameter in self._sparse:
@@ -320,18 +374,21 @@ class Reducer:
 
     def _fill(self, bucket: Bucket, slot: Slot) -> None:
         if not self.under_way:
-            self._loss_scale = self._read_loss_scale()
-        gradient = slot.parameter.grad
+            self._loss_scale = self.scaler.get_scale() if self.scaler is not None else 1.0
+        self._take(bucket, slot)
+
+    def _take(self, bucket: Bucket, slot: Slot) -> None:
+        gradient, in_place = slot.parameter.grad, self.scaler is None  # which writes to gradients
         if gradient is None or not gradient.is_sparse or isinstance(bucket, RowsBucket):
-            bucket.fill(slot, self._loss_scale)
+            bucket.fill(slot, self._loss_scale, in_place=in_place)
         elif self.options.sparse_as_dense:
             slot.parameter.grad = gradient.to_dense()
             self._sparse.add(slot.parameter)
-            bucket.fill(slot, self._loss_scale)
+            bucket.fill(slot, self._loss_scale, in_place=in_place)
         elif self._rows_known:
             raise self._no_rows(slot.name, gradient)
         else:
-            bucket.filled[slot.parameter] = state_of(gradient)  # to be taken by `_agree_on_rows`
+            bucket.filled[slot.parameter] = Taken.of(gradient)  # for `_agree_on_rows`
 
     def _no_rows(self, name: str, gradient: torch.Tensor) -> UnsupportedError:
         if not self.transport.has_server:
@@ -346,7 +403,7 @@ class Reducer:
         return [
             f"compression {options.method!r}",
             f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
-            f"backward_passes_per_step={options.passes}, grad_scaler={options.scaled}, "
+            f"backward_passes_per_step={options.passes}, grad_scaler={self.scaler is not None}, "
             f"check_sync={options.check_sync}, sparse_as_dense={options.sparse_as_dense}",
             *describe(self.buckets),
         ]
@@ -360,27 +417,3 @@ class Reducer:
                     f"parameter '{names[0]}' {now} now, unlike when the optimizer was wrapped, "
                     "expected no change; call optimizer.unwrap() and wrap the optimizer again"
                 )
-
-    def _require_free(self) -> None:
-        for other in _live:
-            for parameter, (_, slot) in self._place.items():
-                if parameter in other._place:
-                    raise UnsupportedError(
-                        f"the gradient of '{slot.name}' is averaged by another wrapped optimizer "
-                        "already, expected one; call unwrap() on the other one first"
-                    )
-
-
-_live: weakref.WeakSet[Reducer] = weakref.WeakSet()
-
-
-def _weak(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
-    """A function that calls a bound method for as long as its object lives."""
-    reference = weakref.WeakMethod(method)
-
-    def call(parameter: torch.Tensor) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(parameter)
-
-    return call

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ef_horovod.buckets import Slot, one_slot
+from ef_horovod.buckets import BucketPlan, Slot, one_slot, plan_buckets
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.rows import Rows, RowsChannel, matrix_of
-from ef_horovod.torch.buckets import Bucket, state_of
+from ef_horovod.torch.buckets import Bucket, Taken
+from ef_horovod.torch.options import Options
 from ef_horovod.transports.base import Transport
 
 _MISSING, _DENSE = 0, 1  # kinds of gradients; _DENSE + s: sparse in the first s dimensions
@@ -38,7 +39,7 @@ class RowsBucket(Bucket):
         channel = RowsChannel(name, *matrix_of(shape, sparse_dims), transport)
         super().__init__(channel, one_slot(name, parameter))
 
-    def fill(self, slot: Slot, loss_scale: float) -> None:
+    def fill(self, slot: Slot, loss_scale: float, *, in_place: bool = True) -> None:
         """Take a parameter's rows (none if it has no gradient), unscaled.
 
         Raises:
@@ -48,7 +49,7 @@ class RowsBucket(Bucket):
         kind = kind_of(gradient)
         if kind not in (_MISSING, _DENSE + self.sparse_dims):
             raise changed(slot.name, _words(_DENSE + self.sparse_dims), kind)
-        self.filled[slot.parameter] = state_of(gradient)
+        self.filled[slot.parameter] = Taken.of(gradient)
         if gradient is None:
             gradient = torch.zeros_like(slot.parameter, layout=torch.sparse_coo)
         indices = gradient._indices()[: self.sparse_dims].cpu().numpy()  # [sparse_dims, k]
@@ -74,6 +75,44 @@ class RowsBucket(Bucket):
             is_coalesced=True,
             check_invariants=False,  # the channel has looked at the indices
         )
+
+
+def make_buckets(
+    trainable: Sequence[tuple[str, torch.Tensor]],
+    rows: dict[str, int],
+    options: Options,
+    transport: Transport,
+) -> list[Bucket]:
+    """All buckets; parameters that travel as rows have one each.
+
+    Args:
+        trainable: parameters with their names.
+        rows: names of those that travel as rows, with the number of their sparse dimensions.
+        options: of the reducer.
+        transport: to the other ranks.
+    """
+    named = dict(trainable)
+    plans = plan_buckets(
+        [(name, parameter) for name, parameter in trainable if name not in rows],
+        options.method,
+        dense=options.dense,
+        bucket_bytes=options.bucket_bytes,
+        device_of=lambda parameter: parameter.device,
+    )
+    dense = [bucket for plan in plans for bucket in _open(plan, options, transport)]
+    return dense + [RowsBucket(name, named[name], dims, transport) for name, dims in rows.items()]
+
+
+def _open(plan: BucketPlan, options: Options, transport: Transport) -> list[Bucket]:
+    """A bucket; one for each parameter where nothing is compressed, so that none is copied.
+
+    Small parameters have one allreduce all the same.
+    """
+    bucket = Bucket.open(plan, transport, exchange=options.exchange, seed=options.seed)
+    if plan.method is None or bucket.channel.exchange != "dense":
+        return [bucket]
+    singles = plan.apart()
+    return [Bucket.open(p, transport, exchange="dense", seed=options.seed) for p in singles]
 
 
 def agree(

@@ -31,7 +31,7 @@ def wrap(optimizer: torch.optim.Optimizer, methods: type) -> Any:
 
 def unwrap(wrapped: Any, methods: type) -> None:
     """Make a wrapped optimizer a plain one again."""
-    for name in vars(methods):
+    for name in _own(methods):
         wrapped.__dict__.pop(name, None)
     wrapped.__class__ = wrapped._base
 
@@ -61,7 +61,7 @@ def copied(wrapped: Any, methods: type, protocol: Any) -> tuple[Any, ...]:
     """How to copy or pickle a wrapped optimizer: with its state, without its exchange."""
     _, _, *rest = wrapped._base.__reduce_ex__(wrapped, protocol)
     if rest and isinstance(rest[0], dict):
-        rest[0] = {name: value for name, value in rest[0].items() if name not in vars(methods)}
+        rest[0] = {name: value for name, value in rest[0].items() if name not in _own(methods)}
     return _make_copy, (wrapped._base, methods), *rest
 
 
@@ -85,6 +85,14 @@ def _make_copy(base: type, methods: type) -> Any:
     copy: Any = object.__new__(_class_of(base, methods))
     copy._reducer = NoExchange()
     return copy
+
+
+def _own(methods: type) -> set[str]:
+    """Names under which instances keep what only these methods use.
+
+    What is a property there belongs to the base in the instance (`_step_supports_amp_scaling`).
+    """
+    return {name for name, member in vars(methods).items() if not isinstance(member, property)}
 
 
 def _class_of(base: type, methods: type) -> type:

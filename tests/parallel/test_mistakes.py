@@ -19,11 +19,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return horovodrun(2, "mistakes.py", tmp_path_factory.mktemp("mistakes"))
 
 
-def test_a_scaler_that_steps_without_synchronize_raises(results: Results) -> None:
-    for result in results:
-        assert "call synchronize(), scaler.unscale_" in result["scaler_without_synchronize"]
-
-
 def test_clipping_what_is_under_way_raises(results: Results) -> None:
     for result in results:
         assert "was changed between backward() and step()" in result["clipping_too_early"]

@@ -28,15 +28,6 @@ def backward(model):
     cross_entropy(model(inputs), labels).backward()
 
 
-def scaler_without_synchronize():
-    model = build_model()
-    scaler = torch.amp.GradScaler("cpu")
-    optimizer = wrapped(model, grad_scaler=scaler)
-    inputs, labels = batches(hvd.rank())()
-    scaler.scale(cross_entropy(model(inputs), labels)).backward()
-    return error_of(lambda: scaler.step(optimizer))
-
-
 def clipping_too_early():
     model = build_model()
     optimizer = wrapped(model)
@@ -236,7 +227,7 @@ def main() -> None:
         clipping_too_early, freezing_and_wrapping_again, strange_parameters, slips,
         synchronizing_twice,
         an_epoch_that_ends_within_an_accumulation, loading_a_state, closure, two_optimizers,
-        stock_checkpoint, scaler_without_synchronize, elastic,
+        stock_checkpoint, elastic,
     )  # fmt: skip
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 

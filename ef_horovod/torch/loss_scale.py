@@ -1,0 +1,106 @@
+"""What a `torch.amp.GradScaler` and a wrapped optimizer tell each other.
+
+A scaler calls `step()` of an optimizer that says `_step_supports_amp_scaling` in every step on
+every rank, and leaves two attributes in it: `grad_scale`, the scale that gradients still have, or
+None after `scaler.unscale_`, and `found_inf`. Other optimizers are not called on a rank whose own
+gradients are not finite, and the other ranks would wait for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.torch.reducer import Reducer
+
+_FRAMES = 12  # between a scaler and step(): wrappers of schedulers and profilers
+
+
+class ScalerCall(NamedTuple):
+    """A call of `optimizer.step()` by a scaler.
+
+    Args:
+        scaler: who calls; None if it is not found.
+        scale: what gradients are multiplied by; None if `unscale_` was called.
+        found_inf: whether a gradient is not finite; on this rank alone, before an exchange.
+    """
+
+    scaler: torch.amp.GradScaler | None
+    scale: float | None
+    found_inf: bool
+
+
+def take_call(optimizer: Any) -> ScalerCall | None:
+    """The scaler's call that `step()` runs in, None without one; `step()` of the base sees none."""
+    if getattr(optimizer, "found_inf", None) is None:
+        return None
+    scale, found_inf = optimizer.grad_scale, bool(optimizer.found_inf)
+    optimizer.grad_scale = optimizer.found_inf = None  # fused optimizers would unscale again
+    return ScalerCall(_calling_scaler(), None if scale is None else float(scale), found_inf)
+
+
+def average_unscaled(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool:
+    """`reducer.finish` in a scaler's `step()`: averages come unscaled; whether the step is good.
+
+    Raises:
+        RuntimeError: a scaler that was not used before, with gradients under way.
+        UnsupportedError: a scaler that is not found.
+    """
+    if call.scaler is None and reducer.scaler is None:
+        raise UnsupportedError(
+            "got step() from a loss scaler that is not found, expected a torch.amp.GradScaler; "
+            "pass it as grad_scaler= to ef.DistributedOptimizer"
+        )
+    if call.scaler is not None and call.scaler is not reducer.scaler:
+        reducer.use_scaler(call.scaler, unscaled=call.scale is None)
+    good = reducer.finish(unscaled=True)
+    if not good and call.scaler is not None:
+        # It sees the NaNs of a step that is dropped on all ranks, so that scales stay equal.
+        call.scaler._check_inf_per_device(optimizer)
+    return good
+
+
+def unscale_averages(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool:
+    """The same after `synchronize()`: averages have the scale, unless `unscale_` was called.
+
+    Raises:
+        UnsupportedError: error-feedback state was made of scaled gradients.
+    """
+    if reducer.scaler is None and reducer.has_memory:
+        raise UnsupportedError(
+            "got a GradScaler after synchronize() that the optimizer did not know of, expected it "
+            "before, to keep error-feedback state in unscaled units; pass grad_scaler=scaler to "
+            "ef.DistributedOptimizer, or leave out synchronize()"
+        )
+    if call.found_inf:
+        if reducer.undoable:
+            reducer.undo()
+        return False
+    if call.scale is not None:
+        for parameter, _ in reducer.named_parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(call.scale)
+    return True
+
+
+def require_scaler_call(reducer: Reducer) -> None:
+    """Raise if `step()` is called directly although gradients have a loss scale."""
+    if reducer.scaler is not None:
+        raise RuntimeError(
+            "step() would use gradients that are multiplied by the loss scale, expected it to be "
+            "called by the scaler; write scaler.step(optimizer), or synchronize(), "
+            "scaler.unscale_(optimizer) and scaler.step(optimizer) inside skip_synchronize()"
+        )
+
+
+def _calling_scaler() -> torch.amp.GradScaler | None:
+    frame = inspect.currentframe()
+    for _ in range(_FRAMES):
+        frame = frame.f_back if frame is not None else None
+        caller = frame.f_locals.get("self") if frame is not None else None
+        if isinstance(caller, torch.amp.GradScaler):
+            return caller
+    return None

@@ -1,0 +1,75 @@
+"""A step that is left out never happened, and loss scales are never in a step."""
+
+from __future__ import annotations
+
+import pytest
+from launching import Results, horovodrun
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return horovodrun(2, "steps_left_out.py", tmp_path_factory.mktemp("steps_left_out"))
+
+
+def test_a_step_that_is_left_out_leaves_no_trace(results: Results) -> None:
+    for result in results:
+        for method, runs in result["steps_left_out"].items():
+            for way, run in runs.items():
+                assert run["end"] == runs["without"]["end"], f"{method}, {way}"
+                assert run["steps"] == 12
+                # Under way in the first step nothing was sent, so nothing is counted as skipped.
+                assert (run["skipped"] >= 5) == (way != "without"), f"{method}, {way}"
+
+
+def test_averages_that_are_kept_are_part_of_the_next_gradient(results: Results) -> None:
+    for result in results:
+        assert result["averages_in_the_next_gradient"] < 1e-6
+
+
+def test_averages_that_are_changed_and_neither_used_nor_left_out_raise(results: Results) -> None:
+    for result in results:
+        assert (
+            "expected step(), or zero_grad() or discard()"
+            in result["averages_changed_and_forgotten"]
+        )
+
+
+def test_a_discriminator_that_a_generator_reaches_is_left_out(results: Results) -> None:
+    for result in results:
+        found = result["generator_and_discriminator"]
+        assert "torch.autograd.grad" in found["refused"]
+        assert "discard()" in found["refused"]
+        assert found["end"] == results[0]["generator_and_discriminator"]["end"]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["no argument", "unscale_", "grad_scaler", "fused", "fused, unscale_"]
+)
+def test_the_usual_scaler_recipe_is_as_without_a_scaler(recipe: str, results: Results) -> None:
+    for result in results:
+        found = result["usual_recipe"][recipe]
+        assert found["difference"] == 0.0  # scales are powers of two
+        assert len(set(found["scales"])) == 3, "the scale did not change"
+        assert found["scales"] == results[0]["usual_recipe"][recipe]["scales"]
+        assert found["skipped"] == 1, "the overflow on rank 1 was not noticed on both"
+
+
+@pytest.mark.parametrize(
+    ("slip", "sentence"),
+    [
+        ("direct step", "write scaler.step(optimizer)"),
+        ("unscale_, direct step", "was changed between backward() and step()"),
+        ("not passed, synchronize", "pass grad_scaler=scaler"),
+        ("a late scaler", "pass it as grad_scaler="),
+    ],
+)
+def test_scaled_gradients_are_refused(slip: str, sentence: str, results: Results) -> None:
+    for result in results:
+        assert sentence in result["slips_with_a_scaler"][slip]
+
+
+def test_horovods_recipe_works_where_nothing_is_remembered(results: Results) -> None:
+    for result in results:
+        assert 0 < result["slips_with_a_scaler"]["Identity moved by"] < 0.1
