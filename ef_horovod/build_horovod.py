@@ -19,8 +19,6 @@ every environment with the same versions, wherever it lies.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -30,14 +28,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 
 from ef_horovod._horovod_check import check_horovod
 from ef_horovod._progress import run_logged
 from ef_horovod._toolkit import (
+    BUILD_VARIABLE,
     FRAMEWORKS,
     HOROVOD_NAME,
     BuildError,
@@ -45,12 +44,25 @@ from ef_horovod._toolkit import (
     find_toolkit,
     key_of,
 )
+from ef_horovod._wheel_cache import (
+    cached_wheel,
+    default_cache,
+    folder_name,
+    locked,
+    publish,
+    require_cache,
+)
 
 __all__ = ["FRAMEWORKS", "HOROVOD", "BuildError", "Options", "build_horovod"]
 
 HOROVOD = "0.28.1"
 BUILD_TOOLS = ("setuptools<81", "wheel", "packaging", "cloudpickle", "psutil", "pyyaml", "cffi")
 CMAKE_OLDEST = (3, 21)  # the first that reads CMAKE_TOOLCHAIN_FILE from the environment
+CMAKE_PIN = "cmake<4"  # for a machine without one, or with an older one
+BUILD_FLAGS = (
+    *("--verbose", "--no-deps", "--no-build-isolation", "--no-cache-dir"),
+    *("--no-binary", "horovod"),
+)
 BUILD_DISK_BYTES = 1 * 1000**3  # the object files and the two libraries with debug symbols
 
 TOOLCHAIN = """\
@@ -108,12 +120,14 @@ def build_horovod(options: Options, environment: Mapping[str, str] = os.environ)
         CommandFailed: pip or the compiler failed; the message names the log.
     """
     require_pip()
+    cache = options.cache or default_cache(environment)
+    require_cache(cache)
     toolkit = find_toolkit(options.frameworks, environment)
     print(f"Horovod {HOROVOD} for {describe(toolkit)}", flush=True)
     if toolkit.hides_cuda:
         print(NO_CUDA_TOOLKIT, flush=True)
-    key = key_of(toolkit, HOROVOD, recipe_hash(), environment)
-    folder = (options.cache or default_cache(environment)) / folder_name(key)
+    key = key_of(toolkit, HOROVOD, recipe_hash(toolkit, environment), environment)
+    folder = cache / folder_name(key)
     with locked(folder.with_name(folder.name + ".lock")):
         wheel = cached_wheel(folder)
         if wheel is None or options.rebuild:
@@ -140,66 +154,32 @@ def require_pip() -> None:
         )
 
 
-# --- the cache ---------------------------------------------------------------------------------
-
-
-def default_cache(environment: Mapping[str, str]) -> Path:
-    base = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ef_horovod"
-
-
-def folder_name(key: Mapping[str, str]) -> str:
-    """A name that people can read, made unique by a hash over the whole key."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    readable = [f"horovod-{key['horovod']}", key["python"].split("-x86")[0]]
-    readable += [
-        f"{name.removeprefix('framework ')}-{version}"
-        for name, version in key.items()
-        if name.startswith("framework ")
-    ]
-    return re.sub(r"[^\w.+-]", "", "_".join([*readable, digest]))
-
-
-def recipe_hash() -> str:
-    """Changes whenever the recipe does, so that no wheel of an older recipe is taken."""
-    text = "\n".join([TOOLCHAIN, XLA_OLD, XLA_NEW, *TENSORFLOW_EXTRA_INCLUDES, *rpath(None)])
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def cached_wheel(folder: Path) -> Path | None:
-    return next(iter(sorted(folder.glob("*.whl"))), None)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time build one wheel; the others wait and then find it in the cache."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another process builds the same wheel, waiting for it", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def publish(wheel: Path, folder: Path, key: Mapping[str, str]) -> Path:
-    """Move a finished wheel into the cache: the folder appears complete or not at all."""
-    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-    shutil.copy2(wheel, fresh)
-    (fresh / "key.json").write_text(json.dumps(key, indent=2) + "\n")
-    if folder.exists():  # --rebuild
-        old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
-        folder.rename(old / "wheel")
-        fresh.rename(folder)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(folder)
-    folder.chmod(0o755)  # mkdtemp makes it private
-    return folder / wheel.name
-
-
 # --- the recipe --------------------------------------------------------------------------------
+
+
+def recipe_hash(toolkit: Toolkit, environment: Mapping[str, str]) -> str:
+    """Changes whenever the recipe does, so that no wheel of an older recipe is taken.
+
+    It is made from all that the build is given: files, pins, flags, variables. Only places are left
+    out that differ between two environments which one wheel serves.
+    """
+    if toolkit.mpi and toolkit.mpi.library_dir:  # its compiler moves together with the libraries
+        toolkit = replace(toolkit, mpi=replace(toolkit.mpi, compiler=Path("mpicxx")))
+    chosen = {name: value for name, value in environment.items() if BUILD_VARIABLE.match(name)}
+    variables = build_environment(Path("recipe"), toolkit, Path("python"), None, chosen)
+    for place in ("PATH", "MAKEFLAGS", "CPLUS_INCLUDE_PATH", "CMAKE_TOOLCHAIN_FILE"):
+        variables.pop(place)
+    own = Path(environment.get("CMAKE_TOOLCHAIN_FILE") or os.devnull)
+    parts = [
+        recipe_files(toolkit, environment),
+        TENSORFLOW_EXTRA_INCLUDES,
+        build_tools(environment),
+        BUILD_FLAGS,
+        HIDE_CUDA if toolkit.hides_cuda else "",
+        variables,
+        own.read_text(errors="replace") if own.exists() else "",
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def build_into(
@@ -211,13 +191,12 @@ def build_into(
     with tempfile.TemporaryDirectory(prefix="ef-horovod-") as name:
         work = Path(name)
         require_disk(work)
-        python = make_build_python(work / "python", toolkit, log, needs_cmake(env))
+        python = make_build_python(work / "python", toolkit, log, build_tools(env))
         write_recipe(work / "recipe", toolkit, env)
         build_env = build_environment(work / "recipe", toolkit, python, jobs, env)
-        wheel = [python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
-        source = ["--no-cache-dir", "--no-binary", "horovod", f"horovod=={HOROVOD}"]
+        wheel = [python, "-m", "pip", "wheel", *BUILD_FLAGS, f"horovod=={HOROVOD}"]
         run_logged(
-            [*wheel, *source, "--wheel-dir", work / "wheel"],
+            [*wheel, "--wheel-dir", work / "wheel"],
             label="building Horovod (4 to 10 minutes on 2 cores)",
             log=log,
             env=build_env,
@@ -252,7 +231,12 @@ def needs_cmake(environment: Mapping[str, str]) -> bool:
     return match is None or (int(match.group(1)), int(match.group(2))) < CMAKE_OLDEST
 
 
-def make_build_python(folder: Path, toolkit: Toolkit, log: Path, with_cmake: bool) -> Path:
+def build_tools(environment: Mapping[str, str]) -> list[str]:
+    """What the build environment gets from pip."""
+    return [*BUILD_TOOLS, *([CMAKE_PIN] if needs_cmake(environment) else [])]
+
+
+def make_build_python(folder: Path, toolkit: Toolkit, log: Path, tools: list[str]) -> Path:
     """A throw-away environment: build tools of its own, the user's packages behind them."""
     run_logged(
         [sys.executable, "-m", "venv", "--without-pip", folder], label="build environment", log=log
@@ -263,7 +247,6 @@ def make_build_python(folder: Path, toolkit: Toolkit, log: Path, with_cmake: boo
     (own / "packages_of_the_user.pth").write_text("\n".join(seen) + "\n")
     if toolkit.hides_cuda:
         (own / "sitecustomize.py").write_text(HIDE_CUDA)
-    tools = [*BUILD_TOOLS, *(["cmake<4"] if with_cmake else [])]
     run_logged(
         [python, "-m", "pip", "install", "--quiet", "--ignore-installed", *tools],
         label="build tools",
@@ -274,6 +257,13 @@ def make_build_python(folder: Path, toolkit: Toolkit, log: Path, with_cmake: boo
 
 def write_recipe(folder: Path, toolkit: Toolkit, environment: Mapping[str, str]) -> None:
     """Write the toolchain file and the forwarding header."""
+    for name, text in recipe_files(toolkit, environment).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def recipe_files(toolkit: Toolkit, environment: Mapping[str, str]) -> dict[str, str]:
+    """Names below the recipe's folder, and what is in these files."""
     lines = [TOOLCHAIN, f'set(CMAKE_INSTALL_RPATH "{";".join(rpath(toolkit))}")\n']
     if keeps_link_paths(toolkit, environment):
         lines.append("set(CMAKE_INSTALL_RPATH_USE_LINK_PATH ON)\n")
@@ -281,16 +271,14 @@ def write_recipe(folder: Path, toolkit: Toolkit, environment: Mapping[str, str])
         lines.append(f'set(MPI_CXX_COMPILER "{toolkit.mpi.compiler}" CACHE FILEPATH "")\n')
     if environment.get("CMAKE_TOOLCHAIN_FILE"):
         lines.append(f'include("{environment["CMAKE_TOOLCHAIN_FILE"]}")\n')
-    header = folder / "include" / XLA_OLD
-    header.parent.mkdir(parents=True)
-    header.write_text(f'#include "{XLA_NEW}"\n')
-    (folder / "toolchain.cmake").write_text("".join(lines))
+    header = f'#include "{XLA_NEW}"\n'
+    return {"toolchain.cmake": "".join(lines), f"include/{XLA_OLD}": header}
 
 
-def rpath(toolkit: Toolkit | None) -> list[str]:
+def rpath(toolkit: Toolkit) -> list[str]:
     """Where the extension looks for libraries, relative to its own folder horovod/torch."""
     places = ["$ORIGIN/../../torch/lib", "$ORIGIN/../../tensorflow"]
-    if toolkit and toolkit.mpi and toolkit.mpi.library_dir:
+    if toolkit.mpi and toolkit.mpi.library_dir:
         extension = Path(os.path.realpath(sysconfig.get_path("platlib"))) / "horovod" / "torch"
         libraries = os.path.realpath(toolkit.mpi.library_dir)
         places.insert(0, f"$ORIGIN/{os.path.relpath(libraries, extension)}")

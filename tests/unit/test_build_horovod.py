@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -80,6 +81,71 @@ def test_a_wheel_of_the_environment_serves_other_places_and_a_system_mpi_does_no
     assert folder(moved(WHEEL_MPI)) == folder()
     system = dataclasses.replace(BOTH, mpi=SYSTEM_MPI)
     assert folder(moved(SYSTEM_MPI)) != folder(system)
+
+
+@pytest.mark.parametrize(
+    ("constant", "other"),
+    [
+        ("TOOLCHAIN", build_horovod.TOOLCHAIN.replace("gnu++20", "gnu++23")),
+        ("XLA_OLD", "old.h"),
+        ("XLA_NEW", "new.h"),
+        ("TENSORFLOW_EXTRA_INCLUDES", ()),
+        ("BUILD_TOOLS", ("setuptools<80",)),
+        ("CMAKE_PIN", "cmake<5"),
+        ("BUILD_FLAGS", ("--no-deps",)),
+        ("HIDE_CUDA", "pass"),
+        ("rpath", lambda toolkit: ["$ORIGIN"]),
+        ("keeps_link_paths", lambda *_: True),
+        ("horovod_parts", lambda toolkit: {"GLOO": False}),
+    ],
+)
+def test_every_part_of_the_recipe_is_in_the_key(constant, other, monkeypatch):
+    monkeypatch.setattr(build_horovod, "needs_cmake", lambda environment: True)
+    hidden = dataclasses.replace(BOTH, hides_cuda=True)
+    before = build_horovod.recipe_hash(hidden, {})
+    assert build_horovod.recipe_hash(hidden, {}) == before
+    monkeypatch.setattr(build_horovod, constant, other)
+    assert build_horovod.recipe_hash(hidden, {}) != before
+
+
+def test_a_hidden_cuda_and_a_cmake_of_the_machine_have_a_wheel_of_their_own(monkeypatch):
+    monkeypatch.setattr(build_horovod, "needs_cmake", lambda environment: True)
+    before = build_horovod.recipe_hash(BOTH, {})
+    hidden = dataclasses.replace(BOTH, hides_cuda=True)
+    assert build_horovod.recipe_hash(hidden, {}) != before
+    monkeypatch.setattr(build_horovod, "needs_cmake", lambda environment: False)
+    assert build_horovod.recipe_hash(BOTH, {}) != before
+
+
+def test_libraries_that_lie_elsewhere_have_a_wheel_of_their_own_and_a_moved_environment_has_not():
+    def moved(**places: Path) -> Toolkit:
+        return dataclasses.replace(BOTH, mpi=dataclasses.replace(WHEEL_MPI, **places))
+
+    before = build_horovod.recipe_hash(BOTH, {})
+    assert build_horovod.recipe_hash(moved(compiler=Path("/else/mpicxx")), {}) == before
+    assert build_horovod.recipe_hash(moved(library_dir=Path("/else/lib64/mpi")), {}) != before
+
+
+def test_what_the_users_toolchain_file_says_is_in_the_key(tmp_path):
+    own = tmp_path / "own.cmake"
+    hashes = set()
+    for text in ("", "set(A 1)", "set(A 2)"):
+        own.write_text(text)
+        hashes.add(build_horovod.recipe_hash(BOTH, {"CMAKE_TOOLCHAIN_FILE": str(own)}))
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("CPLUS_INCLUDE_PATH", "CPATH", "LIBRARY_PATH", "CMAKE_PREFIX_PATH", "CMAKE_BUILD_TYPE"),
+        *("CMAKE_POLICY_VERSION_MINIMUM", "CUDA_HOME", "CUDACXX", "HOROVOD_CUDA_INCLUDE"),
+        *("HOROVOD_CUDA_LIB", "HOROVOD_MPICXX_SHOW", "OMPI_CXX", "NVCC_APPEND_FLAGS"),
+    ],
+)
+def test_variables_that_a_compiler_reads_are_in_the_key(name):
+    assert folder(**{name: "/a"}) != folder(**{name: "/b"})
+    assert folder(OMPI_MCA_plm="isolated", HOROVOD_MPI_THREADS_DISABLE="1") == folder()
 
 
 @given(st.dictionaries(st.sampled_from(["horovod", "python", "a", "b"]), st.text(max_size=20)))
@@ -336,6 +402,24 @@ def test_publishing_replaces_the_whole_folder(tmp_path):
     assert sorted(file.name for file in place.iterdir()) == ["horovod-two.whl", "key.json"]
     assert json.loads((place / "key.json").read_text()) == {"python": "two"}
     assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_cache_that_cannot_be_written_is_said_before_the_work(place, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(build_horovod, "find_toolkit", lambda *_: pytest.fail("has begun"))
+    options = build_horovod.Options(cache=tmp_path / place)
+    with pytest.raises(BuildError, match="where nothing can be written .*--cache"):
+        build_horovod.build_horovod(options)
+
+
+def test_a_cache_on_a_read_only_disk_is_said(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(build_horovod.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(BuildError, match=r"written \(Read-only file system\), expected"):
+        build_horovod.require_cache(tmp_path)
 
 
 def test_a_second_process_waits_for_the_lock(tmp_path):
