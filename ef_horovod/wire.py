@@ -7,6 +7,8 @@ read from a payload is trusted: lengths, counts and bounds are checked before me
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ VERSION = 1
 SKIP = 1  # flag: the sender's gradient was not finite; all ranks drop this step
 ABSENT = 2  # flag: the sender says nothing in this step; the body is empty
 REPLACE = 4  # flag: what is said takes the place of what was said before; see EF21Plus
+_FLAGS = SKIP | ABSENT | REPLACE
 MAX_ELEMENTS = 2**31 - 1  # collectives count with C ints; larger models travel in several buckets
 MAX_NBYTES = 2**31 - 1  # of a payload, for the same reason
 
@@ -62,6 +65,11 @@ def read_header(data: np.ndarray) -> Header:
         raise PayloadError(
             f"payload starts with magic {magic:#04x} and version {version}, expected {MAGIC:#04x} "
             f"and {VERSION}; install the same ef_horovod on all ranks"
+        )
+    if flags & ~_FLAGS:
+        raise PayloadError(
+            f"payload has flags {flags:#04x}, expected at most {_FLAGS:#04x}; it was damaged on "
+            "the way"
         )
     if body_nbytes > data.size - HEADER_NBYTES or num_elements > MAX_ELEMENTS:
         raise PayloadError(
@@ -120,10 +128,18 @@ class Fields:
     Args:
         body: uint8[m].
         what: name of the compressor, for messages.
+        require_values: raises unless bytes can be those of k values, which stand at the end of
+            the body: `require_body` of what codes them.
     """
 
-    def __init__(self, body: np.ndarray, what: str) -> None:
+    def __init__(
+        self,
+        body: np.ndarray,
+        what: str,
+        require_values: Callable[[np.ndarray, int], None] = lambda _, k: None,
+    ) -> None:
         self._body, self._what, self._position = body, what, 0
+        self._require_values = require_values
 
     def array(self, dtype: str, count: int) -> np.ndarray:
         """The next `count` items of a little-endian dtype, as a read-only view where aligned."""
@@ -142,6 +158,22 @@ class Fields:
     def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
         """The next fields of a struct."""
         return layout.unpack(self.array("u1", layout.size).tobytes())
+
+    def require_values(self, count: int) -> None:
+        """Raise unless what is left can hold so many values: ask before making room for them."""
+        self._require_values(self._body[self._position :], count)
+
+    def most_values(self, limit: int) -> int:
+        """How many values what is left can hold, up to a limit."""
+
+        def too_many(count: int) -> bool:
+            try:
+                self.require_values(count)
+            except PayloadError:
+                return True
+            return False
+
+        return max(bisect_left(range(limit + 1), True, key=too_many) - 1, 0)
 
     def rest(self) -> np.ndarray:
         """uint8: all that was not read yet."""

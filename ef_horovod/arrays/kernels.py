@@ -163,6 +163,34 @@ def exponent_histogram(bits, counts):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def digit_histogram(bits, upper, shift, counts):  # type: ignore[no-untyped-def]
+    """Counts of the magnitudes in uint32[n] float bits that begin with some bits, by the next ones.
+
+    Args:
+        upper: the bits that they begin with.
+        shift: of the next bits; counts is an int64[2**width] for so many of them.
+    """
+    mask = np.uint32(counts.size - 1)
+    down = np.uint32(shift)
+    for i in range(bits.size):
+        magnitude = (bits[i] & np.uint32(0x7FFFFFFF)) >> down
+        counts[magnitude & mask] += magnitude // np.uint32(counts.size) == upper
+
+
+@njit(cache=True, nogil=True)
+def collect_largest(bits, threshold, ties, indices):  # type: ignore[no-untyped-def]
+    """Ascending indices of magnitudes > threshold and the first `ties` equal to it: int64[k]."""
+    count = 0
+    for i in range(bits.size):
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+        tied = magnitude == threshold and ties > 0
+        if tied or magnitude > threshold:
+            indices[count] = i
+            count += 1
+            ties -= tied
+
+
+@njit(cache=True, nogil=True)
 def keep_largest(  # type: ignore[no-untyped-def]
     magnitudes, threshold, ties, indices, values, kept_indices, kept_values
 ):
@@ -291,7 +319,7 @@ def bernoulli_indices(seed, tails, guide, bound, out):  # type: ignore[no-untype
         out: int64[m].
 
     Returns:
-        How many there are; more than out.size means that out was too small.
+        How many there are; more than out.size, without looking further, if out is too small.
     """
     count, index, state = 0, np.int64(-1), np.uint64(seed)
     while True:
@@ -308,6 +336,7 @@ def bernoulli_indices(seed, tails, guide, bound, out):  # type: ignore[no-untype
         index += 1
         if index >= bound:
             return count
-        if count < out.size:
-            out[count] = index
+        if count == out.size:
+            return count + 1
+        out[count] = index
         count += 1

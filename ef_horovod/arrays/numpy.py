@@ -20,6 +20,7 @@ _SAMPLES = 1 << 15  # at most, and not more than
 _SAMPLED = 127  # one in so many entries; a prime, for the rows of matrices are not
 _LEAST = np.float32(1e-45)  # the smallest above zero
 _BIN_SHIFT = 19  # exponent_histogram's bins: exponent and four mantissa bits
+_DIGITS = ((19, 12), (7, 12), (0, 7))  # shift and width: the bits of a magnitude in three parts
 
 
 class Like(NamedTuple):
@@ -221,7 +222,26 @@ def _candidates_by_histogram(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
     if not np.isfinite(threshold):  # k or more entries are not finite: no order to find
         threshold = np.float32(np.inf)
     most = x.size if threshold == np.inf else int(reaching[lowest])
+    if most > 2 * k + 4 * _SAMPLES:  # many are almost equal, and would take five vectors of memory
+        return _exactly(x, k, counts)
     return _reaching(x, float(threshold), most)[1:]
+
+
+def _exactly(x: np.ndarray, k: int, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`top_k` with no memory beside the results, from the counts of `exponent_histogram`."""
+    bits = x.view(np.uint32)
+    threshold, above = 0, 0  # the upper bits of the k-th largest; entries above all with these
+    for shift, width in _DIGITS:
+        if shift < _BIN_SHIFT:
+            counts = np.zeros(1 << width, np.int64)
+            _kernels().digit_histogram(bits, np.uint32(threshold), shift, counts)
+        reaching = above + np.cumsum(counts[::-1])[::-1]
+        digit = int(np.flatnonzero(reaching >= k)[-1])
+        above = int(reaching[digit] - counts[digit])
+        threshold = threshold << width | digit
+    indices = np.empty(k, np.int64)
+    _kernels().collect_largest(bits, np.uint32(threshold), k - above, indices)
+    return indices, x[indices]
 
 
 def at_least(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:

@@ -151,13 +151,29 @@ def top_k(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     # As integers, magnitudes sort like floats with infinity and NaN on top, as on the host.
     order = x.view(torch.int32) & 0x7FFFFFFF
     threshold = torch.topk(order, k, sorted=False).values.min()
-    indices = torch.nonzero(order >= threshold).view(-1)
+    reaching = order >= threshold
+    if int(reaching.sum()) > k + _WORK:  # places of so many ties would take vectors of memory
+        reaching = _without_last_ties(order, threshold, k)
+    indices = torch.nonzero(reaching).view(-1)
     spare = indices.numel() - k
     if spare:  # of the entries as large as the threshold, the last ones are too many
         chosen = torch.ones_like(indices, dtype=torch.bool)
         chosen[torch.nonzero(order[indices] == threshold).view(-1)[-spare:]] = False
         indices = indices[chosen]
     return to_host(indices), to_host(x[indices])
+
+
+def _without_last_ties(order: torch.Tensor, threshold: torch.Tensor, k: int) -> torch.Tensor:
+    """bool[n]: what is above the threshold, and the first ones equal to it: k in all."""
+    kept = order > threshold
+    missing = k - int(kept.sum())
+    for start in range(0, order.numel(), _WORK):
+        tied = torch.nonzero(order[start : start + _WORK] == threshold).view(-1)[:missing]
+        kept[start + tied] = True
+        missing -= tied.numel()
+        if not missing:
+            break
+    return kept
 
 
 @_kernel

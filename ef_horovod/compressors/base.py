@@ -35,9 +35,11 @@ class Compressor(Shown):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "accumulate" in cls.__dict__ and "mean" not in cls.__dict__:
-            # An inherited one would not read what this class writes.
-            cls.mean = Compressor.mean  # type: ignore[method-assign]
+        if "accumulate" in cls.__dict__:
+            # Inherited ones would not read what this class writes.
+            for name in ("mean", "least_nbytes", "require_body"):
+                if name not in cls.__dict__:
+                    setattr(cls, name, vars(Compressor)[name])
 
     @property
     def sized(self) -> bool:
@@ -100,6 +102,28 @@ class Compressor(Shown):
             NonFiniteError: through `require_finite`; x may be in any state then.
         """
         raise NotImplementedError
+
+    @classmethod
+    def least_nbytes(cls, d: int) -> int:
+        """The fewest bytes that a body for d elements has, whatever the options are.
+
+        Receivers ask before they make room for d numbers. It must not fall as d grows; 0 is always
+        right, but then a damaged length is only noticed when the memory is there.
+        """
+        return 0
+
+    @classmethod
+    def require_body(cls, body: np.ndarray, d: int) -> None:
+        """Raise unless a body can be one for d elements; takes no memory for d numbers.
+
+        Raises:
+            PayloadError: it cannot.
+        """
+        if body.size < cls.least_nbytes(d):
+            raise PayloadError(
+                f"{cls.__name__} payload has {body.size} bytes for {d} elements, expected at least "
+                f"{cls.least_nbytes(d)}; it was cut off or damaged on the way"
+            )
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
@@ -235,12 +259,21 @@ class Payload:
         self.kind = kind
 
     @classmethod
-    def from_bytes(cls, data: bytes | bytearray | memoryview | np.ndarray) -> Payload:
+    def from_bytes(
+        cls,
+        data: bytes | bytearray | memoryview | np.ndarray,
+        num_elements: int | None = None,
+    ) -> Payload:
         """Read a payload that came over a wire; it decompresses to a flat NumPy float32 array.
 
+        Args:
+            data: the bytes.
+            num_elements: length of the vector, where it is known. Without it a sparse payload of a
+                few bytes may say that it is of 2**31 - 1 numbers, and be right.
+
         Raises:
-            PayloadError: the bytes are not a payload. Damage inside the body shows, as the same
-                error, when the payload is decompressed.
+            PayloadError: the bytes are not a payload, or one of another length. Damage inside the
+                body shows, as the same error, when the payload is decompressed.
 
         Example:
             >>> import ef_horovod as ef, numpy
@@ -248,7 +281,13 @@ class Payload:
             >>> ef.Payload.from_bytes(sent).decompress()
             array([ 2., -2.], dtype=float32)
         """
-        return cls(np.frombuffer(data, np.uint8))
+        payload = cls(np.frombuffer(data, np.uint8))
+        if num_elements is not None and payload.num_elements != num_elements:
+            raise PayloadError(
+                f"got {payload}, expected {num_elements} elements; it is of another vector, or was "
+                "damaged on the way"
+            )
+        return payload
 
     @classmethod
     def from_start(cls, data: np.ndarray) -> Payload:
@@ -306,17 +345,33 @@ class Payload:
         return f"<{self.kind.__name__} payload: {self.num_elements} elements, {self.nbytes} bytes>"
 
     def decompress(self) -> Array:
-        """C(x): same framework, shape, dtype and device as the x that was compressed here."""
+        """C(x): same framework, shape, dtype and device as the x that was compressed here.
+
+        Raises:
+            PayloadError: the body is malformed, cannot be one for as many numbers as the header
+                says, or there is no memory for so many; or the payload asks to drop the step.
+        """
         like = self._like
         if like is None:
-            import ef_horovod.arrays.numpy as xp
-
-            flat = xp.zeros(self.num_elements)
+            flat = self._room()
             self.add_to(flat)
             return flat
         flat = like.xp.zeros(self.num_elements, like.device)
         self.add_to(flat)
         return like.xp.restore(flat, like)
+
+    def _room(self) -> np.ndarray:
+        """float32[d] of zeros, where the body can be one for d elements."""
+        self._require_numbers()
+        if not self.is_absent:
+            self.kind.require_body(self._body, self.num_elements)
+        try:
+            return np.zeros(self.num_elements, np.float32)
+        except MemoryError:
+            raise PayloadError(
+                f"got {self}, expected at most as many elements as there is memory for; give "
+                "Payload.from_bytes the length that is expected, or look for damage on the way"
+            ) from None
 
     def add_to(self, dense: Array, weight: float = 1.0) -> None:
         """dense += weight * C(x), without building C(x) where it is sparse.
@@ -343,6 +398,9 @@ class Payload:
                 f"expected float32[{self.num_elements}]; flatten or convert it first"
             )
         require_writable(dense)
+        self._require_numbers()
+
+    def _require_numbers(self) -> None:
         if self.is_skip:
             raise PayloadError(
                 "got a payload that asks to drop the step, expected one with numbers; check "

@@ -70,6 +70,10 @@ class Cast(Compressor):
         return np.array([head], "<i4"), codes.astype("<u2", copy=False)
 
     @classmethod
+    def least_nbytes(cls, d: int) -> int:
+        return 4 + 2 * d
+
+    @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         fields = Fields(body, cls.__name__)
         (head,) = fields.array("<i4", 1)

@@ -68,6 +68,10 @@ class Clip(Compressor):
         return shift, np.array([self.bits], "<u4"), codes
 
     @classmethod
+    def least_nbytes(cls, d: int) -> int:
+        return _LAYOUT.size + bits_nbytes(d, 9)
+
+    @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         fields = Fields(body, cls.__name__)
         shift, bits = fields.unpack(_LAYOUT)

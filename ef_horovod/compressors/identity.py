@@ -57,6 +57,10 @@ class Identity(Compressor):
         return (values,)
 
     @classmethod
+    def least_nbytes(cls, d: int) -> int:
+        return 4 * d
+
+    @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         xp = namespace(dense)
         fields = Fields(body, cls.__name__)

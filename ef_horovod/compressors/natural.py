@@ -66,6 +66,10 @@ class Natural(Compressor):
         return shorten(x, _WIDTH, key.draw(shared=False), self, residual=residual)
 
     @classmethod
+    def least_nbytes(cls, d: int) -> int:
+        return _LAYOUT.size + bits_nbytes(d, _WIDTH)
+
+    @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         fields = Fields(body, cls.__name__)
         (shift,) = fields.unpack(_LAYOUT)

@@ -103,6 +103,10 @@ class OneBit(Compressor):
         return np.array([scale], "<f4"), bits
 
     @classmethod
+    def least_nbytes(cls, d: int) -> int:
+        return 4 + (d + 7) // 8  # a scale and signs
+
+    @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         scale, bits = cls._read(body, dense.shape[0])
         namespace(dense).add_signs(dense, bits, scale * weight)
@@ -179,6 +183,10 @@ class OneBitBlocks(OneBit):
         if self.scale == "l1":
             return ((high - low) / lengths)[None]
         return np.stack([high / np.maximum(count, 1), -low / np.maximum(lengths - count, 1)])
+
+    @classmethod
+    def least_nbytes(cls, d: int) -> int:
+        return _LAYOUT.size + (d + 7) // 8  # with the signs alone
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:

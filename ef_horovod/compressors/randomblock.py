@@ -102,6 +102,7 @@ class RandomBlock(RandomSparsifier):
                 f"RandomBlock payload has {k} values in runs of {block}, expected at most {d} in "
                 f"runs of 1 to {2**31 - 1}; it was damaged on the way"
             )
+        fields.require_values(k)
         return Runs(_runs(seed, k, block, d), k)
 
 

@@ -86,6 +86,7 @@ class RandomK(RandomSparsifier):
                 f"RandomK payload has {k} values and a reserved word of {reserved}, expected at "
                 f"most {d} and 0; it was damaged on the way"
             )
+        fields.require_values(k)
         return Entries(_draw_indices(seed, k, d))
 
 

@@ -97,7 +97,8 @@ class RandomSparsify(RandomSparsifier):
         xp = namespace(x)
         require_finite(xp.abs_max(x), self)
         seed = key.draw(shared=self.shared)
-        indices = _draw_indices(seed, self.p, x.shape[0])
+        indices = _draw_indices(seed, self.p, x.shape[0], x.shape[0])
+        assert indices is not None, "no more than all entries are kept"
         head = np.frombuffer(_LAYOUT.pack(seed, self.p), np.uint8)
         return Chosen((head,), Entries(indices), xp.take(x, indices))
 
@@ -109,21 +110,31 @@ class RandomSparsify(RandomSparsifier):
                 f"RandomSparsify payload has p={p}, expected a probability in (0, 1]; "
                 "it was damaged on the way"
             )
-        return Entries(_draw_indices(seed, p, d))
+        most = fields.most_values(d)
+        indices = _draw_indices(seed, p, d, most)
+        if indices is None:
+            raise PayloadError(
+                f"RandomSparsify payload keeps more than {most} of {d} entries, expected values "
+                "for all of them; it was cut off or damaged on the way"
+            )
+        return Entries(indices)
 
 
-def _draw_indices(seed: int, p: float, d: int) -> np.ndarray:
-    """int64[k]: the ascending indices below d that are kept."""
+def _draw_indices(seed: int, p: float, d: int, most: int) -> np.ndarray | None:
+    """int64[k]: the ascending indices below d that are kept; None if they are more than `most`."""
     from ef_horovod.arrays import kernels
 
     tails, guide = _gaps(p)
     # Six standard deviations above the mean: too small once in 10**9 draws.
-    indices = np.empty(min(d, int(p * d + 6 * math.sqrt(p * (1 - p) * d)) + 16), np.int64)
-    count = kernels.bernoulli_indices(np.uint64(seed), tails, guide, d, indices)
-    if count > indices.size:
-        indices = np.empty(count, np.int64)
-        kernels.bernoulli_indices(np.uint64(seed), tails, guide, d, indices)
-    return indices[:count]
+    room = int(p * d + 6 * math.sqrt(p * (1 - p) * d)) + 16
+    while True:
+        indices = np.empty(min(room, most), np.int64)
+        count = kernels.bernoulli_indices(np.uint64(seed), tails, guide, d, indices)
+        if count <= indices.size:
+            return indices[:count]
+        if indices.size == most:
+            return None
+        room *= 2
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.arrays.grid import Grid, blocks
+from ef_horovod.arrays.grid import Grid, bits_nbytes, blocks
 from ef_horovod.arrays.numpy_quantize import largest_code
 from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
@@ -111,6 +111,10 @@ class RoundsToLevels(Compressor):
         codes = namespace(x).quantize(x, scales, block, grid, seed, subtract=residual)
         head = np.frombuffer(_LEVELS.pack(self.levels, self.bucket or 0), np.uint8)
         return head, scales, codes
+
+    @classmethod
+    def least_nbytes(cls, d: int) -> int:
+        return _LEVELS.size + bits_nbytes(d, 2)  # a sign and one level
 
     @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:

@@ -108,7 +108,18 @@ class Scaled(Compressor):
         return np.frombuffer(_LAYOUT.pack(scale, self.compressor.wire_id, 0, 0), np.uint8), *parts
 
     @classmethod
+    def require_body(cls, body: np.ndarray, d: int) -> None:
+        kind, _, coded = cls._read(body)
+        kind.require_body(coded, d)
+
+    @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
+        kind, scale, coded = cls._read(body)
+        kind.accumulate(coded, dense, weight * scale)
+
+    @classmethod
+    def _read(cls, body: np.ndarray) -> tuple[type[Compressor], float, np.ndarray]:
+        """The compressor's class, the scale, and its body."""
         fields = Fields(body, cls.__name__)
         scale, number, *reserved = fields.unpack(_LAYOUT)
         kind = registry.compressor_of(number)
@@ -118,7 +129,7 @@ class Scaled(Compressor):
                 f"{reserved}, expected a scale in (0, 1], an unbiased compressor and zeros; import "
                 "the module that defines it on all ranks, or look for damage on the way"
             )
-        kind.accumulate(fields.rest(), dense, weight * scale)
+        return kind, scale, fields.rest()
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:

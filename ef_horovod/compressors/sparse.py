@@ -93,6 +93,8 @@ class Sparsifier(Compressor):
     def read(cls, fields: Fields, d: int) -> Places:
         """The places at the start of a body, all below d.
 
+        Call `fields.require_values(k)` before making k places: nothing else about k can be trusted.
+
         Raises:
             PayloadError: there are none.
         """
@@ -123,6 +125,10 @@ class Sparsifier(Compressor):
         return *head, sent.astype("<f4", copy=False)
 
     @classmethod
+    def require_body(cls, body: np.ndarray, d: int) -> None:
+        cls._read_all(body, d)
+
+    @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         places, values = cls._read_all(body, dense.shape[0])
         places.add(dense, values, weight)
@@ -139,7 +145,7 @@ class Sparsifier(Compressor):
 
     @classmethod
     def _read_all(cls, body: np.ndarray, d: int) -> tuple[Places, np.ndarray]:
-        fields = Fields(body, cls.__name__)
+        fields = Fields(body, cls.__name__, _require_plain)
         places = cls.read(fields, d)
         values = fields.array("<f4", places.size)
         fields.end()
@@ -186,6 +192,15 @@ class RandomSparsifier(Sparsifier):
         return d / max(self.count(d), 1) if self.unbiased else 1.0
 
 
+def _require_plain(rest: np.ndarray, count: int) -> None:
+    """Raise unless so many float32 values fit into the rest of a body."""
+    if 4 * count > rest.size:
+        raise PayloadError(
+            f"payload has {rest.size} bytes left for {count} values, expected {4 * count}; it was "
+            "cut off or damaged on the way"
+        )
+
+
 def coded_nbytes(k: int, d: int) -> int:
     """Exact size of `coded` places."""
     return _COUNT.size + indices_nbytes(k, d)
@@ -207,4 +222,6 @@ def read_coded(fields: Fields, d: int, what: str) -> Entries:
         raise PayloadError(
             f"{what} payload has {k} entries, expected at most {d}; it was damaged on the way"
         )
-    return Entries(decode_indices(fields.array("u1", indices_nbytes(k, d)), k, d))
+    code = fields.array("u1", indices_nbytes(k, d))
+    fields.require_values(k)
+    return Entries(decode_indices(code, k, d))

@@ -117,6 +117,10 @@ class TernGrad(Compressor):
         return np.minimum(largest, self.clip * deviations)  # NaN wins
 
     @classmethod
+    def least_nbytes(cls, d: int) -> int:
+        return _LAYOUT.size + _GRID.nbytes(d)
+
+    @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         fields = Fields(body, cls.__name__)
         (bucket,) = fields.unpack(_LAYOUT)

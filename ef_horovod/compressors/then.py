@@ -13,7 +13,7 @@ from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.hardthreshold import HardThreshold
 from ef_horovod.compressors.natural import Natural
 from ef_horovod.compressors.qsgd import QSGD
-from ef_horovod.compressors.sparse import HEAD_NBYTES, Sparsifier
+from ef_horovod.compressors.sparse import HEAD_NBYTES, Places, Sparsifier
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import PayloadError, UnsupportedError
 from ef_horovod.keys import Key
@@ -142,9 +142,18 @@ class Then(Compressor):
         return np.frombuffer(kinds, np.uint8), *places_parts, *parts
 
     @classmethod
+    def require_body(cls, body: np.ndarray, d: int) -> None:
+        cls._read(body, d)
+
+    @classmethod
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
-        fields = Fields(body, cls.__name__)
-        first, second, reserved = fields.unpack(_LAYOUT)
+        places, values = cls._read(body, dense.shape[0])
+        places.add(dense, values, weight)
+
+    @classmethod
+    def _read(cls, body: np.ndarray, d: int) -> tuple[Places, np.ndarray]:
+        kinds = Fields(body, cls.__name__)
+        first, second, reserved = kinds.unpack(_LAYOUT)
         sparsifier, kind = registry.compressor_of(first), registry.compressor_of(second)
         good = sparsifier is not None and issubclass(sparsifier, Sparsifier)
         if not good or kind is None or issubclass(kind, (Sparsifier, Then)) or reserved:
@@ -153,10 +162,13 @@ class Then(Compressor):
                 f"{reserved}, expected a sparsifier, a compressor of its values and 0; import the "
                 "modules that define them on all ranks, or look for damage on the way"
             )
-        places = sparsifier.read(fields, dense.shape[0])  # type: ignore[union-attr]
+        fields = Fields(kinds.rest(), cls.__name__, kind.require_body)
+        places = sparsifier.read(fields, d)  # type: ignore[union-attr]
+        coded = fields.rest()
+        kind.require_body(coded, places.size)
         values = np.zeros(places.size, np.float32)
-        kind.accumulate(fields.rest(), values, 1.0)
-        places.add(dense, values, weight)
+        kind.accumulate(coded, values, 1.0)
+        return places, values
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:

@@ -153,7 +153,7 @@ def test_short_header_and_spare_bytes_are_refused():
         (14, struct.pack("<Qd", 1, 0.0), "p=0.0, expected a probability"),
         (14, struct.pack("<Qd", 1, -0.5), "p=-0.5, expected a probability"),
         (14, struct.pack("<Qd", 1, math.nan), "p=nan, expected a probability"),
-        (14, struct.pack("<Qd", 1, 1.0) + bytes(8), "expected 12 more at byte 16"),
+        (14, struct.pack("<Qd", 1, 1.0) + bytes(8), "keeps more than 2 of 3 entries"),
         (14, struct.pack("<Qd", 1, 1.0) + bytes(16), "has 32 bytes, expected 28"),
         (15, struct.pack("<BBH", 9, 3, 0), "kinds 9 and 3 with a reserved word of 0, expected a"),
         (15, struct.pack("<BBH", 3, 3, 0) + bytes(4), "of kinds 3 and 3"),
