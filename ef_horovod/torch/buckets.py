@@ -103,7 +103,23 @@ class Taken(NamedTuple):
         return self.gradient is gradient and (gradient is None or gradient._version == self.version)
 
 
-def changed_gradient(buckets: Iterable[Bucket]) -> str:
+def require_untouched(buckets: Iterable[Bucket]) -> None:
+    """Raise if a gradient was changed after it had been taken: the change would be lost.
+
+    Raises:
+        RuntimeError: names the parameter.
+    """
+    name = _changed_gradient(buckets)
+    if name:
+        raise RuntimeError(
+            f"the gradient of '{name}' was changed between backward() and step(), "
+            "expected it as backward() left it: it was on its way to other ranks; call "
+            "synchronize(), then change it (clip, scaler.unscale_), then step() inside "
+            "skip_synchronize(), or discard() to leave the step out"
+        )
+
+
+def _changed_gradient(buckets: Iterable[Bucket]) -> str:
     """Name of a parameter whose gradient was replaced or changed after it was taken, or "".
 
     Changes that do not raise a tensor's version, such as those of `p.grad.data` or of a GradScaler,

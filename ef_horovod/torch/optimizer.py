@@ -18,7 +18,6 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.policy import (
     DensePolicy,
-    refuse_elastic,
     refuse_process_set,
     require_method,
     small_or_vector,
@@ -31,7 +30,7 @@ from ef_horovod.torch.loss_scale import (
     take_call,
     unscale_averages,
 )
-from ef_horovod.torch.options import Options
+from ef_horovod.torch.options import Options, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Reducer
 from ef_horovod.transports.base import Transport
@@ -117,7 +116,7 @@ def DistributedOptimizer(
         optimizer = ef.DistributedOptimizer(optimizer, model.named_parameters(),
                                             compression=ef.ErrorFeedback(ef.OneBit()))
     """
-    _refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
+    refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
     if backward_passes_per_step < 1:
         raise ValueError(
             f"got backward_passes_per_step={backward_passes_per_step}, expected at least 1"
@@ -394,40 +393,3 @@ def _settings_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
         for name, value in group.items()
         if name != "params"
     }
-
-
-def _refuse_unsupported(
-    optimizer: Any, op: Any, gradient_predivide_factor: float, num_groups: int, groups: Any
-) -> None:
-    if op not in (hvd.Average, hvd.Sum):
-        raise UnsupportedError(
-            f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense vectors; "
-            "use hvd.DistributedOptimizer without compression for it"
-        )
-    if gradient_predivide_factor != 1.0:
-        raise UnsupportedError(
-            f"got gradient_predivide_factor={gradient_predivide_factor}, expected 1.0, for sums "
-            "are float32 here and do not overflow; leave it out"
-        )
-    if num_groups or groups is not None:
-        raise UnsupportedError(
-            f"got groups={groups or num_groups!r}, expected none, for buckets take their place; "
-            "leave it out and set bucket_bytes"
-        )
-    refuse_elastic()
-    if not hasattr(optimizer, "param_groups"):
-        raise UnsupportedError(
-            f"got {type(optimizer).__name__} as optimizer, expected a torch optimizer; write for "
-            "example ef.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), "
-            "model.named_parameters(), compression=method)"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedError(
-            "got LBFGS, expected an optimizer that needs one gradient a step; use SGD or Adam"
-        )
-    if hasattr(optimizer, "_allreduce_grad_async") or hasattr(optimizer, "_reducer"):
-        raise UnsupportedError(
-            "got an optimizer that is wrapped already, expected a plain torch optimizer; "
-            "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer, or call its "
-            "unwrap() before"
-        )

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import horovod.torch as hvd
+import torch
+
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.policy import DensePolicy
+from ef_horovod.policy import DensePolicy, refuse_elastic
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,45 @@ class Options:
     sparse_as_dense: bool
     overlap: bool
     check_sync: bool
+
+
+def refuse_unsupported(
+    optimizer: Any, op: Any, gradient_predivide_factor: float, num_groups: int, groups: Any
+) -> None:
+    """Raise for what cannot work with compression.
+
+    Raises:
+        UnsupportedError: always there, with the way out.
+    """
+    if op not in (hvd.Average, hvd.Sum):
+        raise UnsupportedError(
+            f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense vectors; "
+            "use hvd.DistributedOptimizer without compression for it"
+        )
+    if gradient_predivide_factor != 1.0:
+        raise UnsupportedError(
+            f"got gradient_predivide_factor={gradient_predivide_factor}, expected 1.0, for sums "
+            "are float32 here and do not overflow; leave it out"
+        )
+    if num_groups or groups is not None:
+        raise UnsupportedError(
+            f"got groups={groups or num_groups!r}, expected none, for buckets take their place; "
+            "leave it out and set bucket_bytes"
+        )
+    refuse_elastic()
+    if not hasattr(optimizer, "param_groups"):
+        raise UnsupportedError(
+            f"got {type(optimizer).__name__} as optimizer, expected a torch optimizer; write for "
+            "example ef.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), "
+            "model.named_parameters(), compression=method)"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "got LBFGS, expected an optimizer that needs one gradient a step; use SGD or Adam"
+        )
+    if hasattr(optimizer, "_allreduce_grad_async") or hasattr(optimizer, "_reducer"):
+        raise UnsupportedError(
+            "got an optimizer that is wrapped already, expected a plain torch optimizer; "
+            "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer, or call its "
+            "unwrap() before"
+        )

@@ -18,10 +18,10 @@ from ef_horovod.channel import ChannelStats, finish_rounds, finish_step, total_s
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
 from ef_horovod.memories import load_memories, load_state, save_memories, save_state
-from ef_horovod.torch.buckets import Bucket, Taken, changed_gradient
+from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
 from ef_horovod.torch.hooks import GradientHooks
 from ef_horovod.torch.options import Options
-from ef_horovod.torch.rows import RowsBucket, agree, changed, kind_of, make_buckets
+from ef_horovod.torch.rows import RowsBucket, agree, make_buckets, no_rows
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.transports.base import Transport
 from ef_horovod.undo import vectors_of
@@ -143,7 +143,7 @@ class Reducer:
         self._agree_on_rows()
         self._start_rest()
         if not unscaled:
-            self._require_untouched()
+            require_untouched(self.buckets)
         channels = [bucket.channel for bucket in self.buckets]
         directions = finish_step(channels, undoable=undoable)
         self._release()
@@ -215,7 +215,7 @@ class Reducer:
         self._require_unchanged()
         self._in_sync.check(again=False)  # later on workers are in different rounds
         self._start_rest()
-        self._require_untouched()
+        require_untouched(self.buckets)
         found = finish_rounds([bucket.channel for bucket in self.buckets], self.transport)
         self._release()
         for directions in found:
@@ -272,8 +272,8 @@ class Reducer:
             load_memories(self.buckets, {n: m for n, m in memories.items() if n not in rows})
             for parameter, state in taken.items():
                 bucket, slot = self._place[parameter]
-                bucket.fill(slot, self._loss_scale)
-                bucket.filled[parameter] = state  # with which `release` compares
+                self._take(bucket, slot)
+                bucket.filled[parameter] = state  # with which `require_untouched` compares
 
     def _make_buckets(self, rows: dict[str, int]) -> list[Bucket]:
         return make_buckets(self._trainable, rows, self.options, self.transport)
@@ -339,17 +339,6 @@ class Reducer:
                 self._fill_rest(bucket)
                 bucket.start(self.step)
 
-    def _require_untouched(self) -> None:
-        """Raise if a gradient was changed after it had been taken: the change would be lost."""
-        changed = changed_gradient(self.buckets)
-        if changed:
-            raise RuntimeError(
-                f"the gradient of '{changed}' was changed between backward() and step(), "
-                "expected it as backward() left it: it was on its way to other ranks; call "
-                "synchronize(), then change it (clip, scaler.unscale_), then step() inside "
-                "skip_synchronize(), or discard() to leave the step out"
-            )
-
     def _release(self) -> None:
         for bucket in self.buckets:
             bucket.release()
@@ -358,9 +347,9 @@ class Reducer:
     def _deliver(
         self, directions: Sequence[torch.Tensor | None], *, unscaled: bool = False
     ) -> None:
-        factor = (1.0 if unscaled else self._loss_scale) * (
-            1 if self.options.average else self.transport.size
-        )
+        factor = 1.0 if unscaled else self._loss_scale
+        if not self.options.average:
+            factor *= self.transport.size
         for bucket, direction in zip(self.buckets, directions, strict=True):
             bucket.deliver(direction, factor)
         for parameter in self._sparse:
@@ -386,17 +375,9 @@ class Reducer:
             self._sparse.add(slot.parameter)
             bucket.fill(slot, self._loss_scale, in_place=in_place)
         elif self._rows_known:
-            raise self._no_rows(slot.name, gradient)
+            raise no_rows(slot.name, gradient, self.transport)
         else:
             bucket.filled[slot.parameter] = Taken.of(gradient)  # for `_agree_on_rows`
-
-    def _no_rows(self, name: str, gradient: torch.Tensor) -> UnsupportedError:
-        if not self.transport.has_server:
-            return changed(name, "dense", kind_of(gradient))
-        return UnsupportedError(
-            f"the gradient of '{name}' is sparse with exchange='server', expected a dense one, "
-            "because servers know no rows; pass sparse_as_dense=True"
-        )
 
     def _describe(self) -> list[str]:
         options = self.options

@@ -152,6 +152,16 @@ def kind_of(gradient: torch.Tensor | None) -> int:
     return _DENSE + (gradient.sparse_dim() if gradient.is_sparse else 0)
 
 
+def no_rows(name: str, gradient: torch.Tensor, transport: Transport) -> UnsupportedError:
+    """For a sparse gradient of a parameter that does not travel as rows."""
+    if not transport.has_server:
+        return changed(name, "dense", kind_of(gradient))
+    return UnsupportedError(
+        f"the gradient of '{name}' is sparse with exchange='server', expected a dense one, "
+        "because servers know no rows; pass sparse_as_dense=True"
+    )
+
+
 def changed(name: str, expected: str, kind: int) -> UnsupportedError:
     """For a gradient that is of one kind here and of another one there, or in another step."""
     return UnsupportedError(
