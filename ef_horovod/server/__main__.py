@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             log=arguments.log,
             timeout=arguments.timeout,
             say=say,
+            leaves=True,
         )
         # mpirun ends all ranks so when one of them has died.
         why = "the server was told to end (SIGTERM): a rank has died, or the job was stopped"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,12 +17,12 @@ from ef_horovod.errors import (
     ServerError,
     UnsupportedError,
 )
-from ef_horovod.server.link import WORKER, connect
+from ef_horovod.server.asked import AskedBucket
+from ef_horovod.server.link import WORKER, connect, in_words, what_ends_this_process
 from ef_horovod.server.plan import BucketSpec, Config, assign
 from ef_horovod.server.protocol import (
     CONTROL_TAG,
-    HEADER_NBYTES,
-    MISSED,
+    LEAVES,
     Kind,
     Message,
     body_text,
@@ -31,9 +30,9 @@ from ef_horovod.server.protocol import (
     text_body,
     unpack,
 )
-from ef_horovod.server.rounds import longest_message
+from ef_horovod.server.world import watch
 from ef_horovod.transports.base import Answer
-from ef_horovod.transports.mpi import MPI, MPITransport
+from ef_horovod.transports.mpi import MPI, MPITransport, communicator, largest_tag
 from ef_horovod.transports.waiting import limit_of, wait_until
 
 # A worker's limit is so much later than a server's: the server knows whom everybody waits for.
@@ -65,9 +64,10 @@ class ServerTransport(MPITransport):
         self._group = connect(WORKER, limit, comm)
         super().__init__(self._group.peers, limit)
         self._all = self._group.comm
-        self._buckets: list[_Bucket] = []
+        self._buckets: list[AskedBucket] = []
         self._index: dict[str, int] = {}
         self._config: Config | None = None
+        self._fingerprint = 0  # of the config
         self._sends: list[Any] = []
         self._welcomes: set[int] = set()
         self._saved: set[int] = set()
@@ -75,7 +75,9 @@ class ServerTransport(MPITransport):
         self._closed = False
         self._dismissed = False  # the server knows that this worker has ended
         self._hopeless = False  # whether servers do not even end the job
-        _opened.append((comm or MPI.COMM_WORLD, self))
+        self._servers_leave = False  # whether their processes end with the job
+        self._watching = watch(communicator(comm), self.rank, limit)
+        _opened.append((communicator(comm), self))
         atexit.register(self._at_exit)  # runs before mpi4py ends MPI, for it was registered later
 
     @property
@@ -91,6 +93,7 @@ class ServerTransport(MPITransport):
         return nbytes
 
     def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
+        self.require_open()
         if self._config is not None or name in self._index:
             raise ValueError(
                 f"got the bucket '{name}' twice or after the first step, expected each once and "
@@ -98,7 +101,7 @@ class ServerTransport(MPITransport):
             )
         self._index[name] = len(self._buckets)
         spec = BucketSpec(name, length, method, seed)
-        self._buckets.append(_Bucket(len(self._buckets), spec))
+        self._buckets.append(AskedBucket(len(self._buckets), spec))
 
     def handshake(
         self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
@@ -114,8 +117,15 @@ class ServerTransport(MPITransport):
             ConfigMismatchError: on all ranks, naming what differs.
             UnsupportedError: rounds do not wait for all workers, and the caller cannot use that.
         """
+        self.require_open()
+        if len(self._buckets) >= largest_tag():
+            raise UnsupportedError(
+                f"got {len(self._buckets)} buckets, expected fewer than {largest_tag()}, MPI's "
+                "largest tag here, for each has a tag; raise bucket_bytes"
+            )
         specs = tuple(bucket.spec for bucket in self._buckets)
         self._config = Config(specs, tuple(facts), step)
+        self._fingerprint = self._config.fingerprint
         for index, owner in enumerate(assign(specs, self.servers)):
             self._buckets[index].open(self._group.servers[owner])
         hello = pack(Message(Kind.HELLO, self.rank), text_body(self._config.to_json()))
@@ -133,14 +143,15 @@ class ServerTransport(MPITransport):
             )
 
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
+        self.require_open()
         if self._config is None:
             self.handshake(step=step)
-        assert self._config is not None
-        self._raise_broken()
         index = self._index[name]
         bucket = self._buckets[index]
-        message = Message(Kind.PUSH, self.rank, index, step, bucket.round, self._config.fingerprint)
+        message = Message(Kind.PUSH, self.rank, index, step, bucket.round, self._fingerprint)
         bucket.step = step
+        # MPI may go on reading a message that the server has answered already.
+        self._wait(lambda: self._has_left(bucket.outgoing), lambda: [bucket.server], f"'{name}'")
         outgoing = pack(message, payload, bucket.outgoing)
         if bucket.backlog:
             bucket.incoming = np.empty_like(bucket.incoming)
@@ -181,18 +192,18 @@ class ServerTransport(MPITransport):
             del bucket.backlog[:rounds]
         return found
 
-    def _receive(self, bucket: _Bucket) -> Any:
+    def _receive(self, bucket: AskedBucket) -> Any:
         """Begin to receive one more answer; those that are here keep their memory."""
         bucket.incoming = np.empty_like(bucket.incoming)
         return self._all.Irecv([bucket.incoming, MPI.BYTE], bucket.server, bucket.index + 1)
 
-    def _answer(self, reply: Any, bucket: _Bucket) -> Answer:
+    def _answer(self, reply: Any, bucket: AskedBucket) -> Answer:
         """Wait for the next answer about a bucket."""
         status = MPI.Status()
         self._wait(lambda: reply.Test(status), lambda: [bucket.server], f"'{bucket.spec.name}'")
         data = bucket.incoming[: status.Get_count(MPI.BYTE)]
         self.bytes_received += data.size
-        answer = self._read(data, bucket)
+        answer = bucket.read(data, self._fingerprint, with_quorum=self.quorum is not None)
         bucket.round += 1
         return answer
 
@@ -203,6 +214,7 @@ class ServerTransport(MPITransport):
             ProtocolError: a server has no folder for checkpoints, or it is not between two steps.
             UnsupportedError: the servers know of no bucket yet.
         """
+        self.require_open()
         if self._config is None:
             raise UnsupportedError(
                 "got checkpoint() before the first step, expected it after one, for servers have "
@@ -216,6 +228,22 @@ class ServerTransport(MPITransport):
             lambda: sorted(set(self._group.servers) - self._saved),
             f"the checkpoint of step {step}",
         )
+
+    def require_open(self) -> None:
+        """Raise if the servers do not hear this worker any more.
+
+        Raises:
+            ServerError, CollectiveTimeoutError, ConfigMismatchError, ProtocolError: the job has
+                ended by this error.
+            UnsupportedError: this worker was closed.
+        """
+        self._raise_broken()
+        if self._closed:
+            raise UnsupportedError(
+                f"got a step or checkpoint of worker {self.rank}, which is closed, expected none "
+                "after close() or the end of its `with` block, for the servers have been told "
+                "that it has ended; close it after the last step"
+            )
 
     def require_not_begun(self) -> None:
         if self._config is not None:
@@ -236,9 +264,10 @@ class ServerTransport(MPITransport):
         if self._closed:
             return
         self._closed = True
-        raised = self._broken or getattr(sys, "last_value", None)  # what ends this process, if any
-        if not error and raised is not None:
-            error = f"{type(raised).__name__}: {raised}"
+        if not self._servers_leave:  # they may well take part from now on
+            self._watching.set()
+        _opened[:] = [(comm, one) for comm, one in _opened if one is not self]
+        error = error or in_words(self._broken)
         bye = pack(Message(Kind.BYE, self.rank), text_body(error))
         self._send(bye, self._group.servers, CONTROL_TAG)
         waits = self.quorum is not None and not error  # for answers that nobody asks for any more
@@ -257,36 +286,9 @@ class ServerTransport(MPITransport):
                 handle.Recv([np.empty_like(bucket.incoming), MPI.BYTE])
 
     def _at_exit(self) -> None:
-        self.close()
+        self.close(in_words(what_ends_this_process()))
         if self._hopeless:  # MPI_Finalize would wait for servers that do not answer
             self._all.Abort(1)
-
-    def _read(self, data: np.ndarray, bucket: _Bucket) -> Answer:
-        assert self._config is not None
-        message, body = unpack(data)
-        counted = not message.flags & MISSED
-        # With a quorum the server counts the steps, and this rank may have been late.
-        step = bucket.step if self.quorum is None else message.step
-        expected = Message(
-            message.kind,
-            0,
-            bucket.index,
-            step,
-            bucket.round,
-            self._config.fingerprint,
-            message.flags,
-        )
-        if message == expected:
-            if message.kind is Kind.PAYLOAD:
-                return Answer(payload=body, counted=counted)
-            if message.kind is Kind.NUMBERS and body.size == 4 * bucket.length_at(step):
-                return Answer(numbers=body.view(np.float32), counted=counted)
-            if message.kind is Kind.DROP:
-                return Answer(counted=counted)
-        raise ProtocolError(
-            f"a server sent {message} with {body.size} bytes about '{bucket.spec.name}', expected "
-            f"{expected} as an answer; install the same ef_horovod on all ranks"
-        )
 
     def _wait(self, done: Callable[[], bool], missing: Callable[[], list[int]], what: str) -> None:
         limit = _GRACE * self.timeout + _GRACE_SECONDS
@@ -312,8 +314,7 @@ class ServerTransport(MPITransport):
 
     def _move_on(self) -> None:
         """Let MPI send, and hear what servers say apart from answers."""
-        if self._sends and MPI.Request.Testall([request for request, _ in self._sends]):
-            self._sends.clear()
+        self._drop_sent()
         status = MPI.Status()
         handle = self._all.Improbe(MPI.ANY_SOURCE, CONTROL_TAG, status)
         if handle is None:
@@ -327,6 +328,7 @@ class ServerTransport(MPITransport):
         text = body_text(body)
         if message.kind is Kind.WELCOME:
             self._welcomes.add(server)
+            self._servers_leave |= bool(message.flags & LEAVES)
             self.quorum = int(text) if text else None
         elif message.kind is Kind.SAVED:
             self._saved.add(server)
@@ -342,6 +344,14 @@ class ServerTransport(MPITransport):
         if self._broken is not None:
             raise type(self._broken)(str(self._broken))
 
+    def _drop_sent(self) -> None:
+        self._sends = [(request, data) for request, data in self._sends if not request.Test()]
+
+    def _has_left(self, data: np.ndarray) -> bool:
+        """Whether no message is being sent from this memory."""
+        self._drop_sent()
+        return not any(sent.base is data for _, sent in self._sends)
+
     def _send(self, data: np.ndarray, ranks: Sequence[int], tag: int) -> None:
         for rank in ranks:
             self._sends.append((self._all.Isend([data, MPI.BYTE], rank, tag), data))
@@ -356,7 +366,7 @@ def require_first(comm: Any = None) -> None:
     Raises:
         UnsupportedError: always there.
     """
-    if any(c == (comm or MPI.COMM_WORLD) and not one._closed for c, one in _opened):
+    if any(c == communicator(comm) for c, _ in _opened):
         raise UnsupportedError(
             "got a second optimizer, reducer, tape or Worker in a job with parameter servers, "
             "expected one in a process, for servers hear of all buckets at once; give all "
@@ -365,28 +375,3 @@ def require_first(comm: Any = None) -> None:
 
 
 _opened: list[tuple[Any, ServerTransport]] = []  # with their communicators
-
-
-class _Bucket:
-    """A bucket's buffers and its count of rounds."""
-
-    def __init__(self, index: int, spec: BucketSpec) -> None:
-        self.index, self.spec, self.server = index, spec, -1
-        self._method = spec.make_method()
-        self.round = 0  # answers that were handed on
-        self.backlog: list[Answer] = []  # of later rounds that some other bucket has no answer of
-        self.step = 0  # of the message that is under way
-        self.outgoing = self.incoming = np.empty(0, np.uint8)
-
-    def length_at(self, step: int) -> int:
-        """Numbers in the answers of a step."""
-        return self._method.message_length(self.spec.length, step)
-
-    def open(self, server: int) -> None:
-        """Make room for messages to and from a server."""
-        nbytes = longest_message(self.spec)
-        self.server = server
-        self.outgoing, self.incoming = (np.empty(nbytes, np.uint8) for _ in range(2))
-
-
-assert HEADER_NBYTES % 8 == 0  # bodies can be read as numbers where they lie

@@ -42,8 +42,7 @@ class Inbox:
         self._comm, self._buffer_of = comm, buffer_of
         self._receives: list[Any] = []
         self._expected: list[tuple[int, int, np.ndarray, bool]] = []
-        self._sends: list[Any] = []
-        self._kept: list[Any] = []  # what is being sent
+        self._sends: list[tuple[Any, np.ndarray, int]] = []  # request, what is sent, tag
         self._statuses: list[Any] = []
         self.bytes_received = 0
         self.bytes_sent = 0
@@ -57,10 +56,9 @@ class Inbox:
         return arrived
 
     def send(self, data: np.ndarray, ranks: list[int], tag: int) -> None:
-        """Send uint8[m] to some ranks; it must not change before `sent`."""
+        """Send uint8[m] to some ranks; it must not change before `has_left(tag)`."""
         for rank in ranks:
-            self._sends.append(self._comm.Isend([data, MPI.BYTE], rank, tag))
-            self._kept.append(data)
+            self._sends.append((self._comm.Isend([data, MPI.BYTE], rank, tag), data, tag))
             self.bytes_sent += data.size
 
     @property
@@ -68,6 +66,11 @@ class Inbox:
         """Whether nothing is on its way out."""
         self._drop_sent()
         return not self._sends
+
+    def has_left(self, tag: int) -> bool:
+        """Whether nothing with this tag is on its way out."""
+        self._drop_sent()
+        return all(other != tag for _, _, other in self._sends)
 
     def _probe(self) -> bool:
         status = MPI.Status()
@@ -94,9 +97,7 @@ class Inbox:
             del self._receives[place], self._expected[place]
 
     def _drop_sent(self) -> None:
-        if self._sends and (done := MPI.Request.Testsome(self._sends)):
-            for place in sorted(done, reverse=True):
-                del self._sends[place], self._kept[place]
+        self._sends = [one for one in self._sends if not one[0].Test()]
 
 
 def control_buffer(nbytes: int) -> np.ndarray | None:

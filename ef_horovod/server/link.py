@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ef_horovod import _openmpi
 from ef_horovod.errors import ServerError, UnsupportedError
+from ef_horovod.transports.mpi import MPI, communicator
 from ef_horovod.transports.waiting import wait_until
-
-_openmpi.set_prefix()  # importing MPI initialises it
-from mpi4py import MPI  # noqa: E402
 
 SERVER, WORKER = 0, 1
 ROLES = ("server", "worker")
+HINT = (  # for errors about workers that do not come
+    "a collective on MPI.COMM_WORLD in a worker waits for the servers, too: call "
+    "worker.transport.barrier(name) or the like in place of MPI.COMM_WORLD.Barrier()"
+)
 _ROLL_CALL = 31415  # tag on COMM_WORLD, of the roll call alone
 _ENDED = 255  # in place of a role; the reason follows, if it is known
 _ANSWER_NBYTES = 512
@@ -53,7 +54,7 @@ def connect(role: int, timeout: float, comm: Any = None) -> Group:
     from ef_horovod.server.checksum import checksum
 
     checksum(np.zeros(1, np.uint8))  # Numba takes seconds to load, which nobody should wait for
-    world = comm or MPI.COMM_WORLD
+    world = communicator(comm)
     _roll_call(world, role, timeout)
     private = world.Dup()
     roles = np.empty(private.Get_size(), np.int32)
@@ -101,7 +102,8 @@ def _roll_call(world: Any, role: int, timeout: float) -> None:
         timeout,
         lambda: (
             f"{ROLES[role]} with rank 0 waited {timeout:g} s for ranks {sorted(waits)} to start as "
-            "server or worker; see why they did not get there, or raise EF_HOROVOD_TIMEOUT"
+            "server or worker; make the Worker or wrap the optimizer before data is loaded, see "
+            f"whether they wait in hvd.init() or the like ({HINT}), or raise EF_HOROVOD_TIMEOUT"
         ),
     )
     for peer in range(1, size):
@@ -125,9 +127,22 @@ def _say_that_it_ended() -> None:
     if not MPI.Is_initialized() or MPI.Is_finalized():
         return
     world = MPI.COMM_WORLD
-    raised = getattr(sys, "last_value", None)  # what ends this process, if anything does
-    text = "" if raised is None else f"{type(raised).__name__}: {raised}"
+    text = in_words(what_ends_this_process())
     answer = np.frombuffer(bytes([_ENDED]) + text.encode(), np.uint8)[:_ANSWER_NBYTES]
     for peer in range(1, world.Get_size()) if world.Get_rank() == 0 else (0,):
         if peer != world.Get_rank():
             world.Isend(answer, peer, _ROLL_CALL)  # small: nobody has to take it
+
+
+def what_ends_this_process() -> BaseException | None:
+    """The exception that nobody has caught, for what runs at the end of the process.
+
+    In an interactive session none ends it: the last one may be hours old.
+    """
+    interactive = hasattr(sys, "ps1") or sys.flags.interactive
+    return None if interactive else getattr(sys, "last_value", None)
+
+
+def in_words(error: BaseException | None) -> str:
+    """An error as one text, empty without one."""
+    return "" if error is None else f"{type(error).__name__}: {error}"

@@ -3,7 +3,7 @@
     0   magic "EFPS"    4 bytes
     4   version         uint8
     5   kind            uint8, see Kind
-    6   flags           uint16, MISSED or 0
+    6   flags           uint16: 0, or MISSED of an answer, or LEAVES of a WELCOME
     8   worker          uint32, who sends or is answered
     12  bucket          uint32
     16  step            uint32, of the random draws; a dropped step's number is used again
@@ -33,6 +33,7 @@ MAGIC = b"EFPS"
 VERSION = 1
 CONTROL_TAG = 0  # MPI tag of what is not about a bucket; that of bucket b is b + 1
 MISSED = 1  # flag of an answer: the receiver's own message comes in a later round
+LEAVES = 1  # flag of a welcome: the server's process does nothing else and ends with the job
 _LAYOUT = struct.Struct("<4sBBHIIIIIIQ")
 HEADER_NBYTES = _LAYOUT.size
 

@@ -7,15 +7,17 @@ answers in the same order, each at its own time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from ef_horovod import wire
 from ef_horovod.compressors.base import Payload
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.protocol import MISSED, Kind, Message, pack
 from ef_horovod.server.rounds import ServedBucket
+from ef_horovod.spelling import read_method
 
 FARTHEST_BEHIND = 64  # rounds that a worker may be late; answers for it take memory until it reads
 
@@ -54,6 +56,27 @@ class Participation:
         return self._chosen[turn]
 
 
+def require_quorum(quorum: int, workers: int, servers: int, methods: Iterable[str]) -> None:
+    """Raise unless so many of the workers can make rounds.
+
+    Raises:
+        UnsupportedError: there are too few workers, several servers, or methods that must not miss
+            a round.
+    """
+    if not 1 <= quorum < workers or servers > 1:
+        raise UnsupportedError(
+            f"got a quorum of {quorum} with {workers} workers and {servers} servers, expected one "
+            "of 1 to all workers, and one server, which alone decides whose messages make a "
+            "round; leave --quorum out otherwise"
+        )
+    for method in methods:
+        if not read_method(method).can_listen:
+            raise UnsupportedError(
+                f"got a quorum with {method}, expected a method whose workers can miss rounds; "
+                "leave --quorum out, or take DoubleSqueeze, ErrorFeedback or EF21"
+            )
+
+
 class QuorumBucket(ServedBucket):
     """Rounds of one bucket that some of the workers make.
 
@@ -79,7 +102,7 @@ class QuorumBucket(ServedBucket):
         return sorted(set(chosen) - set(self._messages))
 
     def accept(self, worker: int, message: Message, body: np.ndarray) -> bool:
-        self._messages[worker] = self._checked(worker, message, body)
+        self._keep(worker, self._checked(worker, message, body))
         return True  # other buckets may be complete by it
 
     def answers(self) -> Iterator[tuple[np.ndarray, list[int]]]:

@@ -9,6 +9,7 @@ in place is copied before.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,6 +65,7 @@ class ServedBucket:
         self.state = self.method.init(np.zeros(spec.length, np.float32), workers)[1]
         self._fingerprint = fingerprint
         self._messages: dict[int, Payload] = {}
+        self._arrivals: dict[int, float] = {}  # when each worker's last one came
         self._this_step = step  # of the messages in this round
         self._undo: Undo | None = None
         self._undoer = Undoer()
@@ -78,6 +80,11 @@ class ServedBucket:
     def begun(self) -> bool:
         """Whether a message of this round is here."""
         return bool(self._messages)
+
+    @property
+    def begun_at(self) -> float:
+        """When the first message of this round that is here came, by `time.monotonic`."""
+        return min(self._arrivals[worker] for worker in self._messages)
 
     def has(self, worker: int) -> bool:
         """Whether this worker's message of this round is here; its buffer is in use then."""
@@ -100,7 +107,7 @@ class ServedBucket:
         payload = self._checked(worker, message, body)
         if not self._messages:
             self._this_step = message.step
-        self._messages[worker] = payload
+        self._keep(worker, payload)
         return len(self._messages) == self.workers
 
     def answers(self) -> Iterator[tuple[np.ndarray, list[int]]]:
@@ -161,6 +168,10 @@ class ServedBucket:
     def _fields(self, state: Any) -> Iterator[tuple[str, np.ndarray]]:
         """The vectors that a state holds between steps."""
         return vectors_of(state, self.method.scratch)
+
+    def _keep(self, worker: int, payload: Payload) -> None:
+        self._messages[worker] = payload
+        self._arrivals[worker] = time.monotonic()
 
     def _checked(self, worker: int, message: Message, body: np.ndarray) -> Payload:
         problem = self._problem(worker, message)

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ef_horovod.errors import (
-    PayloadError,
-    ProtocolError,
-    ServerError,
-    UnsupportedError,
-)
+from ef_horovod.errors import PayloadError, ProtocolError, ServerError
 from ef_horovod.methods.base import Method
-from ef_horovod.server.checkpoint import load, save
 from ef_horovod.server.inbox import Arrived, Inbox, control_buffer
-from ef_horovod.server.link import SERVER, Group, connect
+from ef_horovod.server.link import HINT, SERVER, Group, connect
 from ef_horovod.server.plan import BucketSpec, Config, assign, require_agreement
 from ef_horovod.server.protocol import (
     CONTROL_TAG,
+    LEAVES,
     Kind,
     Message,
     body_text,
     pack,
     text_body,
 )
-from ef_horovod.server.quorum import Participation, QuorumBucket
+from ef_horovod.server.quorum import Participation, QuorumBucket, require_quorum
 from ef_horovod.server.rounds import ServedBucket, longest_message
+from ef_horovod.server.saves import Saves
 from ef_horovod.server.watch import Totals, Watch
-from ef_horovod.spelling import read_method
 from ef_horovod.transports.waiting import limit_of, wait_until
 
 _FAREWELL_SECONDS = 5.0  # for workers to take the reason of the end
 _REFUSED_SHOWN = 20
+
+
+class _Begun(NamedTuple):
+    """Something that some workers have begun, and so wait for others to do."""
+
+    since: float  # by time.monotonic
+    missing: list[int]  # workers
+    what: str  # they have not done
 
 
 class Server:
@@ -47,8 +51,11 @@ class Server:
             the job ends with an error, the last complete step is written as well.
         quorum: how many workers make a round, or None for all; see `quorum.py`.
         log: file for JSON lines about the work, or None.
-        timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
+        timeout: limit of a round, in seconds, from its first message to its last; default
+            $EF_HOROVOD_TIMEOUT or 300. Likewise of a meeting or checkpoint that some have begun.
         say: gets a line for people now and then.
+        leaves: whether this process ends with the job, so that workers need not expect it in
+            collectives of MPI.COMM_WORLD afterwards either.
         comm: of servers and workers; default COMM_WORLD.
     """
 
@@ -61,21 +68,22 @@ class Server:
         log: Path | None = None,
         timeout: float | None = None,
         say: Callable[[str], None] = lambda line: None,
+        leaves: bool = False,
         comm: Any = None,
     ) -> None:
         self.timeout = limit_of(timeout)
-        self._method, self._say, self._folder = method, say, checkpoint
+        self._method, self._say = method, say
         self._group: Group = connect(SERVER, self.timeout, comm)
         self._worker_of = {rank: i for i, rank in enumerate(self._group.workers)}
         self._inbox = Inbox(self._group.comm, self._buffer_of)
         self._present = set(self._worker_of.values())
+        self._saves = Saves(checkpoint, self._group.number, self.workers, say)
         self._configs: dict[int, Config] = {}
-        self._quorum, self._log = quorum, log
+        self._met_at = 0.0  # when the first of them came
+        self._quorum, self._log, self._leaves = quorum, log, leaves
         self._watch: Watch | None = None
         self._participation: Participation | None = None
         self._stop = ""
-        self._last_saved = 0  # step of the last checkpoint
-        self._saves: dict[int, int] = {}  # worker to the step that it wants saved
         self._fingerprint = 0
         self.buckets: dict[int, ServedBucket] = {}  # by index, those of this server
         self._buffers: dict[tuple[int, int], np.ndarray] = {}  # by (worker, bucket)
@@ -91,7 +99,8 @@ class Server:
             ServerError: a worker failed, or ended before the others.
         """
         try:
-            self._wait(lambda: len(self._configs) == self.workers, "say what it trains")
+            while len(self._configs) < self.workers:
+                self._wait_for_anything()
             self._open_buckets()
             while self._present:
                 self._wait_for_anything()
@@ -105,7 +114,7 @@ class Server:
             # At once, for another server may abort the job in the next moment.
             self._say(f"error: {type(error).__name__}: {error}")
             self._tell(Kind.ABORT, f"{type(error).__name__}: {error}")
-            self._save_what_is_complete()
+            self._saves.save_what_is_complete(self.buckets.values(), self._fingerprint)
             self._close_watch()
             self._farewell()
             raise
@@ -129,7 +138,10 @@ class Server:
     def _open_buckets(self) -> None:
         configs = [self._configs[worker] for worker in range(self.workers)]
         require_agreement(configs, self._method)
-        self._require_quorum({spec.method for spec in configs[0].buckets})
+        methods = {spec.method for spec in configs[0].buckets}
+        if self._quorum not in (None, self.workers):
+            require_quorum(self._quorum, self.workers, len(self._group.servers), methods)
+            self._participation = Participation(self._quorum, self.workers)
         self._fingerprint, specs, step = configs[0].fingerprint, configs[0].buckets, configs[0].step
         for index, owner in enumerate(assign(specs, len(self._group.servers))):
             if owner != self._group.number:
@@ -139,11 +151,7 @@ class Server:
             for worker in range(self.workers):
                 self._buffers[worker, index] = np.empty(longest_message(spec), np.uint8)
         if step > 0:
-            names = [bucket.spec.name for bucket in self.buckets.values()]
-            memories = load(self._folder, step, self._fingerprint, names)
-            for bucket in self.buckets.values():
-                bucket.load(memories, step)
-            self._last_saved = step
+            self._saves.load(self.buckets.values(), step, self._fingerprint)
         elements = sum(bucket.spec.length for bucket in self.buckets.values())
         self._say(
             f"serves {self.workers} workers: {len(self.buckets)} of {len(specs)} buckets with "
@@ -152,7 +160,8 @@ class Server:
         )
         dense_nbytes, number = 4 * elements * self.workers, self._group.number
         self._watch = Watch(self._totals, dense_nbytes, self._say, self._log, number)
-        self._tell(Kind.WELCOME, "" if self._participation is None else str(self._quorum))
+        quorum = "" if self._participation is None else str(self._quorum)
+        self._tell(Kind.WELCOME, quorum, LEAVES if self._leaves else 0)
 
     def _totals(self) -> Totals:
         dropped = sum(bucket.dropped for bucket in self.buckets.values())
@@ -163,24 +172,6 @@ class Server:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-
-    def _require_quorum(self, methods: set[str]) -> None:
-        if self._quorum is None or self._quorum == self.workers:
-            return
-        servers = len(self._group.servers)
-        if not 1 <= self._quorum < self.workers or servers > 1:
-            raise UnsupportedError(
-                f"got a quorum of {self._quorum} with {self.workers} workers and {servers} "
-                "servers, expected one of 1 to all workers, and one server, which alone decides "
-                "whose messages make a round; leave --quorum out otherwise"
-            )
-        for method in methods:
-            if not read_method(method).can_listen:
-                raise UnsupportedError(
-                    f"got a quorum with {method}, expected a method whose workers can miss rounds; "
-                    "leave --quorum out, or take DoubleSqueeze, ErrorFeedback or EF21"
-                )
-        self._participation = Participation(self._quorum, self.workers)
 
     def _make_bucket(self, index: int, spec: BucketSpec) -> ServedBucket:
         if self._participation is None:
@@ -229,8 +220,10 @@ class Server:
             if self._watch is not None and self._participation is None:
                 self._watch.arrived(worker, bucket.index, complete)
             if complete:
-                self._answer([bucket] if self._participation is None else self.buckets.values())
+                self._answer_complete(bucket)
         elif message.kind is Kind.HELLO and not self._fingerprint:
+            if not self._configs:
+                self._met_at = time.monotonic()
             try:
                 self._configs[worker] = Config.from_json(body_text(body))
             except PayloadError as error:
@@ -247,57 +240,25 @@ class Server:
     # --- checkpoints ---------------------------------------------------------------------------
 
     def _save(self, worker: int, step: int) -> None:
-        """A worker asks for a checkpoint after so many steps; the last one of them makes it."""
         if self._participation is not None:
             raise ProtocolError(
                 f"worker {worker} asked for a checkpoint, expected none with a quorum: workers are "
                 "in different rounds; leave --quorum out"
             )
-        if self._folder is None:
-            raise ProtocolError(
-                f"worker {worker} asked for a checkpoint, expected a server with a folder for it; "
-                "start the server with --checkpoint FOLDER"
-            )
-        known = {bucket.step for bucket in self.buckets.values()}
-        before = {last - 1 for last in known}
-        if any(bucket.begun for bucket in self.buckets.values()) or (
-            known and step not in known and step not in before
-        ):
-            raise ProtocolError(
-                f"worker {worker} asked for a checkpoint of step {step}, expected it between two "
-                f"steps and of step {sorted(known)}; let all workers ask after the same step"
-            )
-        self._saves[worker] = step
-        if len(self._saves) < self.workers:
-            return
-        steps = set(self._saves.values())
-        if len(steps) > 1:
-            raise ServerError(
-                f"workers asked for checkpoints of steps {sorted(steps)} at once, expected the "
-                "same step; let all workers ask after the same step"
-            )
-        self._saves.clear()
-        self._write(step)
-        self._tell(Kind.SAVED)
+        if self._saves.ask(worker, step, self.buckets.values(), self._fingerprint):
+            self._tell(Kind.SAVED)
 
-    def _write(self, step: int) -> None:
-        assert self._folder is not None
-        memories: dict[str, np.ndarray] = {}
-        for bucket in self.buckets.values():
-            memories |= bucket.memories(step)
-        number = self._group.number
-        self._last_saved = step
-        self._say(f"saved {save(self._folder, step, number, self._fingerprint, memories)}")
-
-    def _save_what_is_complete(self) -> None:
-        """When the job ends early: the last step that all buckets have, taken back where needed."""
-        step = min((bucket.step for bucket in self.buckets.values()), default=0)
-        if self._folder is None or step in (0, self._last_saved):
+    def _answer_complete(self, bucket: ServedBucket) -> None:
+        if self._participation is not None:
+            self._answer(self.buckets.values())
             return
-        try:
-            self._write(step)
-        except (OSError, ValueError) as error:
-            self._say(f"could not save step {step}: {error}")
+        # All workers have the last answer, but MPI may still hold its memory, which is used again.
+        wait_until(
+            lambda: self._inbox.has_left(bucket.index + 1),
+            self.timeout,
+            lambda: self._waited(list(range(self.workers)), f"take '{bucket.spec.name}'"),
+        )
+        self._answer([bucket])
 
     def _answer(self, buckets: Iterable[ServedBucket]) -> None:
         for bucket in buckets:
@@ -341,9 +302,9 @@ class Server:
             notice = pack(Message(Kind.REFUSED), text_body(problem))
             self._inbox.send(notice, [self._group.workers[worker]], CONTROL_TAG)
 
-    def _tell(self, kind: Kind, text: str = "") -> None:
+    def _tell(self, kind: Kind, text: str = "", flags: int = 0) -> None:
         ranks = [self._group.workers[worker] for worker in sorted(self._present)]
-        self._inbox.send(pack(Message(kind), text_body(text)), ranks, CONTROL_TAG)
+        self._inbox.send(pack(Message(kind, flags=flags), text_body(text)), ranks, CONTROL_TAG)
 
     # --- waiting -------------------------------------------------------------------------------
 
@@ -359,32 +320,59 @@ class Server:
         return bool(arrived)
 
     def _wait_for_anything(self) -> None:
-        wait_until(self._progress, self.timeout, lambda: self._waited(*self._awaited()))
+        """Until something happens; with a limit if workers wait for other ones."""
+        begun = self._begun()
+        if begun is None:
+            self._wait_without_limit()
+        else:
+            limit = begun.since + self.timeout - time.monotonic()
+            wait_until(self._progress, limit, lambda: self._waited(begun.missing, begun.what))
         some = len(self._present) not in (0, self.workers) and self._participation is None
         if some and any(bucket.begun for bucket in self.buckets.values()):
             self._require_all_present()
 
-    def _wait(self, done: Callable[[], bool], what: str) -> None:
+    def _wait_without_limit(self) -> None:
+        """All workers do something else, which may take long; it is said once."""
+        deadline = time.monotonic() + self.timeout
+
         def look() -> bool:
-            self._progress()
-            return done()
+            nonlocal deadline
+            if self._progress():
+                return True
+            if time.monotonic() > deadline:
+                deadline = math.inf
+                step = f"round {self.rounds}" if self._fingerprint else "its first step"
+                self._say(
+                    f"no worker has begun {step} for {self.timeout:g} s; this server goes on "
+                    f"waiting without a limit ({HINT})"
+                )
+            return False
 
-        missing = lambda: sorted(self._present - set(self._configs))  # noqa: E731
-        wait_until(look, self.timeout, lambda: self._waited(missing(), what))
+        wait_until(look, math.inf, lambda: "")
 
-    def _awaited(self) -> tuple[list[int], str]:
-        """Whom the server waits for, and what for."""
-        begun = [bucket for bucket in self.buckets.values() if bucket.begun]
-        if not begun:
-            return sorted(self._present), f"begin round {self.rounds}"
-        missing = sorted({worker for bucket in begun for worker in bucket.missing})
-        names = ", ".join(f"'{bucket.spec.name}'" for bucket in begun[:3])
-        return missing, f"send {names} in round {begun[0].round}"
+    def _begun(self) -> _Begun | None:
+        """What some workers have begun and others have not."""
+        if not self._fingerprint:
+            if not self._configs:
+                return None
+            missing = sorted(self._present - set(self._configs))
+            return _Begun(self._met_at, missing, "begin their first step")
+        buckets = [bucket for bucket in self.buckets.values() if bucket.begun]
+        if buckets:
+            missing = sorted({worker for bucket in buckets for worker in bucket.missing})
+            names = ", ".join(f"'{bucket.spec.name}'" for bucket in buckets[:3])
+            since = min(bucket.begun_at for bucket in buckets)
+            return _Begun(since, missing, f"send {names} in round {buckets[0].round}")
+        if self._saves.asked:
+            missing = sorted(self._present - set(self._saves.asked))
+            step = next(iter(self._saves.asked.values()))
+            return _Begun(self._saves.asked_at, missing, f"ask for a checkpoint of step {step}")
+        return None
 
     def _waited(self, workers: list[int], what: str) -> str:
         return (
             f"server {self._group.number} waited {self.timeout:g} s for workers {workers} to "
-            f"{what}; see why they did not, or raise --timeout or EF_HOROVOD_TIMEOUT"
+            f"{what}; see why they did not ({HINT}), or raise --timeout or EF_HOROVOD_TIMEOUT"
         )
 
     def _farewell(self) -> None:

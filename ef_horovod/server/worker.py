@@ -14,6 +14,7 @@ from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import DensePolicy, require_distinct, require_method, small_or_vector
 from ef_horovod.server.client import ServerTransport
+from ef_horovod.server.link import in_words
 
 Named = Mapping[str, np.ndarray]
 Listed = Sequence[np.ndarray]
@@ -105,9 +106,11 @@ class Worker:
 
         Raises:
             ServerError, CollectiveTimeoutError: the job has ended; says why.
-            UnsupportedError: the server's rounds do not wait for all workers; take `rounds`.
+            UnsupportedError: this worker is closed, or the server's rounds do not wait for all
+                workers; take `rounds` there.
             ValueError: other names or shapes than those of the parameters.
         """
+        self.transport.require_open()
         if self.transport.quorum is not None:
             raise UnsupportedError(
                 f"push_pull() got a server with a quorum of {self.transport.quorum}, expected one "
@@ -125,6 +128,7 @@ class Worker:
         so `while worker.step < steps` ends all workers at about the same one. A gradient that is
         not finite is left out, bucket by bucket, and memories are as before.
         """
+        self.transport.require_open()
         if self.transport.quorum is None:
             directions = self.push_pull(gradients)
             return [] if directions is None else [directions]
@@ -141,6 +145,7 @@ class Worker:
         Raises:
             ValueError: no such parameter, another shape, or twice in a step.
         """
+        self.transport.require_open()
         bucket, slot = self._place.get(name, (None, None))
         if bucket is None or slot is None or slot.parameter.shape != np.shape(gradient):
             expected = f"one of {self._order[:8]}" if slot is None else f"{slot.parameter.shape}"
@@ -167,6 +172,7 @@ class Worker:
         return self._in_form(directions)
 
     def _begin_pull(self) -> None:
+        self.transport.require_open()
         missing = [name for name, (b, _) in self._place.items() if name not in b.filled]
         if missing:
             raise ValueError(
@@ -210,14 +216,15 @@ class Worker:
         return [*rows, total_stats(rows)]
 
     def close(self) -> None:
-        """End this worker's part; at the end of the process it happens by itself."""
+        """End this worker's part, after which no step follows; at the end of the process it happens
+        by itself."""
         self.transport.close()
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.transport.close("" if error is None else f"{kind.__name__}: {error}")
+        self.transport.close(in_words(error))
 
 
 class _Bucket:

@@ -1,14 +1,15 @@
 """Ranks of an MPI job, by mpi4py: point-to-point messages on a communicator of its own.
 
-Messages are matched by a tag that is made from the collective's name, so ranks may start
-collectives in any order, and a rank that is missing can be named, which MPI's own collectives do
-not allow. Sums are computed while they are waited for: wait for them in the same order everywhere.
-Only uint8 buffers and float32/float64 numbers travel.
+Messages are matched by the collective's name, so ranks may start collectives in any order, and a
+rank that is missing can be named, which MPI's own collectives do not allow. A rank numbers the
+names that it uses, tells the others at the first use of each, and takes the number as MPI's tag: so
+no two names share a tag, and tags stay as small as there are names. Sums are computed while they
+are waited for: wait for them in the same order everywhere. Only uint8 buffers and float32/float64
+numbers travel.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from ef_horovod import _openmpi
 from ef_horovod._extras import explained
 from ef_horovod.arrays import Array
+from ef_horovod.errors import CollectiveTimeoutError, UnsupportedError
 from ef_horovod.transports.base import Measure, Transport, require_summable
 from ef_horovod.transports.waiting import limit_of, wait_until
 
@@ -24,7 +26,30 @@ _openmpi.set_prefix()  # importing MPI initialises it
 with explained("ef_horovod.transports.mpi"):
     from mpi4py import MPI
 
-_MAX_TAG = (1 << 30) - 1
+_NAMES = 0  # tag of the messages that tell a name; the first one is that of tag 1, and so on
+_given_up: list[Any] = []  # requests that were waited for in vain; MPI may still use their memory
+
+
+def largest_tag() -> int:
+    """MPI's, which may be as small as 32,767."""
+    tag: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    return int(tag)
+
+
+def communicator(comm: Any) -> Any:
+    """The one that was asked for, or COMM_WORLD for None.
+
+    Raises:
+        ValueError: it is MPI.COMM_NULL.
+    """
+    if comm is None:
+        return MPI.COMM_WORLD
+    if comm == MPI.COMM_NULL:
+        raise ValueError(
+            "got MPI.COMM_NULL, expected a communicator that this rank belongs to; leave out the "
+            "ranks that do not"
+        )
+    return comm
 
 
 class MPITransport(Transport):
@@ -33,15 +58,20 @@ class MPITransport(Transport):
     Creating it is collective: all ranks of `comm` make theirs at the same point.
 
     Args:
-        comm: duplicated, so that nobody else's messages can be mistaken for ours.
+        comm: duplicated, so that nobody else's messages can be mistaken for ours; default
+            COMM_WORLD.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
     """
 
     def __init__(self, comm: Any = None, timeout: float | None = None) -> None:
-        self._comm = (comm or MPI.COMM_WORLD).Dup()
-        super().__init__(self._comm.Get_rank(), self._comm.Get_size(), limit_of(timeout))
-        self._names: dict[int, str] = {}
+        limit = limit_of(timeout)
+        self._comm = communicator(comm).Dup()
+        super().__init__(self._comm.Get_rank(), self._comm.Get_size(), limit)
+        self._tags: dict[str, int] = {}  # by name, of what this rank sends
+        self._tags_of: list[dict[str, int]] = [{} for _ in range(self.size)]  # the same of others
+        self._told: list[tuple[Any, np.ndarray]] = []  # names on their way
         self._under_way: set[str] = set()
+        self._late: dict[str, str] = {}  # names that were waited for in vain, and the error's text
 
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
@@ -73,8 +103,8 @@ class MPITransport(Transport):
         sends = [self._comm.Isend([outgoing[i], MPI.BYTE], i, tag) for i in self._peers()]
 
         def finish() -> list[np.ndarray]:
-            parts = self._receive_from_all(name, tag)
-            self._complete(name, sends)
+            parts = self._receive_from_all(name, sends)
+            self._until(lambda: bool(MPI.Request.Testall(sends)), name, self._peers, sends)
             parts[self.rank] = outgoing[self.rank]
             self._under_way.discard(name)
             return [parts[rank] for rank in range(self.size)]
@@ -84,19 +114,19 @@ class MPITransport(Transport):
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         """As in the base class; the sum is computed while it is waited for, by a ring."""
         require_summable(values)
-        tag = self._begin(name)
+        self._begin(name)
 
         def finish() -> Array:
             view = np.asarray(values)
             if self.size > 1:
-                self._ring(name, tag, view)
+                self._ring(name, view)
             self._count_allreduce(view.nbytes)
             self._under_way.discard(name)
             return values
 
         return finish
 
-    def _ring(self, name: str, tag: int, values: np.ndarray) -> None:
+    def _ring(self, name: str, values: np.ndarray) -> None:
         """Reduce-scatter, then allgather, in n - 1 steps each (Patarasu and Yuan 2009).
 
         Each slice is summed along the ring once and then copied, so all ranks get the same bits.
@@ -107,62 +137,95 @@ class MPITransport(Transport):
             outgoing = slices[(self.rank - step) % self.size]
             target = slices[(self.rank - step - 1) % self.size]
             received = incoming[: target.size]
-            self._pass_on(name, tag, outgoing, received)
+            self._pass_on(name, outgoing, received)
             if step < self.size - 1:
                 target += received
             else:
                 target[:] = received
 
-    def _pass_on(self, name: str, tag: int, outgoing: np.ndarray, incoming: np.ndarray) -> None:
+    def _pass_on(self, name: str, outgoing: np.ndarray, incoming: np.ndarray) -> None:
         left, right = (self.rank - 1) % self.size, (self.rank + 1) % self.size
-        receive = self._comm.Irecv([incoming, MPI.BYTE], left, tag)
-        send = self._comm.Isend([outgoing, MPI.BYTE], right, tag)
-        wait_until(
+        self._until(lambda: self._tag_of(left, name) is not None, name, lambda: [left])
+        receive = self._comm.Irecv([incoming, MPI.BYTE], left, self._tag_of(left, name))
+        send = self._comm.Isend([outgoing, MPI.BYTE], right, self._tags[name])
+        self._until(
             lambda: bool(MPI.Request.Testall([receive, send])),
-            self.timeout,
-            lambda: self._waited(name, [left] if not receive.Test() else [right]),
+            name,
+            lambda: [left] if not receive.Test() else [right],
+            [receive, send],
         )
 
-    def _receive_from_all(self, name: str, tag: int) -> dict[int, np.ndarray]:
+    def _receive_from_all(self, name: str, sends: list[Any]) -> dict[int, np.ndarray]:
         missing = set(self._peers())
         parts: dict[int, np.ndarray] = {}
 
         def all_here() -> bool:
             for peer in sorted(missing):
-                status = MPI.Status()
-                message = self._comm.Improbe(peer, tag, status)
-                if message is not None:
+                tag, status = self._tag_of(peer, name), MPI.Status()
+                if tag is not None and (message := self._comm.Improbe(peer, tag, status)):
                     parts[peer] = np.empty(status.Get_count(MPI.BYTE), np.uint8)
                     message.Recv([parts[peer], MPI.BYTE])
                     missing.discard(peer)
             return not missing
 
-        wait_until(all_here, self.timeout, lambda: self._waited(name, sorted(missing)))
+        self._until(all_here, name, lambda: sorted(missing), sends)
         return parts
 
-    def _complete(self, name: str, sends: list[Any]) -> None:
-        wait_until(
-            lambda: bool(MPI.Request.Testall(sends)),
-            self.timeout,
-            lambda: self._waited(name, self._peers()),
-        )
+    def _until(
+        self,
+        done: Callable[[], bool],
+        name: str,
+        missing: Callable[[], list[int]],
+        requests: Sequence[Any] = (),
+    ) -> None:
+        """Wait; past the limit give up this collective, whose messages may still come."""
+        try:
+            wait_until(done, self.timeout, lambda: self._waited(name, missing()))
+        except CollectiveTimeoutError as error:
+            self._late[name] = str(error)
+            _given_up.extend(requests)
+            raise
 
     def _peers(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def _begin(self, name: str) -> int:
+        if name in self._late:
+            raise CollectiveTimeoutError(self._late[name])
         if name in self._under_way:
             raise ValueError(
                 f"rank {self.rank} started '{name}' twice, expected once until it is waited for; "
                 "give every collective in flight a name of its own"
             )
-        tag = zlib.crc32(name.encode()) & _MAX_TAG
-        if self._names.setdefault(tag, name) != name:
-            raise ValueError(
-                f"the names '{name}' and '{self._names[tag]}' share a tag; rename one of them"
-            )
+        if name not in self._tags:
+            self._tell(name)
         self._under_way.add(name)
-        return tag
+        return self._tags[name]
+
+    def _tell(self, name: str) -> None:
+        """Give a name the next tag, and tell it to all others."""
+        if len(self._tags) >= largest_tag():
+            raise UnsupportedError(
+                f"got '{name}' as name number {len(self._tags) + 1} of a collective, expected at "
+                f"most {largest_tag()}, MPI's largest tag here; use the same names in all steps"
+            )
+        self._tags[name] = len(self._tags) + 1
+        text = np.frombuffer(name.encode(), np.uint8)
+        self._told = [(request, text) for request, text in self._told if not request.Test()]
+        for peer in self._peers():
+            self._told.append((self._comm.Isend([text, MPI.BYTE], peer, _NAMES), text))
+
+    def _tag_of(self, peer: int, name: str) -> int | None:
+        """The tag of what a rank sends under a name; None if it has not used the name so far."""
+        known, status = self._tags_of[peer], MPI.Status()
+        while name not in known:
+            message = self._comm.Improbe(peer, _NAMES, status)
+            if message is None:
+                return None
+            text = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            message.Recv([text, MPI.BYTE])
+            known[text.tobytes().decode()] = len(known) + 1
+        return known[name]
 
     def _waited(self, name: str, ranks: list[int]) -> str:
         return (

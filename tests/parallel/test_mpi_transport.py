@@ -26,6 +26,21 @@ def test_collectives_are_matched_by_name_not_by_order(results: Results) -> None:
             assert result["any_order"][f"x{i}"] == expected
 
 
+def test_tags_are_few_and_no_two_names_share_one(results: Results) -> None:
+    ranks = range(len(results))
+    expected = {
+        "plumless": [[10 * rank] * 5 for rank in ranks],
+        "buckeroo": [[10 * rank + 1] * 5 for rank in ranks],
+        "sum": [sum(ranks)],
+    }
+    for result in results:
+        assert result["few_tags"]["found"] == [expected, expected]
+        assert result["few_tags"]["largest"] == 4
+        problem = "got 'the fifth' as name number 5 of a collective, expected at most 4, MPI's"
+        assert problem in result["few_tags"]["too_many"]
+        assert "got MPI.COMM_NULL, expected a communicator" in result["few_tags"]["nobody"]
+
+
 def test_sums_are_right_and_equal_on_all_ranks(results: Results) -> None:
     for result in results:
         for length, total in result["sums"].items():
@@ -53,6 +68,7 @@ def test_a_missing_rank_is_named_in_time(results: Results) -> None:
         assert 3.0 <= missing["seconds"] < 5.0  # two waits of 1.5 s
         assert f"rank {rank} waited 1.5 s in 'late' for ranks [{last}]" in missing["gather"]
         assert "waited 1.5 s in 'sum' for ranks" in missing["reduce"]
+        assert missing["again"] == missing["gather"], "what comes late is not taken for the next"
 
 
 def test_disagreement_names_both_ranks(results: Results) -> None:

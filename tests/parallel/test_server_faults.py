@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launching import ended_job, mpirun, server_job
+from launching import PROGRAMS, ended_job, mpirun, server_job
 from server_faults_model import gradients
 
 import ef_horovod as ef
@@ -19,7 +19,15 @@ PROGRAM = "server_faults.py"
 LIMIT = {"EF_HOROVOD_TIMEOUT": "10"}
 
 
-IN_A_ROW = ("another_shape", "another_name", "wrong_shape", "traffic", "rogue")
+IN_A_ROW = (
+    "another_shape",
+    "another_name",
+    "wrong_shape",
+    "traffic",
+    "rogue",
+    "closed",
+    "old_error",
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +82,63 @@ def test_a_silent_worker_is_named_in_time(tmp_path: Path) -> None:
     assert error.startswith("CollectiveTimeoutError: server")
     assert "waited 10 s for workers [1]" in error
     assert 9 < float(seconds) < 25
+
+
+def test_a_round_is_limited_from_its_first_message_on(tmp_path: Path) -> None:
+    """Not from the latest one: then the worker that has waited longest would blame the server."""
+    limit = {"EF_HOROVOD_TIMEOUT": "6"}
+    _, results = ended_job(1, 3, PROGRAM, tmp_path, "late", environment=limit)
+    seconds, _, error = results[0].partition(" s: ")
+    assert error.startswith("CollectiveTimeoutError: server 0 waited 6 s for workers [2] to send")
+    assert 5 < float(seconds) < 8
+
+
+def test_pauses_of_all_workers_have_no_limit(tmp_path: Path) -> None:
+    """Data are loaded, a model is validated or saved: nobody waits for anybody."""
+    limit = {"EF_HOROVOD_TIMEOUT": "3"}
+    folder = f"--checkpoint={tmp_path / 'server'}"
+    results = server_job(1, 2, PROGRAM, tmp_path, "pauses", server=(folder,), environment=limit)
+    assert results == [5, 5]
+
+
+def test_a_checkpoint_that_one_worker_does_not_ask_for_is_limited(tmp_path: Path) -> None:
+    limit = {"EF_HOROVOD_TIMEOUT": "4"}
+    folder = f"--checkpoint={tmp_path / 'server'}"
+    _, results = ended_job(
+        1, 2, PROGRAM, tmp_path, "one_checkpoint", server=(folder,), environment=limit
+    )
+    problem = "CollectiveTimeoutError: server 0 waited 4 s for workers [1] to ask for a checkpoint"
+    assert results[0].startswith(f"{problem} of step 1; see why they did not")
+
+
+def test_a_closed_worker_says_so_at_once(in_a_row: dict[str, list[Any]]) -> None:
+    for rank, errors in enumerate(in_a_row["closed"]):
+        assert errors.pop("seconds") < 2
+        problem = f"UnsupportedError: got a step or checkpoint of worker {rank}, which is closed"
+        for name, error in errors.items():
+            assert error.startswith(problem), name
+
+
+@pytest.mark.parametrize(
+    ("scenario", "call"),
+    [
+        ("collective_of_all_ranks", "MPI.COMM_WORLD.Barrier"),
+        ("collective_of_all_ranks_after_the_end", "world.allgather"),
+    ],
+)
+def test_a_worker_that_waits_for_servers_in_a_collective_is_told_so(
+    scenario: str, call: str, tmp_path: Path
+) -> None:
+    begin = time.monotonic()
+    limit = {"EF_HOROVOD_TIMEOUT": "4"}
+    output, _ = ended_job(1, 2, PROGRAM, tmp_path, scenario, environment=limit)
+    assert f" waited 4 s in {call}() ({PROGRAMS / PROGRAM}, line " in output
+    assert "call worker.transport.barrier(name), or allgather or allreduce of" in output
+    assert time.monotonic() - begin < 60
+
+
+def test_an_error_of_long_ago_ends_nobodys_job(in_a_row: dict[str, list[Any]]) -> None:
+    assert in_a_row["old_error"] == ([""], [""]), "what the servers hear as reason of the end"
 
 
 def test_a_rank_that_does_not_start_is_named(tmp_path: Path) -> None:

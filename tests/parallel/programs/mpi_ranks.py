@@ -11,6 +11,7 @@ from mpi4py import MPI
 import ef_horovod as ef
 from ef_horovod.channel import Channel, finish_step
 from ef_horovod.guard import require_same_config
+from ef_horovod.transports import mpi
 from ef_horovod.transports.mpi import MPITransport
 
 COMM = MPI.COMM_WORLD
@@ -29,6 +30,34 @@ def any_order(transport):
     payload = {name: np.full(5, 10 * RANK + i, np.uint8) for i, name in enumerate(names)}
     waits = {name: transport.allgather(name, payload[name]) for name in order}
     return {name: [part.tolist() for part in waits[name]()] for name in names}
+
+
+def few_tags(_):
+    """Tags of an MPI that has four of them, for names with the same checksum too."""
+    transport = MPITransport(timeout=20)
+    names = ["plumless", "buckeroo", "sum"]  # the first two have the same CRC-32
+    payload = {name: np.full(5, 10 * RANK + i, np.uint8) for i, name in enumerate(names)}
+    found = []
+    for step in range(2):
+        order = names[(RANK + step) % 3 :] + names[: (RANK + step) % 3]
+        waits = {
+            name: transport.allreduce(name, np.float32([RANK]))
+            if name == "sum"
+            else transport.allgather(name, payload[name])
+            for name in order
+        }
+        parts = {name: [part.tolist() for part in waits[name]()] for name in names[:2]}
+        found.append({**parts, "sum": waits["sum"]().tolist()})
+    transport.barrier("the fourth")
+    known, mpi.largest_tag = mpi.largest_tag, lambda: 4
+    too_many = error_of(lambda: transport.barrier("the fifth"))
+    mpi.largest_tag = known
+    return {
+        "found": found,
+        "largest": max(transport._tags.values()),
+        "too_many": too_many,
+        "nobody": error_of(lambda: MPITransport(MPI.COMM_NULL)),
+    }
 
 
 def sums(transport):
@@ -82,7 +111,8 @@ def training(transport):
 
 
 def disagreement(transport):
-    return error_of(lambda: require_same_config(transport, ["same", f"mine {RANK // 2}"], "g"))
+    facts = [*(f"same {i} {'x' * 90}" for i in range(1000)), f"mine {RANK // 2}"]  # over 64 KiB
+    return error_of(lambda: require_same_config(transport, facts, "g"))
 
 
 def missing_rank(_):
@@ -93,12 +123,14 @@ def missing_rank(_):
         return {}
     gather = error_of(lambda: transport.allgather("late", np.zeros(4, np.uint8))())
     reduce = error_of(lambda: transport.allreduce("sum", np.zeros(10, np.float32))())
-    return {"gather": gather, "reduce": reduce, "seconds": time.monotonic() - begin}
+    again = error_of(lambda: transport.allgather("late", np.zeros(4, np.uint8)))
+    seconds = time.monotonic() - begin
+    return {"gather": gather, "reduce": reduce, "again": again, "seconds": seconds}
 
 
 def main() -> None:
     transport = MPITransport()
-    scenarios = [unequal_sizes, any_order, sums, refused, training]
+    scenarios = [unequal_sizes, any_order, few_tags, sums, refused, training]
     if SIZE > 1:
         scenarios += [missing_rank]
     if SIZE > 2:

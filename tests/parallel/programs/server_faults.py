@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import numpy as np
 import psutil
 from common import ARGUMENTS, error_of, report
 from meeting import meet
+from mpi4py import MPI
 from server_faults_model import SHAPES, gradients
 
 import ef_horovod as ef
 from ef_horovod.channel import Channel, finish_step
 from ef_horovod.errors import ProtocolError
 from ef_horovod.server import ServerTransport, Worker
-from ef_horovod.server.protocol import Kind, Message, pack
+from ef_horovod.server.protocol import Kind, Message, body_text, pack, unpack
 
 EF21 = ef.EF21(ef.TopK(ratio=0.05))
 MPI_RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
@@ -74,6 +76,83 @@ def silent():
         time.sleep(60)
     error = error_of(lambda: steps(worker, 3, 5))
     return f"{time.monotonic() - begin:.1f} s: {error}"
+
+
+def late():
+    """Workers come to a round one after the other, the last one not within the limit."""
+    worker = Worker(arrays(), EF21)
+    steps(worker, 0, 1)
+    time.sleep((0, 4, 40)[worker.rank])
+    begin = time.monotonic()
+    error = error_of(lambda: steps(worker, 1, 2))
+    return f"{time.monotonic() - begin:.1f} s: {error}"
+
+
+def pauses():
+    """Longer than the limit, of all workers at once: before the first step and between two."""
+    transport = ServerTransport()
+    time.sleep(5)
+    with Worker(arrays(), EF21, transport=transport) as worker:
+        time.sleep(5)
+        steps(worker, 0, 3)
+        worker.checkpoint()
+        time.sleep(5)
+        steps(worker, 3, 5)
+    return worker.step
+
+
+def one_checkpoint():
+    worker = Worker(arrays(), EF21)
+    steps(worker, 0, 1)
+    if odd():
+        time.sleep(40)
+    return error_of(worker.checkpoint)
+
+
+def closed():
+    """What a closed worker says, in which time; the workers can still wait for each other."""
+    with Worker(arrays(), EF21) as worker:
+        steps(worker, 0, 2)
+    sys.last_value = ValueError("an old one, which IPython has shown")
+    actions = {
+        "push_pull": lambda: worker.push_pull(gradients(0, 0)),
+        "rounds": lambda: worker.rounds(gradients(0, 0)),
+        "push": lambda: worker.push("w", gradients(0, 0)["w"]),
+        "pull": worker.pull,
+        "checkpoint": worker.checkpoint,
+        "another Worker": lambda: Worker(arrays(), EF21, transport=worker.transport),
+    }
+    begin = time.monotonic()
+    errors = {name: error_of(action) for name, action in actions.items()}
+    errors["seconds"] = time.monotonic() - begin
+    worker.transport.barrier("closed")
+    worker.close()
+    return errors
+
+
+def old_error():
+    """Somebody caught an error long ago, as IPython does, and then ends in order."""
+    sys.last_value = ValueError("an old one")
+    worker = Worker(arrays(), EF21)
+    steps(worker, 0, 2)
+    transport, said = worker.transport, []
+    send = transport._send
+    transport._send = lambda data, *to: (said.append(body_text(unpack(data)[1])), send(data, *to))
+    worker.close()
+    return said
+
+
+def collective_of_all_ranks():
+    with Worker(arrays(), EF21) as worker:
+        steps(worker, 0, 2)
+        MPI.COMM_WORLD.Barrier()
+
+
+def collective_of_all_ranks_after_the_end():
+    world = MPI.COMM_WORLD
+    with Worker(arrays(), EF21) as worker:
+        steps(worker, 0, 2)
+    return world.allgather(worker.step)
 
 
 def missing():
@@ -273,7 +352,7 @@ def main() -> None:
     if len(ARGUMENTS) > 1:  # then so does server_again.py
         meet()
     results = [globals()[scenario]() for scenario in ARGUMENTS]
-    servers = int(os.environ["OMPI_COMM_WORLD_SIZE"]) - 2
+    servers = ODD + 1 - (3 if "late" in ARGUMENTS else 2)
     report(MPI_RANK - servers, results[0] if len(results) == 1 else results)
 
 
