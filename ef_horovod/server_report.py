@@ -62,7 +62,8 @@ def report(log: Path, out: Path | None = None, say: Callable[[str], None] = prin
         say: gets the text.
 
     Raises:
-        LogError: the log is not there, is empty or malformed, or `out` would overwrite it.
+        LogError: the log is not there, is empty or malformed, or `out` would overwrite it, cannot
+            be written or is no image's name.
         UnsupportedError: matplotlib is not installed.
     """
     out = out or log.with_suffix(".png")
@@ -233,7 +234,14 @@ def plot(log: Log, file: Path) -> None:
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix[1:].lower() not in known:
+        raise LogError(
+            f"got {file} as image, expected a name that ends in one of {', '.join(known)}; name it "
+            "by --out"
+        )
     figure, (speed, traffic, waiting) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for i, (server, entries) in enumerate(log.servers.items()):
         color, seconds = _COLORS[i % len(_COLORS)], [entry["seconds"] for entry in entries]
@@ -249,9 +257,16 @@ def plot(log: Log, file: Path) -> None:
         panel.legend(frameon=False, fontsize="small")
         panel.grid(alpha=0.3)
     _plot_waiting(log, waiting)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120)
+    except OSError as error:
+        raise LogError(
+            f"could not write {file} ({error}), expected a place for the image; name another one "
+            "by --out"
+        ) from None
+    finally:
+        pyplot.close(figure)
 
 
 def _plot_waiting(log: Log, panel: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,18 +15,22 @@ from typing import TYPE_CHECKING
 
 from ef_horovod._extras import explained
 from ef_horovod.errors import EFHorovodError
+from ef_horovod.transports.waiting import limit_of, require_limit
 
 if TYPE_CHECKING:  # launch/server reads options by a Python that may have no NumPy
     from ef_horovod.methods.base import Method
 
 
+_LONGEST_SECONDS = 1e9  # 30 years, for a limit of infinity
+_MOST = 2**31 - 1  # ranks of MPI
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until the workers have ended; the exit status."""
-    from ef_horovod.transports.waiting import limit_of
-
     arguments = make_parser().parse_args(argv)
     try:
         method, limit = method_of(arguments), limit_of(arguments.timeout)
+        _require_writable(arguments)
     except (ValueError, EFHorovodError) as error:
         print(f"ef_horovod.server: error: {error}", file=sys.stderr)
         return 2
@@ -82,7 +87,7 @@ def ended_after(seconds: float, say: Callable[[], None]) -> Iterator[None]:
     watcher = os.fork()
     if watcher == 0:
         os.close(writing)
-        if not select.select([reading], [], [], seconds)[0]:
+        if not select.select([reading], [], [], min(seconds, _LONGEST_SECONDS))[0]:
             say()
             os.kill(os.getppid(), signal.SIGKILL)
         os._exit(0)
@@ -119,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--quorum",
-        type=int,
+        type=count,
         metavar="M",
         help="make rounds of M workers' messages; those of late ones count in the next round",
     )
@@ -131,11 +136,49 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         metavar="SECONDS",
-        help="limit of every wait for workers ($EF_HOROVOD_TIMEOUT, or 300)",
+        help="limit of what some workers have begun and others not ($EF_HOROVOD_TIMEOUT, or 300)",
     )
     return parser
+
+
+def count(text: str) -> int:
+    """An option's number of ranks or threads."""
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number <= _MOST:
+        raise argparse.ArgumentTypeError(f"received {text!r}, expected an integer of 1 or more")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        return require_limit(text, "--timeout")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _require_writable(arguments: argparse.Namespace) -> None:
+    """Make the places of --checkpoint and --log, before anybody trains.
+
+    Raises:
+        ValueError: they cannot be written to.
+    """
+    for option, place in (("--checkpoint", arguments.checkpoint), ("--log", arguments.log)):
+        if place is None:
+            continue
+        try:
+            folder = place if option == "--checkpoint" else place.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if option == "--log":
+                place.open("a").close()
+            else:
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(
+                f"got {option} {place}, which cannot be written ({error}), expected a place for "
+                "this server's files; name another one"
+            ) from None
 
 
 def method_of(arguments: argparse.Namespace) -> Method | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,8 @@ def load(
     """Memories of the named buckets after `step` steps, as `save` got them.
 
     Raises:
-        ConfigMismatchError: there is none of this step, of this config, or of these buckets.
+        ConfigMismatchError: there is none of this step, of this config, or of these buckets, or a
+            file is damaged.
     """
     if folder is None or step not in steps_in(folder):
         where = "no --checkpoint" if folder is None else f"checkpoints of steps {steps_in(folder)}"
@@ -66,13 +69,13 @@ def load(
         )
     found: dict[str, Any] = {}
     for file in sorted((folder / f"step-{step:09d}").glob("server-*.npz")):
-        with np.load(file) as content:
-            if int(content[_FINGERPRINT]) != fingerprint:
-                raise ConfigMismatchError(
-                    f"the checkpoint {file} is of another model or compression than the workers' "
-                    "(fingerprints differ), expected the same; name another folder"
-                )
-            found |= {key: content[key] for key in content.files if key != _FINGERPRINT}
+        content = _read(file)
+        if int(content.pop(_FINGERPRINT)) != fingerprint:
+            raise ConfigMismatchError(
+                f"the checkpoint {file} is of another model or compression than the workers' "
+                "(fingerprints differ), expected the same; name another folder"
+            )
+        found |= content
     missing = [name for name in buckets if f"{name}/" not in found]
     if missing:
         raise ConfigMismatchError(
@@ -80,3 +83,15 @@ def load(
             "the files of all servers there; copy them from the other servers' hosts"
         )
     return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        with np.load(file) as content:
+            read = {key: content[key] for key in content.files}
+            return {_FINGERPRINT: read.pop(_FINGERPRINT), **read}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigMismatchError(
+            f"the checkpoint {file} cannot be read ({error!r}), expected what a server has "
+            "written; copy it again, or start all from an earlier step"
+        ) from None

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ef_horovod.errors import UnsupportedError  # all imports here do without NumPy: see `read`
+from ef_horovod.server.__main__ import count, method_of
 from ef_horovod.server.__main__ import make_parser as make_server_parser
-from ef_horovod.server.__main__ import method_of
+from ef_horovod.transports.waiting import limit_of
 
 _PASSED_ON = ("EF_HOROVOD_TIMEOUT",)  # to ranks on other hosts, which have a login's variables
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -27,10 +28,17 @@ _SECONDS_TO_SAVE, _SECONDS_TO_TELL = 10, 3
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Print the line and become it."""
+    from ef_horovod.server.quorum import require_quorum  # needs NumPy, which `read` does not
+
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, for_server, program = read(words, prog)
+    options = make_server_parser().parse_args(for_server)
     try:
-        method_of(make_server_parser().parse_args(for_server))
+        method = method_of(options)
+        limit_of(options.timeout)
+        if options.quorum not in (None, arguments.workers):
+            methods = [] if method is None else [repr(method)]
+            require_quorum(options.quorum, arguments.workers, arguments.servers, methods)
     except (ValueError, UnsupportedError) as error:
         make_parser(prog).error(str(error))
     line = command(arguments, for_server, program)
@@ -71,8 +79,8 @@ def make_parser(prog: str | None = None, more: str = "") -> argparse.ArgumentPar
         + more,
         allow_abbrev=False,
     )
-    parser.add_argument("-s", "--servers", type=_count, default=1, metavar="N", help="(1)")
-    parser.add_argument("-w", "--workers", type=_count, required=True, metavar="N")
+    parser.add_argument("-s", "--servers", type=count, default=1, metavar="N", help="(1)")
+    parser.add_argument("-w", "--workers", type=count, required=True, metavar="N")
     parser.add_argument(
         "-H",
         "--host",
@@ -82,7 +90,7 @@ def make_parser(prog: str | None = None, more: str = "") -> argparse.ArgumentPar
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="the same in a file")
     parser.add_argument(
         "--threads",
-        type=_count,
+        type=count,
         metavar="N",
         help="of a rank (here the cores divided by the ranks, on other hosts 1)",
     )
@@ -134,13 +142,6 @@ def _mpirun() -> str:
     """The one beside the running Python, or the first on PATH."""
     beside = Path(sys.executable).parent / "mpirun"
     return str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
-
-
-def _count(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"received {text!r}, expected an integer of 1 or more")
-    return number
 
 
 if __name__ == "__main__":

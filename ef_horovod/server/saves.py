@@ -90,7 +90,7 @@ class Saves:
             return
         try:
             self._write(step, buckets, fingerprint)
-        except (OSError, ValueError) as error:
+        except (ServerError, ValueError) as error:
             self._say(f"could not save step {step}: {error}")
 
     def _write(self, step: int, buckets: Collection[ServedBucket], fingerprint: int) -> None:
@@ -98,5 +98,12 @@ class Saves:
         memories: dict[str, np.ndarray] = {}
         for bucket in buckets:
             memories |= bucket.memories(step)
+        try:
+            file = save(self._folder, step, self._server, fingerprint, memories)
+        except OSError as error:
+            raise ServerError(
+                f"server {self._server} could not write step {step} to {self._folder} ({error}), "
+                "expected a place for its checkpoints; make room, or name another --checkpoint"
+            ) from None
         self._last = step
-        self._say(f"saved {save(self._folder, step, self._server, fingerprint, memories)}")
+        self._say(f"saved {file}")

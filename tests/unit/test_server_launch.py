@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ef_horovod.server import launch
-from ef_horovod.server.__main__ import make_parser, method_of
+from ef_horovod.server.__main__ import ended_after, main, make_parser, method_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +81,19 @@ def test_the_limit_of_waits_reaches_ranks_on_other_hosts(capsys, monkeypatch):
     [
         (["-w", "2"], "received no program for the workers"),
         (["-w", "0", "--", "x"], "received '0', expected an integer of 1 or more"),
+        (["-w", str(2**31), "--", "x"], f"received '{2**31}', expected an integer of 1 or more"),
+        (["-w", "2", "-s", "-1", "--", "x"], "received '-1', expected an integer of 1 or more"),
+        (["-w", "2", "--threads", "1.5", "--", "x"], "received '1.5', expected an integer of 1 or"),
+        (["-w", "2", "--quorum", "0", "--", "x"], "received '0', expected an integer of 1 or more"),
+        (["-w", "2", "--quorum", "3", "--", "x"], "got a quorum of 3 with 2 workers and 1 servers"),
+        (
+            ["-w", "3", "-s", "2", "--quorum", "2", "--", "x"],
+            "got a quorum of 2 with 3 workers and",
+        ),
+        *(
+            (["-w", "2", "--timeout", text, "--", "x"], "expected a positive number of seconds; le")
+            for text in ("-3", "0", "nan", "soon", "-0.5")
+        ),
         (["--", "x"], "-w/--workers"),
         (["-w", "2", "--methods", "x", "--", "x"], "unrecognized arguments: --methods"),
         (["-w", "2", "--method", "sgd", "--", "x"], "got the name 'sgd', expected one of"),
@@ -93,6 +106,31 @@ def test_mistakes_are_named_before_anything_starts(words, problem, capsys):
         launch.main(words)
     assert left.value.code == 2
     assert problem in capsys.readouterr().err
+
+
+def test_a_wrong_limit_in_the_environment_is_named_too(capsys, monkeypatch):
+    monkeypatch.setenv("EF_HOROVOD_TIMEOUT", "-1")
+    with pytest.raises(SystemExit):
+        launch.main(["-w", "2", "--dry-run", "--", "x"])
+    assert "got EF_HOROVOD_TIMEOUT='-1', expected a positive number" in capsys.readouterr().err
+    assert main([]) == 2, "nor does a server start"
+    assert "got EF_HOROVOD_TIMEOUT='-1', expected a positive number" in capsys.readouterr().err
+
+
+def test_a_limit_without_end_is_one():
+    assert make_parser().parse_args(["--timeout", "inf"]).timeout == float("inf")
+    with ended_after(float("inf"), lambda: None):
+        pass
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--log"])
+def test_a_server_that_cannot_write_says_so_before_it_starts(option, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "x"
+    assert main([option, str(place)]) == 2
+    said = capsys.readouterr().err
+    assert f"error: got {option} {place}, which cannot be written" in said
+    assert said.count("\n") == 1
 
 
 def test_methods_of_the_command_line():

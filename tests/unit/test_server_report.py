@@ -145,6 +145,25 @@ def test_the_log_is_not_overwritten_by_its_image(tmp_path, capsys):
     assert log.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("x.xyz", "got .*x.xyz as image, expected a name that ends in one of .*pdf, .*png"),
+        ("x", "got .*x as image, expected a name that ends in one of"),
+        ("log.jsonl/x.png", "could not write .*x.png .*, expected a place for the image; name"),
+        ("folder.png", "could not write .*folder.png .*, expected a place for the image; name"),
+    ],
+)
+def test_images_that_cannot_be_written_are_named_in_one_sentence(name, problem, tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    write(log)
+    (tmp_path / "folder.png").mkdir()
+    status, out, err = run(capsys, log, "--out", tmp_path / name)
+    assert (status, err.count("\n")) == (1, 1)
+    assert re.search(problem, err)
+    assert "The plot is in" not in out
+
+
 def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     log = tmp_path / "log.jsonl"
     write(log)
