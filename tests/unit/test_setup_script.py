@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.machinery
 import importlib.util
 import json
@@ -140,6 +141,13 @@ def test_an_old_python_is_named_with_the_way_out():
     assert "this is Python 3.8.1 (" in done.stderr
     assert "needs 3.10 or newer: install one" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["cluster", "demo", "reproduce", "server", "setup", "test"])
+def test_an_old_python_can_read_the_scripts_up_to_that_sentence(script):
+    text = (LAUNCH / script).read_text()
+    ast.parse(text, feature_version=(3, 6))
+    ast.parse((LAUNCH / "_common.py").read_text(), feature_version=(3, 6))
 
 
 # --- the stamp ---------------------------------------------------------------------------------
