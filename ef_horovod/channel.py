@@ -127,6 +127,12 @@ class Channel:
             self._transport.open_bucket(self.name, length, method, seed)
         return worker, server
 
+    def forget(self) -> None:
+        """Start anew: states as before the first step. Not with servers, which have one half."""
+        assert self.exchange != "server", f"the servers keep a half of {self.name}"
+        self.worker, self.server = self._open(self._key.seed)
+        self._message = self._undo = None
+
     def pieces(self) -> list[Piece]:
         """The parts of the vector that have states of their own, in order: here it is one."""
         return [Piece("", 0, self)]

@@ -20,11 +20,12 @@ from ef_horovod._extras import explained
 from ef_horovod.policy import small_or_vector
 
 with explained("ef_horovod.tensorflow"):
+    from ef_horovod.tensorflow.broadcast import broadcast_variables
     from ef_horovod.tensorflow.callback import TrainingCallback
     from ef_horovod.tensorflow.compression import Compression
     from ef_horovod.tensorflow.optimizer import DistributedOptimizer
     from ef_horovod.tensorflow.reducer import Reducer
-    from ef_horovod.tensorflow.sync import broadcast_variables, require_in_sync
+    from ef_horovod.tensorflow.sync import require_in_sync
     from ef_horovod.tensorflow.tape import DistributedGradientTape
 
 _openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files

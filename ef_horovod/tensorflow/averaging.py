@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from ef_horovod.channel import ChannelStats, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.tensorflow.checkpoint import Memories
+from ef_horovod.tensorflow.engine import appeared
 from ef_horovod.tensorflow.reducer import Reducer
+from ef_horovod.tensorflow.variables import path_of
 
 Apply = Callable[[list[Any]], None]
 Step = Callable[[list[Any]], tf.Tensor]  # averages and applies gradients; whether it was good
 
 
 class Averaging(tf.Module):
-    """The reducer of an optimizer, and what comes between a call and a step.
+    """The reducers of an optimizer, and what comes between a call and a step.
+
+    There is one reducer of all variables that the optimizer is built for. The variables of the
+    first call are those that it averages; calls with other ones get a reducer for each such set.
 
     Args:
         make_reducer: from variables.
@@ -37,45 +43,42 @@ class Averaging(tf.Module):
         self._make_reducer, self._handles_nan = make_reducer, handles_nan
         self.accumulation = Accumulation(passes, mean)
         self.reducer: Reducer | None = None
-        self._variables: tuple[int, ...] = ()
+        self.others: dict[str, Reducer] = {}  # by places; tracked, so that checkpoints find them
+        # A function, so that no checkpoint takes them for this module's: they are the model's.
+        self._built_for: Callable[[], list[Any]] = list
+        self._first: frozenset[int] = frozenset()  # places of the variables of the first call
+        self._loaded: dict[str, Any] = {}  # states of sets that were not seen yet
 
     def build(self, variables: list[Any]) -> Memories | None:
-        """Make the reducer at the first call; its memories then, if it has some.
+        """Make the reducer of all variables, once; its memories then, if it has some."""
+        if self.reducer is not None:
+            return None
+        self.reducer, self._built_for = self._make_reducer(variables), lambda: variables
+        return self.reducer.memories
 
-        Raises:
-            UnsupportedError: other variables than at the first call.
-        """
-        ids = tuple(id(v) for v in variables)
-        if self.reducer is None:
-            self.reducer = self._make_reducer(variables)
-            self._variables = ids
-            return self.reducer.memories
-        if ids != self._variables:
-            raise UnsupportedError(
-                f"got gradients of {len(ids)} variables, expected those of the first call "
-                f"({len(self._variables)}), in the same order; wrap an optimizer of its own for "
-                "each set of variables that is trained"
-            )
-        return None
-
-    def average(self, gradients: list[Any]) -> list[Any]:
+    def average(self, gradients: list[Any], variables: list[Any]) -> list[Any]:
         """Ops that average gradients; NaN if the step is not good."""
         if self.accumulation.passes > 1:
             raise UnsupportedError(
                 "got accumulated gradients inside a loss scaler, expected the scaler inside; write "
                 "ef.DistributedOptimizer(tf_keras.mixed_precision.LossScaleOptimizer(optimizer))"
             )
-        assert self.reducer is not None
-        return self.reducer.reduce(gradients)
+        return self._part(variables).reduce(gradients, 1.0)[0]
 
-    def step(self, gradients: list[Any], loss_scale: Any, apply: Apply) -> None:
-        """Ops that average the gradients and apply them, if the step is good."""
-        reducer = self.reducer
-        assert reducer is not None
+    def step(
+        self, gradients: list[Any], variables: list[Any], loss_scale: Any, apply: Apply
+    ) -> None:
+        """Ops that average the gradients and apply them, if the step is good.
+
+        Raises:
+            UnsupportedError: variables that the optimizer was not built for, or another set of
+                them where that cannot work.
+        """
+        part = self._part(variables)
 
         def average_and_apply(gradients: list[Any]) -> tf.Tensor:
-            averages, good = reducer.reduce_scaled(gradients, loss_scale)
-            if self._handles_nan or not reducer.active:
+            averages, good = part.reduce(gradients, loss_scale)
+            if self._handles_nan or not part.reducer.active:
                 apply(averages)
                 return good
 
@@ -85,7 +88,86 @@ class Averaging(tf.Module):
 
             return tf.cond(good, applied, lambda: tf.constant(False))
 
-        self.accumulation.run(gradients, average_and_apply)
+        self.accumulation.run(gradients, variables, average_and_apply)
+
+    def stats(self) -> list[ChannelStats]:
+        """Rows of all buckets, and the total."""
+        rows = [row for reducer in self._reducers() for row in reducer.stats()[:-1]]
+        return [*rows, total_stats(rows)] if rows else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Memories of the first set, and under "others" those of the other ones."""
+        if self.reducer is None:
+            return {}
+        others = {key: one.compression_state_dict() for key, one in self.others.items()}
+        return self.reducer.compression_state_dict() | ({"others": others} if others else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse, at once or when a set is seen; the optimizer must be built."""
+        assert self.reducer is not None
+        self._loaded = dict(state.get("others", {}))
+        self.reducer.load_compression_state_dict(
+            {key: value for key, value in state.items() if key != "others"}
+        )
+        for key in self._loaded.keys() & self.others.keys():
+            self.others[key].load_compression_state_dict(self._loaded.pop(key))
+
+    def _reducers(self) -> list[Reducer]:
+        return [one for one in (self.reducer, *self.others.values()) if one is not None]
+
+    def _part(self, variables: list[Any]) -> _Part:
+        """The reducer of these variables, and where they are in it."""
+        assert self.reducer is not None
+        known = self._built_for()
+        place_of = {id(v): i for i, v in enumerate(known)}
+        for variable in variables:
+            if id(variable) not in place_of:
+                raise UnsupportedError(
+                    f"got a gradient of '{path_of(variable)}', expected variables that the "
+                    "optimizer was built for; call optimizer.build() with all that will be "
+                    "trained, before the first step, or wrap an optimizer for each set of variables"
+                )
+        places = [place_of[id(v)] for v in variables]
+        chosen = frozenset(places)
+        if chosen == (self._first or chosen):
+            self._first = chosen
+            return _Part(self.reducer, places, len(place_of))
+        self._require_many_sets(variables)
+        ordered = sorted(places)
+        key = "_".join(map(str, ordered))
+        if key not in self.others:
+            reducer = self._make_reducer([known[i] for i in ordered])
+            if key in self._loaded:
+                reducer.load_compression_state_dict(self._loaded.pop(key))
+            self.others[key] = reducer
+        return _Part(self.others[key], [ordered.index(i) for i in places], len(ordered))
+
+    def _require_many_sets(self, variables: list[Any]) -> None:
+        """Raise where one reducer must do."""
+        assert self.reducer is not None
+        transport = self.reducer.transport
+        if self.accumulation.passes > 1 or (transport is not None and transport.has_server):
+            what = "with gradient accumulation" if self.accumulation.passes > 1 else "with servers"
+            raise UnsupportedError(
+                f"got gradients of {len(variables)} variables {what}, expected those of the first "
+                f"call ({len(self._first)}); wrap an optimizer for each set of variables"
+            )
+
+
+class _Part(NamedTuple):
+    """A reducer, and which of its variables are given."""
+
+    reducer: Reducer
+    places: list[int]
+    out_of: int  # so many
+
+    def reduce(self, gradients: list[Any], loss_scale: Any) -> tuple[list[Any], tf.Tensor]:
+        """As `Reducer.reduce_scaled`, in the order of the places."""
+        everyones: list[Any] = [None] * self.out_of
+        for place, gradient in zip(self.places, gradients, strict=True):
+            everyones[place] = gradient
+        averages, good = self.reducer.reduce_scaled(everyones, loss_scale)
+        return [averages[place] for place in self.places], good
 
 
 class Accumulation(tf.Module):
@@ -99,35 +181,41 @@ class Accumulation(tf.Module):
     def __init__(self, passes: int, mean: bool) -> None:
         super().__init__(name="ef_accumulation")
         self.passes, self._mean = passes, mean
+        self._places: tuple[int, ...] = ()  # of the sums, among the gradients
         self.sums: list[tf.Variable] = []
         with tf.init_scope():
             self.count = tf.Variable(0, trainable=False, dtype=tf.int64)
 
-    def run(self, gradients: list[Any], step: Step) -> tf.Tensor:
+    def run(self, gradients: list[Any], variables: list[Any], step: Step) -> tf.Tensor:
         """Ops that add the gradients, and at the last pass take the step.
 
         Args:
-            gradients: tensors, `tf.IndexedSlices` (which become dense) or None.
+            gradients: tensors, `tf.IndexedSlices` (which become dense) or None: zeros, if there was
+                a gradient at the first call.
+            variables: whose they are.
             step: gets gradients in the same order.
 
         Returns:
             Whether the step was good; True for a pass without one.
+
+        Raises:
+            UnsupportedError: a gradient that was None at the first call.
         """
         if self.passes == 1:
             return step(gradients)
-        here = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        dense = [tf.convert_to_tensor(gradients[i]) for i in here]
-        if not self.sums:
-            with tf.init_scope():
-                for gradient in dense:  # appended, not assigned: so a checkpoint finds them late
-                    sum_ = tf.Variable(tf.zeros(gradient.shape, gradient.dtype), trainable=False)
-                    self.sums.append(sum_)
+        self._open(gradients)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None and i not in self._places:
+                raise appeared(variables[i])
         factor = 1 / self.passes if self._mean else 1.0
+        pairs = list(zip(self._places, self.sums, strict=True))
+        dense = {i: tf.convert_to_tensor(g) for i, g in enumerate(gradients) if g is not None}
 
         def last() -> tf.Tensor:
             totals: list[Any] = [None] * len(gradients)
-            for i, total, gradient in zip(here, self.sums, dense, strict=True):
-                totals[i] = (total + gradient) * tf.cast(factor, gradient.dtype)
+            for i, total in pairs:
+                whole = total + dense[i] if i in dense else total.read_value()
+                totals[i] = whole * tf.cast(factor, whole.dtype)
             good = step(totals)
             with tf.control_dependencies([good]):
                 for total in self.sums:
@@ -135,9 +223,20 @@ class Accumulation(tf.Module):
             return good
 
         def keep() -> tf.Tensor:
-            for total, gradient in zip(self.sums, dense, strict=True):
-                total.assign_add(gradient)
+            for i, total in pairs:
+                if i in dense:
+                    total.assign_add(dense[i])
             return tf.constant(True)
 
         count = self.count.assign_add(1)
         return tf.cond(tf.equal(count % self.passes, 0), last, keep)
+
+    def _open(self, gradients: list[Any]) -> None:
+        """At the first call make a sum for each gradient that is there."""
+        if self.sums:
+            return
+        self._places = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
+        with tf.init_scope():
+            for i in self._places:  # appended, not assigned: so a checkpoint finds them late
+                zeros = tf.zeros(gradients[i].shape, gradients[i].dtype)
+                self.sums.append(tf.Variable(zeros, trainable=False))

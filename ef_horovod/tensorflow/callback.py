@@ -10,15 +10,21 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ef_horovod.channel import ChannelStats
-from ef_horovod.tensorflow.sync import broadcast_variables, require_horovod, require_in_sync
+from ef_horovod.channel import ChannelStats, total_stats
+from ef_horovod.tensorflow.broadcast import broadcast_variables
+from ef_horovod.tensorflow.optimizer import is_optimizer
+from ef_horovod.tensorflow.sync import require_horovod, require_in_sync
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 
 
 class TrainingCallback(keras.callbacks.Callback):
     """Equal start on all ranks, a check that they stay equal, means of metrics, and logs.
 
-    At the start, weights and optimizer variables are broadcast from one rank. After the first
+    At the start, weights and the variables of all optimizers that the model holds are broadcast
+    from one rank. A model that is built by its first batch (without `Input`, or subclassed) is
+    built before that one: its `train_step` is traced once more. With `run_eagerly=True` it gets
+    them after the first batch, as with Horovod's callback; if ranks differed, error-feedback state
+    starts anew then. After the first
     batch, parameters are compared by hash: an optimizer that is not wrapped raises. At the end of
     an epoch, metrics become means over ranks, so that callbacks which stop training or change the
     learning rate decide the same everywhere, and these are added to the logs, for the history,
@@ -37,6 +43,7 @@ class TrainingCallback(keras.callbacks.Callback):
         check_sync: whether parameters are compared after the first batch.
 
     Raises:
+        ConfigMismatchError: ranks have other weights or optimizer variables.
         OutOfSyncError: parameters differ after the first batch.
         UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
 
@@ -50,26 +57,59 @@ class TrainingCallback(keras.callbacks.Callback):
         super().__init__()
         self._root_rank = root_rank
         self._average_metrics, self._check_sync = average_metrics, check_sync
-        self._checked = False
+        self._started = self._checked = False
         self._before = ChannelStats("total", 0, "", "")
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Broadcast."""
+        """Broadcast, now or in the step that builds the model."""
         require_horovod("ef.TrainingCallback")
-        optimizer = self.model.optimizer
+        self._transport = HorovodTensorFlowTransport("ef.callback")
+        self._started = self._checked = False
+        model, optimizer = self.model, self.model.optimizer
+        if not all(layer.built for layer in model._flatten_layers()):
+            self._build_in_first_step()
+            return
         with tf.init_scope():
             if not getattr(optimizer, "built", False):
-                optimizer.build(self.model.trainable_variables)
-        # Weights, not all variables: the seeds of random layers may differ between ranks.
-        broadcast_variables([*self.model.weights, *optimizer.variables], self._root_rank)
-        self._transport = HorovodTensorFlowTransport("ef.callback")
-        self._checked = False
+                optimizer.build(model.trainable_variables)
+        self._start()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Compare parameters once."""
+        self._start()  # after an eager step that built the model
         if self._check_sync and not self._checked:
             require_in_sync(self.model.trainable_variables)
         self._checked = True
+
+    def _build_in_first_step(self) -> None:
+        """Have `fit` trace a step alone before its first one, which makes all variables."""
+        model, train = self.model, self.model.train_function
+
+        def first(iterator: Any) -> Any:
+            model.train_function = train
+            if not model.run_eagerly:
+                # As Keras does: only tf_keras converts a train_step of the user's by AutoGraph.
+                step = tf.function(model.train_step, autograph=not isinstance(model, keras.Model))
+                step.get_concrete_function(iterator.element_spec)
+                self._start()
+            return train(iterator)
+
+        model.train_function = first
+
+    def _start(self) -> None:
+        if self._started:
+            return
+        self._started = True
+        # Weights, not all variables: the seeds of random layers may differ between ranks.
+        variables = [*self.model.weights]
+        for optimizer in self._optimizers():
+            variables += optimizer.variables
+        broadcast_variables(variables, self._root_rank)
+
+    def _optimizers(self) -> list[Any]:
+        """The model's, in `compile`'s place or in attributes, as a GAN has them; each once."""
+        held = [self.model.optimizer, *vars(self.model).values()]
+        return list({id(one): one for one in held if is_optimizer(one)}.values())
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Change and extend the logs, in place."""
@@ -77,9 +117,11 @@ class TrainingCallback(keras.callbacks.Callback):
             return
         if self._average_metrics and self._transport.size > 1:
             self._average(logs)
-        stats: list[ChannelStats] = getattr(self.model.optimizer, "stats", list)()
-        if stats:
-            logs.update(self._compression_logs(stats[-1]))
+        rows: list[ChannelStats] = []
+        for optimizer in self._optimizers():
+            rows += getattr(optimizer, "stats", list)()[:-1]
+        if rows:
+            logs.update(self._compression_logs(total_stats(rows)))
 
     # tf_keras asks these of its callbacks, and Keras 3's base class does not have them.
     def _implements_train_batch_hooks(self) -> bool:

@@ -21,6 +21,7 @@ from ef_horovod.guard import require_same_config
 from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
+from ef_horovod.tensorflow.broadcast import follow
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.graphs import refuse_xla
@@ -91,13 +92,14 @@ class Compression(tf.Module):
                 exchange=exchange,
                 seed=seed,
             )
-            for name, variable in name_variables(list(variables))
+            for name, variable in name_variables(variables)
         )
         # Of each variable, so that no gradient has to wait for another one.
         self.steps = [tf.Variable(0, trainable=False, dtype=tf.int64) for _ in self._buckets]
         self.memories = Memories(self.state_dict, self.load_state_dict)
         self._next_place, self._trace = 0, None
         self._config_checked = False
+        follow(self)
         self._facts = (f"exchange={exchange!r}, seed={seed}", *describe(self._buckets))
 
     @tf.autograph.experimental.do_not_convert
@@ -128,6 +130,16 @@ class Compression(tf.Module):
         """One row for each variable and a last one with the total; call it between steps."""
         rows = [bucket.channel.stats() for bucket in self._buckets]
         return [*rows, total_stats(rows)]
+
+    @property
+    def followed(self) -> list[Any]:
+        """Whose gradients are averaged."""
+        return [bucket.slots[0].parameter for bucket in self._buckets]
+
+    def forget(self) -> None:
+        """Start anew, with states as before the first step; on all ranks alike."""
+        for bucket in self._buckets:
+            bucket.channel.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's error memories by variable, as NumPy arrays; save one file a rank."""

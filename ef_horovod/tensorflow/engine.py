@@ -17,6 +17,7 @@ from ef_horovod.guard import require_same_config
 from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import DensePolicy
+from ef_horovod.tensorflow.broadcast import follow
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.graphs import refuse_replicas, refuse_xla
 from ef_horovod.tensorflow.rows import Rows
@@ -66,6 +67,7 @@ class Engine:
         self._loaded: dict[str, Any] | None = None  # memories for buckets that are not made yet
         self._must_fit = False
         self._opened = False
+        follow(self)
         with tf.init_scope():
             # The number of the next step; also what makes a step wait for the one before it.
             self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="ef_step")
@@ -77,8 +79,7 @@ class Engine:
         """Ops that average gradients over ranks; the averages and whether the step is good."""
         refuse_xla()
         refuse_replicas()
-        gradients = [self._densified(g) for g in gradients]
-        self._begin(gradients)
+        gradients = self._begin([self._densified(g) for g in gradients])
         in_sync = self._compare_in_second_call() if self.options.check_sync else tf.constant(True)
         step = self.step.read_value()
         place_of = {name: i for i, (name, _) in enumerate(self._named)}
@@ -138,19 +139,45 @@ class Engine:
             compression = repr(self.options.method)
             self.step.assign(load_state(state, self._buckets, compression, self.transport))
 
-    def _begin(self, gradients: list[Gradient]) -> None:
-        """At the first call make the buckets and compare what the ranks have."""
-        kinds = [_kind(gradient) for gradient in gradients]
-        if self._opened:
-            self._require_same_kinds(kinds)
-            return
-        with tf.init_scope():
-            self._kinds = kinds
-            self._open()
-            self._load_everywhere()
-            require_same_config(self.transport, self._describe())
-            self.transport.handshake(describe(self._buckets), int(self.step.numpy()))
-        self._opened = True
+    @property
+    def followed(self) -> list[Any]:
+        """Whose gradients are averaged."""
+        return [variable for _, variable in self._named]
+
+    def forget(self) -> None:
+        """Start anew, with states as before the first step; on all ranks alike."""
+        if not self.transport.has_server:
+            for bucket in self._buckets:
+                bucket.channel.forget()
+
+    def _begin(self, gradients: list[Gradient]) -> list[Gradient]:
+        """At the first call make the buckets and compare what the ranks have.
+
+        Returns:
+            The gradients in the form that all ranks send: what one of them lacks is zeros there.
+        """
+        if not self._opened:
+            with tf.init_scope():
+                facts = [f"variable '{name}' of shape {tuple(v.shape)}" for name, v in self._named]
+                require_same_config(self.transport, facts, "guard.variables")
+                self._agree([_kind(gradient) for gradient in gradients])
+                self._open()
+                self._load_everywhere()
+                require_same_config(self.transport, self._describe())
+                self.transport.handshake(describe(self._buckets), int(self.step.numpy()))
+            self._opened = True
+        return [
+            _as_kind(kind, gradient, variable)
+            for kind, gradient, (_, variable) in zip(
+                self._kinds, gradients, self._named, strict=True
+            )
+        ]
+
+    def _agree(self, kinds: list[str]) -> None:
+        """What travels: a gradient that any rank has, and dense if it is so on any rank."""
+        codes = np.array([_KINDS.index(kind) for kind in kinds], np.uint8)
+        everyones = np.stack(self.transport.allgather("kinds", codes)())
+        self._kinds = [_KINDS[code] for code in everyones.max(axis=0)]
 
     def _load_everywhere(self) -> None:
         """Take over what was loaded if all ranks can, else start from zero on all of them."""
@@ -215,15 +242,6 @@ class Engine:
             f"gradients of {gradients}",
         ]
 
-    def _require_same_kinds(self, kinds: list[str]) -> None:
-        for (_, variable), before, now in zip(self._named, self._kinds, kinds, strict=True):
-            if before != now:
-                raise UnsupportedError(
-                    f"the gradient of '{path_of(variable)}' is {now}, but was {before} at the "
-                    "first call, expected no change; make a reducer, tape or optimizer of its own "
-                    "for each set of variables that is trained"
-                )
-
     def _compare_in_second_call(self) -> tf.Tensor:
         """Ops that compare all ranks' variables once, when the first update has been made.
 
@@ -250,7 +268,33 @@ class Engine:
         return tf.IndexedSlices(tf.cast(values, dtype), mean.indices, mean.dense_shape)
 
 
+_KINDS = "missing", "rows", "dense"
+
+
 def _kind(gradient: Gradient) -> str:
     if gradient is None:
         return "missing"
     return "rows" if isinstance(gradient, tf.IndexedSlices) else "dense"
+
+
+def _as_kind(kind: str, gradient: Gradient, variable: Any) -> Gradient:
+    """A gradient in the form that was agreed on at the first call."""
+    mine, shape, dtype = _kind(gradient), tuple(variable.shape), native(variable).dtype
+    if mine == kind:
+        return gradient
+    if kind == "missing":
+        raise appeared(variable)
+    if kind == "dense":
+        return tf.zeros(shape, dtype) if mine == "missing" else tf.convert_to_tensor(gradient)
+    rows = tf.zeros((0, *shape[1:]), dtype) if mine == "missing" else gradient
+    return tf.IndexedSlices(rows, tf.range(tf.shape(rows, tf.int64)[0]), tf.constant(shape))
+
+
+def appeared(variable: Any) -> UnsupportedError:
+    """What to say of a gradient that comes too late to be sent by all ranks alike."""
+    return UnsupportedError(
+        f"got a gradient of '{path_of(variable)}', which had none at the first call, expected "
+        "none, as all ranks send the same; pass unconnected_gradients="
+        "tf.UnconnectedGradients.ZERO to tape.gradient() from the first call on, or make a "
+        "reducer, tape or optimizer for each set of variables that is trained"
+    )

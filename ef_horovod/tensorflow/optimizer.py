@@ -123,18 +123,17 @@ class _Distributed:
 
     def stats(self) -> list[ChannelStats]:
         """As `ef.Reducer.stats`; empty before the first step."""
-        return self._ef.reducer.stats() if self._ef.reducer is not None else []
+        return self._ef.stats()
 
     def compression_state_dict(self) -> dict[str, Any]:
         """As `ef.Reducer.compression_state_dict`; empty before the optimizer is built."""
-        reducer = self._ef.reducer
-        return reducer.compression_state_dict() if reducer is not None else {}
+        return self._ef.state_dict()
 
     def checkpoint(self) -> dict[str, Any]:
         """As `ef.Reducer.checkpoint`, between two steps, such as in a callback of `fit`."""
         reducer = self._ef.reducer
         if reducer is not None:
-            return reducer.checkpoint()
+            return reducer.checkpoint() | self._ef.state_dict()
         if self._ef_transport is not None:
             self._ef_transport.save(0)  # which says that it is too early
         return {}
@@ -146,7 +145,7 @@ class _Distributed:
                 "got a compression state for an optimizer that is not built, expected a built "
                 "one; call optimizer.build(model.trainable_variables) first"
             )
-        self._ef.reducer.load_compression_state_dict(state)
+        self._ef.load_state_dict(state)
 
     def _ef_build(self, variables: Any) -> None:
         memories = self._ef.build(list(variables))
@@ -167,9 +166,10 @@ class _Keras3(_Distributed):
             self.build(variables)
             self.built = True
         _refuse_inside_loss_scaler(self)
-        self._ef.build(variables)
         base = super().apply  # type: ignore[misc]
-        self._ef.step(list(grads), _loss_scale(self), lambda averages: base(averages, variables))
+        self._ef.step(
+            list(grads), variables, _loss_scale(self), lambda averages: base(averages, variables)
+        )
 
 
 class _TFKeras(_Distributed):
@@ -186,13 +186,13 @@ class _TFKeras(_Distributed):
             pairs = list(zip(averages, variables, strict=True))
             base(pairs, skip_gradients_aggregation=True, **kwargs)
 
-        self._ef.step(gradients, 1.0, apply)
+        self._ef.step(gradients, variables, 1.0, apply)
         return self.iterations  # type: ignore[attr-defined]
 
     def aggregate_gradients(self, grads_and_vars: Any) -> list[tuple[Any, Any]]:
         """As in tf_keras, which calls it when a loss scaler is wrapped around this optimizer."""
         gradients, variables = self._ef_unzip(grads_and_vars)
-        return list(zip(self._ef.average(gradients), variables, strict=True))
+        return list(zip(self._ef.average(gradients, variables), variables, strict=True))
 
     def _ef_unzip(self, grads_and_vars: Any) -> tuple[list[Any], list[Any]]:
         gradients, variables = (list(part) for part in zip(*grads_and_vars, strict=True))
@@ -209,16 +209,24 @@ def _family_of(optimizer: Any) -> type[_Distributed]:
         )
     if isinstance(optimizer, keras.optimizers.Optimizer):
         return _Keras3
-    if _is_from("tf_keras", optimizer):
-        import tf_keras
-
-        if isinstance(optimizer, tf_keras.optimizers.Optimizer):
-            return _TFKeras
+    if is_optimizer(optimizer):
+        return _TFKeras
     raise UnsupportedError(
         f"got an optimizer of type {type(optimizer).__module__}.{type(optimizer).__name__}, "
         "expected one of keras.optimizers or tf_keras.optimizers (not legacy); take one of those, "
         "or ef.DistributedGradientTape, which goes with any optimizer"
     )
+
+
+def is_optimizer(what: Any) -> bool:
+    """Whether it is an optimizer of Keras 3 or tf_keras."""
+    if isinstance(what, keras.optimizers.Optimizer):
+        return True
+    if not _is_from("tf_keras", what):
+        return False
+    import tf_keras
+
+    return isinstance(what, tf_keras.optimizers.Optimizer)
 
 
 def _is_from(package: str, optimizer: Any) -> bool:

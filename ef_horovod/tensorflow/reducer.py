@@ -26,7 +26,7 @@ from ef_horovod.policy import (
 )
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
-from ef_horovod.tensorflow.variables import name_variables
+from ef_horovod.tensorflow.variables import name_variables, path_of
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
 
@@ -104,7 +104,7 @@ class Reducer(tf.Module):
             sparse_as_dense=sparse_as_dense,
             check_sync=check_sync,
         )
-        named = name_variables(list(variables))
+        named = name_variables(variables)
         self._count = len(named)
         self._engine: Engine | None = None
         self.memories: Memories | None = None
@@ -131,16 +131,20 @@ class Reducer(tf.Module):
         """Average gradients over all ranks.
 
         Args:
-            gradients: of the variables, in their order: tensors, `tf.IndexedSlices` or None.
+            gradients: of the variables, in their order: tensors, `tf.IndexedSlices` or None. What
+                no rank has at the first call stays None; what a rank lacks besides counts as
+                zeros there, as in PyTorch.
 
         Returns:
-            The averages in the same form; NaN if some rank's gradients were not finite.
+            The averages, `tf.IndexedSlices` where all ranks had those at the first call; NaN if
+            some rank's gradients were not finite.
 
         Raises:
             ConfigMismatchError: ranks have other options or variables; at the first call.
             OutOfSyncError: the ranks' variables differ after the first step (inside a
                 `tf.function`, TensorFlow wraps it into one of its own errors).
-            UnsupportedError: called where it cannot work, such as inside `jit_compile=True`.
+            UnsupportedError: called where it cannot work, such as inside `jit_compile=True`; a
+                gradient of a variable that had none on any rank at the first call.
             ValueError: another number of gradients.
         """
         return self.reduce_scaled(gradients, 1.0)[0]
@@ -252,3 +256,20 @@ def require_options(
     if exchange == "server":
         refuse_process_set(process_set)
     exchanges.choose(exchange, require_method(compression))
+
+
+def meaning_of(variables: list[Any], compression: Method, **options: Any) -> dict[str, Any]:
+    """What a reducer's arguments come to: equal for two reducers that would do the same.
+
+    Args:
+        variables: in the reducer's order.
+        compression: see `Reducer`.
+        options: likewise; those that are left out have their defaults. Of `dense` its decisions
+            count, not the function.
+    """
+    bound = inspect.signature(Reducer).bind(variables, compression, **options)
+    bound.apply_defaults()
+    meaning = dict(bound.arguments)
+    dense = meaning["dense"]
+    meaning["dense"] = tuple(bool(dense(path_of(v), v)) for v in meaning.pop("variables"))
+    return meaning

@@ -11,29 +11,9 @@ import tensorflow as tf
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.in_sync import digest_of, require_equal
-from ef_horovod.tensorflow.variables import native
+from ef_horovod.tensorflow.variables import native, require_variables
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 from ef_horovod.transports.server_tensorflow import GraphTransport
-
-
-def broadcast_variables(variables: Iterable[Any], root_rank: int = 0) -> None:
-    """Give all ranks the values of one rank; for tf.Variables and Keras variables of any kind.
-
-    Args:
-        variables: model.variables, optimizer.variables; in the same order on all ranks.
-        root_rank: whose values are taken.
-
-    Raises:
-        UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
-
-    Example:
-        ef.broadcast_variables(model.variables + optimizer.variables)
-    """
-    require_horovod("ef.broadcast_variables")
-    natives = [native(v) for v in variables]
-    if hvd.size() > 1 and natives:
-        with tf.init_scope():
-            hvd.broadcast_variables(natives, root_rank=root_rank)
 
 
 def require_in_sync(variables: Iterable[Any], timeout: float | None = None) -> None:
@@ -53,9 +33,10 @@ def require_in_sync(variables: Iterable[Any], timeout: float | None = None) -> N
         ef.require_in_sync(model.trainable_variables)
     """
     require_horovod("ef.require_in_sync")
+    listed = require_variables(variables)
     transport = HorovodTensorFlowTransport("ef.sync", timeout=timeout)
     if transport.size > 1:
-        digest = digest_of([np.asarray(native(v).read_value()) for v in variables])
+        digest = digest_of([np.asarray(native(v).read_value()) for v in listed])
         _require_equal(transport.allgather("digest", digest)())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -11,7 +11,8 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.tensorflow.reducer import Reducer
+from ef_horovod.tensorflow.reducer import Reducer, meaning_of
+from ef_horovod.tensorflow.variables import is_variable, name_variables, native
 
 
 class DistributedGradientTape(tf.GradientTape):
@@ -19,12 +20,13 @@ class DistributedGradientTape(tf.GradientTape):
 
     A tape lives for one step, error memories for the whole training. They belong to a `Reducer`:
     give one, to save it with checkpoints and to read its `stats()`; or give a method, and one is
-    made for the variables and kept as long as the first of them.
+    made for the variables and kept as long as they are, one for each set of variables, in whatever
+    order they come. Method and options must mean the same at each step.
 
     Args:
         tape: a `tf.GradientTape` that recorded the loss.
         compression: an `ef.Reducer`, or a method such as EF21(TopK(ratio=0.01)).
-        options: of `ef.Reducer`, if a method is given; the same at every step.
+        options: of `ef.Reducer`, if a method is given.
 
     Raises:
         UnsupportedError: options beside a reducer; an optimizer or reducer, beside which a tape
@@ -62,35 +64,73 @@ class DistributedGradientTape(tf.GradientTape):
             sources: variables, or a structure of them; those of the reducer in its order.
 
         Raises:
-            UnsupportedError: a source is no variable. See also `ef.Reducer.reduce`.
+            UnsupportedError: a source is no variable; or method and options are not those of an
+                earlier step, which would start with empty error-feedback state. See also
+                `ef.Reducer.reduce`.
         """
-        gradients = super().gradient(target, sources, *args, **kwargs)
         flat_sources = tf.nest.flatten(sources)
         for source in flat_sources:
-            if not isinstance(source, tf.Variable) and not hasattr(source, "value"):
+            if not is_variable(source):
                 raise UnsupportedError(
                     f"got a source of type {type(source).__name__}, expected variables, for their "
                     "gradients are averaged; take gradients of tensors from the plain tape"
                 )
-        reducer = self._ef_compression
-        if not isinstance(reducer, Reducer):
-            reducer = _kept_reducer(flat_sources, reducer, self._ef_options)
+        gradients = super().gradient(target, sources, *args, **kwargs)
         flat = tf.nest.flatten(gradients, expand_composites=False)
-        return tf.nest.pack_sequence_as(sources, reducer.reduce(flat))
+        averages = self._ef_averaged(flat_sources, flat)
+        return tf.nest.pack_sequence_as(sources, averages)
+
+    def _ef_averaged(self, variables: list[Any], gradients: list[Any]) -> list[Any]:
+        if isinstance(self._ef_compression, Reducer):
+            return self._ef_compression.reduce(gradients)
+        reducer, order = _kept_reducer(variables, self._ef_compression, self._ef_options)
+        averages = reducer.reduce([gradients[i] for i in order])
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return [averages[i] for i in back]
 
 
-def _kept_reducer(variables: list[Any], method: Method, options: dict[str, Any]) -> Reducer:
-    """The reducer of these variables, made at the first call and kept with the first of them.
+class _Kept(NamedTuple):
+    reducer: Reducer
+    ids: tuple[int, ...]  # of its variables, in its order
+    meaning: dict[str, Any]  # of method and options
+
+
+def _kept_reducer(
+    variables: list[Any], method: Method, options: dict[str, Any]
+) -> tuple[Reducer, list[int]]:
+    """The reducer of these variables, made at the first call and kept with one of them.
 
     A tape is made anew in every eager step and every trace; with a reducer of its own, each would
     start with empty memories.
+
+    Returns:
+        It, and the places of its variables among those given.
+
+    Raises:
+        UnsupportedError: it was made with another method or other options.
     """
-    kept = variables[0].__dict__.setdefault("_ef_reducers", {})
-    key = (tuple(id(v) for v in variables), method, tuple(sorted(options.items())))
-    if key not in kept:
-        kept[key] = Reducer(variables, method, **options)
-        _made.add(kept[key])
-    return kept[key]
+    place_of = {id(native(v)): i for i, v in enumerate(variables)}
+    if len(place_of) < len(variables):
+        name_variables(variables)  # which says which one is there twice
+    owner = native(min(variables, key=lambda v: id(native(v))))
+    all_kept = owner.__dict__.setdefault("_ef_reducers", {})
+    kept = all_kept.get(frozenset(place_of))
+    if kept is None:
+        reducer = Reducer(variables, method, **options)
+        kept = _Kept(reducer, tuple(place_of), meaning_of(variables, method, **options))
+        all_kept[frozenset(place_of)] = kept
+        _made.add(reducer)
+    order = [place_of[i] for i in kept.ids]
+    now = meaning_of([variables[i] for i in order], method, **options)
+    for option, before in kept.meaning.items():
+        if now[option] != before:
+            raise UnsupportedError(
+                f"got a tape with {option}={now[option]!r} for variables that had {before!r} at "
+                "an earlier step, expected the same at every step: another reducer would start "
+                "with empty error-feedback state; make method and options once, before the loop, "
+                "or an ef.Reducer for each of them"
+            )
+    return kept.reducer, order
 
 
 _made: weakref.WeakSet[Reducer] = weakref.WeakSet()  # by tapes

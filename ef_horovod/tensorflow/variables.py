@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import tensorflow as tf
 
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.policy import require_distinct
 
 
@@ -14,28 +16,66 @@ def native(variable: Any) -> tf.Variable:
     return variable if isinstance(variable, tf.Variable) else variable.value
 
 
+def is_variable(what: Any) -> bool:
+    """Whether it is a tf.Variable or a Keras variable."""
+    return isinstance(what, tf.Variable) or isinstance(getattr(what, "value", None), tf.Variable)
+
+
 def path_of(variable: Any) -> str:
     """Its full name; Keras counts layers in it, so it may differ between ranks."""
     return str(getattr(variable, "path", variable.name))
 
 
-def name_variables(variables: list[Any]) -> list[tuple[str, Any]]:
-    """(name, variable): place and last part of the path, which are equal on all ranks.
+def own_name(variable: Any) -> str:
+    """The last part of its name, without Keras' counters: equal on ranks that count differently.
+
+    Example:
+        >>> own_name(tf.Variable(0.0, name="net/dense_3/kernel_1"))
+        'kernel'
+    """
+    last = path_of(variable).rpartition("/")[2].partition(":")[0]
+    return re.sub(r"_\d+(?=_|$)", "", last)
+
+
+def require_variables(variables: Any) -> list[Any]:
+    """The argument as a list, if it holds variables.
+
+    Raises:
+        UnsupportedError: a model, a single variable, or something else in place of variables.
+    """
+    way_out = "pass a list of them, such as model.trainable_variables"
+    if hasattr(type(variables), "trainable_variables"):
+        raise UnsupportedError(
+            f"got {type(variables).__name__} '{getattr(variables, 'name', '')}', expected its "
+            "variables; pass its .trainable_variables"
+        )
+    if is_variable(variables) or not hasattr(variables, "__iter__"):
+        raise UnsupportedError(
+            f"got {type(variables).__name__}, expected several variables; {way_out}"
+        )
+    listed = list(variables)
+    for one in listed:
+        if not is_variable(one):
+            raise UnsupportedError(
+                f"got {type(one).__name__} among the variables, expected variables; {way_out}"
+            )
+    return listed
+
+
+def name_variables(variables: Any) -> list[tuple[str, Any]]:
+    """(name, variable): place and the last part of the name, which are equal on all ranks.
 
     Raises:
         ValueError: no variable at all, or one that occurs twice.
         UnsupportedError: one is no variable, or complex.
     """
-    if not variables:
+    listed = require_variables(variables)
+    if not listed:
         raise ValueError(
             "got no variables, expected some to average the gradients of; build the model first, "
             "then pass model.trainable_variables"
         )
-    named = [
-        (f"{i}.{path_of(v).rpartition('/')[2].partition(':')[0]}", v)
-        for i, v in enumerate(variables)
-    ]
-    return require_distinct(named)
+    return require_distinct([(f"{i}.{own_name(v)}", v) for i, v in enumerate(listed)])
 
 
 def on_gpu(variable: Any) -> bool:

@@ -64,6 +64,20 @@ class HorovodTensorFlowTransport(HorovodTransport):
         self._count_allreduce(total.nbytes)
         return lambda: total
 
+    def broadcast(self, name: str, data: np.ndarray, root_rank: int) -> np.ndarray:
+        """One rank's uint8[m], m >= 1 and equal on all ranks, on all of them."""
+
+        def op() -> tf.Tensor:
+            return hvd.broadcast(
+                data,
+                root_rank,
+                name=self.named(name),
+                ignore_name_scope=True,
+                process_set=self._process_set,
+            )
+
+        return self._at_once(name, op)
+
     def carry(self, name: str, message: tf.Tensor) -> tf.Tensor:
         """The op: gathers uint8[m] from all ranks into uint8[n * m], or sums floats over them."""
         with tf.device("/CPU:0"):

@@ -95,18 +95,14 @@ def test_a_variable_without_a_gradient_stays_without_one(results: Results) -> No
         assert result["missing"]["optimizer"]["end"] == results[0]["missing"]["optimizer"]["end"]
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ("missing", "is missing, but was dense at the first call"),
-        ("sparse", "is rows, but was dense at the first call"),
-        ("back", "is dense, but was missing at the first call"),
-    ],
-)
-def test_a_gradient_of_another_kind_than_at_first_raises(
-    change: str, sentence: str, results: Results
-) -> None:
+@pytest.mark.parametrize("change", ["missing", "sparse"])
+def test_a_gradient_may_be_missing_or_sparse_later(change: str, results: Results) -> None:
     for result in results:
-        for error in result["changed_later"][change]:
-            assert f"UnsupportedError: the gradient of 'second:0' {sentence}" in error
-            assert "make a reducer, tape or optimizer of its own" in error
+        assert result["changed_later"][change] == ["", ""]
+
+
+def test_a_gradient_that_was_missing_at_first_raises(results: Results) -> None:
+    for result in results:
+        for error in result["changed_later"]["back"]:
+            assert "UnsupportedError: got a gradient of 'second:0', which had none at the" in error
+            assert "make a reducer, tape or optimizer for each set" in error

@@ -26,12 +26,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         ("compressor, fit", "ratio=0.01", "ratio=0.02"),
         ("compressor, tf_keras", "ratio=0.01", "ratio=0.02"),
         ("shape", "(40, 60)", "(40, 61)"),
-        ("number of variables", "'1.kernel'", "'2.kernel'"),
+        ("number of variables", "nothing there", "'2.kernel'"),
         ("seed", "seed=0", "seed=1"),
         ("op", "average=True", "average=False"),
         ("exchange", "exchange='reduce'", "exchange='gather'"),
         ("buckets", "in bucket.0", "in bucket.1"),
-        ("missing gradient", "'1.kernel'", "'0.kernel'"),
     ],
 )
 def test_ranks_that_disagree_are_told_on_every_rank(
@@ -65,6 +64,15 @@ def test_ranks_that_disagree_are_told_on_every_rank(
         ("passes", "expected at least 1"),
         ("passes twice", "leave one out"),
         ("none", "pass model.trainable_variables"),
+        ("model", "pass its .trainable_variables"),
+        ("model, stock", "pass its .trainable_variables"),
+        ("model, broadcast", "pass its .trainable_variables"),
+        ("model, in sync", "pass its .trainable_variables"),
+        ("model, tape", "take gradients of tensors from the plain tape"),
+        ("one variable", "pass a list of them, such as model.trainable_variables"),
+        ("names", "pass a list of them, such as model.trainable_variables"),
+        ("changed places", "expected a method"),
+        ("changed places, reducer", "expected a method"),
         ("twice", "list tied parameters once"),
         ("complex", "real and imaginary parts as real numbers"),
         ("reducer's", "give them to ef.Reducer()"),
@@ -74,9 +82,8 @@ def test_ranks_that_disagree_are_told_on_every_rank(
         ("legacy", "or ef.DistributedGradientTape"),
         ("no optimizer", "expected one of keras.optimizers"),
         ("state too early", "call optimizer.build("),
-        ("other variables", "wrap an optimizer of its own for each set"),
+        ("other variables", "wrap an optimizer for each set of variables"),
         ("fewer gradients", "with None where there is none"),
-        ("a gradient less", "is missing, but was dense"),
         ("tensor", "take gradients of tensors from the plain tape"),
         ("another shape", "or take ef.DistributedGradientTape"),
         ("replicas", "start one process for each"),
@@ -94,7 +101,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(
     for result in results:
         error = result["refused"][what]
         assert way_out in error
-        assert "expected" in error or "but was" in error, "it does not say what was expected"
+        assert "expected" in error, "it does not say what was expected"
 
 
 def test_what_was_refused_leaves_nothing_behind(results: Results) -> None:

@@ -212,7 +212,7 @@ def partial_gradients(kernels, inputs):
 
 
 def changed_later():
-    """A gradient that is missing or sparse, but was not at the first step."""
+    """A gradient that is missing or sparse, but was not at the first step, or the other way."""
     shape = (40, 40)
     dense = [tf.ones(shape), tf.ones(shape)]
     rows = tf.IndexedSlices(tf.ones((2, 40)), tf.constant([0, 3]), tf.constant(shape))

@@ -59,7 +59,6 @@ def stock_reduce(method, **options):
 def disagreements():
     """(error, seconds) of steps that differ between ranks in one thing each."""
     topk = ef.ErrorFeedback(ef.TopK(ratio=0.02 if odd() else 0.01))
-    ones = tf.ones((40, 60))
     actions = {
         "compressor": lambda: reduce(variables_of(), method=topk),
         "compressor, eager": lambda: reduce(variables_of(), method=topk, wrap=lambda f: f),
@@ -78,9 +77,6 @@ def disagreements():
             exchange="gather" if odd() else "reduce",
         ),
         "buckets": lambda: reduce(variables_of(), bucket_bytes=10_000 if odd() else 100_000),
-        "missing gradient": lambda: reduce(
-            variables_of(), gradients=[ones, None if odd() else ones]
-        ),
     }
     return {what: timed(action) for what, action in actions.items()}
 
@@ -122,6 +118,15 @@ def options():
             lambda: ef.DistributedOptimizer(accumulating, backward_passes_per_step=2)
         ),
         "none": error_of(lambda: ef.Reducer([])),
+        "model": error_of(lambda: ef.Reducer(build_model())),
+        "model, stock": error_of(lambda: ef.Compression(METHOD, build_tf_keras_model())),
+        "model, broadcast": error_of(lambda: ef.broadcast_variables(build_model())),
+        "model, in sync": error_of(lambda: ef.require_in_sync(build_model())),
+        "model, tape": error_of(lambda: tf_taped(build_model())),
+        "one variable": error_of(lambda: ef.Reducer(variable, METHOD)),
+        "names": error_of(lambda: ef.Reducer({"kernel": variable}, METHOD)),
+        "changed places": error_of(lambda: ef.Compression([variable], METHOD)),
+        "changed places, reducer": error_of(lambda: ef.Reducer(METHOD, [variable])),
         "twice": error_of(lambda: ef.Reducer([variable, variable])),
         "complex": error_of(lambda: ef.Reducer([tf.Variable(tf.zeros(3, tf.complex64))])),
         "reducer's": error_of(
@@ -139,6 +144,12 @@ def taped(source, **options):
         tape.watch(source)
         loss = tf.reduce_sum(source * 2.0)
     return ef.DistributedGradientTape(tape, **options).gradient(loss, [source])
+
+
+def tf_taped(model):
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(model(tf.zeros((1, 40))))
+    ef.DistributedGradientTape(tape, METHOD).gradient(loss, model)
 
 
 def optimizers():
@@ -170,7 +181,6 @@ def steps():
     return {
         "other variables": error_of(lambda: optimizer.apply(ones, second)),
         "fewer gradients": error_of(lambda: reducer.reduce(ones[:1])),
-        "a gradient less": error_of(lambda: reducer.reduce([ones[0], None])),
         "tensor": error_of(lambda: taped(tf.ones((40, 60)), compression=METHOD)),
         "another shape": error_of(lambda: adapter.compress(tf.ones((41, 60)))),
         "replicas": error_of(lambda: in_replicas(lambda: reducer.reduce(ones))),

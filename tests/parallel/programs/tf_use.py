@@ -1,0 +1,399 @@
+"""TensorFlow as people use it: tapes made anew, gradients that are missing, models of all kinds."""
+
+from __future__ import annotations
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from common import error_of, report
+from tf_common import CLASSES, INPUTS, data, digest, loss_of
+
+import ef_horovod.tensorflow as ef
+
+METHOD = ef.ErrorFeedback(ef.TopK(ratio=0.05))
+EXACT = ef.EF21(ef.TopK(ratio=1.0))
+FAMILIES = {"keras": keras, "tf_keras": tf_keras}
+
+
+def matrices(count=2, **names):
+    return [tf.Variable(tf.zeros((40, 50)), **names) for _ in range(count)]
+
+
+def gradient_of(step, place=0):
+    rng = np.random.default_rng(100 * step + 10 * place + hvd.rank())
+    return tf.constant(rng.standard_normal((40, 50), dtype=np.float32))
+
+
+def taped(variables, step, method=METHOD, **options):
+    """The averages of one eager step, with a tape that is made for it."""
+    with tf.GradientTape() as tape:
+        loss = sum(tf.reduce_sum(v * gradient_of(step, i)) for i, v in enumerate(variables))
+    return ef.DistributedGradientTape(tape, method, **options).gradient(loss, variables)
+
+
+def sha(tensors):
+    return digest([t.numpy() for t in tensors])
+
+
+# Tapes that are made at each step.
+
+
+def policies_made_at_each_step():
+    """The function is another one in each step, what it decides is not."""
+    ours, theirs = matrices(), matrices()
+    reducer = ef.Reducer(theirs, METHOD, dense=lambda *_: False)
+    mine = [sha(taped(ours, step, dense=lambda *_: False)) for step in range(4)]
+    expected = [sha(reducer.reduce([gradient_of(step, i) for i in range(2)])) for step in range(4)]
+    kept = [one for v in ours for one in v.__dict__.get("_ef_reducers", {}).values()]
+    return {"tape": mine, "reducer": expected, "kept": len(kept)}
+
+
+def another_order():
+    """The same variables, in turn from the front and from the back: the same memories."""
+    ours, theirs = matrices(), matrices()
+    reducer = ef.Reducer(theirs, METHOD)
+    steps = []
+    for step in range(4):
+        order = [1, 0] if step % 2 else [0, 1]
+        with tf.GradientTape() as tape:
+            loss = sum(tf.reduce_sum(v * gradient_of(step, i)) for i, v in enumerate(ours))
+        averages = ef.DistributedGradientTape(tape, METHOD).gradient(loss, [ours[i] for i in order])
+        expected = reducer.reduce([gradient_of(step, i) for i in range(2)])
+        steps.append([sha(averages), sha([expected[i] for i in order])])
+    return steps
+
+
+def other_meanings():
+    """What would start with empty memories in the middle of a training."""
+    variables = matrices()
+    taped(variables, 0)
+    apart = tf.Variable(variables[0])
+    return {
+        "method": error_of(lambda: taped(variables, 1, ef.ErrorFeedback(ef.TopK(ratio=0.06)))),
+        "equal method": error_of(
+            lambda: taped(variables, 1, ef.ErrorFeedback(ef.TopK(ratio=0.05)), seed=0)
+        ),
+        "option": error_of(lambda: taped(variables, 1, seed=1)),
+        "decisions": error_of(lambda: taped(variables, 1, dense=lambda *_: True)),
+        "subset": error_of(lambda: taped(variables[:1], 1)),
+        "other variables": error_of(lambda: taped([apart], 1, seed=1)),
+        "twice": error_of(lambda: taped([apart, apart], 1)),
+    }
+
+
+# Gradients that are missing.
+
+
+def values(gradients):
+    """Each gradient's only number, or None."""
+    dense = [None if g is None else tf.convert_to_tensor(g).numpy() for g in gradients]
+    return [None if g is None else float(np.unique(g).item()) for g in dense]
+
+
+def missing_gradients():
+    """Twos where a rank has a gradient: averages are 1 with one such rank, 2 with both."""
+    odd, twos = hvd.rank() == 1, tf.fill((40, 50), 2.0)
+    rows = tf.IndexedSlices(twos, tf.range(40), (40, 50))
+    mine, other = (twos, None) if odd else (None, twos)
+
+    def averages(*steps, count=2):
+        reducer = ef.Reducer(matrices(count), EXACT)
+        return [values(reducer.reduce(gradients)) for gradients in steps]
+
+    def in_a_graph(*steps):
+        reducer = ef.Reducer(matrices(), EXACT)
+        return [values(tf.function(lambda g=g: reducer.reduce(g))()) for g in steps]
+
+    return {
+        "one each": averages([mine, other]),
+        "never": averages([twos, None]) + in_a_graph([twos, None]),
+        "from some step on": averages([twos, twos], [twos, other], [twos, None]),
+        "in a graph": in_a_graph([mine, other]),
+        "rows": averages([rows if odd else None], [None if odd else rows], [rows], count=1),
+        "rows here, dense there": averages([rows if odd else twos], [twos], count=1),
+        "rows, then dense": averages([rows], [twos], count=1),
+    }
+
+
+def gradients_that_appear():
+    reducer = ef.Reducer(matrices(name="late"), EXACT)
+    ones = tf.ones((40, 50))
+    reducer.reduce([ones, None])
+    variables = matrices(name="late")
+    optimizer = ef.DistributedOptimizer(
+        keras.optimizers.SGD(1.0), EXACT, backward_passes_per_step=2
+    )
+    optimizer.build(variables)
+    optimizer.apply([ones, None], variables)
+    return {
+        "reducer": error_of(lambda: reducer.reduce([ones, ones])),
+        "accumulation": error_of(lambda: optimizer.apply([ones, ones], variables)),
+        "missing pass": error_of(lambda: optimizer.apply([None, None], variables)),
+        "sum": float(np.unique(variables[0].numpy()).item()),
+    }
+
+
+def sets_of_variables():
+    """One optimizer, called with parts of its variables in turn: each has memories of its own."""
+    variables, alone = matrices(3), matrices(3)
+    optimizer = ef.DistributedOptimizer(keras.optimizers.SGD(1.0), METHOD)
+    optimizer.build(variables)
+    parts = [[0], [1, 2], [0, 1, 2]]
+    singles = [ef.DistributedOptimizer(keras.optimizers.SGD(1.0), METHOD) for _ in parts]
+    for step in range(6):
+        part, single = parts[step % 3], singles[step % 3]
+        gradients = [gradient_of(step, i) for i in part]
+        optimizer.apply(gradients[::-1], [variables[i] for i in part][::-1])
+        single.apply(gradients, [alone[i] for i in part])
+    (late,) = matrices(1, name="late")
+    state = optimizer.compression_state_dict()
+    optimizer.load_compression_state_dict(state)
+    return {
+        "mine": [digest([v]) for v in variables],
+        "expected": [digest([v]) for v in alone],
+        "rows": len(optimizer.stats()),
+        "sets": sorted(state["others"]),
+        "not built for": error_of(lambda: optimizer.apply([gradient_of(0)], [late])),
+    }
+
+
+# Broadcasts.
+
+
+def broadcasts():
+    odd = hvd.rank() == 1
+
+    def other(first, second):
+        return error_of(lambda: ef.broadcast_variables([tf.Variable(second if odd else first)]))
+
+    if not odd:
+        tf_keras.Sequential([tf_keras.layers.Dense(3)]).build((None, 4))
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    names = {}
+    for family, package in FAMILIES.items():
+        model = package.Sequential([package.layers.Dense(9), package.layers.Dense(8)])
+        model.build((None, 4))
+        optimizer = package.optimizers.Adam()
+        optimizer.build(model.trainable_variables)
+        everything = [*model.variables, *optimizer.variables]
+        before = digest(everything)
+        ef.broadcast_variables(everything, 1)
+        names[family] = {"before": before, "after": digest(everything)}
+    number = hvd.rank()
+    values = [
+        tf.fill((3,), tf.cast(number, dtype))
+        for dtype in (tf.float32, tf.bfloat16, tf.float16, tf.float64, tf.int64, tf.uint8, tf.bool)
+    ]
+    kinds = [tf.Variable(value) for value in (*values, number, tf.zeros((0, 3)))]
+    ef.broadcast_variables(kinds, 1)
+    return {
+        "names": names,
+        "kinds": [float(np.sum(v.numpy().astype(float))) for v in kinds],
+        "shape": other(tf.zeros((2, 3)), tf.zeros((3, 2))),
+        "dtype": other(tf.zeros(2), tf.zeros(2, tf.int32)),
+        "number": error_of(lambda: ef.broadcast_variables(matrices(2 + odd))),
+        "none": error_of(lambda: ef.broadcast_variables(matrices(int(odd)))),
+        "name": error_of(lambda: ef.broadcast_variables(matrices(name=("a", "b")[odd]))),
+        "root": error_of(lambda: ef.broadcast_variables(matrices(), hvd.rank())),
+        "no such root": error_of(lambda: ef.broadcast_variables(matrices(), 2)),
+    }
+
+
+def memories_after_a_broadcast():
+    """Of values that differed nothing may be left; of equal ones everything."""
+    found = {}
+    for what, differ in (("equal", False), ("other", True)):
+        for exchange in ("gather", "double_pass"):
+            variables, fresh = matrices(1), matrices(1)
+            variables[0].assign(tf.fill((40, 50), float(differ * hvd.rank())))
+            method = METHOD if exchange == "gather" else ef.DoubleSqueeze(ef.OneBit(), ef.OneBit())
+            reducer, new = (
+                ef.Reducer(v, method, exchange=exchange, check_sync=False)
+                for v in (variables, fresh)
+            )
+            reducer.reduce([gradient_of(0)])
+            ef.broadcast_variables(variables)
+            found[f"{what}, {exchange}"] = [
+                sha(one.reduce([gradient_of(1)])) for one in (reducer, new)
+            ]
+    return found
+
+
+# Keras' models.
+
+
+def classifier(package, seed, **options):
+    package.utils.set_random_seed(seed)
+    layers = package.layers
+    return package.Sequential(
+        [layers.Dense(60, activation="tanh"), layers.Dense(50), layers.Dense(CLASSES)], **options
+    )
+
+
+def sgd(package, method=METHOD):
+    return ef.DistributedOptimizer(package.optimizers.SGD(0.05, momentum=0.9), method)
+
+
+def fit(model, *callbacks, **options):
+    """Train each rank on its own data; what tests look at."""
+    inputs, labels = data(hvd.rank(), 8)
+    error = error_of(
+        lambda: model.fit(
+            inputs, labels, batch_size=16, epochs=2, verbose=0, shuffle=False,
+            callbacks=[ef.TrainingCallback(), *callbacks], **options,
+        )
+    )  # fmt: skip
+    return {"error": error, "end": digest(model.weights) if not error else ""}
+
+
+def unbuilt(package, *, built=False, **options):
+    model = classifier(package, seed=hvd.rank())
+    if built:
+        model.build((None, INPUTS))
+    model.compile(sgd(package), loss_of, **options)
+    return fit(model)
+
+
+def subclassed(package, *, built=False, **options):
+    class Net(package.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = classifier(package, seed=hvd.rank())
+
+        def call(self, inputs):
+            return self.inner(inputs)
+
+    model = Net()
+    if built:
+        model(np.zeros((1, INPUTS), np.float32))
+    model.compile(sgd(package), loss_of, **options)
+    return fit(model)
+
+
+def eager(package):
+    """Built by the first batch with each rank's own values; nothing of it may stay in memories."""
+    model = classifier(package, seed=hvd.rank())
+    optimizer = sgd(package)
+    model.compile(optimizer, loss_of, run_eagerly=True)
+    norms = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            parameters = optimizer.compression_state_dict()["parameters"].values()
+            norms.append(sum(float(np.abs(p.get("worker.error", 0)).sum()) for p in parameters))
+
+        def __getattr__(self, name):  # tf_keras asks whether there are hooks
+            if name.startswith("_implements_"):
+                return lambda: name == "_implements_train_batch_hooks"
+            raise AttributeError(name)
+
+    return fit(model, Look()) | {"first": norms[:1], "last": norms[-1:]}
+
+
+def distillation(package):
+    """The teacher is a part of the model, is not frozen, and must not move."""
+    layers = package.layers
+
+    class Distiller(package.Model):
+        def __init__(self):
+            super().__init__()
+            self.student = package.Sequential([layers.Dense(60), layers.Dense(CLASSES)])
+            self.teacher = package.Sequential([layers.Dense(60), layers.Dense(CLASSES)])
+
+        def call(self, inputs):
+            return self.student(inputs) + 0.0 * self.teacher(inputs)
+
+        def train_step(self, batch):
+            inputs, labels = batch
+            soft = tf.nn.softmax(self.teacher(inputs))
+            with tf.GradientTape() as tape:
+                logits = self.student(inputs)
+                away = tf.nn.softmax_cross_entropy_with_logits(soft, logits)
+                loss = loss_of(labels, logits) + 0.1 * tf.reduce_mean(away)
+            variables = self.student.trainable_variables
+            gradients = tape.gradient(loss, variables)
+            self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            return {"loss": loss}
+
+    package.utils.set_random_seed(hvd.rank())
+    model = Distiller()
+    model(np.zeros((1, INPUTS), np.float32))
+    before = digest(model.teacher.weights)
+    model.compile(sgd(package))
+    result = fit(model)
+    return result | {"teacher": [before, digest(model.teacher.weights)]}
+
+
+def gan(package, optimizers=2):
+    """Not built; with an optimizer for each half, or with one for both."""
+    layers = package.layers
+
+    class GAN(package.Model):
+        def __init__(self):
+            super().__init__()
+            self.generator = package.Sequential([layers.Dense(60), layers.Dense(INPUTS)])
+            self.discriminator = package.Sequential([layers.Dense(60), layers.Dense(1)])
+
+        def compile(self, first, second):
+            super().compile(first)
+            self.first, self.second = first, second
+
+        def train_step(self, batch):
+            real, _ = batch
+            noise = tf.random.stateless_normal((16, 20), (1, 2))
+            losses = {}
+            for name, part, sign, optimizer in (
+                ("d", self.discriminator, 1.0, self.first),
+                ("g", self.generator, -1.0, self.second),
+            ):
+                with tf.GradientTape() as tape:
+                    fake = self.discriminator(self.generator(noise))
+                    loss = tf.reduce_mean(tf.nn.softplus(sign * fake))
+                    loss += tf.reduce_mean(tf.nn.softplus(-self.discriminator(real)))
+                variables = part.trainable_variables
+                gradients = tape.gradient(loss, variables)
+                optimizer.apply_gradients(zip(gradients, variables, strict=True))
+                losses[name] = loss
+            return losses
+
+    package.utils.set_random_seed(hvd.rank())
+    model = GAN()
+    if optimizers == 1:
+        model.generator.build((None, 20))
+        model.discriminator.build((None, INPUTS))
+        model.built = True
+    first = sgd(package)
+    second = sgd(package) if optimizers == 2 else first
+    model.compile(first, second)
+    return fit(model)
+
+
+def keras_models():
+    return {
+        family: {
+            "unbuilt": unbuilt(package),
+            "unbuilt, built before": unbuilt(package, built=True),
+            "subclassed": subclassed(package, steps_per_execution=4),
+            "subclassed, built before": subclassed(package, built=True, steps_per_execution=4),
+            "eager": eager(package),
+            "distillation": distillation(package),
+            "gan": gan(package),
+            "gan, one optimizer": gan(package, optimizers=1),
+        }
+        for family, package in FAMILIES.items()
+    }
+
+
+def main() -> None:
+    hvd.init()
+    scenarios = (
+        policies_made_at_each_step, another_order, other_meanings, missing_gradients,
+        gradients_that_appear, sets_of_variables, broadcasts, memories_after_a_broadcast,
+        keras_models,
+    )  # fmt: skip
+    report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
+
+
+main()
