@@ -9,7 +9,8 @@ it overlaps with backward, and gives Horovod a single number to reduce. Its pric
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ef_horovod.policy import (
     warn_of_surprises,
 )
 from ef_horovod.torch.buckets import Bucket
+from ef_horovod.torch.hooks import weak
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
@@ -40,10 +42,11 @@ _instances = itertools.count()
 class Compression:
     """An instance for the `compression=` argument of `hvd.DistributedOptimizer`.
 
-    Parameters that the policy keeps dense travel in a named allreduce each, which Horovod fuses.
-    If any rank's gradient is not finite, all ranks keep their memories, and the optimizer's next
-    step changes nothing. Rows of sparse gradients are gathered by Horovod itself, uncompressed.
-    `op=hvd.Adasum` and `sparse_as_dense=True` are not supported.
+    Making one is collective: ranks compare their options. Parameters that the policy keeps dense
+    travel in a named allreduce each, which Horovod fuses. If any rank's gradient is not finite, all
+    ranks keep their memories, and the optimizer's next step changes nothing. Rows of sparse
+    gradients are gathered by Horovod itself, uncompressed. `op=hvd.Adasum` and
+    `sparse_as_dense=True` are not supported.
 
     Args:
         method: error-feedback method with its compressor.
@@ -54,11 +57,12 @@ class Compression:
         process_set: the one given to Horovod.
         check_sync: compare the ranks' parameters by hash before the first step changes them, and
             in the steps 2, 4, 8 and so on; they raise `OutOfSyncError` if ranks differ.
-        timeout: seconds that a wait of ours may take; default $EF_HOROVOD_TIMEOUT or 300. After
-            the first step Horovod itself waits before it asks us, without a limit unless
+        timeout: seconds that a wait of ours may take; default $EF_HOROVOD_TIMEOUT or 300. In a
+            step Horovod itself waits before it asks us, without a limit unless
             HOROVOD_STALL_SHUTDOWN_TIME_SECONDS is set.
 
     Raises:
+        ConfigMismatchError: ranks have other options or parameters; on all of them.
         UnsupportedError: `method` is not a method, or the job is elastic, with the way out.
         ValueError: a name or parameter occurs twice.
 
@@ -84,11 +88,10 @@ class Compression:
         self._method = method = require_method(method)
         self._transport = HorovodTorchTransport(f"ef.stock{next(_instances)}", process_set, timeout)
         self._step = 0
-        self._config_checked = False
         self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was, and no optimizer has asked for it yet
-        self._step_hook: Any = None
+        self._stop_watching: Callable[[], Any] = lambda: None
         trainable = [(name, p) for name, p in pairs_of(named_parameters) if p.requires_grad]
         self._parameters = dict(require_distinct(trainable))
         warn_of_surprises(trainable, method, dense, self._transport.rank)
@@ -107,17 +110,14 @@ class Compression:
             )
             for name, parameter in self._parameters.items()
         }
-        self._facts = [
-            f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}",
-            *describe(self._buckets.values()),
-        ]
+        if self._transport.rank >= 0:  # not outside of the process set
+            # Here and not in a hook: ranks run hooks in their own order.
+            options = f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}"
+            require_same_config(self._transport, [options, *describe(self._buckets.values())])
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
         """Called by Horovod for each gradient; starts its exchange."""
         name = self._name_of(tensor)
-        if not self._config_checked:
-            require_same_config(self._transport, self._facts)
-            self._config_checked = True
         bucket = self._buckets[name]
         bucket.fill(bucket.slots[0], loss_scale=1.0)
         bucket.channel.start(self._step)
@@ -165,6 +165,7 @@ class Compression:
         self._in_sync.check()
         channels = [bucket.channel for bucket in self._under_way.values()]
         directions = finish_step(channels)
+        self._stop_watching()
         self._dropped = directions is None
         if directions is None:
             self._watch_steps()
@@ -176,9 +177,9 @@ class Compression:
         self._under_way = {}
 
     def _watch_steps(self) -> None:
-        """Have torch tell us when an optimizer steps, from the first dropped step on."""
-        if self._step_hook is None:
-            self._step_hook = register_optimizer_step_pre_hook(self._before_any_step)
+        """Have torch tell us when an optimizer steps, until the next step is finished."""
+        hook = register_optimizer_step_pre_hook(weak(self._before_any_step))
+        self._stop_watching = weakref.finalize(self, hook.remove)
 
     def _before_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Take the gradients of a dropped step away from the optimizer that would use them.

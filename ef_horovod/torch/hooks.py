@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class GradientHooks:
                     "optimizer already, expected one; call unwrap() on the other one first"
                 )
         self._parameters: set[torch.Tensor] = set(names)
-        hook = _weak(call)
+        hook = weak(call)
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in names]
         _live.add(self)
 
@@ -48,13 +49,13 @@ class GradientHooks:
 _live: weakref.WeakSet[GradientHooks] = weakref.WeakSet()
 
 
-def _weak(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+def weak(method: Callable[..., None]) -> Callable[..., None]:
     """A function that calls a bound method for as long as its object lives."""
     reference = weakref.WeakMethod(method)
 
-    def call(parameter: torch.Tensor) -> None:
+    def call(*arguments: Any) -> None:
         alive = reference()
         if alive is not None:
-            alive(parameter)
+            alive(*arguments)
 
     return call

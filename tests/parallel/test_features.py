@@ -65,6 +65,17 @@ def test_state_restored_on_one_rank_is_broadcast(results: Results) -> None:
     assert first["end"] == second["end"]
 
 
+def test_ranks_may_run_the_hooks_of_two_stock_optimizers_in_any_order(results: Results) -> None:
+    first, second = (result["hooks_in_another_order"] for result in results)
+    assert first == second
+    assert first[0] != first[1]
+
+
+def test_the_hook_of_a_dropped_step_is_removed(results: Results) -> None:
+    for result in results:
+        assert result["hooks_of_dropped_steps"] == [1, 0, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("what", "way_out"),
     [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 
 import horovod.torch as hvd
 import torch
 from common import error_of, report
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch_common import batches, build_model, digest, flat, train
 
 import ef_horovod.torch as ef
@@ -203,6 +206,45 @@ def restored_on_one_rank():
     return {"end": digest(model), "is_sgd": isinstance(optimizer, torch.optim.SGD)}
 
 
+def hooks_in_another_order():
+    """Two stock optimizers whose backward passes the ranks run the other way round."""
+    models = [build_model(seed) for seed in (0, 1)]
+    optimizers = [stock(model, f"{i}.", timeout=20.0) for i, model in enumerate(models)]
+    inputs, labels = batches(hvd.rank())()
+    for _ in range(2):
+        for model in models if hvd.rank() == 0 else models[::-1]:
+            model.zero_grad()
+            cross_entropy(model(inputs), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return [digest(model) for model in models]
+
+
+def hooks_of_dropped_steps():
+    """How many process-wide hooks there are after a dropped, a good and a last dropped step."""
+    model, counts = build_model(), []
+    optimizer = stock(model)
+    for factor in (float("nan"), 1.0, float("nan")):
+        inputs, labels = batches(hvd.rank())()
+        model.zero_grad()
+        (cross_entropy(model(inputs), labels) * factor).backward()
+        optimizer.step()
+        counts.append(len(_global_optimizer_pre_hooks))
+    compression = weakref.ref(optimizer._compression)
+    del optimizer
+    gc.collect()
+    assert compression() is None, "the hook keeps it alive"
+    return [*counts, len(_global_optimizer_pre_hooks)]
+
+
+def stock(model, prefix="", **options):
+    named = [(prefix + name, parameter) for name, parameter in model.named_parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return hvd.DistributedOptimizer(
+        optimizer, named, compression=ef.Compression(METHOD, named, **options)
+    )
+
+
 def refused():
     model = build_model()
     optimizer = wrapped(model)
@@ -244,7 +286,8 @@ def main() -> None:
     hvd.init()
     scenarios = (
         accumulation, too_many_passes, clipping, loss_scaling, checkpoint, unused_parameters,
-        sparse_gradients, restored_on_one_rank, refused, statistics,
+        sparse_gradients, restored_on_one_rank, hooks_in_another_order, hooks_of_dropped_steps,
+        refused, statistics,
     )  # fmt: skip
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 

@@ -107,15 +107,24 @@ def not_finite(adapter):
 @scenario
 def missing_rank(adapter):
     model = build_model()
-    optimizer = wrap(adapter, model, ef.ErrorFeedback(ef.OneBit()), timeout=3.0)
-    if adapter == "ef":  # the stock optimizer waits without a limit after its first step
+
+    def make():
+        return wrap(adapter, model, ef.ErrorFeedback(ef.OneBit()), timeout=3.0)
+
+    if adapter == "ef":
+        optimizer = make()
         train(model, optimizer, batches(hvd.rank()), 2)
     begin = time.monotonic()
     if odd():
         time.sleep(8)
         return ""
-    error = error_of(lambda: train(model, optimizer, batches(0), 3))
-    return f"{time.monotonic() - begin:.1f} {error}"
+    if adapter == "ef":
+        error = error_of(lambda: train(model, optimizer, batches(0), 3))
+    else:  # in its steps the stock optimizer waits without a limit
+        error = error_of(make)
+    seconds = time.monotonic() - begin
+    time.sleep(max(0, 8 - seconds))  # a rank that ends early shuts Horovod down for all
+    return f"{seconds:.1f} {error}"
 
 
 def main() -> None:
