@@ -30,9 +30,10 @@ from ef_horovod.server.protocol import (
     text_body,
     unpack,
 )
+from ef_horovod.server.rounds import longest_message
 from ef_horovod.server.world import watch
 from ef_horovod.transports.base import Answer
-from ef_horovod.transports.mpi import MPI, MPITransport, communicator, largest_tag
+from ef_horovod.transports.mpi import MPI, PIECE_NBYTES, MPITransport, communicator, largest_tag
 from ef_horovod.transports.waiting import limit_of, wait_until
 
 # A worker's limit is so much later than a server's: the server knows whom everybody waits for.
@@ -99,8 +100,14 @@ class ServerTransport(MPITransport):
                 f"got the bucket '{name}' twice or after the first step, expected each once and "
                 "before it; make one optimizer for all parameters"
             )
-        self._index[name] = len(self._buckets)
         spec = BucketSpec(name, length, method, seed)
+        if longest_message(spec) > PIECE_NBYTES:
+            raise UnsupportedError(
+                f"got a bucket '{name}' of {length} elements, whose messages may have "
+                f"{longest_message(spec)} bytes, expected at most {PIECE_NBYTES} for MPI; cut the "
+                "largest parameter into several"
+            )
+        self._index[name] = len(self._buckets)
         self._buckets.append(AskedBucket(len(self._buckets), spec))
 
     def handshake(

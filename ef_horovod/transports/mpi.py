@@ -27,6 +27,9 @@ with explained("ef_horovod.transports.mpi"):
     from mpi4py import MPI
 
 _NAMES = 0  # tag of the messages that tell a name; the first one is that of tag 1, and so on
+# Open MPI 4 loses a message of 2^31 bytes and more. Longer buffers travel in pieces, of which the
+# last one is shorter than this, if need be empty.
+PIECE_NBYTES = 1 << 30
 _given_up: list[Any] = []  # requests that were waited for in vain; MPI may still use their memory
 
 
@@ -100,11 +103,16 @@ class MPITransport(Transport):
     def _exchange(self, name: str, outgoing: Sequence[np.ndarray]) -> Callable[[], list[Any]]:
         """Send each rank its buffer; what comes from all of them, in rank order."""
         tag = self._begin(name)
-        sends = [self._comm.Isend([outgoing[i], MPI.BYTE], i, tag) for i in self._peers()]
+        requests = [
+            self._comm.Isend([piece, MPI.BYTE], peer, tag)
+            for peer in self._peers()
+            for piece in _pieces(outgoing[peer])
+        ]
+        sends = list(requests)
 
         def finish() -> list[np.ndarray]:
-            parts = self._receive_from_all(name, sends)
-            self._until(lambda: bool(MPI.Request.Testall(sends)), name, self._peers, sends)
+            parts = self._receive_from_all(name, requests)
+            self._until(lambda: bool(MPI.Request.Testall(sends)), name, self._peers, requests)
             parts[self.rank] = outgoing[self.rank]
             self._under_way.discard(name)
             return [parts[rank] for rank in range(self.size)]
@@ -119,7 +127,9 @@ class MPITransport(Transport):
         def finish() -> Array:
             view = np.asarray(values)
             if self.size > 1:
-                self._ring(name, view)
+                most = self.size * PIECE_NBYTES // view.itemsize
+                for begin in range(0, max(view.size, 1), most):
+                    self._ring(name, view[begin : begin + most])
             self._count_allreduce(view.nbytes)
             self._under_way.discard(name)
             return values
@@ -155,21 +165,37 @@ class MPITransport(Transport):
             [receive, send],
         )
 
-    def _receive_from_all(self, name: str, sends: list[Any]) -> dict[int, np.ndarray]:
+    def _receive_from_all(self, name: str, requests: list[Any]) -> dict[int, np.ndarray]:
+        """Every other rank's buffer; the requests that it takes are added to the list."""
         missing = set(self._peers())
-        parts: dict[int, np.ndarray] = {}
+        pieces: dict[int, list[np.ndarray]] = {peer: [] for peer in missing}
+        receives: dict[int, Any] = {}  # of the pieces that are on their way
+
+        def is_here(peer: int) -> bool:
+            while True:
+                if peer not in receives:
+                    tag, status = self._tag_of(peer, name), MPI.Status()
+                    if tag is None or not (message := self._comm.Improbe(peer, tag, status)):
+                        return False
+                    pieces[peer].append(np.empty(status.Get_count(MPI.BYTE), np.uint8))
+                    # Not at once: a rank that stops in the middle would not be noticed.
+                    receives[peer] = message.Irecv([pieces[peer][-1], MPI.BYTE])
+                    requests.append(receives[peer])
+                if not receives[peer].Test():
+                    return False
+                if pieces[peer][-1].size < PIECE_NBYTES:
+                    return True
+                del receives[peer]
 
         def all_here() -> bool:
-            for peer in sorted(missing):
-                tag, status = self._tag_of(peer, name), MPI.Status()
-                if tag is not None and (message := self._comm.Improbe(peer, tag, status)):
-                    parts[peer] = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-                    message.Recv([parts[peer], MPI.BYTE])
-                    missing.discard(peer)
+            missing.difference_update([peer for peer in missing if is_here(peer)])
             return not missing
 
-        self._until(all_here, name, lambda: sorted(missing), sends)
-        return parts
+        self._until(all_here, name, lambda: sorted(missing), requests)
+        return {
+            peer: parts[0] if len(parts) == 1 else np.concatenate(parts)
+            for peer, parts in pieces.items()
+        }
 
     def _until(
         self,
@@ -232,3 +258,7 @@ class MPITransport(Transport):
             f"rank {self.rank} waited {self.timeout:g} s in '{name}' for ranks {ranks}; see why "
             "they did not get there, or raise timeout= or EF_HOROVOD_TIMEOUT"
         )
+
+
+def _pieces(data: np.ndarray) -> list[np.ndarray]:
+    return [data[i : i + PIECE_NBYTES] for i in range(0, data.size + 1, PIECE_NBYTES)]

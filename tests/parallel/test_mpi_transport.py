@@ -41,6 +41,14 @@ def test_tags_are_few_and_no_two_names_share_one(results: Results) -> None:
         assert "got MPI.COMM_NULL, expected a communicator" in result["few_tags"]["nobody"]
 
 
+def test_long_buffers_travel_in_pieces(results: Results) -> None:
+    ranks = range(len(results))
+    for result in results:
+        for length, (gathered, total) in zip((1, 3, 4, 5, 8, 9), result["pieces"], strict=True):
+            assert gathered == [[rank] * (length + rank) for rank in ranks]
+            assert total == [sum(ranks)] * (length * len(results) + 1)
+
+
 def test_sums_are_right_and_equal_on_all_ranks(results: Results) -> None:
     for result in results:
         for length, total in result["sums"].items():

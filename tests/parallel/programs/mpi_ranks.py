@@ -60,6 +60,19 @@ def few_tags(_):
     }
 
 
+def pieces(transport):
+    """Buffers that are longer than what MPI takes in one message, which is made to be 4 bytes."""
+    known, mpi.PIECE_NBYTES = mpi.PIECE_NBYTES, 4
+    found = []
+    for length in (1, 3, 4, 5, 8, 9):
+        own = np.full(length + RANK, RANK, np.uint8)
+        gathered = transport.allgather("pieces", own)()
+        total = transport.allreduce("sum of pieces", np.full(length * SIZE + 1, RANK, "f4"))()
+        found.append([[part.tolist() for part in gathered], total.tolist()])
+    mpi.PIECE_NBYTES = known
+    return found
+
+
 def sums(transport):
     """Lengths that the ring cannot split evenly, fewer numbers than ranks among them."""
     result = {}
@@ -130,7 +143,7 @@ def missing_rank(_):
 
 def main() -> None:
     transport = MPITransport()
-    scenarios = [unequal_sizes, any_order, few_tags, sums, refused, training]
+    scenarios = [unequal_sizes, any_order, few_tags, pieces, sums, refused, training]
     if SIZE > 1:
         scenarios += [missing_rank]
     if SIZE > 2:
