@@ -100,8 +100,10 @@ def test_launch_demo_starts_the_frameworks_script(
 ) -> None:
     launch_demo = load_launch_demo()
     commands: list[list[str]] = []
-    monkeypatch.setattr(launch_demo, "prepare", lambda: Path(sys.executable))
-    monkeypatch.setattr(launch_demo, "run", lambda command: commands.append([*map(str, command)]))
+    monkeypatch.setattr(launch_demo, "prepare", lambda **_: Path(sys.executable))
+    monkeypatch.setattr(
+        launch_demo, "run", lambda command, env: commands.append([*map(str, command)])
+    )
     monkeypatch.setattr(sys, "argv", ["demo", "--quick", *words])
     launch_demo.main()
     (command,) = commands
