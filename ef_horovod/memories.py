@@ -85,6 +85,11 @@ def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any
                 memory.put(parts[0][1])
 
 
+def remember(buckets: Sequence[Filled]) -> bool:
+    """Whether anything of a gradient is remembered between steps."""
+    return any(True for bucket in buckets for _ in _memories(bucket))
+
+
 class _Memory(NamedTuple):
     """A vector or a number that a piece of a channel's vector remembers between steps."""
 

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from ef_horovod.buckets import BucketPlan, describe, one_slot
 from ef_horovod.channel import ChannelStats, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
-from ef_horovod.memories import load_state, save_state
+from ef_horovod.memories import load_state, remember, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import (
     DensePolicy,
@@ -30,7 +33,7 @@ from ef_horovod.policy import (
     small_or_vector,
     warn_of_surprises,
 )
-from ef_horovod.torch.buckets import Bucket
+from ef_horovod.torch.buckets import Bucket, require_untouched
 from ef_horovod.torch.hooks import weak
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
@@ -55,6 +58,8 @@ class Compression:
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
         process_set: the one given to Horovod.
+        grad_scaler: the scaler, if one is used, so that error-feedback state is kept in unscaled
+            units.
         check_sync: compare the ranks' parameters by hash before the first step changes them, and
             in the steps 2, 4, 8 and so on; they raise `OutOfSyncError` if ranks differ.
         timeout: seconds that a wait of ours may take; default $EF_HOROVOD_TIMEOUT or 300. In a
@@ -81,6 +86,7 @@ class Compression:
         exchange: str = "auto",
         seed: int = 0,
         process_set: Any = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
         check_sync: bool = True,
         timeout: float | None = None,
     ) -> None:
@@ -91,6 +97,8 @@ class Compression:
         self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was, and no optimizer has asked for it yet
+        self._unused = False  # averages were delivered, and no optimizer has stepped since
+        self._grad_scaler, self._loss_scale = grad_scaler, 1.0
         self._stop_watching: Callable[[], Any] = lambda: None
         trainable = [(name, p) for name, p in pairs_of(named_parameters) if p.requires_grad]
         self._parameters = dict(require_distinct(trainable))
@@ -118,8 +126,10 @@ class Compression:
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
         """Called by Horovod for each gradient; starts its exchange."""
         name = self._name_of(tensor)
+        if not self._under_way:
+            self._begin()
         bucket = self._buckets[name]
-        bucket.fill(bucket.slots[0], loss_scale=1.0)
+        bucket.fill(bucket.slots[0], self._loss_scale, in_place=self._grad_scaler is None)
         bucket.channel.start(self._step)
         self._under_way[name] = bucket
         # Horovod wants one tensor to allreduce: a 1, which comes back as 1 for Average, n for Sum.
@@ -138,7 +148,8 @@ class Compression:
         direction = self._directions.pop(name)
         if not self._directions:
             self._directions = None
-        return gradient.copy_(direction.view(gradient.shape)).mul_(tensor.round()[0])
+        factor = tensor.round()[0] * self._loss_scale
+        return gradient.copy_(direction.view(gradient.shape)).mul_(factor)
 
     def stats(self) -> list[ChannelStats]:
         """One row for each parameter and a last one with the total; call it between steps."""
@@ -160,26 +171,44 @@ class Compression:
         buckets = list(self._buckets.values())
         self._step = load_state(state, buckets, repr(self._method), self._transport)
 
+    def _begin(self) -> None:
+        """Before the first gradient of a step."""
+        if self._unused:
+            raise UnsupportedError(
+                "got a backward pass after synchronize() without step(), expected step(), because "
+                "error-feedback state holds the averages already; take ef.DistributedOptimizer, "
+                "whose zero_grad() and discard() leave a step out"
+            )
+        self._loss_scale = self._grad_scaler.get_scale() if self._grad_scaler is not None else 1.0
+
     def _finish(self) -> None:
         """Wait for all channels of this step; commit all of them or none."""
         self._in_sync.check()
+        require_untouched(self._under_way.values())
         channels = [bucket.channel for bucket in self._under_way.values()]
         directions = finish_step(channels)
         self._stop_watching()
         self._dropped = directions is None
+        self._unused = directions is not None and remember(list(self._buckets.values()))
         if directions is None:
-            self._watch_steps()
+            self._watch(register_optimizer_step_pre_hook(weak(self._before_any_step)))
             nothing = torch.tensor(float("nan"))
             directions = [nothing.expand(len(c.gradient)) for c in channels]
         else:
+            self._watch(register_optimizer_step_post_hook(weak(self._after_any_step)))
             self._step += 1
         self._directions = dict(zip(self._under_way, directions, strict=True))
         self._under_way = {}
 
-    def _watch_steps(self) -> None:
-        """Have torch tell us when an optimizer steps, until the next step is finished."""
-        hook = register_optimizer_step_pre_hook(weak(self._before_any_step))
+    def _watch(self, hook: Any) -> None:
+        """Keep a hook that torch calls when an optimizer steps, until the next step is finished."""
         self._stop_watching = weakref.finalize(self, hook.remove)
+
+    def _after_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Note that the averages were used."""
+        if self._owned_by(optimizer):
+            self._unused = False
+            self._stop_watching()
 
     def _before_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Take the gradients of a dropped step away from the optimizer that would use them.
@@ -190,11 +219,13 @@ class Compression:
         """
         if not self._dropped or self._under_way:
             return
+        for parameter in self._owned_by(optimizer):
+            parameter.grad = None
+            self._dropped = False
+
+    def _owned_by(self, optimizer: torch.optim.Optimizer) -> set[torch.Tensor]:
         ours = set(self._parameters.values())
-        for group in optimizer.param_groups:
-            for parameter in ours.intersection(group["params"]):
-                parameter.grad = None
-                self._dropped = False
+        return ours.intersection(p for group in optimizer.param_groups for p in group["params"])
 
     def _name_of(self, tensor: torch.Tensor) -> str:
         # Gradients come in much the same order each step: look behind the last one first.

@@ -17,14 +17,13 @@ from ef_horovod.buckets import Slot, describe
 from ef_horovod.channel import ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
-from ef_horovod.memories import load_memories, load_state, save_memories, save_state
+from ef_horovod.memories import load_memories, load_state, remember, save_memories, save_state
 from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
 from ef_horovod.torch.hooks import GradientHooks
 from ef_horovod.torch.options import Options
 from ef_horovod.torch.rows import RowsBucket, agree, make_buckets, no_rows
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.transports.base import Transport
-from ef_horovod.undo import vectors_of
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -77,14 +76,7 @@ class Reducer:
     @property
     def has_memory(self) -> bool:
         """Whether anything of a gradient is remembered between steps."""
-        return any(
-            True
-            for bucket in self.buckets
-            for piece in bucket.channel.pieces()
-            for state in (piece.channel.worker, piece.channel.server)
-            if state is not None
-            for _ in vectors_of(state, piece.channel.method.scratch)
-        )
+        return remember(self.buckets)
 
     def reset_passes(self) -> None:
         """Count backward passes from the start."""

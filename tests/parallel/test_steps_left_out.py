@@ -73,3 +73,26 @@ def test_scaled_gradients_are_refused(slip: str, sentence: str, results: Results
 def test_horovods_recipe_works_where_nothing_is_remembered(results: Results) -> None:
     for result in results:
         assert 0 < result["slips_with_a_scaler"]["Identity moved by"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("slip", "sentence"),
+    [
+        ("left out", "take ef.DistributedOptimizer, whose zero_grad() and discard()"),
+        ("clipped too early", "was changed between backward() and step()"),
+        ("unscaled too early", "was changed between backward() and step()"),
+    ],
+)
+def test_the_stock_adapter_refuses(slip: str, sentence: str, results: Results) -> None:
+    for result in results:
+        assert sentence in result["stock_adapter"][slip]
+
+
+def test_the_stock_adapter_leaves_out_what_is_not_remembered(results: Results) -> None:
+    for result in results:
+        assert result["stock_adapter"]["left out, no memory"] == ""
+
+
+def test_the_stock_adapters_memories_are_free_of_the_loss_scale(results: Results) -> None:
+    for result in results:
+        assert result["stock_scaler"] == 0.0  # scales are powers of two

@@ -234,11 +234,72 @@ def slips_with_a_scaler():
     return errors
 
 
+def stock(model, method=METHODS["top-k"][0], **options):
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    adapter = ef.Compression(method, model.named_parameters(), **options)
+    return hvd.DistributedOptimizer(
+        sgd, named_parameters=model.named_parameters(), compression=adapter
+    )
+
+
+def stock_adapter():
+    """What the stock optimizer cannot leave out or take back is refused."""
+    errors = {}
+
+    def start(method, scale=1.0):
+        model = build_model()
+        optimizer = stock(model, method)
+        inputs, labels = batches(hvd.rank())()
+        (scale * cross_entropy(model(inputs), labels)).backward()
+        return model, optimizer, lambda: cross_entropy(model(inputs), labels).backward()
+
+    for name, method in (
+        ("left out", METHODS["EF21"][0]),
+        ("left out, no memory", ef.NoFeedback(ef.OneBit())),
+    ):
+        _, optimizer, again = start(method)
+        optimizer.synchronize()
+        optimizer.zero_grad()
+        errors[name] = error_of(again)
+        if not errors[name]:
+            optimizer.step()
+    model, optimizer, _ = start(METHODS["top-k"][0])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    errors["clipped too early"] = error_of(optimizer.step)
+    model, optimizer, _ = start(METHODS["top-k"][0])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+    errors["unscaled too early"] = error_of(optimizer.step)
+    return errors
+
+
+def stock_scaler():
+    """Horovod's recipe with a scale that changes, as without a scaler."""
+    ends = []
+    for enabled in (False, True):
+        model, next_batch = build_model(), batches(hvd.rank())
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3, enabled=enabled)
+        optimizer = stock(model, grad_scaler=scaler)
+        for _ in range(10):
+            inputs, labels = next_batch()
+            optimizer.zero_grad()
+            scaler.scale(cross_entropy(model(inputs), labels)).backward()
+            optimizer.synchronize()
+            scaler.unscale_(optimizer)
+            with optimizer.skip_synchronize():
+                scaler.step(optimizer)
+            scaler.update()
+        ends.append(flat(model))
+    return float((ends[0] - ends[1]).abs().max())
+
+
 def main():
     hvd.init()
     parts = (
         steps_left_out, averages_in_the_next_gradient, averages_changed_and_forgotten,
         generator_and_discriminator, usual_recipe, slips_with_a_scaler,
+        stock_scaler, stock_adapter,
     )  # fmt: skip
     report(hvd.rank(), {part.__name__: part() for part in parts})
 
