@@ -1,6 +1,6 @@
 """The options that adapters share, checked in one place before anything is built or sent.
 
-require_options("ef.Reducer", seed=seed, bucket_bytes=bucket_bytes)
+check_options("Reducer", seed=seed, bucket_bytes=bucket_bytes)
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.options import flag, number, seed_of, whole
 
 
-def require_options(owner: str, **given: Any) -> None:
+def check_options(owner: str, **given: Any) -> None:
     """Raise unless each option is one that its name stands for.
 
     Args:
         owner: the class or function that the options belong to.
-        given: by their names; those that are not shared are passed over.
+        given: by their names, such as `locals()`; other names are passed over.
 
     Raises:
         ValueError: a number of another type or out of range.
@@ -75,8 +75,18 @@ _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
         "a text", "write exchange='auto', or leave it out", lambda value: isinstance(value, str)
     ),
     "process_set": _kind(
-        "one of Horovod",
-        "write hvd.add_process_set([0, 1]), or leave it out for all ranks",
-        lambda value: value is None or (hasattr(value, "included") and hasattr(value, "ranks")),
+        "one of Horovod that was added",
+        "write process_set=hvd.add_process_set([0, 1]), or leave it out for all ranks",
+        lambda value: value is None or getattr(value, "process_set_id", None) is not None,
+    ),
+    "grad_scaler": _kind(
+        "a torch.amp.GradScaler",
+        "write grad_scaler=scaler, or leave it out",
+        lambda value: value is None or hasattr(value, "is_enabled"),
+    ),
+    "transport": _kind(
+        "a Transport",
+        "leave it out for one of its own",
+        lambda value: value is None or hasattr(value, "allgather"),
     ),
 }

@@ -105,7 +105,7 @@ class Channel:
         self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step
         self._xp, self._device, self._transport = xp, device, transport
         self.worker, self.server = self._open(seed)
-        self._key = Key(seed, 0, tensor_id(name), transport.rank, transport.size)
+        self._key = Key(int(seed), 0, tensor_id(name), transport.rank, transport.size)
         self._lost = self.gradient  # after a step: what its compression lost
         self._message: Payload | None = None
         self._pushed: Any = None

@@ -10,13 +10,15 @@ import numpy as np
 
 from ef_horovod import exchange as exchanges
 from ef_horovod import wire
-from ef_horovod.arrays import Array, namespace
+from ef_horovod.adapter_options import check_options
+from ef_horovod.arrays import Array, float_namespace, namespace
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
 from ef_horovod.estimators import Estimator
 from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
-from ef_horovod.schedules import Schedule, value_at
+from ef_horovod.options import number, seed_of, whole
+from ef_horovod.schedules import Decay, Schedule, value_at
 from ef_horovod.simulation_slices import SlicedWorkers
 from ef_horovod.transports.base import Transport, ring_share
 from ef_horovod.transports.local import local_group
@@ -105,8 +107,10 @@ def simulate(
         raise UnsupportedError(
             f"simulate got {method!r}, expected a method; write for example EF21(TopK(ratio=0.01))"
         )
+    seed = _checked_options(**locals())
     estimator.require_fit(method)
-    xp, like = namespace(x0), namespace(x0).like(x0)
+    xp = float_namespace(x0, "x0")
+    like = xp.like(x0)
     x = before = xp.detached(x0) * 1  # a copy, should gradient() change x in place
     if len(x0.shape) > 1:  # else it is any vector, not a parameter of one dimension
         method = method.for_shapes([tuple(x0.shape)])
@@ -134,6 +138,28 @@ def simulate(
     run.x, run.states = x, group.states
     run.bytes_sent, run.bytes_received = group.bytes_sent, group.bytes_received
     return run
+
+
+def _checked_options(**given: Any) -> int:
+    """Raise for options that would fail later, or be taken for others; the seed."""
+    check_options("simulate", **given)
+    whole("simulate", "workers", given["workers"], 1, None, "2 is the least that shows an exchange")
+    whole("simulate", "steps", given["steps"], 0, None, "1 is one round")
+    step_size, estimator = given["step_size"], given["estimator"]
+    if not isinstance(step_size, Decay) and not callable(step_size):
+        also = ", or a Decay or a function of the step"
+        number("simulate", "step_size", step_size, "(-inf, inf)", "0.1 is a start", also=also)
+    if not isinstance(estimator, Estimator):
+        raise UnsupportedError(
+            f"simulate got estimator={estimator!r}, expected an estimator such as STORM(0.1); "
+            "leave it out for gradients as they are"
+        )
+    for name in ("observe", "stop"):
+        if given[name] is not None and not callable(given[name]):
+            raise UnsupportedError(
+                f"simulate got {name}={given[name]!r}, expected a function; leave it out for none"
+            )
+    return seed_of("simulate", given["seed"])
 
 
 class _Worker:
@@ -334,7 +360,10 @@ class _Ranks:
 
 
 def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:
-    return float(step_size(step)) if callable(step_size) else value_at(step_size, step)
+    if not callable(step_size):
+        return value_at(step_size, step)
+    way_out = "return a number, as of lambda step: 0.1"
+    return float(number("simulate", f"step_size({step})", step_size(step), "(-inf, inf)", way_out))
 
 
 def _reduce(
@@ -353,9 +382,15 @@ def _reduce(
 def _gradient(gradient: Gradient, worker: int, point: Array, step: int, like: Array) -> Array:
     """A worker's gradient, of the right shape."""
     g = gradient(worker, point, step)
+    what = f"gradient({worker}, x, {step})"
+    if float_namespace(g, what) is not namespace(like):
+        raise TypeError(
+            f"{what} is a {type(g).__name__}, expected one like x0, a {type(like).__name__}; "
+            "return an array of the same framework"
+        )
     if tuple(g.shape) != tuple(like.shape):
         raise ValueError(
-            f"gradient({worker}, x, {step}) has shape {tuple(g.shape)}, expected "
+            f"{what} has shape {tuple(g.shape)}, expected "
             f"{tuple(like.shape)}; return one number for each of x"
         )
     return g

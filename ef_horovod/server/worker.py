@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ef_horovod.adapter_options import check_options
+from ef_horovod.arrays import float_namespace
 from ef_horovod.buckets import BucketPlan, Slot, plan_buckets
 from ef_horovod.channel import Channel, ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
@@ -65,7 +67,10 @@ class Worker:
         transport: ServerTransport | None = None,
     ) -> None:
         method = require_method(compression)
+        check_options("Worker", **locals())
         self._named = isinstance(parameters, Mapping)
+        for name, parameter in _items(parameters):
+            float_namespace(parameter, f"parameter '{name}'")
         named = require_distinct(list(_items(parameters)))
         if not named:
             raise ValueError("got no parameters, expected at least one array to send gradients of")
@@ -144,6 +149,7 @@ class Worker:
 
         Raises:
             ValueError: no such parameter, another shape, or twice in a step.
+            TypeError: numbers that would be lost: complex ones, or masked ones.
         """
         self.transport.require_open()
         bucket, slot = self._place.get(name, (None, None))
@@ -157,6 +163,9 @@ class Worker:
             raise ValueError(
                 f"got the gradient '{name}' twice in a step, expected it once; call pull() before"
             )
+        if not hasattr(gradient, "dtype"):
+            gradient = np.asarray(gradient)  # a list of numbers
+        float_namespace(gradient, f"a gradient '{name}'")
         bucket.channel.gradient[slot.start : slot.stop] = np.reshape(gradient, -1)
         bucket.filled.add(name)
         if len(bucket.filled) == len(bucket.slots):

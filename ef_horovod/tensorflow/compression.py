@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from ef_horovod.adapter_options import check_options
 from ef_horovod.buckets import BucketPlan, describe, one_slot
 from ef_horovod.channel import ChannelStats, total_stats
 from ef_horovod.errors import UnsupportedError
@@ -78,6 +79,7 @@ class Compression(tf.Module):
     ) -> None:
         super().__init__(name="ef_compression")
         refuse_elastic()
+        check_options("Compression", **locals())
         self._method = method = require_method(method)
         prefix = f"ef.stock{next(_instances)}"
         self._transport = HorovodTensorFlowTransport(prefix, process_set, timeout)

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from ef_horovod.adapter_options import check_options
 from ef_horovod.channel import ChannelStats
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
@@ -64,10 +65,7 @@ def DistributedOptimizer(
         model.compile(optimizer, loss="mse", jit_compile=False)
     """
     family = _family_of(optimizer)
-    if backward_passes_per_step < 1:
-        raise ValueError(
-            f"got backward_passes_per_step={backward_passes_per_step}, expected at least 1"
-        )
+    check_options("DistributedOptimizer", **locals())
     require_options(compression, **options)
     wrapped = _rebuild(optimizer, family)
     own = _take_accumulation(wrapped)

@@ -12,6 +12,7 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from ef_horovod import exchange as exchanges
+from ef_horovod.adapter_options import check_options
 from ef_horovod.channel import ChannelStats
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
@@ -92,6 +93,7 @@ class Reducer(tf.Module):
         timeout: float | None = None,
         transport: GraphTransport | None = None,
     ) -> None:
+        check_options("Reducer", **locals())
         super().__init__(name="ef_reducer")
         require_options(compression, op=op, exchange=exchange, process_set=process_set)
         options = Options(
@@ -242,6 +244,7 @@ def require_options(
         ValueError: no such exchange.
     """
     refuse_elastic()
+    check_options("Reducer", exchange=exchange, process_set=process_set, **others)
     known = list(inspect.signature(Reducer.__init__).parameters)[3:]
     for name in others:
         if name not in known:

@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from ef_horovod.adapter_options import check_options
 from ef_horovod.buckets import BucketPlan, describe, one_slot
 from ef_horovod.channel import ChannelStats, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
@@ -91,6 +92,7 @@ class Compression:
         timeout: float | None = None,
     ) -> None:
         refuse_elastic()
+        check_options("Compression", **locals())
         self._method = method = require_method(method)
         self._transport = HorovodTorchTransport(f"ef.stock{next(_instances)}", process_set, timeout)
         self._step = 0

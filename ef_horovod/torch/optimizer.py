@@ -11,6 +11,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
+from ef_horovod.adapter_options import check_options
 from ef_horovod.channel import ChannelStats
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
@@ -117,10 +118,7 @@ def DistributedOptimizer(
                                             compression=ef.ErrorFeedback(ef.OneBit()))
     """
     refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
-    if backward_passes_per_step < 1:
-        raise ValueError(
-            f"got backward_passes_per_step={backward_passes_per_step}, expected at least 1"
-        )
+    check_options("DistributedOptimizer", **locals())
     options = Options(
         method=require_method(compression),
         dense=dense,
@@ -316,6 +314,7 @@ class _Distributed:
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Accumulate another number of micro-batches from the next step on."""
+        check_options("the optimizer", backward_passes_per_step=passes)
         if self._reducer is not None:
             self._reducer.set_passes(passes)
 

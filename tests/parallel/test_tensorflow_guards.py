@@ -61,7 +61,7 @@ def test_ranks_that_disagree_are_told_on_every_rank(
         ("compressor, stock", "wrap it: ErrorFeedback(OneBit"),
         ("compressor, tape", "wrap it: ErrorFeedback(OneBit"),
         ("horovod's", "NoFeedback(Cast('float16'))"),
-        ("passes", "expected at least 1"),
+        ("passes", "expected a whole number of at least 1"),
         ("passes twice", "leave one out"),
         ("none", "pass model.trainable_variables"),
         ("model", "pass its .trainable_variables"),
