@@ -42,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ended_after(
             limit,
             lambda: say(
-                f"error: waited {limit:g} s for all ranks to start MPI; see whether a worker's "
-                "program ended before it did, or raise --timeout or EF_HOROVOD_TIMEOUT"
+                f"error: waited {limit:g} s for all ranks to start MPI; make the Worker or wrap "
+                "the optimizer before data are loaded, see whether a worker's program ended before "
+                "it did, or raise --timeout or EF_HOROVOD_TIMEOUT"
             ),
         ),
         explained("ef_horovod.server"),
@@ -116,6 +117,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--down-compressor", metavar="C", help="of the server's answers")
     parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="modules",
+        metavar="MODULE",
+        help="import this module or package first, for methods and compressors of others "
+        "(repeatable)",
+    )
+    parser.add_argument(
         "--checkpoint",
         type=Path,
         metavar="FOLDER",
@@ -187,8 +197,10 @@ def method_of(arguments: argparse.Namespace) -> Method | None:
     Raises:
         ValueError, UnsupportedError: it cannot be read, or is no method.
     """
+    from ef_horovod.registry import load
     from ef_horovod.spelling import read_compressor, read_method
 
+    load(arguments.modules)
     up, down = (
         read_compressor(text) if text else None
         for text in (arguments.compressor, arguments.down_compressor)

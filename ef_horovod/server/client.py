@@ -69,7 +69,7 @@ class ServerTransport(MPITransport):
         self._index: dict[str, int] = {}
         self._config: Config | None = None
         self._fingerprint = 0  # of the config
-        self._sends: list[Any] = []
+        self._sends: list[tuple[Any, np.ndarray]] = []  # requests, and what they send
         self._welcomes: set[int] = set()
         self._saved: set[int] = set()
         self._broken: EFHorovodError | None = None
@@ -290,7 +290,8 @@ class ServerTransport(MPITransport):
     def _drain(self) -> None:
         for bucket in self._buckets if self.quorum is not None else ():
             while (handle := self._all.Improbe(bucket.server, bucket.index + 1)) is not None:
-                handle.Recv([np.empty_like(bucket.incoming), MPI.BYTE])
+                room = np.empty_like(bucket.incoming)
+                self._sends.append((handle.Irecv([room, MPI.BYTE]), room))
 
     def _at_exit(self) -> None:
         self.close(in_words(what_ends_this_process()))
@@ -310,7 +311,8 @@ class ServerTransport(MPITransport):
         def waited() -> str:
             return (
                 f"worker {self.rank} waited {limit:g} s in {what} for servers with ranks "
-                f"{missing()}; see why they do not answer, or raise timeout= or EF_HOROVOD_TIMEOUT"
+                f"{missing()}; see why they do not answer (with a longer limit they may wait for "
+                "other workers), or raise timeout= or EF_HOROVOD_TIMEOUT"
             )
 
         try:

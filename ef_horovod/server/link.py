@@ -102,7 +102,7 @@ def _roll_call(world: Any, role: int, timeout: float) -> None:
         timeout,
         lambda: (
             f"{ROLES[role]} with rank 0 waited {timeout:g} s for ranks {sorted(waits)} to start as "
-            "server or worker; make the Worker or wrap the optimizer before data is loaded, see "
+            "server or worker; make the Worker or wrap the optimizer before data are loaded, see "
             f"whether they wait in hvd.init() or the like ({HINT}), or raise EF_HOROVOD_TIMEOUT"
         ),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ef_horovod.compressors.identity import Identity
-from ef_horovod.errors import ConfigMismatchError, PayloadError
+from ef_horovod.errors import ConfigMismatchError, EFHorovodError, PayloadError
 from ef_horovod.guard import first_difference
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
@@ -81,8 +81,11 @@ def require_agreement(configs: Sequence[Config], method: Method | None) -> None:
         method: the server's, or None if it takes the workers'.
 
     Raises:
-        ConfigMismatchError: naming two sides and what differs between them.
+        ConfigMismatchError: naming two sides and what differs between them, or a method that is
+            not known here.
     """
+    for spec in configs[0].buckets:
+        _require_known(spec)
     lines = [config.lines() for config in configs]
     for worker, other in enumerate(lines):
         if other != lines[0]:
@@ -97,6 +100,16 @@ def require_agreement(configs: Sequence[Config], method: Method | None) -> None:
             raise _mismatch(
                 f"the server has {method!r} and the workers have {theirs} for '{spec.name}'"
             )
+
+
+def _require_known(spec: BucketSpec) -> None:
+    try:
+        spec.make_method()
+    except (ValueError, EFHorovodError) as error:
+        raise ConfigMismatchError(
+            f"the workers have {spec.method} for '{spec.name}', expected a method that the server "
+            f"can read ({error}); start servers with --import and the package that defines it"
+        ) from None
 
 
 def _mismatch(what: str) -> ConfigMismatchError:

@@ -118,8 +118,12 @@ class Watch:
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(entry) + "\n")
+                self._file.flush()
+            except OSError as error:  # nobody's training ends for it
+                self._say(f"could not write to the log ({error}), and goes on without one")
+                self._file = None
         up, down = (
             f"{entry[f'bytes_{way}'] / 1e6:.2f} MB {way}"
             + (f" (1/{1 / entry[f'ratio_{way}']:.0f})" if entry[f"ratio_{way}"] else "")

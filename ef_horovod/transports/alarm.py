@@ -29,7 +29,8 @@ class Alarm:
         message: Callable[[list[str]], str],
         expire: Callable[[], None],
     ) -> None:
-        self._timeout, self._message, self._expire = timeout, message, expire
+        self._timeout = min(timeout, threading.TIMEOUT_MAX)
+        self._message, self._expire = message, expire
         self._deadlines: dict[str, float] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None

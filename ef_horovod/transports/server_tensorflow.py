@@ -55,6 +55,10 @@ class ServerCourier(Transport):
     def save(self, step: int) -> None:
         self._alone(lambda: self._servers.save(step))
 
+    def close(self, error: str = "") -> None:
+        """See `ServerTransport.close`."""
+        self._alone(lambda: self._servers.close(error))
+
     def require_not_begun(self) -> None:
         self._servers.require_not_begun()
 

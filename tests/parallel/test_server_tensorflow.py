@@ -44,6 +44,7 @@ def test_numbers_of_torch_and_of_the_simulation(tmp_path: Path) -> None:
             assert result["unchanged"] == [True, True]
             assert (result["memories"] > 0) == with_memory
             assert result["exchange"] == "server"
+            assert ["which is closed" in error for error in result["closed"]] == [True, True]
             assert result["steps"] == STEPS
             assert min(result["bytes"]) > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def require_same(method: ef.Method, workers: int, result: dict[str, Any]) -> Non
     assert result["skipped"] == [step == STEPS - 1 for step in range(STEPS + 1)]
     assert "got a process_set with exchange='server'" in result["process_set"]
     assert result["second"].startswith("UnsupportedError: got a second optimizer, reducer, tape")
+    assert re.match(
+        r"UnsupportedError: got a step .* of worker \d, which is closed", result["closed"]
+    )
     if workers == 1:
         assert result["apart"] == ""
     else:

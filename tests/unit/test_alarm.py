@@ -120,3 +120,12 @@ failed.wait()
 """)
     assert result.returncode == 0
     assert result.stdout.strip() == "['expired']"
+
+
+def test_a_limit_of_infinity_is_none(capfd):
+    alarm = Alarm(float("inf"), str, lambda: None)
+    alarm.start("x")
+    time.sleep(0.1)
+    assert alarm._thread.is_alive(), "the thread has failed"
+    alarm.stop("x")
+    assert capfd.readouterr().err == ""

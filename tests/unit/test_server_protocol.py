@@ -135,3 +135,9 @@ def test_buckets_are_balanced_by_bytes(servers):
     assert set(owners) == set(range(servers))
     assert max(loads) <= 1.1 * sum(loads) / servers
     assert owners == assign(specs, servers)
+
+
+def test_a_method_that_the_server_does_not_know_is_named_with_the_way_out():
+    unknown = Config((BucketSpec("w", 5, "ErrorFeedback(Ours(ratio=0.1))", 0),))
+    with pytest.raises(ConfigMismatchError, match=r"workers have ErrorFeedback\(Ours.*--import"):
+        require_agreement([unknown, unknown], None)

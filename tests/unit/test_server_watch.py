@@ -79,3 +79,15 @@ def test_no_log_is_asked_for():
     watch.close()
     assert said[0].startswith("round 1: ")
     assert "worker" not in said[0]  # with a quorum nobody is waited for
+
+
+def test_a_disk_that_is_full_ends_the_log_and_not_the_training(parts):
+    watch, state, lines, _ = parts
+    watch._file.close()
+    watch._file = open("/dev/full", "a")  # noqa: SIM115
+    for rounds in (40, 80):
+        state.update(now=10.0 * rounds, totals=Totals(rounds, 0, 0, 0, 0))
+        watch.look()
+    watch.close()
+    assert ["could not write to the log" in line for line in lines] == [True, False, False]
+    assert lines[2].startswith("round 80: ")

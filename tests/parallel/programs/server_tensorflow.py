@@ -68,12 +68,16 @@ def numbers_by(method):
             unchanged.append(before[:2] == after[:2] and after[2] == before[2] + 1)
         take(tf.constant(g))
     total = optimizer.stats()[-1]
-    optimizer._ef.reducer._engine.transport._servers.close()
+    optimizer.transport.close()
+    begin = time.monotonic()
+    closed = [error_of(lambda take=take: take(tf.constant(g))) for take in (step, in_a_function)]
+    assert time.monotonic() - begin < 5, "a step of a closed worker waits"
     return rank, {
         "x": digest(np.asarray(x)),
         "unchanged": unchanged,
         "memories": len(memories_of(optimizer)),
         "exchange": optimizer.stats()[0].exchange,
+        "closed": closed,
         "steps": total.steps,
         "bytes": [total.bytes_out, total.bytes_in],
     }
