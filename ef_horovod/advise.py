@@ -116,7 +116,7 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
     Raises:
         ValueError: a method whose messages have no known size.
     """
-    lengths = bucket_lengths(question.parameters, question.bucket_bytes)
+    lengths = bucket_counts(question.parameters, question.bucket_bytes)
     work = {
         method: (probe if question.measured else model.reference_work)(method, max(lengths))
         for method in question.methods
@@ -124,19 +124,21 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
     return [_answer(question, workers, lengths, work) for workers in question.workers]
 
 
-def bucket_lengths(parameters: int, bucket_bytes: int) -> list[int]:
-    """Lengths of so many parameters' buckets, about equal.
+def bucket_counts(parameters: int, bucket_bytes: int) -> dict[int, int]:
+    """How many buckets of each length so many parameters make, about equal ones.
 
     Example:
-        >>> bucket_lengths(10, 16)
-        [4, 3, 3]
+        >>> bucket_counts(10, 16)
+        {4: 1, 3: 2}
     """
-    count = max(1, -(-4 * parameters // bucket_bytes))
-    return [parameters // count + (i < parameters % count) for i in range(count)]
+    count = min(max(1, -(-4 * parameters // bucket_bytes)), parameters)
+    length, longer = divmod(parameters, count)
+    counts = {length + 1: longer, length: count - longer}
+    return {length: count for length, count in counts.items() if count}
 
 
 def _answer(
-    question: Question, workers: int, lengths: Sequence[int], work: dict[Method, Work]
+    question: Question, workers: int, lengths: dict[int, int], work: dict[Method, Work]
 ) -> Answer:
     plain = _plain_costs(question, workers, next(iter(work.values()), None))
     compressed = [
@@ -172,7 +174,7 @@ def _plain_costs(question: Question, workers: int, work: Work | None) -> dict[st
 def _bucketed(
     question: Question,
     workers: int,
-    lengths: Sequence[int],
+    lengths: dict[int, int],
     method: Method,
     exchange: str,
     work: Work,
@@ -189,13 +191,13 @@ def _bucketed(
             work=work,
             share=question.share,
         )
-        for d in set(lengths)
+        for d in lengths
     }
-    parts = [costs[d] for d in lengths]
-    moved = type(parts[0].traffic)(
-        *(sum(numbers) for numbers in zip(*(p.traffic for p in parts), strict=True))
-    )
-    seconds = (sum(getattr(p, name) for p in parts) for name in ("compress", "network", "decode"))
+    parts = [(costs[d], count) for d, count in lengths.items()]
+    each = zip(*([count * number for number in p.traffic] for p, count in parts), strict=True)
+    moved = type(parts[0][0].traffic)(*map(sum, each))
+    names = ("compress", "network", "decode")
+    seconds = (sum(count * getattr(p, name) for p, count in parts) for name in names)
     return Cost(exchange, moved, question.compute or 0.0, *seconds)
 
 
@@ -248,6 +250,7 @@ def _many(answers: Sequence[Answer]) -> str:
 
 def _assumptions(question: Question) -> str:
     network, compute = question.network, question.compute
+    buckets = sum(bucket_counts(question.parameters, question.bucket_bytes).values())
     took = "measured on this machine now" if question.measured else "those of the reference machine"
     lines = [
         f"network: {show_rate(network.bandwidth)} each way and {show_seconds(network.latency)} "
@@ -257,9 +260,7 @@ def _assumptions(question: Question) -> str:
         if compute is not None
         else "forward and backward: not given (--compute), so a step is what the exchange costs",
         f"speed of a core: {took}; {question.share:g} worker(s) on each",
-        f"{question.parameters:,} parameters in "
-        f"{len(bucket_lengths(question.parameters, question.bucket_bytes))} bucket(s); nothing "
-        "overlaps with backward",
+        f"{question.parameters:,} parameters in {buckets} bucket(s); no overlap with backward",
         "time alone: how well each one trains is another question (docs/methods.md)",
     ]
     return "Predicted, from:\n" + "\n".join(f"  {line}" for line in lines)

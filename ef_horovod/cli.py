@@ -80,13 +80,28 @@ def _run_build_horovod(arguments: argparse.Namespace) -> None:
     )
 
 
-def _positive(text: str) -> int:
+_MOST = 2**31 - 1  # of what options count
+
+
+def _positive(text: str, most: int = _MOST) -> int:
     try:
         number = int(text)
     except ValueError:
         number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"received {text!r}, expected an integer of 1 or more")
+    if not 1 <= number <= most:
+        raise argparse.ArgumentTypeError(
+            f"received {text[:80]!r}, expected an integer of 1 or more, up to {most}"
+        )
+    return number
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= _MOST:
+        raise argparse.ArgumentTypeError(f"received {text[:80]!r}, expected a number above 0")
     return number
 
 
@@ -177,7 +192,11 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Open MPI as it comes, told to sum and gather by rings, or rings without TCP (RDMA)",
     )  # fmt: skip
     add(
-        "--workers-per-core", type=float, default=1.0, metavar="X", help="where workers share cores"
+        "--workers-per-core",
+        type=_share,
+        default=1.0,
+        metavar="X",
+        help="where workers share cores",
     )
     add(
         "--bucket-bytes", type=_positive, default=25 * 2**20, metavar="N",
@@ -230,7 +249,7 @@ def _read(name: str) -> Callable[[str], Any]:
 
 
 def _counts(text: str) -> list[int]:
-    return [_positive(word) for word in text.split(",")]
+    return [_positive(word, 10**6) for word in text.split(",")]
 
 
 COMMANDS = (_add_build_horovod, _add_list, _add_report, _add_advise)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 
+_MOST = 10**15  # of bits a second, or of whatever is counted
+_LONGEST_SECONDS = 1e6
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -15,15 +18,15 @@ def read_rate(text: str) -> int:
     (100000000, 2500000000)
 
     Raises:
-        ValueError: it is no rate, or below 64 kbit/s.
+        ValueError: it is no rate, below 64 kbit/s or above 1000 Tbit/s.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)bit", text.strip().lower())
-    rate = round(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if rate < 64_000:
+    rate = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 64_000 <= rate <= _MOST:
         raise ValueError(
-            f"got the rate {text!r}, expected 64kbit or more, as in 100mbit or 2.5gbit"
+            f"got the rate {text[:80]!r}, expected 64kbit or more, as in 100mbit, up to 1000tbit"
         )
-    return rate
+    return round(rate)
 
 
 def show_rate(rate: float | None) -> str:
@@ -45,12 +48,16 @@ def read_seconds(text: str) -> float:
     (0.06, 0.5)
 
     Raises:
-        ValueError: it is no time, or has no unit.
+        ValueError: it is no time, has no unit, or is above a million seconds.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(ns|us|ms|s)", text.strip())
-    if not found:
-        raise ValueError(f"got the time {text!r}, expected a number with a unit, as in 60ms or 2s")
-    return float(found[1]) * _SECONDS[found[2]]
+    seconds = float(found[1]) * _SECONDS[found[2]] if found else math.inf
+    if seconds > _LONGEST_SECONDS:
+        raise ValueError(
+            f"got the time {text[:80]!r}, expected a number with a unit, as in 60ms or 2s, and at "
+            "most 1000000s"
+        )
+    return seconds
 
 
 def show_seconds(seconds: float) -> str:
@@ -71,10 +78,12 @@ def read_count(text: str) -> int:
     (3600000, 25000)
 
     Raises:
-        ValueError: it is none, or below 1.
+        ValueError: it is none, below 1 or above 10**15.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtb]?)", text.strip().lower().replace("_", ""))
-    count = round(float(found[1]) * {**_UNITS, "b": 1e9}[found[2]]) if found else 0
-    if count < 1:
-        raise ValueError(f"got {text!r}, expected a count of 1 or more, as in 3.6M or 25000")
-    return count
+    count = float(found[1]) * {**_UNITS, "b": 1e9}[found[2]] if found else 0.0
+    if not 0.5 < count <= _MOST:
+        raise ValueError(
+            f"got {text[:80]!r}, expected a count of 1 or more, up to 1000T, as in 3.6M"
+        )
+    return round(count)

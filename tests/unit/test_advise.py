@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -94,15 +95,44 @@ def test_methods_and_compressors_are_combined():
 
 
 def test_buckets_are_as_long_as_a_model():
-    assert bucket_bytes_of(26_214_400 // 4) == [26_214_400]
-    lengths = advise.bucket_lengths(25_000_000, 25 * 2**20)
-    assert sum(lengths) == 25_000_000
-    assert len(lengths) == 4
-    assert max(4 * length for length in lengths) <= 25 * 2**20
+    assert advise.bucket_counts(26_214_400 // 4, 25 * 2**20) == {26_214_400 // 4: 1}
+    counts = advise.bucket_counts(25_000_000, 25 * 2**20)
+    assert sum(length * count for length, count in counts.items()) == 25_000_000
+    assert sum(counts.values()) == 4
+    assert max(4 * length for length in counts) <= 25 * 2**20
+    assert advise.bucket_counts(3, 1) == {1: 3}
 
 
-def bucket_bytes_of(parameters):
-    return [4 * length for length in advise.bucket_lengths(parameters, 25 * 2**20)]
+def test_the_largest_question_is_answered_at_once(capsys):
+    begin = time.process_time()
+    assert cli.main([
+        "advise", "--reference", "--parameters", "1000T", "--workers", "1000000",
+        "--bandwidth", "1gbit",
+    ]) == 0  # fmt: skip
+    assert time.process_time() - begin < 5
+    assert "1,000,000,000,000,000 parameters in 152587891 bucket(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--parameters", ["100000T", "1e5", "-1", "inf", "nan", "0", "9" * 500, "9" * 5000]),
+        ("--workers", ["1000001", "-4", "inf", "4.5", "9" * 500, "9" * 5000]),
+        ("--bandwidth", ["-1gbit", "infbit", "nan", "0gbit", "9" * 500 + "gbit"]),
+        ("--latency", ["-1ms", "infs", "nans", "9" * 500 + "s"]),
+        ("--compute", ["-1ms", "inf", "9" * 500 + "s"]),
+        ("--workers-per-core", ["nan", "inf", "0", "-1", "x", "9" * 500]),
+        ("--bucket-bytes", ["0", "-1", "inf", "2147483648", "9" * 5000]),
+    ],
+)
+def test_absurd_numbers_are_refused(option, values, capsys):
+    given = {"--parameters": "1M", "--workers": "4", "--bandwidth": "1gbit"}
+    for value in values:
+        words = [f"{name}={text}" for name, text in {**given, option: value}.items()]
+        with pytest.raises(SystemExit) as end:
+            cli.main(["advise", "--reference", *words])
+        assert end.value.code == 2
+        assert "expected" in capsys.readouterr().err
 
 
 def test_speeds_are_measured_unless_told_otherwise():
