@@ -96,7 +96,7 @@ class Taken(NamedTuple):
         if gradient is None:
             return cls(None, 0, None)
         dense = sampled and not gradient.is_sparse
-        return cls(gradient, gradient._version, _sample_of(gradient) if dense else None)
+        return cls(gradient, gradient._version, _sample_of(gradient).clone() if dense else None)
 
     def is_current(self, gradient: torch.Tensor | None) -> bool:
         """Whether it is the same tensor in the same version."""
@@ -125,7 +125,7 @@ def _changed_gradient(buckets: Iterable[Bucket]) -> str:
     Changes that do not raise a tensor's version, such as those of `p.grad.data` or of a GradScaler,
     are noticed by samples.
     """
-    samples: dict[torch.device, list[_Sample]] = {}
+    samples: dict[tuple[torch.device, torch.dtype], list[_Sample]] = {}
     for bucket in buckets:
         for slot in bucket.slots:
             taken, now = bucket.filled[slot.parameter], slot.parameter.grad
@@ -133,12 +133,11 @@ def _changed_gradient(buckets: Iterable[Bucket]) -> str:
                 return slot.name
             if taken.sample is not None and now is not None:
                 sample = _Sample(slot.name, taken.sample, _sample_of(now))
-                samples.setdefault(now.device, []).append(sample)
-    for of_device in samples.values():  # one comparison for each device: it waits for a GPU
-        before = torch.cat([sample.before for sample in of_device])
-        now = torch.cat([sample.now for sample in of_device])
-        if not _same_bits(before, now):
-            return next(s.name for s in of_device if not _same_bits(s.before, s.now))
+                samples.setdefault((now.device, now.dtype), []).append(sample)
+    for alike in samples.values():  # one comparison for all of them: it waits for a GPU
+        before = torch.cat([sample.before for sample in alike])
+        if not _same_bits(before, torch.cat([sample.now for sample in alike])):
+            return next(s.name for s in alike if not _same_bits(s.before, s.now.contiguous()))
     return ""
 
 
@@ -149,14 +148,18 @@ class _Sample(NamedTuple):
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _sample_of(gradient: torch.Tensor) -> torch.Tensor:
-    """float32[at most 32]: a copy of numbers that lie evenly in a gradient."""
-    in_memory_order = sorted(range(gradient.dim()), key=gradient.stride, reverse=True)
-    flat = gradient.detach().permute(in_memory_order).reshape(-1)  # copies no dense tensor
-    return flat[:: max(1, -(-flat.numel() // _SAMPLE))].to(torch.float32, copy=True)
+    """At most 32 numbers that lie evenly in a gradient, where they are."""
+    gradient = gradient.detach()
+    step = max(1, -(-gradient.numel() // _SAMPLE))
+    if gradient.is_contiguous():
+        return gradient.as_strided((-(-gradient.numel() // step),), (step,))
+    # In the order of memory no dense tensor has to be copied.
+    order = sorted(range(gradient.dim()), key=gradient.stride, reverse=True)
+    return gradient.permute(order).reshape(-1)[::step]
 
 
 def _is_plain(gradient: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
