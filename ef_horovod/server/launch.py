@@ -18,7 +18,7 @@ from ef_horovod.server.__main__ import count, method_of
 from ef_horovod.server.__main__ import make_parser as make_server_parser
 from ef_horovod.transports.waiting import limit_of
 
-_PASSED_ON = ("EF_HOROVOD_TIMEOUT",)  # to ranks on other hosts, which have a login's variables
+_LIMIT = "EF_HOROVOD_TIMEOUT"  # passed on to other hosts, where ranks have a login's variables
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 # mpirun ends all ranks when one dies; they have so many seconds then, a server to save its state or
 # only to tell its workers why. mpirun waits that long in any case, twice, and shows nothing of the
@@ -112,9 +112,12 @@ def command(
     elsewhere = arguments.host or arguments.hostfile
     threads = arguments.threads or (1 if elsewhere else max(1, cores // ranks))
     variables = [word for name in _THREADS for word in ("-x", f"{name}={threads}")]
-    variables += [word for name in _PASSED_ON if name in os.environ for word in ("-x", name)]
-    saves = make_server_parser().parse_args(for_server).checkpoint is not None
-    patience = _SECONDS_TO_SAVE if saves else _SECONDS_TO_TELL
+    options = make_server_parser().parse_args(for_server)
+    if options.timeout is not None:  # workers that waited for less would blame the servers
+        variables += ["-x", f"{_LIMIT}={options.timeout:g}"]
+    elif _LIMIT in os.environ:
+        variables += ["-x", _LIMIT]
+    patience = _SECONDS_TO_TELL if options.checkpoint is None else _SECONDS_TO_SAVE
     line = [*mpirun(arguments), "--mca", "odls_base_sigkill_timeout", str(patience)]
     line += ["-np", str(arguments.servers), *variables]
     line += [sys.executable, "-m", "ef_horovod.server", *for_server, ":"]

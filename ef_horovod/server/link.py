@@ -113,7 +113,7 @@ def _roll_call(world: Any, role: int, timeout: float) -> None:
 def _require_running(rank: int, answer: np.ndarray) -> None:
     if answer[0] != _ENDED:
         return
-    reason = answer[1:].tobytes().rstrip(b"\0").decode(errors="replace")
+    reason = answer[1:].tobytes().rstrip(b"\0").decode(errors="ignore")
     raise ServerError(
         f"the process with rank {rank} has ended before it became a server or a worker"
         f"{reason and f' ({reason})'}, expected all ranks of the job to become one; see why it "
@@ -128,7 +128,10 @@ def _say_that_it_ended() -> None:
         return
     world = MPI.COMM_WORLD
     text = in_words(what_ends_this_process())
-    answer = np.frombuffer(bytes([_ENDED]) + text.encode(), np.uint8)[:_ANSWER_NBYTES]
+    words = text.encode()
+    if len(words) >= _ANSWER_NBYTES:
+        words = words[: _ANSWER_NBYTES - 4] + b"..."
+    answer = np.frombuffer(bytes([_ENDED]) + words, np.uint8)
     for peer in range(1, world.Get_size()) if world.Get_rank() == 0 else (0,):
         if peer != world.Get_rank():
             world.Isend(answer, peer, _ROLL_CALL)  # small: nobody has to take it

@@ -144,6 +144,7 @@ def test_an_error_of_long_ago_ends_nobodys_job(in_a_row: dict[str, list[Any]]) -
 def test_a_rank_that_does_not_start_is_named(tmp_path: Path) -> None:
     output, _ = ended_job(1, 2, PROGRAM, tmp_path, "missing", environment=LIMIT)
     assert "server with rank 0 waited 10 s for ranks [2] to start as server or worker" in output
+    assert "make the Worker or wrap the optimizer before data are loaded" in output
 
 
 @pytest.mark.parametrize(

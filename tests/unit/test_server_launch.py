@@ -75,6 +75,9 @@ def test_the_limit_of_waits_reaches_ranks_on_other_hosts(capsys, monkeypatch):
     monkeypatch.setenv("EF_HOROVOD_TIMEOUT", "60")
     text = line(capsys, *words, monkeypatch=monkeypatch)
     assert ["-x EF_HOROVOD_TIMEOUT" in half for half in text.split(" : ")] == [True, True]
+    text = line(capsys, "--timeout", "1000", *words, monkeypatch=monkeypatch)
+    for half in text.split(" : "):  # workers with a shorter one would blame the servers
+        assert half.count("EF_HOROVOD_TIMEOUT") == half.count("-x EF_HOROVOD_TIMEOUT=1000") == 1
 
 
 @pytest.mark.parametrize(
