@@ -27,7 +27,7 @@ from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.graphs import refuse_xla
 from ef_horovod.tensorflow.variables import name_variables, path_of
-from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+from ef_horovod.transports.horovod_tensorflow import open_lasting
 
 _instances = itertools.count()
 
@@ -82,7 +82,7 @@ class Compression(tf.Module):
         check_options("Compression", **locals())
         self._method = method = require_method(method)
         prefix = f"ef.stock{next(_instances)}"
-        self._transport = HorovodTensorFlowTransport(prefix, process_set, timeout)
+        self._transport = open_lasting(prefix, process_set, timeout)
         self._buckets = tuple(
             Bucket(
                 BucketPlan(

@@ -28,7 +28,7 @@ from ef_horovod.policy import (
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
 from ef_horovod.tensorflow.variables import name_variables, path_of
-from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+from ef_horovod.transports.horovod_tensorflow import open_lasting
 from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
 
 _instances = itertools.count()
@@ -217,7 +217,7 @@ def _open_transport(
     process_set = process_set or hvd.global_process_set
     prefix = f"ef{next(_instances)}"  # make reducers in the same order on all ranks
     if process_set.included() and process_set.size() > 1:
-        return HorovodTensorFlowTransport(prefix, process_set, timeout)
+        return open_lasting(prefix, process_set, timeout)
     return None
 
 

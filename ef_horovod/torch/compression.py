@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -38,6 +39,7 @@ from ef_horovod.torch.buckets import Bucket, require_untouched
 from ef_horovod.torch.hooks import weak
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
+from ef_horovod.transports.ending import watch_over
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 _instances = itertools.count()
@@ -95,6 +97,7 @@ class Compression:
         check_options("Compression", **locals())
         self._method = method = require_method(method)
         self._transport = HorovodTorchTransport(f"ef.stock{next(_instances)}", process_set, timeout)
+        watch_over(self._transport, hvd.shutdown)
         self._step = 0
         self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None

@@ -35,6 +35,7 @@ from ef_horovod.torch.options import Options, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Reducer
 from ef_horovod.transports.base import Transport
+from ef_horovod.transports.ending import watch_over
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 _instances = itertools.count()
@@ -153,7 +154,9 @@ def _open_transport(exchange: str, process_set: Any, timeout: float | None) -> T
     process_set = process_set or hvd.global_process_set
     prefix = f"ef{next(_instances)}"  # wrap optimizers in the same order on all ranks
     if process_set.included() and process_set.size() > 1:
-        return HorovodTorchTransport(prefix, process_set, timeout)
+        transport = HorovodTorchTransport(prefix, process_set, timeout)
+        watch_over(transport, hvd.shutdown)
+        return transport
     return None
 
 

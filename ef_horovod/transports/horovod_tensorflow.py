@@ -20,9 +20,20 @@ from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.alarm import Alarm
 from ef_horovod.transports.base import Measure, Transport, require_summable, split
+from ef_horovod.transports.ending import refuse_join, watch_over
 from ef_horovod.transports.horovod import HorovodTransport
 
+refuse_join("horovod.tensorflow", "horovod.tensorflow.mpi_ops")
 _shutting_down = threading.Lock()  # never released
+
+
+def open_lasting(
+    prefix: str, process_set: Any, timeout: float | None
+) -> HorovodTensorFlowTransport:
+    """A transport that lives as long as a training: no `hvd.join()` beside it."""
+    transport = HorovodTensorFlowTransport(prefix, process_set, timeout)
+    watch_over(transport, _shut_down_once)
+    return transport
 
 
 def _shut_down_once() -> None:
@@ -128,8 +139,9 @@ class HorovodTensorFlowTransport(HorovodTransport):
         return (
             f"rank {self.rank} of {self.size} waited {self.timeout:g} s in "
             f"'{self.named(names[0])}' for at least one other rank (Horovod's stall warning on "
-            "rank 0 names it), and ends the job; see why it did not get there (it failed, or has "
-            "fewer batches), or raise timeout= or EF_HOROVOD_TIMEOUT"
+            "rank 0 names it), and ends the job; see why it did not get there (it failed, has "
+            "fewer batches, or called hvd.join(), which cannot go with compression), or raise "
+            "timeout= or EF_HOROVOD_TIMEOUT"
         )
 
 

@@ -12,10 +12,14 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from ef_horovod.arrays import Array
+from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.base import Measure, require_summable, split
+from ef_horovod.transports.ending import hurry, refuse_join
 from ef_horovod.transports.horovod import HorovodTransport
 from ef_horovod.transports.waiting import RecurringWaits
 from ef_horovod.transports.watchdog import ended_after
+
+refuse_join("horovod.torch", "horovod.torch.mpi_ops")
 
 
 class HorovodTorchTransport(HorovodTransport):
@@ -79,9 +83,13 @@ class HorovodTorchTransport(HorovodTransport):
         return finish
 
     def _wait(self, handle: int, name: str) -> Any:
-        self._waits.until(
-            name, lambda: bool(hvd.poll(handle)), self.timeout, lambda: self._waited(name)
-        )
+        try:
+            self._waits.until(
+                name, lambda: bool(hvd.poll(handle)), self.timeout, lambda: self._waited(name)
+            )
+        except CollectiveTimeoutError:
+            hurry()
+            raise
         with self._naming(name):
             return hvd.synchronize(handle)
 
@@ -92,6 +100,7 @@ class HorovodTorchTransport(HorovodTransport):
             with ended_after(self.timeout, self._stuck(name)):
                 yield
         except HorovodInternalError as error:
+            hurry()
             raise HorovodInternalError(
                 f"rank {self.rank} failed in '{self.named(name)}': {error}; "
                 "a rank ended early, or called hvd.join(), which cannot go with compression: "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from launching import Results, horovodrun
+from processes import JobFailed
 
 import ef_horovod as ef
 
@@ -17,6 +19,24 @@ pytestmark = pytest.mark.parallel
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return horovodrun(2, "mistakes.py", tmp_path_factory.mktemp("mistakes"))
+
+
+def test_join_is_refused_beside_a_wrapped_optimizer(results: Results) -> None:
+    for result in results:
+        facts = result["joining"]
+        for what in ("optimizer", "adapter"):
+            assert facts[what].startswith("UnsupportedError: got hvd.join() while gradients are")
+        assert facts["last"] in (0, 1)
+
+
+def test_a_join_that_was_imported_before_ends_all_ranks(tmp_path: Path) -> None:
+    """By itself; Horovod's shutdown would take for ever."""
+    with pytest.raises(JobFailed, match="Horovod's shutdown did not return in 2 s") as failure:
+        horovodrun(2, "joins.py", tmp_path, timeout=100)
+    assert "did not end within" not in str(failure.value)
+    error = json.loads((tmp_path / "rank1.json").read_text())["error"]
+    assert error.startswith("CollectiveTimeoutError: rank 1 of 2 waited 3 s in ")
+    assert "or called hvd.join(), which cannot go with compression" in error
 
 
 def test_clipping_what_is_under_way_raises(results: Results) -> None:

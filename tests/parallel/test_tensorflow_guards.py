@@ -90,6 +90,7 @@ def test_ranks_that_disagree_are_told_on_every_rank(
         ("scaler by keras", "write ef.DistributedOptimizer(keras.optimizers.LossScaleOptimizer("),
         ("scaler outside", "write ef.DistributedOptimizer(keras.optimizers.LossScaleOptimizer("),
         ("scaler, accumulation", "write ef.DistributedOptimizer(tf_keras.mixed_precision."),
+        ("join", "or call unwrap() first"),
         ("elastic", "start it with horovodrun -np N"),
         ("elastic, stock", "start it with horovodrun -np N"),
         ("elastic, optimizer", "start it with horovodrun -np N"),

@@ -28,6 +28,19 @@ def backward(model):
     cross_entropy(model(inputs), labels).backward()
 
 
+def joining():
+    """Refused beside anything that averages with compression, and as always without it."""
+    model = build_model()
+    optimizer = wrapped(model)
+    facts = {"optimizer": error_of(hvd.join)}
+    optimizer.unwrap()
+    adapter = ef.Compression(METHOD, model.named_parameters())
+    facts["adapter"] = error_of(hvd.join)
+    del adapter
+    facts["last"] = hvd.join()
+    return facts
+
+
 def clipping_too_early():
     model = build_model()
     optimizer = wrapped(model)
@@ -224,7 +237,7 @@ def elastic():
 def main() -> None:
     hvd.init()
     scenarios = (
-        clipping_too_early, freezing_and_wrapping_again, strange_parameters, slips,
+        joining, clipping_too_early, freezing_and_wrapping_again, strange_parameters, slips,
         synchronizing_twice,
         an_epoch_that_ends_within_an_accumulation, loading_a_state, closure, two_optimizers,
         stock_checkpoint, elastic,

@@ -228,9 +228,14 @@ def a_good_step_after_all_that():
     return float(np.unique(average.numpy()).item())
 
 
+def joining():
+    reducer = ef.Reducer(variables_of(), METHOD)
+    return {"join": error_of(hvd.join) if reducer.active else ""}
+
+
 def main() -> None:
     hvd.init()
-    refusals = (xla, options, optimizers, steps, loss_scalers, elastic)
+    refusals = (joining, xla, options, optimizers, steps, loss_scalers, elastic)
     report(
         hvd.rank(),
         {
