@@ -80,6 +80,7 @@ class Transport(ABC):
 
         Raises:
             UnsupportedError: 16-bit or integer values, whose sums overflow or are not defined.
+            ConfigMismatchError: ranks have different lengths (with Horovod an error of its own).
         """
 
     def alltoall(

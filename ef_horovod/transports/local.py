@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.errors import CollectiveTimeoutError
+from ef_horovod.errors import CollectiveTimeoutError, ConfigMismatchError
 from ef_horovod.transports.base import Measure, Transport, require_summable
 from ef_horovod.transports.waiting import DEFAULT_TIMEOUT_SECONDS
 
@@ -64,7 +64,12 @@ class LocalTransport(Transport):
         self._count_allreduce(data.nbytes)
 
         def finish() -> Array:
-            first, *others = collect()
+            first, *others = parts = collect()
+            if len(sizes := {part.size for part in parts}) > 1:
+                raise ConfigMismatchError(
+                    f"ranks have {sorted(sizes)} numbers in the sum '{name}', expected the same; "
+                    "sum arrays that have one length on all ranks"
+                )
             total = first.copy()
             with np.errstate(over="ignore"):  # an infinity is the right sum, and seen later
                 for part in others:  # in rank order, so that all ranks get the same bits

@@ -18,7 +18,7 @@ import numpy as np
 from ef_horovod import _openmpi
 from ef_horovod._extras import explained
 from ef_horovod.arrays import Array
-from ef_horovod.errors import CollectiveTimeoutError, UnsupportedError
+from ef_horovod.errors import CollectiveTimeoutError, ConfigMismatchError, UnsupportedError
 from ef_horovod.transports.base import Measure, Transport, require_summable
 from ef_horovod.transports.waiting import limit_of, wait_until
 
@@ -155,14 +155,29 @@ class MPITransport(Transport):
 
     def _pass_on(self, name: str, outgoing: np.ndarray, incoming: np.ndarray) -> None:
         left, right = (self.rank - 1) % self.size, (self.rank + 1) % self.size
-        self._until(lambda: self._tag_of(left, name) is not None, name, lambda: [left])
-        receive = self._comm.Irecv([incoming, MPI.BYTE], left, self._tag_of(left, name))
-        send = self._comm.Isend([outgoing, MPI.BYTE], right, self._tags[name])
+        requests = [self._comm.Isend([outgoing, MPI.BYTE], right, self._tags[name])]
+
+        def is_through() -> bool:
+            if len(requests) == 1:
+                found = self._probe(left, name)
+                if found is None:
+                    return False
+                message, nbytes = found
+                if nbytes != incoming.nbytes:
+                    _given_up.extend(requests)
+                    raise ConfigMismatchError(
+                        f"rank {left} sends {nbytes} bytes of the sum '{name}' where rank "
+                        f"{self.rank} has {incoming.nbytes}, expected the same; sum arrays that "
+                        "have one length on all ranks"
+                    )
+                requests.append(message.Irecv([incoming, MPI.BYTE]))
+            return bool(MPI.Request.Testall(requests))
+
         self._until(
-            lambda: bool(MPI.Request.Testall([receive, send])),
+            is_through,
             name,
-            lambda: [left] if not receive.Test() else [right],
-            [receive, send],
+            lambda: [right] if len(requests) == 2 and requests[1].Test() else [left],
+            requests,
         )
 
     def _receive_from_all(self, name: str, requests: list[Any]) -> dict[int, np.ndarray]:
@@ -174,10 +189,11 @@ class MPITransport(Transport):
         def is_here(peer: int) -> bool:
             while True:
                 if peer not in receives:
-                    tag, status = self._tag_of(peer, name), MPI.Status()
-                    if tag is None or not (message := self._comm.Improbe(peer, tag, status)):
+                    found = self._probe(peer, name)
+                    if found is None:
                         return False
-                    pieces[peer].append(np.empty(status.Get_count(MPI.BYTE), np.uint8))
+                    message, nbytes = found
+                    pieces[peer].append(np.empty(nbytes, np.uint8))
                     # Not at once: a rank that stops in the middle would not be noticed.
                     receives[peer] = message.Irecv([pieces[peer][-1], MPI.BYTE])
                     requests.append(receives[peer])
@@ -240,6 +256,12 @@ class MPITransport(Transport):
         self._told = [(request, text) for request, text in self._told if not request.Test()]
         for peer in self._peers():
             self._told.append((self._comm.Isend([text, MPI.BYTE], peer, _NAMES), text))
+
+    def _probe(self, peer: int, name: str) -> tuple[Any, int] | None:
+        """The next message of a rank under a name, and its bytes; None if none is here."""
+        tag, status = self._tag_of(peer, name), MPI.Status()
+        message = None if tag is None else self._comm.Improbe(peer, tag, status)
+        return None if message is None else (message, status.Get_count(MPI.BYTE))
 
     def _tag_of(self, peer: int, name: str) -> int | None:
         """The tag of what a rank sends under a name; None if it has not used the name so far."""

@@ -69,6 +69,15 @@ def test_what_mpi_would_get_wrong_is_refused(results: Results) -> None:
         assert "started 'twice' twice" in result["refused"]["twice"]
 
 
+def test_sums_of_unequal_lengths_are_refused(results: Results) -> None:
+    for rank, result in enumerate(results if len(results) > 1 else []):
+        left = (rank - 1) % len(results)
+        problem = (
+            f"rank {left} sends {4 * (10 + left)} bytes of the sum 'sum' where rank {rank} has"
+        )
+        assert result["unequal_sums"].startswith(f"ConfigMismatchError: {problem}")
+
+
 def test_a_missing_rank_is_named_in_time(results: Results) -> None:
     last = len(results) - 1
     for rank, result in enumerate(results[:-1]):

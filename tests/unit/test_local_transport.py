@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ef_horovod.errors import CollectiveTimeoutError, UnsupportedError
+from ef_horovod.errors import CollectiveTimeoutError, ConfigMismatchError, UnsupportedError
 from ef_horovod.transports.local import local_group
 
 
@@ -47,6 +47,17 @@ def test_allreduce_gives_every_rank_the_same_bits_and_memory_of_its_own():
     totals[0][0] = 5
     assert totals[1][0] == 0
     assert values[0][0] == np.float32(1e8)
+
+
+def test_sums_of_unequal_lengths_are_refused():
+    """NumPy would repeat a single number."""
+    a, b = local_group(2)
+    waits = [a.allreduce("x", np.ones(3, np.float32)), b.allreduce("x", np.ones(1, np.float32))]
+    for wait in waits:
+        with pytest.raises(
+            ConfigMismatchError, match=r"ranks have \[1, 3\] numbers in the sum 'x'"
+        ):
+            wait()
 
 
 def test_what_is_sent_may_be_overwritten_at_once():

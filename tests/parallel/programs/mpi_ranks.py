@@ -128,6 +128,13 @@ def disagreement(transport):
     return error_of(lambda: require_same_config(transport, facts, "g"))
 
 
+def unequal_sums(_):
+    """Every rank's left neighbour has another length."""
+    transport = MPITransport(timeout=20)
+    values = np.ones((10 + RANK) * SIZE, np.float32)
+    return error_of(lambda: transport.allreduce("sum", values)())
+
+
 def missing_rank(_):
     transport = MPITransport(timeout=1.5)
     begin = time.monotonic()
@@ -145,7 +152,7 @@ def main() -> None:
     transport = MPITransport()
     scenarios = [unequal_sizes, any_order, few_tags, pieces, sums, refused, training]
     if SIZE > 1:
-        scenarios += [missing_rank]
+        scenarios += [unequal_sums, missing_rank]
     if SIZE > 2:
         scenarios.insert(0, disagreement)
     report(RANK, {scenario.__name__: scenario(transport) for scenario in scenarios})

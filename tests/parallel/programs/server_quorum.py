@@ -25,7 +25,7 @@ def main() -> None:
     while worker.step < steps:
         rng = np.random.default_rng((worker.rank, pushes))
         time.sleep(NAP if worker.rank == 3 else NAP / 8)
-        gradients = {name: rng.integers(-9, 9, shape) for name, shape in SHAPES.items()}
+        gradients = {name: 1.0 * rng.integers(-9, 9, shape) for name, shape in SHAPES.items()}
         for name, gradient in gradients.items():
             given[name] += gradient
         pushes += 1
