@@ -13,7 +13,7 @@ are imported when they are first used.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ef_horovod import (
     compressors,  # noqa: F401 - registers them
@@ -34,33 +34,6 @@ from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method
 from ef_horovod.schedules import Decay
 from ef_horovod.simulation import Run, simulate
-
-if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ answers
-    from ef_horovod import theory as theory
-    from ef_horovod.compressors.cast import Cast as Cast
-    from ef_horovod.compressors.clip import Clip as Clip
-    from ef_horovod.compressors.dithering import NaturalDithering as NaturalDithering
-    from ef_horovod.compressors.hardthreshold import HardThreshold as HardThreshold
-    from ef_horovod.compressors.identity import Identity as Identity
-    from ef_horovod.compressors.natural import Natural as Natural
-    from ef_horovod.compressors.onebit import OneBit as OneBit
-    from ef_horovod.compressors.onebit import OneBitBlocks as OneBitBlocks
-    from ef_horovod.compressors.qsgd import QSGD as QSGD
-    from ef_horovod.compressors.randomblock import RandomBlock as RandomBlock
-    from ef_horovod.compressors.randomk import RandomK as RandomK
-    from ef_horovod.compressors.randomsparsify import RandomSparsify as RandomSparsify
-    from ef_horovod.compressors.scaled import Scaled as Scaled
-    from ef_horovod.compressors.terngrad import TernGrad as TernGrad
-    from ef_horovod.compressors.then import Then as Then
-    from ef_horovod.compressors.topk import TopK as TopK
-    from ef_horovod.methods.doublesqueeze import DoubleSqueeze as DoubleSqueeze
-    from ef_horovod.methods.ef21 import EF21 as EF21
-    from ef_horovod.methods.ef21_plus import EF21Plus as EF21Plus
-    from ef_horovod.methods.error_compensated_x import ErrorCompensatedX as ErrorCompensatedX
-    from ef_horovod.methods.error_feedback import ErrorFeedback as ErrorFeedback
-    from ef_horovod.methods.no_feedback import NoFeedback as NoFeedback
-    from ef_horovod.methods.perturbed import PerturbedCompressedSGD as PerturbedCompressedSGD
-    from ef_horovod.methods.powersgd import PowerSGD as PowerSGD
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,17 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    # An array that comes back as it went in; for type checkers, Any where nobody says which one.
+    A = TypeVar("A", default=Any)
+else:
+    from typing import TypeVar
+
+    A = TypeVar("A")
 
 Array = Any  # numpy.ndarray, torch.Tensor, tensorflow.Tensor or tensorflow.Variable
 _SUPPORTED = ("numpy", "torch", "tensorflow")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ef_horovod import wire
-from ef_horovod.arrays import Array, float_namespace, namespace
+from ef_horovod.arrays import A, Array, float_namespace, namespace
 from ef_horovod.arrays.numpy import Like
 from ef_horovod.compressors.payload import Payload as Payload
 from ef_horovod.compressors.payload import mean_at_once as mean_at_once
@@ -160,7 +160,7 @@ class Compressor(Shown):
         """Exact size of a payload for d elements, in bytes; see `body_nbytes`."""
         return wire.HEADER_NBYTES + self.body_nbytes(d)
 
-    def compress(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
+    def compress(self, x: A, key: Key = DEFAULT_KEY) -> Payload[A]:
         """Compress x; pure: x stays untouched and the same x and key give the same bytes.
 
         Args:
@@ -181,7 +181,7 @@ class Compressor(Shown):
         flat = xp.flat_float32(x)
         return self._payload(self.encode(flat, key, residual=False), flat.shape[0], xp.like(x))
 
-    def squeeze(self, x: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, Array]:
+    def squeeze(self, x: A, key: Key = DEFAULT_KEY) -> tuple[Payload[A], A]:
         """Compress x and return what was lost as well: (payload, x - C(x)).
 
         The residual may take x's memory: do not use x afterwards. It is float32, or float64 for a

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 
 from ef_horovod import registry, wire
-from ef_horovod.arrays import Array, dtype_name, namespace, require_writable
+from ef_horovod.arrays import A, Array, dtype_name, namespace, require_writable
 from ef_horovod.arrays.numpy import Like
 from ef_horovod.errors import PayloadError, without_adapter
 from ef_horovod.options import number
 
 
-class Payload:
+class Payload(Generic[A]):
     """A compressed vector, as the bytes that go on the wire.
 
     `bytes(payload)` are exactly these bytes and `payload.nbytes` is their number.
@@ -39,7 +39,7 @@ class Payload:
         cls,
         data: bytes | bytearray | memoryview | np.ndarray,
         num_elements: int | None = None,
-    ) -> Payload:
+    ) -> Payload[np.ndarray]:
         """Read a payload that came over a wire; it decompresses to a flat NumPy float32 array.
 
         Args:
@@ -57,7 +57,7 @@ class Payload:
             >>> ef.Payload.from_bytes(sent).decompress()
             array([ 2., -2.], dtype=float32)
         """
-        payload = cls(np.frombuffer(data, np.uint8))
+        payload: Payload[np.ndarray] = Payload(np.frombuffer(data, np.uint8))
         if num_elements is not None and payload.num_elements != num_elements:
             raise PayloadError(
                 f"got {payload}, expected {num_elements} elements; it is of another vector, or was "
@@ -120,7 +120,7 @@ class Payload:
     def __repr__(self) -> str:
         return f"<{self.kind.__name__} payload: {self.num_elements} elements, {self.nbytes} bytes>"
 
-    def decompress(self) -> Array:
+    def decompress(self) -> A:
         """C(x): same framework, shape, dtype and device as the x that was compressed here.
 
         Raises:
@@ -129,9 +129,9 @@ class Payload:
         """
         like = self._like
         if like is None:
-            flat = self._room()
-            self.add_to(flat)
-            return flat
+            room: Any = self._room()
+            self.add_to(room)
+            return room
         flat = like.xp.zeros(self.num_elements, like.device)
         self.add_to(flat)
         return like.xp.restore(flat, like)

@@ -12,7 +12,7 @@ All of the core (`ef.TopK`, `ef.EF21`, `ef.simulate`, ...) is reachable from her
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ef_horovod as _core
 from ef_horovod import _openmpi
@@ -26,9 +26,6 @@ with explained("ef_horovod.torch"):
     from ef_horovod.torch.sync import require_in_sync
 
 _openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
-
-if TYPE_CHECKING:  # for editors and type checkers
-    from ef_horovod import *  # noqa: F403
 
 __all__ = [
     "Compression",

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import horovod.torch as hvd
 import torch
@@ -38,6 +38,9 @@ from ef_horovod.transports.base import Transport
 from ef_horovod.transports.ending import watch_over
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
+if TYPE_CHECKING:
+    from ef_horovod.torch.typed import WrappedOptimizer
+
 _instances = itertools.count()
 
 
@@ -61,7 +64,7 @@ def DistributedOptimizer(
     overlap: bool = True,
     check_sync: bool = True,
     timeout: float | None = None,
-) -> Any:
+) -> WrappedOptimizer:
     """Wrap an optimizer so that its gradients are averaged over all ranks, compressed.
 
     The first ten keywords are those of `hvd.DistributedOptimizer`. The result is an instance of

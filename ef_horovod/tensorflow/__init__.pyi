@@ -1,0 +1,11 @@
+"""For type checkers and editors; a test compares it with the module."""
+
+from ef_horovod import *  # noqa: F403
+from ef_horovod.policy import small_or_vector as small_or_vector
+from ef_horovod.tensorflow.broadcast import broadcast_variables as broadcast_variables
+from ef_horovod.tensorflow.callback import TrainingCallback as TrainingCallback
+from ef_horovod.tensorflow.compression import Compression as Compression
+from ef_horovod.tensorflow.optimizer import DistributedOptimizer as DistributedOptimizer
+from ef_horovod.tensorflow.reducer import Reducer as Reducer
+from ef_horovod.tensorflow.sync import require_in_sync as require_in_sync
+from ef_horovod.tensorflow.tape import DistributedGradientTape as DistributedGradientTape
