@@ -50,7 +50,7 @@ class RowsBucket(Bucket):
         if kind not in (_MISSING, _DENSE + self.sparse_dims):
             raise changed(slot.name, _words(_DENSE + self.sparse_dims), kind)
         self.filled[slot.parameter] = Taken.of(gradient)
-        if gradient is None:
+        if gradient is None or kind == _MISSING:
             gradient = torch.zeros_like(slot.parameter, layout=torch.sparse_coo)
         indices = gradient._indices()[: self.sparse_dims].cpu().numpy()  # [sparse_dims, k]
         values = gradient._values().detach().float().cpu()  # [k, *row]
@@ -147,7 +147,7 @@ def agree(
 
 def kind_of(gradient: torch.Tensor | None) -> int:
     """What a gradient is: missing, dense, or sparse in so many dimensions."""
-    if gradient is None:
+    if gradient is None or (gradient.is_sparse and gradient._nnz() == 0):
         return _MISSING
     return _DENSE + (gradient.sparse_dim() if gradient.is_sparse else 0)
 

@@ -112,7 +112,6 @@ def test_servers_refuse_sparse_gradients_with_the_way_out() -> None:
         average=True,
         sparse_as_dense=False,
         overlap=True,
-        scaled=False,
         check_sync=False,
     )
     reducer = Reducer(list(table.named_parameters()), [], options, Served(2))
