@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from common import ARGUMENTS, error_of, report
+from horovod.common.process_sets import global_process_set
 from meeting import meet
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 from tf_common import accuracy, build_model, data, loss_of
@@ -108,7 +109,11 @@ def fit():
             error_of(lambda: ef.broadcast_variables(variables)),
             error_of(lambda: ef.require_in_sync(variables)),
             error_of(lambda: model.fit(inputs, labels, **with_callback)),
-            error_of(lambda: ef.Reducer(variables, METHOD, exchange="server", process_set=3)),
+            error_of(
+                lambda: ef.Reducer(
+                    variables, METHOD, exchange="server", process_set=global_process_set
+                )
+            ),
         ],
         "second": [
             error_of(lambda: ef.DistributedOptimizer(keras.optimizers.SGD(), exchange="server")),
@@ -201,8 +206,8 @@ def tape():
 
 
 def tapes_rank(variable):
-    (reducer,) = variable._ef_reducers.values()
-    return reducer.transport.rank
+    (kept,) = variable._ef_reducers.values()
+    return kept.reducer.transport.rank
 
 
 SCENARIOS = (numbers, fit, overlap, silent, unequal_start, rows, tape)

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import torch
 from common import ARGUMENTS, error_of, report
+from horovod.common.process_sets import global_process_set
 from meeting import meet
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 
@@ -58,7 +59,7 @@ def run(method):
             lambda: ef.DistributedOptimizer(
                 torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0),
                 exchange="server",
-                process_set=3,
+                process_set=global_process_set,
             )
         ),
         "second": error_of(
