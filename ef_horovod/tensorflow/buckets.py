@@ -17,6 +17,7 @@ from ef_horovod.arrays import tensorflow as tensors
 from ef_horovod.buckets import BucketPlan, Slot
 from ef_horovod.channel import conclude, settle
 from ef_horovod.sliced import SlicedChannel
+from ef_horovod.tensorflow.graphs import WholeSteps, python_op
 from ef_horovod.tensorflow.variables import native, on_gpu
 from ef_horovod.transports.server_tensorflow import GraphTransport
 
@@ -42,6 +43,7 @@ class Bucket:
         like = tensors.zeros(plan.length, first.device if self.on_gpu else None)
         self._transport, self._courier = transport, transport.courier()
         self.channel = plan.open(like, self._courier, exchange=exchange, seed=seed)
+        self.whole = WholeSteps(self.channel.name)
 
     def send(self, step: tf.Tensor, loss_scale: tf.Tensor, gradients: list[tf.Tensor]) -> tf.Tensor:
         """Ops that compress the gradients and exchange them; what has arrived.
@@ -61,9 +63,7 @@ class Bucket:
         """An op that runs a function as soon as its inputs exist."""
         # Stateless, so that no control dependency makes one bucket wait for another; that a step
         # comes after the last one follows from the step counter among its inputs.
-        if self.on_gpu:
-            return tf.py_function(function, inputs, kinds)
-        return tf.numpy_function(function, inputs, kinds, stateful=False)
+        return python_op(function, inputs, kinds, on_gpu=self.on_gpu, stateful=False)
 
     def bring(self, arrived: Array) -> None:
         """Hand over what `send`'s op has brought."""
@@ -100,6 +100,7 @@ class Bucket:
         return list(self._courier.collect_slices(self.channel.name))
 
     def _start(self, step: Any, loss_scale: Any, gradients: Sequence[Array]) -> None:
+        self.whole.begin()
         flat = self.channel.gradient
         xp = namespace(flat)
         for slot, gradient in zip(self.slots, gradients, strict=True):
@@ -149,11 +150,13 @@ def receive(
             for i, bucket in enumerate(buckets)
             for slot in bucket.slots
         ]
+        for bucket in buckets:
+            bucket.whole.end()
         return [np.bool_(good), np.int64(step) + np.int64(good), *parts]
 
-    function = tf.py_function if gpu else tf.numpy_function
     kinds = [tf.bool, tf.int64] + [tf.float32] * len(slots)
-    good, next_step, *directions = function(finish, [step, factor, rows_good, *arrived], kinds)
+    inputs = [step, factor, rows_good, *arrived]
+    good, next_step, *directions = python_op(finish, inputs, kinds, on_gpu=gpu)
     good, next_step = tf.ensure_shape(good, []), tf.ensure_shape(next_step, [])
     shaped = [
         tf.ensure_shape(direction, slot.parameter.shape)
@@ -180,10 +183,9 @@ def _answers(
         return [np.bool_(good), *answers]
 
     inputs, kinds = [rows_good, *arrived], [tf.bool] + [tf.uint8] * len(sliced)
-    if any(bucket.on_gpu for bucket in buckets):
-        good, *answers = tf.py_function(answer, inputs, kinds)
-    else:  # stateless, as `push` is: with Horovod's tape each variable has one of these
-        good, *answers = tf.numpy_function(answer, inputs, kinds, stateful=False)
+    gpu = any(bucket.on_gpu for bucket in buckets)
+    # Stateless, as `push` is: with Horovod's tape each variable has one of these.
+    good, *answers = python_op(answer, inputs, kinds, on_gpu=gpu, stateful=False)
     good = tf.ensure_shape(good, [])
     pairs = zip(sliced, answers, strict=True)
     return good, [bucket.carry_answer(own) for bucket, own in pairs]

@@ -2,10 +2,79 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-from ef_horovod.errors import UnsupportedError
+from ef_horovod import last_words
+from ef_horovod.errors import EFHorovodError, UnsupportedError
+
+
+def python_op(
+    function: Callable[..., Any],
+    inputs: list[Any],
+    kinds: Any,
+    *,
+    on_gpu: bool = False,
+    stateful: bool = True,
+) -> Any:
+    """An op that runs a function when its inputs exist; see `tf.numpy_function`.
+
+    An error of this library raised in it becomes TensorFlow's; its sentence is said again at the
+    end of what that one prints.
+
+    Args:
+        function: gets arrays, or tensors where `on_gpu`.
+        inputs: tensors.
+        kinds: dtype of the result, or of each of them.
+        on_gpu: whether tensors stay on the device.
+        stateful: False for ops that no control dependency is to chain (on the CPU).
+    """
+
+    @functools.wraps(function)
+    def run(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except EFHorovodError as error:
+            last_words.remember(str(error))
+            raise
+
+    if on_gpu:
+        return tf.py_function(run, inputs, kinds)
+    return tf.numpy_function(run, inputs, kinds, stateful=stateful)
+
+
+class WholeSteps:
+    """Refuses a step after one that began and did not end: it failed in between, anywhere.
+
+    Args:
+        name: of what takes the steps.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._begun = name, False
+
+    def begin(self) -> None:
+        """A step begins.
+
+        Raises:
+            UnsupportedError: the last one has not ended.
+        """
+        if self._begun:
+            raise UnsupportedError(
+                f"got a step of '{self._name}' after one that failed half-way, expected the job to "
+                "end with that: other ranks may have counted its messages; restart from a "
+                "checkpoint, and keep checks that can fail out of the function that averages "
+                "gradients"
+            )
+        self._begun = True
+
+    def end(self) -> None:
+        """It has ended well, or was dropped on all ranks."""
+        self._begun = False
 
 
 def refuse_xla() -> None:

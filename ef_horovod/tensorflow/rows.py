@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from ef_horovod import rows
 from ef_horovod.channel import ChannelStats
+from ef_horovod.tensorflow.graphs import WholeSteps, python_op
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 
 
@@ -26,6 +27,7 @@ class Rows:
     ) -> None:
         self._transport, self._courier = transport, transport.courier()
         self._channel = rows.RowsChannel(name, *rows.matrix_of(shape), self._courier)
+        self._whole = WholeSteps(name)
 
     @property
     def stats(self) -> ChannelStats:
@@ -46,16 +48,17 @@ class Rows:
         """
         values = tf.cast(gradient.values, tf.float32)
         inputs = [step, tf.cast(gradient.indices, tf.int64), values]
-        message = tf.numpy_function(self._push, inputs, tf.uint8, stateful=False)
+        message = python_op(self._push, inputs, tf.uint8, stateful=False)
         arrived = self._transport.carry(self._channel.name, tf.ensure_shape(message, [None]))
         kinds = [tf.int64, tf.float32, tf.bool]
-        indices, means, finite = tf.numpy_function(self._finish, [arrived], kinds)
+        indices, means, finite = python_op(self._finish, [arrived], kinds)
         row = gradient.values.shape[1:]
         means = tf.ensure_shape(tf.reshape(means, [-1, *row]), [None, *row])
         slices = tf.IndexedSlices(means, tf.ensure_shape(indices, [None]), gradient.dense_shape)
         return slices, tf.ensure_shape(finite, [])
 
     def _push(self, step: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+        self._whole.begin()
         values = values.reshape(len(indices), self._channel.width)
         self._channel.rows = rows.Rows(indices, values)
         self._channel.start(int(step))
@@ -65,4 +68,5 @@ class Rows:
         self._courier.bring(self._channel.name, arrived)
         finite = self._channel.arrived()
         mean = self._channel.commit()
+        self._whole.end()
         return mean.indices, mean.values, np.bool_(finite)

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.in_sync import digest_of, require_equal
+from ef_horovod.tensorflow.graphs import python_op
 from ef_horovod.tensorflow.variables import native, require_variables
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 from ef_horovod.transports.server_tensorflow import GraphTransport
@@ -64,9 +65,9 @@ def in_sync_op(variables: Sequence[tf.Variable], transport: GraphTransport) -> t
         _require_equal(finish.pop()())
         return np.bool_(True)
 
-    digest = tf.numpy_function(start, list(variables), tf.uint8)
+    digest = python_op(start, list(variables), tf.uint8)
     gathered = transport.carry("sync", tf.ensure_shape(digest, [None]))
-    return tf.ensure_shape(tf.numpy_function(compare, [gathered], tf.bool), [])
+    return tf.ensure_shape(python_op(compare, [gathered], tf.bool), [])
 
 
 def _require_equal(digests: Sequence[np.ndarray]) -> None:

@@ -9,13 +9,16 @@ import threading
 import time
 from collections.abc import Callable
 
+from ef_horovod import last_words
+
 _GRACE_SECONDS = 20.0  # for the end that `expire` tries before the process is ended
 
 
 class Alarm:
     """Watches over collectives under way; past the limit says which one and calls `expire`.
 
-    If `expire` does not return either, the process ends: a rank that hangs unseen is worse.
+    If `expire` does not return either, the process ends: a rank that hangs unseen is worse. What
+    is late, but belongs to a call that has ended, is no wait: the call failed elsewhere.
 
     Args:
         timeout: limit in seconds, of each collective.
@@ -32,13 +35,20 @@ class Alarm:
         self._timeout = min(timeout, threading.TIMEOUT_MAX)
         self._message, self._expire = message, expire
         self._deadlines: dict[str, float] = {}
+        self._under_way: dict[str, Callable[[], bool]] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self.rung = ""  # the message, once the alarm went off
 
-    def start(self, name: str) -> None:
-        """A collective begins."""
+    def start(self, name: str, under_way: Callable[[], bool] = lambda: True) -> None:
+        """A collective begins.
+
+        Args:
+            name: of the collective.
+            under_way: asked when it is late: whether the call that it belongs to still runs.
+        """
         with self._changed:
+            self._under_way[name] = under_way
             self._deadlines[name] = time.monotonic() + self._timeout
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -49,26 +59,37 @@ class Alarm:
     def stop(self, name: str) -> None:
         """It has ended."""
         with self._changed:
-            self._deadlines.pop(name, None)
+            self._forget(name)
 
     def _watch(self) -> None:
         while not self.rung:
             with self._changed:
+                if not self._deadlines:
+                    self._thread = None  # the next collective starts another one
+                    return
                 now = time.monotonic()
                 late = sorted(name for name, limit in self._deadlines.items() if limit <= now)
+                for name in [name for name in late if not self._under_way[name]()]:
+                    self._forget(name)
+                    late.remove(name)
                 if late:
                     self.rung = self._message(late)
                 else:
                     # New deadlines are never earlier than the ones that are known.
-                    next_one = min(self._deadlines.values(), default=now + self._timeout)
+                    next_one = min(self._deadlines.values(), default=now)
                     self._changed.wait(max(next_one - now, 0.01))
         print(f"ef_horovod: {self.rung}", file=sys.stderr, flush=True)
+        last_words.remember(self.rung, whatever_is_raised=True)
         ending = threading.Thread(target=self._expire, daemon=True)
         # The late op fails before `expire` returns. Then the main thread may exit, where Horovod
         # shuts down once more, and two shutdowns at the same time hang.
         atexit.register(_await_or_exit, ending)
         ending.start()
         _await_or_exit(ending)
+
+    def _forget(self, name: str) -> None:
+        self._deadlines.pop(name, None)
+        self._under_way.pop(name, None)
 
 
 def _await_or_exit(ending: threading.Thread) -> None:

@@ -20,6 +20,7 @@ from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.alarm import Alarm
 from ef_horovod.transports.base import Measure, Transport, require_summable, split
+from ef_horovod.transports.calls import calls_under_way
 from ef_horovod.transports.ending import refuse_join, watch_over
 from ef_horovod.transports.horovod import HorovodTransport
 
@@ -213,7 +214,7 @@ class Courier(Transport):
         self._arrived[name] = data
 
     def _leave(self, name: str, data: np.ndarray) -> None:
-        self._transport.alarm.start(name)
+        self._transport.alarm.start(name, calls_under_way())
         self._leaving[name] = data
 
 

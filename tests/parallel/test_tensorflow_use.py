@@ -185,3 +185,14 @@ def test_one_optimizer_for_both_halves_of_a_gan_does_as_two(family: str, results
     for result in results:
         models = result["keras_models"][family]
         assert models["gan, one optimizer"]["end"] == models["gan"]["end"]
+
+
+def test_a_step_that_failed_elsewhere_is_no_wait(results: Results) -> None:
+    """Before, its limit shut Horovod down long after the error was caught."""
+    for result in results:
+        found = result["a_step_that_fails_elsewhere"]
+        first, second = found["errors"]
+        assert "this is the data's fault" in first
+        assert found["alive"] == 1.0
+        assert "UnsupportedError: got a step of 'bucket." in second
+        assert "restart from a checkpoint" in second

@@ -76,6 +76,29 @@ def test_a_collective_that_begins_again_has_a_new_limit() -> None:
     assert time.monotonic() - begin >= 0.8
 
 
+def test_what_is_late_of_a_call_that_has_ended_does_not_ring() -> None:
+    """The step failed elsewhere; one that is still under way rings all the same."""
+    rung = Rung(0.2)
+    rung.alarm.start("of a failed step", lambda: False)
+    time.sleep(0.6)
+    assert (rung.expired, rung.alarm.rung) == (0, "")
+    rung.alarm.start("waits", lambda: True)
+    rung.alarm.start("of a failed step", lambda: False)
+    assert rung.done.wait(5)
+    assert rung.names == [["waits"]]
+
+
+def test_an_alarm_that_nobody_needs_leaves_no_thread_behind() -> None:
+    rung = Rung(0.2)
+    rung.alarm.start("a")
+    rung.alarm.stop("a")
+    time.sleep(0.6)
+    assert rung.alarm._thread is None
+    rung.alarm.start("b")
+    assert rung.done.wait(5)
+    assert rung.names == [["b"]]
+
+
 def ended(code: str) -> tuple[subprocess.CompletedProcess, float]:
     """Run code in a process of its own; it and how long it took after its first line."""
     begin = time.monotonic()

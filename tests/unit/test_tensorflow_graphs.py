@@ -9,11 +9,15 @@ import pytest
 import tensorflow as tf
 
 import ef_horovod as ef
+from ef_horovod import last_words
+from ef_horovod.errors import OutOfSyncError, UnsupportedError
 from ef_horovod.policy import small_or_vector
 from ef_horovod.tensorflow.buckets import _aligned
 from ef_horovod.tensorflow.engine import Engine, Options
+from ef_horovod.tensorflow.graphs import WholeSteps, python_op
 from ef_horovod.tensorflow.variables import name_variables
 from ef_horovod.testing.echo_tensorflow import EchoOps
+from ef_horovod.transports.calls import calls_under_way
 
 SLEEP = 0.4
 
@@ -184,3 +188,54 @@ def test_a_loss_scale_does_not_reach_the_memories():
         scaled.state_dict()["parameters"]["0.Variable"]["worker.error"],
         plain.state_dict()["parameters"]["0.Variable"]["worker.error"],
     )
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_an_error_in_a_graph_is_said_once_more_at_the_end(
+    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(last_words, "remember", said.append)
+
+    def fails(_: np.ndarray) -> np.ndarray:
+        raise OutOfSyncError("got 1, expected 2; take 2")
+
+    one = tf.constant(1.0)
+    with pytest.raises(tf.errors.OpError, match="got 1, expected 2; take 2"):
+        tf.function(lambda: python_op(fails, [one], tf.float32, on_gpu=on_gpu))()
+    assert said == ["got 1, expected 2; take 2"]
+
+
+def test_a_step_after_one_that_did_not_end_is_refused() -> None:
+    steps = WholeSteps("bucket.0")
+    for _ in range(2):
+        steps.begin()
+        steps.end()
+    steps.begin()
+    with pytest.raises(UnsupportedError, match=r"got a step of 'bucket\.0' after one that failed"):
+        steps.begin()
+
+
+def test_a_call_is_under_way_until_its_graph_has_ended_or_failed() -> None:
+    asked = []
+
+    def ask(fails: np.ndarray) -> np.ndarray:
+        asked.append(calls_under_way())
+        time.sleep(0.1)
+        inside.append(asked[-1]())
+        if fails:
+            raise ValueError("elsewhere")
+        return fails
+
+    inside: list[bool] = []
+    call = tf.function(lambda fails: tf.numpy_function(ask, [fails], tf.bool))
+    call(tf.constant(False))
+    with pytest.raises(tf.errors.OpError, match="elsewhere"):
+        call(tf.constant(True))
+    assert inside == [True, True]
+    assert [under_way() for under_way in asked] == [False, False]
+
+
+def test_a_call_that_is_not_known_counts_as_under_way() -> None:
+    """An alarm must ring once too often rather than never."""
+    assert calls_under_way()()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import horovod.tensorflow as hvd
 import keras
 import numpy as np
@@ -386,12 +388,36 @@ def keras_models():
     }
 
 
+def a_step_that_fails_elsewhere():
+    """Between a push and its end; the limit passes, Horovod still works, the next step is told."""
+    variables = matrices()
+    reducer = ef.Reducer(variables, EXACT, bucket_bytes=1, timeout=6)
+    reducer.reduce([gradient_of(0), gradient_of(0)])
+
+    def fail(gradient):
+        time.sleep(2)  # the other bucket is on its way
+        raise ValueError("this is the data's fault")
+
+    @tf.function
+    def step(fails):
+        first = gradient_of(1)
+        if fails:
+            first = tf.ensure_shape(tf.numpy_function(fail, [first], tf.float32), (40, 50))
+        return reducer.reduce([first, gradient_of(1)])
+
+    errors = [error_of(lambda: step(True))]
+    time.sleep(8)
+    alive = float(hvd.allreduce(tf.ones(1), name="alive").numpy().item())
+    errors.append(error_of(lambda: step(False)))
+    return {"errors": errors, "alive": alive}
+
+
 def main() -> None:
     hvd.init()
     scenarios = (
         policies_made_at_each_step, another_order, other_meanings, missing_gradients,
         gradients_that_appear, sets_of_variables, broadcasts, memories_after_a_broadcast,
-        keras_models,
+        keras_models, a_step_that_fails_elsewhere,
     )  # fmt: skip
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 

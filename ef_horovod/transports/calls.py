@@ -1,0 +1,45 @@
+"""Which calls into TensorFlow run now, to ask later whether they have ended."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
+from types import FrameType
+
+_EXECUTE = "tensorflow/python/eager/execute.py"  # calls a graph, and returns or raises at its end
+_OURS = "ef_horovod/tensorflow/"
+_EAGER = ("reduce", "compress")  # where an eager step runs in its caller's own thread
+
+
+def calls_under_way() -> Callable[[], bool]:
+    """To be asked later: whether a call that runs at this moment still does.
+
+    To be called by what a step runs: in a thread of TensorFlow's executor while the call of the
+    graph waits in another one, or below the eager call itself. A step that fails elsewhere ends
+    its call, and nothing tells those who wait for its collectives.
+    """
+    this = threading.get_ident()
+    calls: list[FrameType] = []
+    for thread, innermost in sys._current_frames().items():
+        for frame in _stack(innermost):
+            path = PurePath(frame.f_code.co_filename).as_posix()
+            eager = thread == this and _OURS in path and frame.f_code.co_name in _EAGER
+            if eager or path.endswith(_EXECUTE):
+                calls.append(frame)
+                break
+    if not calls:
+        return lambda: True  # not known
+
+    def any_left() -> bool:
+        running = {id(frame) for top in sys._current_frames().values() for frame in _stack(top)}
+        return any(id(call) in running for call in calls)
+
+    return any_left
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
