@@ -64,6 +64,7 @@ _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     "timeout": _seconds,
     "overlap": flag,
     "sparse_as_dense": flag,
+    "discardable": flag,
     "check_sync": flag,
     "average_aggregated_gradients": flag,
     "dense": _kind(

@@ -192,6 +192,11 @@ class Channel:
         )
         self._undo = _Before(worker, server, self.gradient)
 
+    @property
+    def undoable(self) -> bool:
+        """Whether the last step was committed and can be undone."""
+        return self._undo is not None
+
     def undo(self) -> None:
         """Go back before the step that was committed last; its directions are no longer valid."""
         assert self._undo is not None, f"{self.name} keeps no way back"

@@ -116,6 +116,8 @@ def receive(
     step: tf.Tensor,
     factor: tf.Tensor,
     rows_good: tf.Tensor,
+    *,
+    undoable: bool = False,
 ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
     """Ops that finish a step: all buckets commit, or none.
 
@@ -125,6 +127,7 @@ def receive(
         step: its number.
         factor: directions are multiplied by it.
         rows_good: whether what travelled beside the buckets was finite.
+        undoable: whether channels keep the way back before the step.
 
     Returns:
         float32 directions in the order of all slots (NaN for a dropped step), whether the step is
@@ -135,7 +138,7 @@ def receive(
     sliced = [bucket for bucket in buckets if bucket.sliced]
     channels = [bucket.channel for bucket in buckets]
     if sliced:  # what is bad is known before the answers travel, and `arrived` has been used up
-        rows_good, arrived = _answers(buckets, arrived, rows_good)
+        rows_good, arrived = _answers(buckets, arrived, rows_good, undoable)
 
     def finish(step: Any, factor: Any, good: Any, *arrived: Array) -> list[Any]:
         if sliced:
@@ -143,7 +146,7 @@ def receive(
                 bucket.bring_answers(message)
         else:
             _bring(buckets, arrived)
-            good = settle(channels, good=bool(good))
+            good = settle(channels, good=bool(good), undoable=undoable)
         directions = conclude(channels, good=bool(good))
         parts = [
             _part(directions[i] if directions else None, slot, float(factor))
@@ -166,7 +169,7 @@ def receive(
 
 
 def _answers(
-    buckets: Sequence[Bucket], arrived: list[tf.Tensor], rows_good: tf.Tensor
+    buckets: Sequence[Bucket], arrived: list[tf.Tensor], rows_good: tf.Tensor, undoable: bool
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
     """Ops between the halves of a step for buckets in slices: each rank answers for its own.
 
@@ -177,7 +180,8 @@ def _answers(
 
     def answer(rows_good: Any, *arrived: Array) -> list[Any]:
         _bring(buckets, arrived)
-        good = settle([bucket.channel for bucket in buckets], good=bool(rows_good))
+        channels = [bucket.channel for bucket in buckets]
+        good = settle(channels, good=bool(rows_good), undoable=undoable)
         nothing = np.zeros(1, np.uint8)  # the op is there, whether the step is dropped or not
         answers = [bucket.collect_answer() if good else nothing for bucket in sliced]
         return [np.bool_(good), *answers]

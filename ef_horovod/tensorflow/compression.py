@@ -21,7 +21,13 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
 from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
-from ef_horovod.policy import DensePolicy, refuse_elastic, require_method, small_or_vector
+from ef_horovod.policy import (
+    DensePolicy,
+    refuse_elastic,
+    require_method,
+    small_or_vector,
+    warn_of_surprises,
+)
 from ef_horovod.tensorflow.broadcast import follow
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.checkpoint import Memories
@@ -81,8 +87,12 @@ class Compression(tf.Module):
         refuse_elastic()
         check_options("Compression", **locals())
         self._method = method = require_method(method)
+        named = name_variables(variables)
         prefix = f"ef.stock{next(_instances)}"
         self._transport = open_lasting(prefix, process_set, timeout)
+        if self._transport.size > 1:
+            by_path = [(path_of(variable), variable) for _, variable in named]
+            warn_of_surprises(by_path, method, dense, self._transport.rank)
         self._buckets = tuple(
             Bucket(
                 BucketPlan(
@@ -94,7 +104,7 @@ class Compression(tf.Module):
                 exchange=exchange,
                 seed=seed,
             )
-            for name, variable in name_variables(variables)
+            for name, variable in named
         )
         # Of each variable, so that no gradient has to wait for another one.
         self.steps = [tf.Variable(0, trainable=False, dtype=tf.int64) for _ in self._buckets]

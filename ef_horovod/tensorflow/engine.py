@@ -40,6 +40,7 @@ class Options:
     seed: int
     sparse_as_dense: bool
     check_sync: bool
+    discardable: bool
 
 
 class Engine:
@@ -92,7 +93,9 @@ class Engine:
         # With `in_sync` among them, though it is never False: waits must not change places.
         rows_good = tf.reduce_all([in_sync, *(finite for _, finite in rows.values())])
         factor = loss_scale * (1 if self.options.average else self.transport.size)
-        directions, good, next_step = receive(self._buckets, arrived, step, factor, rows_good)
+        directions, good, next_step = receive(
+            self._buckets, arrived, step, factor, rows_good, undoable=self.options.discardable
+        )
         self.step.assign(next_step)
         reduced: list[Gradient] = [None] * len(gradients)
         for i, direction in zip((i for its in places for i in its), directions, strict=True):
@@ -149,6 +152,14 @@ class Engine:
         if not self.transport.has_server:
             for bucket in self._buckets:
                 bucket.channel.forget()
+
+    def discard(self) -> None:
+        """Leave out the last step, if it is neither dropped nor left out already."""
+        channels = [bucket.channel for bucket in self._buckets]
+        if channels and all(channel.undoable for channel in channels):
+            for channel in channels:
+                channel.undo()
+            self.step.assign_sub(1)
 
     def _begin(self, gradients: list[Gradient]) -> list[Gradient]:
         """At the first call make the buckets and compare what the ranks have.

@@ -66,6 +66,11 @@ def DistributedOptimizer(
     """
     family = _family_of(optimizer)
     check_options("DistributedOptimizer", **locals())
+    if "discardable" in options:
+        raise UnsupportedError(
+            "got discardable= for an optimizer, which applies the averages of each step, expected "
+            "an ef.Reducer, whose averages you may leave out; see ef.Reducer.discard"
+        )
     require_options(compression, **options)
     wrapped = _rebuild(optimizer, family)
     own = _take_accumulation(wrapped)

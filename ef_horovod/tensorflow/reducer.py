@@ -24,6 +24,7 @@ from ef_horovod.policy import (
     refuse_process_set,
     require_method,
     small_or_vector,
+    warn_of_surprises,
 )
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
@@ -64,6 +65,8 @@ class Reducer(tf.Module):
             as they are, each once.
         check_sync: after the first step, compare the ranks' variables by hash and raise if they
             differ.
+        discardable: keep the way back before each step, for `discard`; costs a copy of the vectors
+            that a method changes in place (two for EF21, none for ErrorFeedback).
         process_set: Horovod process set to average over; default all ranks.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
         transport: to the servers or the other ranks, if there is one already.
@@ -89,6 +92,7 @@ class Reducer(tf.Module):
         seed: int = 0,
         sparse_as_dense: bool = False,
         check_sync: bool = True,
+        discardable: bool = False,
         process_set: Any = None,
         timeout: float | None = None,
         transport: GraphTransport | None = None,
@@ -105,13 +109,16 @@ class Reducer(tf.Module):
             seed=seed,
             sparse_as_dense=sparse_as_dense,
             check_sync=check_sync,
+            discardable=discardable,
         )
         named = name_variables(variables)
-        self._count = len(named)
+        self._count, self._discardable = len(named), discardable
         self._engine: Engine | None = None
         self.memories: Memories | None = None
         transport = transport or _open_transport(exchange, process_set, timeout)
         if transport is not None:
+            by_path = [(path_of(variable), variable) for _, variable in named]
+            warn_of_surprises(by_path, compression, dense, transport.rank)
             self._engine = Engine(named, options, transport)
             # Tracked by checkpoints; the model's variables are not, for they are the model's.
             self.step = self._engine.step
@@ -170,6 +177,38 @@ class Reducer(tf.Module):
         if self._engine is None:
             return gradients, tf.constant(True)
         return self._engine.reduce(gradients, tf.cast(loss_scale, tf.float32))
+
+    def discard(self) -> None:
+        """Leave out the step whose averages `reduce` returned last and nobody applied.
+
+        Error-feedback state is as before it; otherwise what the averages lacked would come back in
+        the next ones. Call it on all ranks alike, between steps. Averages are the same everywhere,
+        so decide by them. It does nothing after a step that was dropped or discarded already.
+
+        Raises:
+            UnsupportedError: the reducer is not `discardable`; or a function is being traced, where
+                this would happen once and not in each step.
+
+        Example:
+            reducer = ef.Reducer(variables, ef.EF21(ef.TopK(ratio=0.01)), discardable=True)
+            averages = reducer.reduce(gradients)
+            if tf.linalg.global_norm(averages) > 100:
+                reducer.discard()
+            else:
+                optimizer.apply(averages, variables)
+        """
+        if not self._discardable:
+            raise UnsupportedError(
+                "got discard() of a reducer that keeps no way back, expected one that does; pass "
+                "discardable=True to ef.Reducer()"
+            )
+        if not tf.executing_eagerly():
+            raise UnsupportedError(
+                "got discard() inside a tf.function, expected it between two steps; return the "
+                "averages from the function and decide outside of it"
+            )
+        if self._engine is not None:
+            self._engine.discard()
 
     def stats(self) -> list[ChannelStats]:
         """One row for each bucket and a last one with the total; empty with a single rank.

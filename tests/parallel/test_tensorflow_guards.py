@@ -132,5 +132,6 @@ def test_a_rank_that_does_not_come_ends_the_job(
     said = f"ef_horovod: rank 0 of 2 waited 8 s in '{collective}"
     assert said in output
     assert "see why it did not get there" in output
+    assert output.rfind(said) > output.rfind("Traceback"), "the reason is not the last that is said"
     seconds = [float(s) for s in re.findall(r"step \d took ([\d.]+) s", output)]
     assert 8 <= max(seconds[-2:]) < 25

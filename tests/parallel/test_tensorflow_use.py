@@ -196,3 +196,36 @@ def test_a_step_that_failed_elsewhere_is_no_wait(results: Results) -> None:
         assert found["alive"] == 1.0
         assert "UnsupportedError: got a step of 'bucket." in second
         assert "restart from a checkpoint" in second
+
+
+def test_a_discarded_step_leaves_no_trace(results: Results) -> None:
+    for result in results:
+        found = result["discarded_steps"]
+        assert len(found["averages"]) == 6
+        for averages in found["averages"].values():
+            assert all(mine == expected for mine, expected in averages)
+        assert found["steps"][0] == found["steps"][1]
+
+
+@pytest.mark.parametrize(
+    ("what", "way_out"),
+    [
+        ("not discardable", "pass discardable=True to ef.Reducer()"),
+        ("traced", "decide outside of it"),
+        ("optimizer", "see ef.Reducer.discard"),
+    ],
+)
+def test_what_cannot_be_discarded_is_refused(what: str, way_out: str, results: Results) -> None:
+    for result in results:
+        assert way_out in result["discarded_steps"][what]
+        assert "expected" in result["discarded_steps"][what]
+
+
+def test_float64_and_nothing_to_compress_are_said_on_rank_0(results: Results) -> None:
+    first, second = (result["surprises"] for result in results)
+    assert second == []
+    double, reducer, stock = first
+    assert "got float64 in 1 of 1 parameters (such as 'double:0')" in double
+    for one, elements in ((reducer, 16), (stock, 20)):
+        assert "got no parameter to compress" in one
+        assert f"the largest of {elements} elements" in one

@@ -32,6 +32,7 @@ def engine_of(variables, method, **changes):
         "seed": 0,
         "sparse_as_dense": False,
         "check_sync": False,
+        "discardable": False,
     }
     return Engine(name_variables(variables), Options(**options | changes), EchoOps(2))
 

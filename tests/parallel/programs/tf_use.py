@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import horovod.tensorflow as hvd
 import keras
@@ -388,6 +389,61 @@ def keras_models():
     }
 
 
+def discarded_steps():
+    """A step that nobody applies, in turn with others, against a training that never had it."""
+    found = {}
+    ways = (
+        ("gather", METHOD),
+        ("gather", ef.EF21(ef.TopK(ratio=0.05))),
+        ("double_pass", ef.DoubleSqueeze(ef.OneBit(), ef.OneBit())),
+    )
+    for exchange, method in ways:
+        options = {"exchange": exchange, "check_sync": False}
+        with_spikes = ef.Reducer(matrices(), method, discardable=True, **options)
+        without = ef.Reducer(matrices(), method, **options)
+        wraps = {"eager": lambda f: f, "graph": tf.function}
+        for how, wrap in wraps.items():
+            ours, theirs = wrap(with_spikes.reduce), wrap(without.reduce)
+            averages = []
+            for step in range(4):
+                gradients = [gradient_of(step, i) for i in range(2)]
+                ours([1000 * g for g in gradients])
+                with_spikes.discard()
+                with_spikes.discard()  # once more does nothing
+                averages.append([sha(ours(gradients)), sha(theirs(gradients))])
+            ours([g * np.nan for g in gradients])
+            with_spikes.discard()  # of a step that was dropped: nothing either
+            averages.append([sha(ours(gradients)), sha(theirs(gradients))])
+            found[f"{how}, {method!r}"] = averages
+    counts = [with_spikes.stats()[-1].steps, without.stats()[-1].steps]
+
+    @tf.function
+    def traced():
+        with_spikes.reduce(gradients)
+        with_spikes.discard()
+
+    return {
+        "averages": found,
+        "steps": counts,
+        "not discardable": error_of(without.discard),
+        "traced": error_of(traced),
+        "optimizer": error_of(
+            lambda: ef.DistributedOptimizer(keras.optimizers.SGD(), METHOD, discardable=True)
+        ),
+    }
+
+
+def surprises():
+    """float64, and nothing to compress: said once, on rank 0."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ef.Reducer([tf.Variable(tf.zeros((40, 40), tf.float64), name="double")], METHOD)
+        ef.Reducer([tf.Variable(tf.zeros((4, 4)))], METHOD)
+        ef.Compression(METHOD, [tf.Variable(tf.zeros((4, 5)))])
+        ef.Reducer(matrices(), METHOD)
+    return [str(warning.message) for warning in caught]
+
+
 def a_step_that_fails_elsewhere():
     """Between a push and its end; the limit passes, Horovod still works, the next step is told."""
     variables = matrices()
@@ -417,7 +473,7 @@ def main() -> None:
     scenarios = (
         policies_made_at_each_step, another_order, other_meanings, missing_gradients,
         gradients_that_appear, sets_of_variables, broadcasts, memories_after_a_broadcast,
-        keras_models, a_step_that_fails_elsewhere,
+        discarded_steps, surprises, keras_models, a_step_that_fails_elsewhere,
     )  # fmt: skip
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 
