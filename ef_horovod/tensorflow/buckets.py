@@ -100,14 +100,14 @@ class Bucket:
         return list(self._courier.collect_slices(self.channel.name))
 
     def _start(self, step: Any, loss_scale: Any, gradients: Sequence[Array]) -> None:
-        self.whole.begin()
         flat = self.channel.gradient
         xp = namespace(flat)
         for slot, gradient in zip(self.slots, gradients, strict=True):
             xp.write(flat, slot.start, gradient)
         if float(loss_scale) != 1.0:
             xp.divide(flat, float(loss_scale), out=flat)
-        self.channel.start(int(step))
+        with self.whole.beginning():
+            self.channel.start(int(step))
 
 
 def receive(

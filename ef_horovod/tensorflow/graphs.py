@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tensorflow as tf
@@ -57,8 +58,9 @@ class WholeSteps:
     def __init__(self, name: str) -> None:
         self._name, self._begun = name, False
 
-    def begin(self) -> None:
-        """A step begins.
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """A step has begun if what is done here succeeds: until then nothing was sent.
 
         Raises:
             UnsupportedError: the last one has not ended.
@@ -70,6 +72,7 @@ class WholeSteps:
                 "checkpoint, and keep checks that can fail out of the function that averages "
                 "gradients"
             )
+        yield
         self._begun = True
 
     def end(self) -> None:

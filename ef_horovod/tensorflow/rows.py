@@ -58,10 +58,10 @@ class Rows:
         return slices, tf.ensure_shape(finite, [])
 
     def _push(self, step: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
-        self._whole.begin()
         values = values.reshape(len(indices), self._channel.width)
         self._channel.rows = rows.Rows(indices, values)
-        self._channel.start(int(step))
+        with self._whole.beginning():
+            self._channel.start(int(step))
         return self._courier.collect(self._channel.name)
 
     def _finish(self, arrived: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.bool_]:

@@ -209,12 +209,19 @@ def test_an_error_in_a_graph_is_said_once_more_at_the_end(
 
 def test_a_step_after_one_that_did_not_end_is_refused() -> None:
     steps = WholeSteps("bucket.0")
+    with pytest.raises(ValueError, match="nothing was sent"), steps.beginning():
+        raise ValueError("nothing was sent")
     for _ in range(2):
-        steps.begin()
+        with steps.beginning():
+            pass
         steps.end()
-    steps.begin()
-    with pytest.raises(UnsupportedError, match=r"got a step of 'bucket\.0' after one that failed"):
-        steps.begin()
+    with steps.beginning():
+        pass
+    with (
+        pytest.raises(UnsupportedError, match=r"got a step of 'bucket\.0' after one that failed"),
+        steps.beginning(),
+    ):
+        raise AssertionError("it was let in")
 
 
 def test_a_call_is_under_way_until_its_graph_has_ended_or_failed() -> None:
