@@ -47,6 +47,8 @@ class Bucket:
             # `data`: the sum in it must not count as a change by the user.
             self.channel.gradient = gradient.data.view(-1)
             return
+        if self._alone:
+            self.channel.gradient = self._own  # and not a gradient that was taken before
         self.filled[slot.parameter] = Taken.of(gradient)
         target = self.channel.gradient[slot.start : slot.stop].view(slot.parameter.shape)
         if gradient is None:
@@ -100,26 +102,40 @@ class Taken(NamedTuple):
 
     def is_current(self, gradient: torch.Tensor | None) -> bool:
         """Whether it is the same tensor in the same version."""
-        return self.gradient is gradient and (gradient is None or gradient._version == self.version)
+        if gradient is None or self.gradient is None:
+            return self.gradient is gradient
+        if gradient.is_sparse and gradient.dtype == torch.float16:
+            return True  # a GradScaler has others put in their place
+        return self.gradient is gradient and gradient._version == self.version
+
+    def is_unchanged(self, now: torch.Tensor) -> bool:
+        """Whether the sample is the same, too, which was taken."""
+        assert self.sample is not None
+        return self.is_current(now) and _are_same(self.sample, _sample_of(now).contiguous(), 1.0)
 
 
-def require_untouched(buckets: Iterable[Bucket]) -> None:
+def require_untouched(buckets: Iterable[Bucket], factor: float = 1.0) -> None:
     """Raise if a gradient was changed after it had been taken: the change would be lost.
+
+    Args:
+        buckets: whose gradients are compared, as far as they were taken.
+        factor: what a GradScaler has multiplied all of them by since.
 
     Raises:
         RuntimeError: names the parameter.
     """
-    name = _changed_gradient(buckets)
+    name = _changed_gradient(buckets, factor)
     if name:
         raise RuntimeError(
             f"the gradient of '{name}' was changed between backward() and step(), "
             "expected it as backward() left it: it was on its way to other ranks; call "
             "synchronize(), then change it (clip, scaler.unscale_), then step() inside "
-            "skip_synchronize(), or discard() to leave the step out"
+            "skip_synchronize() (with a GradScaler pass grad_scaler=scaler to the optimizer), or "
+            "discard() to leave the step out"
         )
 
 
-def _changed_gradient(buckets: Iterable[Bucket]) -> str:
+def _changed_gradient(buckets: Iterable[Bucket], factor: float) -> str:
     """Name of a parameter whose gradient was replaced or changed after it was taken, or "".
 
     Changes that do not raise a tensor's version, such as those of `p.grad.data` or of a GradScaler,
@@ -128,6 +144,8 @@ def _changed_gradient(buckets: Iterable[Bucket]) -> str:
     samples: dict[tuple[torch.device, torch.dtype], list[_Sample]] = {}
     for bucket in buckets:
         for slot in bucket.slots:
+            if slot.parameter not in bucket.filled:
+                continue
             taken, now = bucket.filled[slot.parameter], slot.parameter.grad
             if not taken.is_current(now):
                 return slot.name
@@ -136,8 +154,10 @@ def _changed_gradient(buckets: Iterable[Bucket]) -> str:
                 samples.setdefault((now.device, now.dtype), []).append(sample)
     for alike in samples.values():  # one comparison for all of them: it waits for a GPU
         before = torch.cat([sample.before for sample in alike])
-        if not _same_bits(before, torch.cat([sample.now for sample in alike])):
-            return next(s.name for s in alike if not _same_bits(s.before, s.now.contiguous()))
+        if not _are_same(before, torch.cat([sample.now for sample in alike]), factor):
+            return next(
+                s.name for s in alike if not _are_same(s.before, s.now.contiguous(), factor)
+            )
     return ""
 
 
@@ -147,8 +167,11 @@ class _Sample(NamedTuple):
     now: torch.Tensor
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+def _are_same(before: torch.Tensor, now: torch.Tensor, factor: float) -> bool:
+    """Whether `now` is `before`, to the bit, or `before` multiplied by another factor than 1."""
+    if factor == 1.0:
+        return torch.equal(before.view(torch.uint8), now.view(torch.uint8))
+    return torch.allclose(before * factor, now, rtol=1e-2, atol=0.0, equal_nan=True)
 
 
 def _sample_of(gradient: torch.Tensor) -> torch.Tensor:

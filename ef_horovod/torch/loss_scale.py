@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.torch.buckets import require_untouched
 from ef_horovod.torch.reducer import Reducer
 
 _FRAMES = 12  # between a scaler and step(): wrappers of schedulers and profilers
@@ -46,7 +47,8 @@ def average_unscaled(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool
     """`reducer.finish` in a scaler's `step()`: averages come unscaled; whether the step is good.
 
     Raises:
-        RuntimeError: a scaler that was not used before, with gradients under way.
+        RuntimeError: a scaler that was not used before, with gradients under way, or a gradient
+            that was changed under way by more than `unscale_`.
         UnsupportedError: a scaler that is not found.
     """
     if call.scaler is None and reducer.scaler is None:
@@ -54,9 +56,14 @@ def average_unscaled(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool
             "got step() from a loss scaler that is not found, expected a torch.amp.GradScaler; "
             "pass it as grad_scaler= to ef.DistributedOptimizer"
         )
-    if call.scaler is not None and call.scaler is not reducer.scaler:
-        reducer.use_scaler(call.scaler, unscaled=call.scale is None)
-    good = reducer.finish(unscaled=True)
+    scaler = call.scaler or reducer.scaler
+    assert scaler is not None
+    scale = scaler.get_scale()
+    now = 1.0 if call.scale is None else scale
+    require_untouched(reducer.buckets, now / scale)
+    if scaler is not reducer.scaler:
+        reducer.use_scaler(scaler, now)
+    good = reducer.finish(scale=now)
     if not good and call.scaler is not None:
         # It sees the NaNs of a step that is dropped on all ranks, so that scales stay equal.
         call.scaler._check_inf_per_device(optimizer)

@@ -184,7 +184,7 @@ class _Distributed:
         """Finish the exchange: `p.grad` becomes the average, ready to be clipped.
 
         `zero_grad()` or `discard()` in place of `step()` leaves the step out: error-feedback state
-        is as before it then.
+        is as before it then. Averages that have changed parameters otherwise count as applied.
         """
         if self._reducer is not None and (self._reducer.under_way or not self._synchronized):
             self.step_skipped = not self._reducer.finish(undoable=True)
@@ -281,16 +281,15 @@ class _Distributed:
             else:
                 optimizer.step()
         """
-        if self._reducer is not None and self._reducer.under_way:
-            self._reducer.drop_under_way()
+        if self._reducer is not None:
+            self._reducer.leave_out()
         self._clear(set_to_none=True)
 
     def _clear(self, set_to_none: bool) -> None:
-        """Clear gradients; averages among them that were not applied are a step left out."""
+        """Clear gradients; averages among them with which nothing was done are a step left out."""
         self._synchronized = False
         if self._reducer is not None:
-            if self._reducer.undoable:
-                self._reducer.undo()
+            self._reducer.clear()
             self._reducer.reset_passes()
         self._base.zero_grad(self, set_to_none)  # type: ignore[arg-type]
 

@@ -18,6 +18,7 @@ from ef_horovod.channel import ChannelStats, finish_rounds, finish_step, total_s
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.guard import require_same_config
 from ef_horovod.memories import load_memories, load_state, remember, save_memories, save_state
+from ef_horovod.torch.averages import Averages
 from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
 from ef_horovod.torch.hooks import GradientHooks
 from ef_horovod.torch.options import Options
@@ -52,7 +53,7 @@ class Reducer:
         self.step = 0  # number of the next step; a dropped step's number is used again
         self._frozen = frozen
         self.scaler, self._loss_scale = scaler, 1.0
-        self._averages: dict[torch.Tensor, Taken] | None = None  # delivered, not yet applied
+        self._averages: Averages | None = None  # delivered, not yet applied
         self._config_checked = False
         parameters = [p for _, p in [*trainable, *frozen]]
         self._in_sync = SyncCheck(parameters, transport, options.check_sync)
@@ -107,13 +108,13 @@ class Reducer:
             self.transport.handshake(facts, self.step, several_rounds=True)
             self._config_checked = True
 
-    def finish(self, *, undoable: bool = False, unscaled: bool = False) -> bool:
+    def finish(self, *, undoable: bool = False, scale: float | None = None) -> bool:
         """Send what is not yet under way, wait, and put the averages into `p.grad`.
 
         Args:
             undoable: whether the step may still be left out: `undo`, or `keep`.
-            unscaled: whether the averages come without the loss scale. Then a GradScaler is at
-                work, which changes gradients under way.
+            scale: where a GradScaler calls: what it has left gradients multiplied by. Averages come
+                without a loss scale then.
 
         Returns:
             Whether the step is good. If some rank's gradient was not finite, all ranks return
@@ -132,19 +133,23 @@ class Reducer:
                 "--quorum"
             )
         self._in_sync.check()
+        if scale is not None:
+            self._loss_scale = scale
+        elif not self.under_way:
+            self._loss_scale = self._scale_now()
         self._agree_on_rows()
         self._start_rest()
-        if not unscaled:
+        if scale is None:
             require_untouched(self.buckets)
         channels = [bucket.channel for bucket in self.buckets]
         directions = finish_step(channels, undoable=undoable)
         self._release()
-        self._deliver(directions or [None] * len(self.buckets), unscaled=unscaled)
+        self._deliver(directions or [None] * len(self.buckets), unscaled=scale is not None)
         self._sparse.clear()
         good = directions is not None
         self.step += good
         if good and undoable:
-            self._averages = {p: Taken.of(p.grad, sampled=False) for p in self._place}
+            self._averages = Averages(self._place)
         return good
 
     @property
@@ -156,6 +161,14 @@ class Reducer:
         """The averages were applied, or went into the next gradient."""
         self._averages = None
 
+    def clear(self) -> None:
+        """Averages are cleared: that leaves the step out, unless parameters were changed by them.
+
+        It is so with an update by hand, or by the optimizer inside of another one.
+        """
+        if self._averages is not None:
+            self.keep() if self._averages.were_applied() else self.undo()
+
     def undo(self) -> None:
         """Leave out the step whose averages were delivered: states are as before it."""
         for bucket in self.buckets:
@@ -163,12 +176,16 @@ class Reducer:
         self.step -= 1
         self._averages = None
 
-    def drop_under_way(self) -> None:
-        """Leave out a step that is under way; collective.
+    def leave_out(self) -> None:
+        """Leave out the step that was delivered, or one that is under way; then collective.
 
         Raises:
             UnsupportedError: a server's rounds do not wait for all workers.
         """
+        if self._averages is not None:
+            self.undo()
+        if not self.under_way:
+            return
         if self.transport.quorum is not None:
             raise UnsupportedError(
                 f"got discard() and a server with a quorum of {self.transport.quorum}, expected "
@@ -270,12 +287,12 @@ class Reducer:
     def _make_buckets(self, rows: dict[str, int]) -> list[Bucket]:
         return make_buckets(self._trainable, rows, self.options, self.transport)
 
-    def use_scaler(self, scaler: torch.amp.GradScaler, *, unscaled: bool) -> None:
+    def use_scaler(self, scaler: torch.amp.GradScaler, scale: float) -> None:
         """Take gradients as multiplied by its scale from now on, those taken already too.
 
         Args:
             scaler: that was not known before.
-            unscaled: whether what is in `p.grad` is unscaled by now.
+            scale: what is in `p.grad` is multiplied by it now.
 
         Raises:
             RuntimeError: gradients are under way to other ranks, with another scale.
@@ -286,8 +303,7 @@ class Reducer:
                 "to other ranks, expected one GradScaler from the first step on; pass it as "
                 "grad_scaler="
             )
-        self.scaler = scaler
-        self._loss_scale = 1.0 if unscaled else scaler.get_scale()
+        self.scaler, self._loss_scale = scaler, scale
         for bucket in self.buckets:
             for slot in bucket.slots:
                 if slot.parameter in bucket.filled:
@@ -295,7 +311,7 @@ class Reducer:
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         if self._averages is not None:
-            self._settle(parameter, self._averages[parameter])
+            self.keep() if self._averages.were_kept(parameter) else self.clear()
         self._passes_left[parameter] -= 1
         if self._passes_left[parameter] < 0:
             raise RuntimeError(
@@ -304,25 +320,13 @@ class Reducer:
             )
         if self._passes_left[parameter] > 0:
             return
+        if not self.under_way:
+            self._loss_scale = self._scale_now()
         bucket, slot = self._place[parameter]
-        self._fill(bucket, slot)
+        self._take(bucket, slot)
         full = len(bucket.filled) == len(bucket.slots)
         if full and self.options.overlap and self._config_checked and self._rows_known:
             bucket.start(self.step)
-
-    def _settle(self, parameter: torch.Tensor, average: Taken) -> None:
-        """A backward pass has begun after `finish`: were the averages thrown away?"""
-        now = parameter.grad
-        if now is not average.gradient:
-            self.undo()
-        elif now is not None and now._version == average.version + 1:
-            self.keep()  # the pass has added to them
-        else:
-            raise RuntimeError(
-                "got a backward pass after synchronize() without step(), and averaged gradients "
-                "that were changed, expected step(), or zero_grad() or discard() to leave the step "
-                "out; call one of them first"
-            )
 
     def _start_rest(self) -> None:
         """Send what is not yet under way."""
@@ -351,12 +355,10 @@ class Reducer:
         """What no hook has brought: parameters without a gradient, or with fewer passes."""
         for slot in bucket.slots:
             if slot.parameter not in bucket.filled:
-                self._fill(bucket, slot)
+                self._take(bucket, slot)
 
-    def _fill(self, bucket: Bucket, slot: Slot) -> None:
-        if not self.under_way:
-            self._loss_scale = self.scaler.get_scale() if self.scaler is not None else 1.0
-        self._take(bucket, slot)
+    def _scale_now(self) -> float:
+        return self.scaler.get_scale() if self.scaler is not None else 1.0
 
     def _take(self, bucket: Bucket, slot: Slot) -> None:
         gradient, in_place = slot.parameter.grad, self.scaler is None  # which writes to gradients

@@ -28,6 +28,17 @@ def test_averages_that_are_kept_are_part_of_the_next_gradient(results: Results) 
         assert result["averages_in_the_next_gradient"] < 1e-6
 
 
+@pytest.mark.parametrize(
+    "way",
+    ["by_hand", "by_hand_in_the_old_way", "by_hand_and_the_model", "by_the_optimizer_inside"],
+)
+def test_averages_that_are_applied_without_step_are_not_left_out(
+    way: str, results: Results
+) -> None:
+    for result in results:
+        assert result["averages_applied"][way] < 1e-6
+
+
 def test_averages_that_are_changed_and_neither_used_nor_left_out_raise(results: Results) -> None:
     for result in results:
         assert (
@@ -45,7 +56,15 @@ def test_a_discriminator_that_a_generator_reaches_is_left_out(results: Results) 
 
 
 @pytest.mark.parametrize(
-    "recipe", ["no argument", "unscale_", "grad_scaler", "fused", "fused, unscale_"]
+    "recipe",
+    [
+        "no argument",
+        "unscale_",
+        "grad_scaler",
+        "fused",
+        "fused, unscale_",
+        "fewer passes, unscale_",
+    ],
 )
 def test_the_usual_scaler_recipe_is_as_without_a_scaler(recipe: str, results: Results) -> None:
     for result in results:
@@ -68,6 +87,16 @@ def test_the_usual_scaler_recipe_is_as_without_a_scaler(recipe: str, results: Re
 def test_scaled_gradients_are_refused(slip: str, sentence: str, results: Results) -> None:
     for result in results:
         assert sentence in result["slips_with_a_scaler"][slip]
+
+
+def test_a_gradient_that_is_clipped_under_way_is_refused_with_a_scaler_too(
+    results: Results,
+) -> None:
+    for result in results:
+        assert len(result["clipped_with_a_scaler"]) == 8
+        for error in result["clipped_with_a_scaler"]:
+            assert "was changed between backward() and step()" in error
+            assert "pass grad_scaler=scaler" in error
 
 
 def test_horovods_recipe_works_where_nothing_is_remembered(results: Results) -> None:

@@ -57,6 +57,12 @@ def test_rows_are_free_of_the_loss_scale(results: Results) -> None:
         assert result["loss_scale"] == [results[0]["loss_scale"][0]] * 2
 
 
+def test_the_usual_scaler_recipe_is_as_without_a_scaler(results: Results) -> None:
+    for result in results:
+        for plain, scaled in result["usual_recipes"]:
+            assert plain == scaled  # scales are powers of two
+
+
 def test_sparse_adam_trains_as_on_all_data(results: Results) -> None:
     for result in results:
         facts = result["sparse_adam"]

@@ -157,6 +157,31 @@ def loss_scale():
     return ends
 
 
+def usual_recipe(unscale=False, **options):
+    """A scaler that is found in the first step, in which kinds of gradients are found, too."""
+    ends = []
+    for enabled in (False, True):
+        model = Model()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+        if options:
+            options = {"grad_scaler": scaler}
+        optimizer = wrapped(model, **options)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            scaler.scale(model(words_of(hvd.rank(), step))).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(digest(model))
+    return ends
+
+
+def usual_recipes():
+    unscaled = usual_recipe(unscale=True), usual_recipe(unscale=True, grad_scaler=None)
+    return [usual_recipe(), *unscaled]
+
+
 def sparse_adam():
     """SparseAdam for the table and Adam for the rest, as with the batches of all ranks."""
     models, ends = (Model(), Model()), []
@@ -264,7 +289,7 @@ def main() -> None:
     hvd.init(process_sets=[pair])
     scenarios = (
         means, sums, accumulated, halves, none_on_one_rank, not_finite, loss_scale, sparse_adam,
-        resumed, both_kinds, another_kind_later, entries, stock,
+        usual_recipes, resumed, both_kinds, another_kind_later, entries, stock,
     )  # fmt: skip
     results = {scenario.__name__: scenario() for scenario in scenarios}
     report(hvd.rank(), {**results, "process_set": process_set(pair)})

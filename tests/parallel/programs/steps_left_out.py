@@ -119,6 +119,57 @@ def averages_in_the_next_gradient():
     return float((ends[0] - ends[1]).abs().max())
 
 
+def by_hand(model, optimizer):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.05 * parameter.grad
+    optimizer.zero_grad()
+
+
+def by_hand_in_the_old_way(model, optimizer):
+    for parameter in model.parameters():
+        parameter.data.add_(parameter.grad.data, alpha=-0.05)
+        parameter.grad.data.zero_()
+
+
+def by_hand_and_the_model(model, optimizer):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.05 * parameter.grad
+    model.zero_grad(set_to_none=False)
+
+
+def by_the_optimizer_inside(model, optimizer):
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+    optimizer.zero_grad()
+
+
+def by_step(model, optimizer):
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def averages_applied():
+    """However averages are applied, error-feedback state goes on from there."""
+    ways = by_step, by_hand, by_hand_in_the_old_way, by_hand_and_the_model, by_the_optimizer_inside
+    ends = {}
+    for way in ways:
+        model, next_batch = build_model(), batches(hvd.rank())
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = ef.DistributedOptimizer(
+            sgd, model.named_parameters(), compression=METHODS["top-k"][0]
+        )
+        for _ in range(6):
+            inputs, labels = next_batch()
+            cross_entropy(model(inputs), labels).backward()
+            optimizer.synchronize()
+            way(model, optimizer)
+        ends[way.__name__] = flat(model)
+        optimizer.unwrap()
+    return {name: float((end - ends["by_step"]).abs().max()) for name, end in ends.items()}
+
+
 def averages_changed_and_forgotten():
     model = build_model()
     optimizer = wrapped(model)
@@ -150,7 +201,10 @@ def generator_and_discriminator():
 
 
 def scaled_training(scaled, *, unscale=False, method=METHODS["top-k"][0], fused=False, **options):
-    """30 steps by the usual recipe; rank 1 alone overflows once."""
+    """30 steps by the usual recipe; rank 1 alone overflows once.
+
+    With `backward_passes_per_step` a pass is missing in each step.
+    """
     model, next_batch, scales = build_model(), batches(hvd.rank()), []
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=10, enabled=scaled)
     adam = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
@@ -166,7 +220,8 @@ def scaled_training(scaled, *, unscale=False, method=METHODS["top-k"][0], fused=
         if overflow and len(scales) == 5 and hvd.rank() == 1:
             loss = loss * 1e38 * 1e38
         overflow = overflow and len(scales) < 5
-        loss.backward()
+        for _ in range(max(1, options.get("backward_passes_per_step", 1) - 1)):
+            loss.backward(retain_graph=True)
         if unscale:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -181,16 +236,17 @@ def scaled_training(scaled, *, unscale=False, method=METHODS["top-k"][0], fused=
 
 def usual_recipe():
     found = {}
-    plain = {fused: scaled_training(False, fused=fused)[0] for fused in (False, True)}
     for name, options in {
         "no argument": {},
         "unscale_": {"unscale": True},
         "grad_scaler": {"pass_it": True},
         "fused": {"fused": True},
         "fused, unscale_": {"fused": True, "unscale": True},
+        "fewer passes, unscale_": {"backward_passes_per_step": 2, "unscale": True},
     }.items():
         end, scales, skipped = scaled_training(True, **options)
-        difference = float((end - plain[options.get("fused", False)]).abs().max())
+        plain, _, _ = scaled_training(False, **{**options, "pass_it": False})
+        difference = float((end - plain).abs().max())
         found[name] = {"difference": difference, "scales": scales, "skipped": skipped}
     return found
 
@@ -231,6 +287,36 @@ def slips_with_a_scaler():
     inputs, labels = batches(hvd.rank())()
     scaler.scale(cross_entropy(model(inputs), labels)).backward()
     errors["a late scaler"] = error_of(lambda: scaler.step(optimizer))
+    return errors
+
+
+def clipped_with_a_scaler():
+    """Gradients that are changed under way, after `unscale_` too, in the first step and later."""
+
+    def clip(model):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+    def change_data(model):
+        model[0].weight.grad.data.mul_(0.5)
+
+    errors = []
+    for change in (clip, change_data):
+        for unscale, good_steps in ((False, 0), (False, 2), (True, 0), (True, 2)):
+            model, next_batch = build_model(), batches(hvd.rank())
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            optimizer = wrapped(model)
+            for step in range(good_steps + 1):
+                inputs, labels = next_batch()
+                optimizer.zero_grad()
+                scaler.scale(cross_entropy(model(inputs), labels)).backward()
+                if unscale:
+                    scaler.unscale_(optimizer)
+                if step < good_steps:
+                    scaler.step(optimizer)
+                    scaler.update()
+            change(model)
+            errors.append(error_of(lambda s=scaler, o=optimizer: s.step(o)))
+            optimizer.unwrap()
     return errors
 
 
@@ -298,7 +384,8 @@ def main():
     hvd.init()
     parts = (
         steps_left_out, averages_in_the_next_gradient, averages_changed_and_forgotten,
-        generator_and_discriminator, usual_recipe, slips_with_a_scaler,
+        averages_applied, generator_and_discriminator, usual_recipe, slips_with_a_scaler,
+        clipped_with_a_scaler,
         stock_scaler, stock_adapter,
     )  # fmt: skip
     report(hvd.rank(), {part.__name__: part() for part in parts})
