@@ -83,7 +83,9 @@ _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     "grad_scaler": _kind(
         "a torch.amp.GradScaler",
         "write grad_scaler=scaler, or leave it out",
-        lambda value: value is None or hasattr(value, "is_enabled"),
+        lambda value: (
+            value is None or (hasattr(value, "is_enabled") and not isinstance(value, type))
+        ),
     ),
     "transport": _kind(
         "a Transport",

@@ -105,10 +105,12 @@ class Compression:
         self._unused = False  # averages were delivered, and no optimizer has stepped since
         self._grad_scaler, self._loss_scale = grad_scaler, 1.0
         self._stop_watching: Callable[[], Any] = lambda: None
-        trainable = [(name, p) for name, p in pairs_of(named_parameters) if p.requires_grad]
+        named = pairs_of(named_parameters)
+        trainable = [(name, p) for name, p in named if p.requires_grad]
+        frozen = [p for _, p in named if not p.requires_grad]
         self._parameters = dict(require_distinct(trainable))
         warn_of_surprises(trainable, method, dense, self._transport.rank)
-        self._in_sync = SyncCheck([p for _, p in trainable], self._transport, check_sync)
+        self._in_sync = SyncCheck([p for _, p in trainable], self._transport, check_sync, frozen)
         self._order, self._next_place = list(reversed(self._parameters)), 0
         self._buckets = {
             name: Bucket.open(

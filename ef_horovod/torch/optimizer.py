@@ -107,9 +107,9 @@ def DistributedOptimizer(
         grad_scaler: the scaler; needed only by those who call `synchronize()`, before which the
             optimizer must know it.
         overlap: send buckets during backward (False: all of them in `synchronize`).
-        check_sync: compare the ranks' parameters by hash before the first step changes them, and
-            in the steps 2, 4, 8 and so on (with a quorum in the first one alone); they raise
-            `OutOfSyncError` if ranks differ.
+        check_sync: compare the ranks' parameters by hash (frozen ones too, once) before the first
+            step changes them, and in the steps 2, 4, 8 and so on (with a quorum in the first one
+            alone); they raise `OutOfSyncError` if ranks differ.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
 
     Raises:
@@ -135,7 +135,7 @@ def DistributedOptimizer(
         overlap=overlap,
         check_sync=check_sync,
     )
-    named = name_parameters(named_parameters, optimizer.param_groups)
+    named, others = name_parameters(named_parameters, optimizer.param_groups)
     wrapped = wrapping.wrap(optimizer, _Distributed)
     transport = _open_transport(exchange, process_set, timeout)
     if transport is not None:
@@ -143,7 +143,7 @@ def DistributedOptimizer(
         frozen = [(name, p) for name, p in named if not p.requires_grad]
         warn_of_surprises(trainable, options.method, dense, transport.rank)
         scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
-        wrapped._reducer = Reducer(trainable, frozen, options, transport, scaler)
+        wrapped._reducer = Reducer(trainable, frozen, options, transport, scaler, others)
     return wrapped
 
 

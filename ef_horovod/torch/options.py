@@ -53,8 +53,8 @@ def refuse_unsupported(
     """
     if op not in (hvd.Average, hvd.Sum):
         raise UnsupportedError(
-            f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense vectors; "
-            "use hvd.DistributedOptimizer without compression for it"
+            f"got op={op!r}, expected hvd.Average or hvd.Sum, because others (Adasum too) combine "
+            "dense vectors; use hvd.DistributedOptimizer without compression for them"
         )
     if gradient_predivide_factor != 1.0:
         raise UnsupportedError(

@@ -15,8 +15,12 @@ from ef_horovod.policy import require_distinct
 Named = list[tuple[str, torch.Tensor]]
 
 
-def name_parameters(named_parameters: Any, param_groups: Sequence[dict[str, Any]]) -> Named:
+def name_parameters(
+    named_parameters: Any, param_groups: Sequence[dict[str, Any]]
+) -> tuple[Named, list[torch.Tensor]]:
     """The parameters of an optimizer with their names, in the order of the names given.
+
+    And the frozen ones (such as a backbone) that are named and not the optimizer's.
 
     Args:
         named_parameters: as of `pairs_of`; None to number them.
@@ -38,7 +42,8 @@ def name_parameters(named_parameters: Any, param_groups: Sequence[dict[str, Any]
             "parameters, expected a name for each; pass model.named_parameters() of the whole model"
         )
     of_optimizer = set(owned)
-    return require_distinct([(name, p) for name, p in named if p in of_optimizer])
+    others = [p for _, p in named if p not in of_optimizer and not p.requires_grad]
+    return require_distinct([(name, p) for name, p in named if p in of_optimizer]), others
 
 
 def pairs_of(named_parameters: Any) -> Named:

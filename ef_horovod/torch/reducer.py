@@ -39,6 +39,7 @@ class Reducer:
         transport: to the other ranks.
         scaler: of the loss that gradients come from, so that error-feedback state is kept in
             unscaled units.
+        others: frozen parameters that are not the optimizer's, for `SyncCheck`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Reducer:
         options: Options,
         transport: Transport,
         scaler: torch.amp.GradScaler | None = None,
+        others: Sequence[torch.Tensor] = (),
     ) -> None:
         self.options, self.transport = options, transport
         self.step = 0  # number of the next step; a dropped step's number is used again
@@ -56,7 +58,7 @@ class Reducer:
         self._averages: Averages | None = None  # delivered, not yet applied
         self._config_checked = False
         parameters = [p for _, p in [*trainable, *frozen]]
-        self._in_sync = SyncCheck(parameters, transport, options.check_sync)
+        self._in_sync = SyncCheck(parameters, transport, options.check_sync, others)
         self._sparse: set[torch.Tensor] = set()  # densified in this step
         self._trainable = trainable
         # Which parameters travel as rows is known when all ranks have their first gradients.

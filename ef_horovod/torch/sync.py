@@ -68,12 +68,18 @@ class SyncCheck:
         parameters: in the same order on all ranks.
         transport: to the other ranks.
         enabled: False to do nothing.
+        constant: parameters that no step changes; compared in the first call alone.
     """
 
     def __init__(
-        self, parameters: Sequence[torch.Tensor], transport: Transport, enabled: bool
+        self,
+        parameters: Sequence[torch.Tensor],
+        transport: Transport,
+        enabled: bool,
+        constant: Sequence[torch.Tensor] = (),
     ) -> None:
         self._parameters, self._transport, self._enabled = parameters, transport, enabled
+        self._constant = constant
         self._calls = 0
 
     def check(self, *, again: bool = True) -> None:
@@ -85,7 +91,8 @@ class SyncCheck:
         self._calls += 1
         due = self._calls & (self._calls - 1) == 0 if again else self._calls == 1
         if self._enabled and due:
-            _compare(self._parameters, self._transport, "sync")
+            constant = self._constant if self._calls == 1 else ()
+            _compare([*self._parameters, *constant], self._transport, "sync")
 
 
 def _compare(parameters: Iterable[torch.Tensor], transport: Transport, name: str) -> None:

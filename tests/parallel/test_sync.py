@@ -28,6 +28,12 @@ def test_a_forgotten_broadcast_raises_before_anything_changes(
 
 
 @pytest.mark.parametrize("adapter", ["", "stock "])
+def test_a_frozen_backbone_that_was_not_broadcast_raises(adapter: str, results: Results) -> None:
+    for result in results:
+        assert result[f"{adapter}frozen"].startswith(APART)
+
+
+@pytest.mark.parametrize("adapter", ["", "stock "])
 def test_other_learning_rates_raise_when_they_have_moved_the_ranks_apart(
     adapter: str, results: Results
 ) -> None:

@@ -50,6 +50,12 @@ def test_torch_adapters_refuse_options_of_other_kinds(name, value):
         _refuses(lambda **options: et.Compression(METHOD, named, **options), name, value)
 
 
+@pytest.mark.parametrize("value", [torch.amp.GradScaler, 1024.0])
+def test_a_scale_or_a_class_is_no_grad_scaler(value):
+    with pytest.raises(ef.UnsupportedError, match=r"expected a torch.amp.GradScaler; write"):
+        check_options("DistributedOptimizer", grad_scaler=value)
+
+
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_tensorflow_adapters_refuse_options_of_other_kinds(name, value):
     import keras

@@ -40,6 +40,17 @@ def forgotten_broadcast(adapter):
     return {"error": error, "kept": kept, "end": digest(model) if adapter == "ef" else ""}
 
 
+def frozen_backbone(adapter):
+    """The heads are equal; what is frozen and not the optimizer's is not."""
+    head, backbone = torch.nn.Linear(40, 10), build_model(seed=hvd.rank())
+    head.load_state_dict({"weight": torch.ones(10, 40), "bias": torch.zeros(10)})
+    backbone[3] = torch.nn.Linear(50, 40)
+    backbone.requires_grad_(False)
+    model = torch.nn.Sequential(backbone, head)
+    optimizer = wrap(model, torch.optim.SGD(head.parameters(), lr=0.05), adapter)
+    return attempt(model, optimizer, 1)
+
+
 def other_learning_rate(adapter):
     """With a warm-up from 0: step 1 changes nothing, step 2 does."""
     model = build_model()
@@ -107,9 +118,11 @@ def main() -> None:
         "state_first": restored(state_first=True),
         "require_in_sync": require_in_sync(),
         "rate": other_learning_rate("ef"),
+        "frozen": frozen_backbone("ef"),
     }
     found["forgotten"] = forgotten_broadcast("ef")
     # Last, for the stock optimizer has allreduces under way when it raises.
+    found["stock frozen"] = frozen_backbone("stock")
     found["stock rate"] = other_learning_rate("stock")
     found["stock forgotten"] = forgotten_broadcast("stock")
     report(hvd.rank(), found)
