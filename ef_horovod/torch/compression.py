@@ -36,7 +36,7 @@ from ef_horovod.policy import (
     warn_of_surprises,
 )
 from ef_horovod.torch.buckets import Bucket, require_untouched
-from ef_horovod.torch.hooks import weak
+from ef_horovod.torch.hooks import uncompiled, weak
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.transports.ending import watch_over
@@ -130,6 +130,7 @@ class Compression:
             options = f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}"
             require_same_config(self._transport, [options, *describe(self._buckets.values())])
 
+    @uncompiled
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
         """Called by Horovod for each gradient; starts its exchange."""
         name = self._name_of(tensor)
@@ -142,6 +143,7 @@ class Compression:
         # Horovod wants one tensor to allreduce: a 1, which comes back as 1 for Average, n for Sum.
         return torch.ones(1, device=tensor.device), (name, tensor)
 
+    @uncompiled
     def decompress(
         self, tensor: torch.Tensor, ctx: tuple[str, torch.Tensor] | None
     ) -> torch.Tensor:
@@ -211,12 +213,14 @@ class Compression:
         """Keep a hook that torch calls when an optimizer steps, until the next step is finished."""
         self._stop_watching = weakref.finalize(self, hook.remove)
 
+    @uncompiled
     def _after_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Note that the averages were used."""
         if self._owned_by(optimizer):
             self._unused = False
             self._stop_watching()
 
+    @uncompiled
     def _before_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Take the gradients of a dropped step away from the optimizer that would use them.
 

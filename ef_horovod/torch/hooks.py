@@ -1,7 +1,8 @@
-"""Hooks that are called when a parameter's gradient exists."""
+"""Hooks that are called when a parameter's gradient exists, and are not for `torch.compile`."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,7 +36,7 @@ class GradientHooks:
                     "optimizer already, expected one; call unwrap() on the other one first"
                 )
         self._parameters: set[torch.Tensor] = set(names)
-        hook = weak(call)
+        hook = torch.compiler.disable(weak(call))
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in names]
         _live.add(self)
 
@@ -59,3 +60,22 @@ def weak(method: Callable[..., None]) -> Callable[..., None]:
             alive(*arguments)
 
     return call
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which graphs of `torch.compile` and compiled autograd leave out.
+
+    It talks to other ranks, and much of it is NumPy's. The compiler is imported at the first call:
+    that takes seconds, and torch's optimizers import it anyway.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return _left_out(function)(*arguments, **options)
+
+    return call
+
+
+@functools.cache
+def _left_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import horovod.torch as hvd
 import torch
 
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.torch.hooks import uncompiled
 
 _NOT_MEMBERS = ("__dict__", "__weakref__", "__annotations__", "__module__", "__doc__")
 
@@ -81,6 +83,11 @@ class NoExchange:
         )
 
 
+def _names_of(methods: type) -> list[str]:
+    """What is ours in an instance: all but what properties look after, which is the base's too."""
+    return [name for name, member in vars(methods).items() if not isinstance(member, property)]
+
+
 def _make_copy(base: type, methods: type) -> Any:
     copy: Any = object.__new__(_class_of(base, methods))
     copy._reducer = NoExchange()
@@ -96,7 +103,11 @@ def _own(methods: type) -> set[str]:
 
 
 def _class_of(base: type, methods: type) -> type:
-    members = {name: m for name, m in vars(methods).items() if name not in _NOT_MEMBERS}
+    members = {
+        name: uncompiled(m) if isinstance(m, FunctionType) else m
+        for name, m in vars(methods).items()
+        if name not in _NOT_MEMBERS
+    }
     members |= {"_base": base, "__module__": hvd.optimizer.__name__}
     return type(base.__name__, (base,), members)
 

@@ -1,0 +1,25 @@
+"""Compiled steps and compiled backward passes train as those that are not compiled."""
+
+from __future__ import annotations
+
+import pytest
+from launching import Results, horovodrun
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return horovodrun(2, "compiled.py", tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.mark.parametrize("way", ["step", "autograd"])
+def test_compilation_changes_no_number(way: str, results: Results) -> None:
+    for result in results:
+        assert result[way] == results[0]["eager"]
+
+
+@pytest.mark.parametrize("way", ["eager", "step", "autograd"])
+def test_without_compression_it_is_plain_horovod(way: str, results: Results) -> None:
+    ends = results[0][way]
+    assert ends["ours"] == ends["stock"] == ends["plain"]
