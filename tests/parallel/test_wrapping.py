@@ -29,7 +29,7 @@ def test_a_layer_is_frozen_by_wrapping_again(results: Results) -> None:
     for result in results:
         facts = result["freezing"]
         assert facts["type"], "not a plain optimizer again"
-        assert facts["more"] == []
+        assert facts["other"] == []
         assert facts["idle"], "an optimizer that is not wrapped any more took gradients"
         assert facts["still"], "a frozen parameter moved"
         assert facts["lr"] == 0.05, "the scheduler did not reach the optimizer"
