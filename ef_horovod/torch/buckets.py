@@ -111,15 +111,15 @@ class Taken(NamedTuple):
     def is_unchanged(self, now: torch.Tensor) -> bool:
         """Whether the sample is the same, too, which was taken."""
         assert self.sample is not None
-        return self.is_current(now) and _are_same(self.sample, _sample_of(now).contiguous(), 1.0)
+        return self.is_current(now) and _are_same(self.sample, _sample_of(now).contiguous())
 
 
-def require_untouched(buckets: Iterable[Bucket], factor: float = 1.0) -> None:
+def require_untouched(buckets: Iterable[Bucket], factor: float | None = None) -> None:
     """Raise if a gradient was changed after it had been taken: the change would be lost.
 
     Args:
         buckets: whose gradients are compared, as far as they were taken.
-        factor: what a GradScaler has multiplied all of them by since.
+        factor: what a GradScaler has multiplied all of them by since, if one has.
 
     Raises:
         RuntimeError: names the parameter.
@@ -130,12 +130,12 @@ def require_untouched(buckets: Iterable[Bucket], factor: float = 1.0) -> None:
             f"the gradient of '{name}' was changed between backward() and step(), "
             "expected it as backward() left it: it was on its way to other ranks; call "
             "synchronize(), then change it (clip, scaler.unscale_), then step() inside "
-            "skip_synchronize() (with a GradScaler pass grad_scaler=scaler to the optimizer), or "
+            "skip_synchronize() (with a GradScaler pass grad_scaler=scaler, too), or "
             "discard() to leave the step out"
         )
 
 
-def _changed_gradient(buckets: Iterable[Bucket], factor: float) -> str:
+def _changed_gradient(buckets: Iterable[Bucket], factor: float | None) -> str:
     """Name of a parameter whose gradient was replaced or changed after it was taken, or "".
 
     Changes that do not raise a tensor's version, such as those of `p.grad.data` or of a GradScaler,
@@ -167,11 +167,12 @@ class _Sample(NamedTuple):
     now: torch.Tensor
 
 
-def _are_same(before: torch.Tensor, now: torch.Tensor, factor: float) -> bool:
-    """Whether `now` is `before`, to the bit, or `before` multiplied by another factor than 1."""
-    if factor == 1.0:
+def _are_same(before: torch.Tensor, now: torch.Tensor, factor: float | None = None) -> bool:
+    """Whether `now` is `before`, to the bit, or about `before` * factor (1: another NaN)."""
+    if factor is None:
         return torch.equal(before.view(torch.uint8), now.view(torch.uint8))
-    return torch.allclose(before * factor, now, rtol=1e-2, atol=0.0, equal_nan=True)
+    tolerance = 0.0 if factor == 1.0 else 1e-2
+    return torch.allclose(before * factor, now, rtol=tolerance, atol=0.0, equal_nan=True)
 
 
 def _sample_of(gradient: torch.Tensor) -> torch.Tensor:
