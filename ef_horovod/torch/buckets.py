@@ -106,6 +106,8 @@ class Taken(NamedTuple):
             return self.gradient is gradient
         if gradient.is_sparse and gradient.dtype == torch.float16:
             return True  # a GradScaler has others put in their place
+        if gradient._is_view():
+            return self.gradient is gradient  # views of one buffer have one version: samples tell
         return self.gradient is gradient and gradient._version == self.version
 
     def is_unchanged(self, now: torch.Tensor) -> bool:

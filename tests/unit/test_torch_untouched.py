@@ -48,3 +48,18 @@ def test_a_change_beside_the_scaler_is_noticed(unscale: bool) -> None:
     parameter.grad.data[2] *= 0.9
     with pytest.raises(RuntimeError, match="the gradient of 'weight' was changed"):
         require_untouched([bucket], factor)
+
+
+def test_gradients_in_one_flat_buffer_are_told_apart() -> None:
+    buffer, bucket = torch.ones(4), SimpleNamespace(slots=[], filled={})
+    for name in "ab":
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        start = 2 * len(bucket.slots)
+        parameter.grad = buffer[start : start + 2]
+        parameter.grad.mul_(2)  # as a backward pass does, which raises the version of all
+        bucket.slots.append(SimpleNamespace(name=name, parameter=parameter))
+        bucket.filled[parameter] = Taken.of(parameter.grad)
+    require_untouched([bucket])
+    buffer[3] = 7
+    with pytest.raises(RuntimeError, match="the gradient of 'b' was changed"):
+        require_untouched([bucket])
