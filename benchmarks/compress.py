@@ -83,14 +83,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=25_000_000, help="entries (default: 25 million)")
     parser.add_argument("--repeat", type=int, default=9, help="rounds to take medians of")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
-    parser.add_argument(
-        "--import",
-        action="append",
-        default=[],
-        dest="modules",
-        metavar="MODULE",
-        help="a module or package of yours that registers something",
-    )
+    registry.add_import_option(parser)
     parser.add_argument("--check", action="store_true", help="fail if a limit is missed")
     return parser.parse_args(words)
 

@@ -12,6 +12,7 @@ from typing import Any
 from ef_horovod._progress import CommandFailed
 from ef_horovod.build_horovod import FRAMEWORKS, BuildError, Options, build_horovod
 from ef_horovod.errors import EFHorovodError
+from ef_horovod.registry import add_import_option, load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,14 +119,7 @@ def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "what", nargs="?", choices=("compressors", "methods"), help="one of the two (both)"
     )
-    parser.add_argument(
-        "--import",
-        action="append",
-        default=[],
-        dest="modules",
-        metavar="MODULE",
-        help="import this module or package first (repeatable)",
-    )
+    add_import_option(parser)
     parser.add_argument(
         "--elements", type=_positive, default=1_000_000, metavar="D", help="length of a vector"
     )
@@ -136,10 +130,10 @@ def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _run_list(arguments: argparse.Namespace) -> None:
-    from ef_horovod import listing, registry
+    from ef_horovod import listing
 
     sys.path.insert(0, "")  # as `python -m` does, so that a folder's own modules are found
-    registry.load(arguments.modules)
+    load(arguments.modules)
     chosen = (arguments.what,) if arguments.what else ("compressors", "methods")
     print(listing.page(chosen, arguments.elements, markdown=arguments.markdown))
 

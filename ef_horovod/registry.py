@@ -5,6 +5,7 @@ A third party registers from outside the package in the same way; nothing else h
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -97,6 +98,19 @@ def import_all(package: str, path: Iterable[str]) -> None:
     """Import every module of a package, so that each registers what it defines."""
     for module in pkgutil.iter_modules(path):
         importlib.import_module(f"{package}.{module.name}")
+
+
+def add_import_option(parser: argparse.ArgumentParser) -> None:
+    """Give a command `--import`, whose `modules` are for `load`."""
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="modules",
+        metavar="MODULE",
+        help="import this module or package first, for compressors and methods of yours "
+        "(repeatable)",
+    )
 
 
 def load(modules: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ef_horovod._extras import explained
 from ef_horovod.errors import EFHorovodError
+from ef_horovod.registry import add_import_option, load
 from ef_horovod.transports.waiting import limit_of, require_limit
 
 if TYPE_CHECKING:  # launch/server reads options by a Python that may have no NumPy
@@ -116,15 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--compressor", metavar="C", help="of the workers: 'onebit', 'topk:0.01', 'OneBit(\"l2\")'"
     )
     parser.add_argument("--down-compressor", metavar="C", help="of the server's answers")
-    parser.add_argument(
-        "--import",
-        action="append",
-        default=[],
-        dest="modules",
-        metavar="MODULE",
-        help="import this module or package first, for methods and compressors of others "
-        "(repeatable)",
-    )
+    add_import_option(parser)
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -197,7 +190,6 @@ def method_of(arguments: argparse.Namespace) -> Method | None:
     Raises:
         ValueError, UnsupportedError: it cannot be read, or is no method.
     """
-    from ef_horovod.registry import load
     from ef_horovod.spelling import read_compressor, read_method
 
     load(arguments.modules)
