@@ -273,7 +273,7 @@ class ServerTransport(MPITransport):
         self._closed = True
         if not self._servers_leave:  # they may well take part from now on
             self._watching.set()
-        _opened[:] = [(comm, one) for comm, one in _opened if one is not self]
+            _opened[:] = [(comm, one) for comm, one in _opened if one is not self]
         error = error or in_words(self._broken)
         bye = pack(Message(Kind.BYE, self.rank), text_body(error))
         self._send(bye, self._group.servers, CONTROL_TAG)
@@ -379,7 +379,8 @@ def require_first(comm: Any = None) -> None:
         raise UnsupportedError(
             "got a second optimizer, reducer, tape or Worker in a job with parameter servers, "
             "expected one in a process, for servers hear of all buckets at once; give all "
-            "parameters to one, in parameter groups if their settings differ"
+            "parameters to one, in parameter groups if their settings differ, and close it after "
+            "the last step only, for the servers end with it"
         )
 
 

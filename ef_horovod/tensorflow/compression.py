@@ -8,6 +8,7 @@ allreduce for each variable, no buckets.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -49,8 +50,9 @@ class Compression(tf.Module):
     """An instance for `compression=` of Horovod's tape, and of its optimizer for tf_keras.
 
     Horovod names no gradient: they are told apart by their order. So all variables need a dense
-    gradient, in the order given here. If any rank's gradient of a variable is not finite, that
-    variable's memory stays as it was on all ranks and its average is NaN, as with plain Horovod;
+    gradient at every step, in the order given here; a missing or sparse one is refused. If any
+    rank's gradient of a variable is not finite, that variable's memory stays as it was on all ranks
+    and its average is NaN, as with plain Horovod;
     `ef.DistributedGradientTape` drops whole steps. `op=hvd.Adasum` is not supported.
 
     Args:
@@ -173,6 +175,7 @@ class Compression(tf.Module):
         trace = _outermost_graph()
         if trace is not self._trace:
             self._trace, self._next_place = trace, 0
+        self._require_all_dense()
         place = self._next_place % len(self._buckets)
         self._next_place += 1
         variable = self._buckets[place].slots[0].parameter
@@ -184,6 +187,28 @@ class Compression(tf.Module):
                 "all with dense gradients, or take ef.DistributedGradientTape"
             )
         return place
+
+    def _require_all_dense(self) -> None:
+        """Raise if Horovod has a gradient that it does not hand over: it would shift the places."""
+        for i, gradient in enumerate(_horovods_gradients()):
+            if not isinstance(gradient, tf.Tensor):
+                what = "no gradient" if gradient is None else f"a {type(gradient).__name__}"
+                raise UnsupportedError(
+                    f"got {what} as number {i} of a step, expected a dense one for each variable, "
+                    "for Horovod gives no names; leave that variable out here and in "
+                    "tape.gradient(), or take ef.DistributedGradientTape, which sends rows and "
+                    "zeros"
+                )
+
+
+def _horovods_gradients() -> Iterable[Any]:
+    """The gradients of the call of Horovod's tape or optimizer that is under way."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name.endswith("allreduce_grads") and "grads" in frame.f_locals:
+            return frame.f_locals["grads"]
+        frame = frame.f_back
+    return ()
 
 
 def _outermost_graph() -> Any:

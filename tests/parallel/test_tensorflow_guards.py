@@ -85,6 +85,8 @@ def test_ranks_that_disagree_are_told_on_every_rank(
         ("other variables", "wrap an optimizer for each set of variables"),
         ("fewer gradients", "with None where there is none"),
         ("tensor", "take gradients of tensors from the plain tape"),
+        ("missing, stock", "or take ef.DistributedGradientTape, which sends rows and zeros"),
+        ("rows, stock", "or take ef.DistributedGradientTape, which sends rows and zeros"),
         ("another shape", "or take ef.DistributedGradientTape"),
         ("replicas", "start one process for each"),
         ("scaler by keras", "write ef.DistributedOptimizer(keras.optimizers.LossScaleOptimizer("),

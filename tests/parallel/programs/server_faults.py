@@ -155,6 +155,14 @@ def collective_of_all_ranks_after_the_end():
     return world.allgather(worker.step)
 
 
+def another_after_the_end():
+    with Worker(arrays(), EF21) as worker:
+        steps(worker, 0, 2)
+    begin = time.monotonic()
+    error = error_of(lambda: Worker(arrays(), EF21))
+    return error, time.monotonic() - begin
+
+
 def missing():
     if odd():
         time.sleep(60)

@@ -56,6 +56,18 @@ def stock_reduce(method, **options):
     step()
 
 
+def stock_without(place, rows=False):
+    """A step of Horovod's tape in which a variable has rows as its gradient, or none."""
+    variables = variables_of(count=3)
+    adapter = ef.Compression(METHOD, variables)
+    with tf.GradientTape() as tape:
+        losses = [tf.reduce_sum(v) for i, v in enumerate(variables) if i != place]
+        if rows:
+            losses.append(tf.reduce_sum(tf.gather(variables[place], [1])))
+        loss = tf.add_n(losses)
+    hvd.DistributedGradientTape(tape, compression=adapter).gradient(loss, variables)
+
+
 def disagreements():
     """(error, seconds) of steps that differ between ranks in one thing each."""
     topk = ef.ErrorFeedback(ef.TopK(ratio=0.02 if odd() else 0.01))
@@ -182,6 +194,8 @@ def steps():
         "other variables": error_of(lambda: optimizer.apply(ones, second)),
         "fewer gradients": error_of(lambda: reducer.reduce(ones[:1])),
         "tensor": error_of(lambda: taped(tf.ones((40, 60)), compression=METHOD)),
+        "missing, stock": error_of(lambda: stock_without(1 if odd() else 0)),
+        "rows, stock": error_of(lambda: stock_without(1, rows=True)),
         "another shape": error_of(lambda: adapter.compress(tf.ones((41, 60)))),
         "replicas": error_of(lambda: in_replicas(lambda: reducer.reduce(ones))),
     }
