@@ -49,7 +49,8 @@ def digest(model: torch.nn.Module) -> str:
     """Hash of all parameters' bits."""
     sha = hashlib.sha256()
     for parameter in model.parameters():
-        sha.update(parameter.detach().cpu().numpy().tobytes())
+        values = parameter.detach().cpu().reshape(-1)  # NumPy knows no bfloat16
+        sha.update(values.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
