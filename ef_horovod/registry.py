@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.options import whole
 
 if TYPE_CHECKING:
     from ef_horovod.compressors.base import Compressor
@@ -39,6 +38,8 @@ def register_compressor(wire_id: int) -> Callable[[_C], _C]:
     """
 
     def register(cls: _C) -> _C:
+        from ef_horovod.options import whole  # needs NumPy, which commands' options do not
+
         number = whole(cls.__name__, "wire_id", wire_id, 0, 255, "take one from 128 on")
         _require_free_name(cls)
         other = _BY_WIRE_ID.get(number)
