@@ -9,7 +9,6 @@ allreduce for each variable, no buckets.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -34,9 +33,8 @@ from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.graphs import refuse_xla
 from ef_horovod.tensorflow.variables import name_variables, path_of
+from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_tensorflow import open_lasting
-
-_instances = itertools.count()
 
 
 class _UnderWay(NamedTuple):
@@ -90,7 +88,7 @@ class Compression(tf.Module):
         check_options("Compression", **locals())
         self._method = method = require_method(method)
         named = name_variables(variables)
-        prefix = f"ef.stock{next(_instances)}"
+        prefix = next_prefix("ef.stock", process_set)
         self._transport = open_lasting(prefix, process_set, timeout)
         if self._transport.size > 1:
             by_path = [(path_of(variable), variable) for _, variable in named]

@@ -22,7 +22,7 @@ from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.graphs import refuse_replicas, refuse_xla
 from ef_horovod.tensorflow.rows import Rows
 from ef_horovod.tensorflow.sync import in_sync_op
-from ef_horovod.tensorflow.variables import native, path_of
+from ef_horovod.tensorflow.variables import native, path_of, require_gradient_of
 from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
@@ -80,6 +80,8 @@ class Engine:
         """Ops that average gradients over ranks; the averages and whether the step is good."""
         refuse_xla()
         refuse_replicas()
+        for gradient, (_, variable) in zip(gradients, self._named, strict=True):
+            require_gradient_of(variable, gradient)
         gradients = self._begin([self._densified(g) for g in gradients])
         in_sync = self._compare_in_second_call() if self.options.check_sync else tf.constant(True)
         step = self.step.read_value()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -29,10 +28,9 @@ from ef_horovod.policy import (
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
 from ef_horovod.tensorflow.variables import name_variables, path_of
+from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_tensorflow import open_lasting
 from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
-
-_instances = itertools.count()
 
 
 class Reducer(tf.Module):
@@ -254,7 +252,7 @@ def _open_transport(
     if exchange == "server":
         return open_servers(timeout)
     process_set = process_set or hvd.global_process_set
-    prefix = f"ef{next(_instances)}"  # make reducers in the same order on all ranks
+    prefix = next_prefix("ef", process_set)  # make reducers in the same order on all ranks
     if process_set.included() and process_set.size() > 1:
         return open_lasting(prefix, process_set, timeout)
     return None

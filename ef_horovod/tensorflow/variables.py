@@ -81,3 +81,26 @@ def name_variables(variables: Any) -> list[tuple[str, Any]]:
 def on_gpu(variable: Any) -> bool:
     """Whether a variable's memory is a GPU's."""
     return "GPU" in native(variable).device.upper()
+
+
+def require_gradient_of(variable: Any, gradient: Any) -> None:
+    """Raise unless a gradient is None, or of the variable's shape and of a floating type.
+
+    Raises:
+        ValueError: another shape or type, with the variable's name.
+    """
+    if gradient is None:
+        return
+    shape = tf.TensorShape(variable.shape)
+    if isinstance(gradient, tf.IndexedSlices):  # rows: any number of them
+        shape, gradient = tf.TensorShape([None, *shape[1:]]), gradient.values
+    got = getattr(gradient, "shape", None), getattr(gradient, "dtype", type(gradient).__name__)
+    if (
+        got[0] is None
+        or not shape.is_compatible_with(got[0])
+        or not tf.as_dtype(got[1]).is_floating
+    ):
+        raise ValueError(
+            f"got a gradient of shape {got[0]} and type {got[1]} for '{path_of(variable)}', "
+            f"expected {shape} of a floating type; pass gradients in the order of the variables"
+        )

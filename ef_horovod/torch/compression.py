@@ -8,7 +8,6 @@ it overlaps with backward, and gives Horovod a single number to reduce. Its pric
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -40,9 +39,8 @@ from ef_horovod.torch.hooks import uncompiled, weak
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.transports.ending import watch_over
+from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
-
-_instances = itertools.count()
 
 
 class Compression:
@@ -96,7 +94,9 @@ class Compression:
         refuse_elastic()
         check_options("Compression", **locals())
         self._method = method = require_method(method)
-        self._transport = HorovodTorchTransport(f"ef.stock{next(_instances)}", process_set, timeout)
+        self._transport = HorovodTorchTransport(
+            next_prefix("ef.stock", process_set), process_set, timeout
+        )
         watch_over(self._transport, hvd.shutdown)
         self._step = 0
         self._under_way: dict[str, Bucket] = {}

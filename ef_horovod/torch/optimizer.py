@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -36,12 +35,11 @@ from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Reducer
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.ending import watch_over
+from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 if TYPE_CHECKING:
     from ef_horovod.torch.typed import WrappedOptimizer
-
-_instances = itertools.count()
 
 
 def DistributedOptimizer(
@@ -155,7 +153,7 @@ def _open_transport(exchange: str, process_set: Any, timeout: float | None) -> T
         refuse_process_set(process_set)
         return ServerTransport(timeout)
     process_set = process_set or hvd.global_process_set
-    prefix = f"ef{next(_instances)}"  # wrap optimizers in the same order on all ranks
+    prefix = next_prefix("ef", process_set)  # wrap optimizers in the same order on all ranks
     if process_set.included() and process_set.size() > 1:
         transport = HorovodTorchTransport(prefix, process_set, timeout)
         watch_over(transport, hvd.shutdown)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from horovod.common.process_sets import global_process_set
@@ -10,7 +12,22 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.waiting import limit_of
 
+_instances: dict[tuple[str, int], Iterator[int]] = {}  # by kind and process set
 _MOST_NBYTES = 2**31 - 1  # of a gather: Horovod counts and places them by C's int
+
+
+def next_prefix(kind: str, process_set: Any = None) -> str:
+    """A prefix for the names of one more user of a process set's collectives.
+
+    They are counted per set: ranks outside a set may not know of its users.
+
+    Args:
+        kind: "ef", or "ef.stock" for adapters of Horovod's own optimizers and tapes.
+        process_set: a `hvd.ProcessSet`; default all ranks.
+    """
+    place = (process_set or global_process_set).process_set_id
+    number = next(_instances.setdefault((kind, place), itertools.count()))
+    return f"{kind}{number}" if place == 0 else f"{kind}.set{place}.{number}"
 
 
 class HorovodTransport(Transport):

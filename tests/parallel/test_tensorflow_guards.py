@@ -84,6 +84,8 @@ def test_ranks_that_disagree_are_told_on_every_rank(
         ("state too early", "call optimizer.build("),
         ("other variables", "wrap an optimizer for each set of variables"),
         ("fewer gradients", "with None where there is none"),
+        ("another order", "pass gradients in the order of the variables"),
+        ("integers", "of a floating type"),
         ("tensor", "take gradients of tensors from the plain tape"),
         ("missing, stock", "or take ef.DistributedGradientTape, which sends rows and zeros"),
         ("rows, stock", "or take ef.DistributedGradientTape, which sends rows and zeros"),

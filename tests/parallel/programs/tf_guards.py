@@ -193,6 +193,8 @@ def steps():
     return {
         "other variables": error_of(lambda: optimizer.apply(ones, second)),
         "fewer gradients": error_of(lambda: reducer.reduce(ones[:1])),
+        "another order": error_of(lambda: reducer.reduce([tf.transpose(ones[0]), *ones[1:]])),
+        "integers": error_of(lambda: reducer.reduce([tf.cast(ones[0], tf.int32), *ones[1:]])),
         "tensor": error_of(lambda: taped(tf.ones((40, 60)), compression=METHOD)),
         "missing, stock": error_of(lambda: stock_without(1 if odd() else 0)),
         "rows, stock": error_of(lambda: stock_without(1, rows=True)),
