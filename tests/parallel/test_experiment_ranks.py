@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from launching import mpirun
 
+from experiments.errors import Refused
 from experiments.server_job import require_ranks
 from experiments.workers import Workers
 
@@ -45,5 +46,5 @@ def test_a_server_trains_as_one_process_does(tmp_path):
 
 
 def test_a_server_job_has_one_server_and_four_workers():
-    with pytest.raises(ValueError, match="got 1 rank, expected 5: a server and 4 workers"):
+    with pytest.raises(Refused, match="got 1 rank, expected 5: a server and 4 workers"):
         require_ranks(Workers())
