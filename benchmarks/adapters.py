@@ -107,7 +107,8 @@ def tensorflow_step(method: ef.Method, gradients: list[np.ndarray]) -> tuple[Ste
     """A step of the TensorFlow adapter inside a tf.function."""
     variables = [tf.Variable(tf.zeros(g.shape)) for g in gradients]
     named = [(f"p{i}", v) for i, v in enumerate(variables)]
-    engine = Engine(named, EngineOptions(method=method, check_sync=False, **COMMON), EchoOps(RANKS))
+    options = EngineOptions(method=method, check_sync=False, discardable=False, **COMMON)
+    engine = Engine(named, options, EchoOps(RANKS))
     fresh = [tf.constant(g) for g in gradients]
     reduce = tf.function(lambda *given: engine.reduce(given, tf.constant(1.0))[0])
 

@@ -38,7 +38,7 @@ def by_definition(seed, p, d):
 @pytest.mark.parametrize("seed", [0, 2**64 - 1, 12345])
 def test_places_are_those_of_the_definition(p, seed):
     d = 3000 if p > 0.01 else 20_000
-    assert _draw_indices(seed, p, d).tolist() == by_definition(seed, p, d)
+    assert _draw_indices(seed, p, d, d).tolist() == by_definition(seed, p, d)
 
 
 @given(st.floats(0, 1, exclude_min=True))
@@ -58,7 +58,7 @@ def test_counts_are_binomial_and_coins_independent():
     p, d, draws = 0.2, 500, 4000
     kept = np.zeros((draws, d))
     for t in range(draws):
-        kept[t, _draw_indices(ef.Key(step=t).draw(shared=True), p, d)] = 1
+        kept[t, _draw_indices(ef.Key(step=t).draw(shared=True), p, d, d)] = 1
     counts = kept.sum(1)
     deviation = math.sqrt(p * (1 - p) * d)
     assert counts.mean() == pytest.approx(p * d, abs=5 * deviation / math.sqrt(draws))
@@ -72,16 +72,16 @@ def test_counts_are_binomial_and_coins_independent():
 
 @pytest.mark.parametrize(("p", "d"), [(1.0, 50), (0.5, 0), (1e-300, 10**6), (5e-324, 1000)])
 def test_ends_of_the_range(p, d):
-    kept = _draw_indices(3, p, d)
+    kept = _draw_indices(3, p, d, d)
     assert kept.size == (d if p == 1 else 0)
     x = np.ones(d, np.float32)
     assert np.array_equal(ef.RandomSparsify(p).compress(x).decompress(), x if p == 1 else 0 * x)
 
 
 def test_more_entries_than_there_was_room_for(monkeypatch):
-    expected = _draw_indices(9, 0.3, 10_000)
+    expected = _draw_indices(9, 0.3, 10_000, 10_000)
     monkeypatch.setattr(randomsparsify.math, "sqrt", lambda _: -400.0)  # a sixth below the mean
-    assert np.array_equal(_draw_indices(9, 0.3, 10_000), expected)
+    assert np.array_equal(_draw_indices(9, 0.3, 10_000, 10_000), expected)
 
 
 def test_shared_coins_are_equal_on_all_ranks_and_others_differ():
