@@ -58,12 +58,12 @@ class EstimatedGradient:
                 "what ef.DistributedOptimizer returns on at least two ranks, for the method's "
                 "averaging is done there; start the job with horovodrun -np 2"
             )
-        options = reducer.options
+        options, scaled = reducer.options, reducer.scaler is not None
         estimator.require_fit(options.method)
-        if estimator.needs_last and (options.passes > 1 or options.scaled):
+        if estimator.needs_last and (options.passes > 1 or scaled):
             raise UnsupportedError(
                 f"{estimator} got backward_passes_per_step={options.passes} and "
-                f"grad_scaler={options.scaled}, expected 1 and none, for it builds on its last "
+                f"grad_scaler={scaled}, expected 1 and none, for it builds on its last "
                 "estimate as it was delivered; leave them out"
             )
         self.estimator, self._reducer = estimator, reducer
