@@ -17,6 +17,7 @@ import time
 from types import FrameType
 from typing import Any
 
+from ef_horovod.transports.frames import current_frames
 from ef_horovod.transports.mpi import MPI
 
 _CALL = re.compile(
@@ -48,7 +49,7 @@ def _watch(world: Any, rank: int, limit: float, ended: threading.Event) -> None:
     since: dict[tuple[int, int, int], float] = {}  # when a thread came to where it stands
     while not ended.wait(min(1.0, limit / 10)):
         now = time.monotonic()
-        frames = {(i, id(f), f.f_lasti): f for i, f in sys._current_frames().items()}
+        frames = {(i, id(f), f.f_lasti): f for i, f in current_frames().items()}
         since = {place: since.get(place, now) for place in frames}
         for place, frame in frames.items():
             if now - since[place] >= limit and (call := collective_in(frame, world)):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from types import FrameType
+
+from ef_horovod.transports.frames import current_frames
 
 _EXECUTE = "tensorflow/python/eager/execute.py"  # calls a graph, and returns or raises at its end
 _OURS = "ef_horovod/tensorflow/"
@@ -22,7 +23,7 @@ def calls_under_way() -> Callable[[], bool]:
     """
     this = threading.get_ident()
     calls: list[FrameType] = []
-    for thread, innermost in sys._current_frames().items():
+    for thread, innermost in current_frames().items():
         for frame in _stack(innermost):
             path = PurePath(frame.f_code.co_filename).as_posix()
             eager = thread == this and _OURS in path and frame.f_code.co_name in _EAGER
@@ -33,7 +34,7 @@ def calls_under_way() -> Callable[[], bool]:
         return lambda: True  # not known
 
     def any_left() -> bool:
-        running = {id(frame) for top in sys._current_frames().values() for frame in _stack(top)}
+        running = {id(frame) for top in current_frames().values() for frame in _stack(top)}
         return any(id(call) in running for call in calls)
 
     return any_left
