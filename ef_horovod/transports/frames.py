@@ -13,8 +13,8 @@ _one_at_a_time = threading.Lock()
 def current_frames() -> dict[int, FrameType]:
     """`sys._current_frames()`, without its deadlock.
 
-    Up to Python 3.11.9 a garbage collection inside of it can give away Python's lock while it holds
-    the lock of the list of threads (python/cpython#106883), so none may happen there.
+    In Python 3.11 a garbage collection inside of it can give away Python's lock while it holds the
+    lock of the list of threads (python/cpython#106883, seen on 3.11.7), so none may happen there.
     """
     with _one_at_a_time:
         collects = gc.isenabled()
