@@ -380,7 +380,7 @@ def require_first(comm: Any = None) -> None:
             "got a second optimizer, reducer, tape or Worker in a job with parameter servers, "
             "expected one in a process, for servers hear of all buckets at once; give all "
             "parameters to one, in parameter groups if their settings differ, and close it after "
-            "the last step only, for the servers end with it"
+            "the last step only: the servers end with it"
         )
 
 

@@ -55,15 +55,15 @@ class EstimatedGradient:
         if reducer is None:
             raise UnsupportedError(
                 f"EstimatedGradient got {type(optimizer).__name__} without an exchange, expected "
-                "what ef.DistributedOptimizer returns on at least two ranks, for the method's "
-                "averaging is done there; start the job with horovodrun -np 2"
+                "what ef.DistributedOptimizer returns on at least two ranks: the method averages "
+                "there; start the job with horovodrun -np 2"
             )
         options, scaled = reducer.options, reducer.scaler is not None
         estimator.require_fit(options.method)
         if estimator.needs_last and (options.passes > 1 or scaled):
             raise UnsupportedError(
                 f"{estimator} got backward_passes_per_step={options.passes} and "
-                f"grad_scaler={scaled}, expected 1 and none, for it builds on its last "
+                f"grad_scaler={scaled}, expected 1 and none, because it builds on its last "
                 "estimate as it was delivered; leave them out"
             )
         self.estimator, self._reducer = estimator, reducer

@@ -38,7 +38,7 @@ def test_a_pause_of_all_workers_has_no_limit_and_is_said_once(fields: dict, what
     server, said = server_of(1.0, **fields)
     begin = time.monotonic()
     server._wait_for_anything()
-    assert time.monotonic() - begin >= 1.0
+    assert time.monotonic() - begin >= 0.95  # its second began in server_of
     assert len(said) == 1
     assert said[0].startswith(f"no worker has begun {what} for 0.2 s; this server goes on waiting")
     assert "worker.transport.barrier(name)" in said[0]
