@@ -61,7 +61,7 @@ from bandwidth_plan import (
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ef_horovod.units import read_rate, show_rate
+from ef_horovod.common.units import read_rate, show_rate
 
 HERE = Path(__file__).resolve().parent
 RING = {

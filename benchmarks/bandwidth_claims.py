@@ -11,8 +11,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for experimen
 
 from bandwidth_plan import MODELS, Case
 
+from ef_horovod.common.units import read_rate, show_rate
 from ef_horovod.transports.base import ring_share
-from ef_horovod.units import read_rate, show_rate
 from experiments.claims import Report
 
 Rows = dict[Case, dict[str, Any]]

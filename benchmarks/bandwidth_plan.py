@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ef_horovod.units import read_rate, show_rate
+from ef_horovod.common.units import read_rate, show_rate
 
 IMAGES = 50_000  # of an epoch
 RATES = tuple(

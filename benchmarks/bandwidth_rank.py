@@ -22,10 +22,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for experimen
 import numpy as np
 from bandwidth_plan import MODELS, Budget, Case, epoch_seconds, warm_up
 
-from ef_horovod import _openmpi
 from ef_horovod.cluster.network import change_rate, counters
+from ef_horovod.common import openmpi
 
-_openmpi.set_prefix()
+openmpi.set_prefix()
 from mpi4py import MPI  # noqa: E402 - importing it starts MPI
 
 _PHASES = ("seconds_compress", "seconds_wait", "seconds_decompress")

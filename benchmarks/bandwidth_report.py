@@ -25,7 +25,7 @@ from bandwidth_claims import (
 )
 from bandwidth_plan import MODELS, WAYS, Case, case_of, epoch_seconds, lines_of, rows_of
 
-from ef_horovod.units import read_rate, show_rate
+from ef_horovod.common.units import read_rate, show_rate
 from experiments.claims import Panel, Report, plot_panels
 
 SHOWN = (

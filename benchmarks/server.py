@@ -130,9 +130,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def run_rank(n: int, repeat: int, out: Path) -> None:
     """Rank 0 is the server, all others are workers; worker 0 writes the rows."""
-    from ef_horovod import _openmpi
+    from ef_horovod.common import openmpi
 
-    _openmpi.set_prefix()
+    openmpi.set_prefix()
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD

@@ -31,7 +31,7 @@ from bandwidth_plan import Case
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ef_horovod.units import read_rate, show_rate
+from ef_horovod.common.units import read_rate, show_rate
 
 WAYS = ["Horovod dense, ring", "EF21 top-k", "DoubleSqueeze 1 bit"]
 WARM_UP, STEPS = 4, 12
@@ -62,9 +62,9 @@ class Span(NamedTuple):
 def run_rank(file: str) -> None:
     """Train; rank 0 writes spans of all steps, or seconds of each."""
     job = json.loads(Path(file).read_text())
-    from ef_horovod import _openmpi
+    from ef_horovod.common import openmpi
 
-    _openmpi.set_prefix()
+    openmpi.set_prefix()
     from bandwidth_torch import Trainings
     from mpi4py import MPI
 

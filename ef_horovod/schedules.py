@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ef_horovod.options import is_in, keep_number
+from ef_horovod.common.options import is_in, keep_number
 
 
 @dataclass(frozen=True)

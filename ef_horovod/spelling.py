@@ -12,7 +12,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ef_horovod._extras import explained, require
+from ef_horovod.common.extras import explained, require
 from ef_horovod.errors import EFHorovodError
 from experiments.errors import Refused
 from experiments.workers import Workers

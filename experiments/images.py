@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ef_horovod._extras import require
+from ef_horovod.common.extras import require
 from experiments.errors import DataNotFound, reading
 
 WHERE = "https://www.cs.toronto.edu/~kriz/cifar.html"

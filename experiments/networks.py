@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import ef_horovod as ef
-from ef_horovod._extras import require
+from ef_horovod.common.extras import require
 from experiments.counting import Counts, counted
 from experiments.images import Images, load_cifar10
 from experiments.workers import Workers

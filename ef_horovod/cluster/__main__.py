@@ -17,8 +17,8 @@ from ef_horovod.cluster import inside, namespaces
 from ef_horovod.cluster.folder import remove_leftovers, run_folder
 from ef_horovod.cluster.network import MOST_HOSTS, Host, read_delay
 from ef_horovod.cluster.signals import Signals, exit_status, was_sent
+from ef_horovod.common.units import read_rate, show_rate
 from ef_horovod.errors import ClusterError
-from ef_horovod.units import read_rate, show_rate
 
 _EPILOG = """
 COMMAND runs on node1, in this folder; the hosts are node1, node2, ... with all files of this

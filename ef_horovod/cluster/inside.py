@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ef_horovod._openmpi import set_prefix
 from ef_horovod.cluster import namespaces
 from ef_horovod.cluster.login import PIDS, join
 from ef_horovod.cluster.network import Host, connect, counters
 from ef_horovod.cluster.signals import Signals, exit_status, was_sent
+from ef_horovod.common.openmpi import set_prefix
 from ef_horovod.errors import ClusterError
 
 _SECONDS_TO_END = 30.0  # for a command that was told to end; servers save their state then

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ef_horovod.options import keep_number
+from ef_horovod.common.options import keep_number
 
 
 def kept(ratio: float | None, k: int | None, d: int) -> int:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.common.options import keep_number
+from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.rounding import RoundsToLevels, block_length
-from ef_horovod.options import keep_number
-from ef_horovod.registry import register_compressor
 
 
 @register_compressor(wire_id=10)

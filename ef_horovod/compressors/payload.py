@@ -7,11 +7,12 @@ from typing import Any, Generic
 
 import numpy as np
 
-from ef_horovod import registry, wire
+from ef_horovod import wire
 from ef_horovod.arrays import A, Array, dtype_name, namespace, require_writable
 from ef_horovod.arrays.numpy import Like
+from ef_horovod.common import registry
+from ef_horovod.common.options import number
 from ef_horovod.errors import PayloadError, without_adapter
-from ef_horovod.options import number
 
 
 class Payload(Generic[A]):

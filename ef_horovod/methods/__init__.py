@@ -1,5 +1,5 @@
 """Error-feedback methods: one file each. Importing this package registers every one of them."""
 
-from ef_horovod.registry import import_all
+from ef_horovod.common.registry import import_all
 
 import_all(__name__, list(__path__))

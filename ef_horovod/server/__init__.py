@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ef_horovod._extras import explained
+from ef_horovod.common.extras import explained
 
 if TYPE_CHECKING:
     from ef_horovod.server.client import ServerTransport as ServerTransport

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ef_horovod._extras import explained
+from ef_horovod.common.extras import explained
+from ef_horovod.common.registry import add_import_option, load
 from ef_horovod.errors import EFHorovodError
-from ef_horovod.registry import add_import_option, load
 from ef_horovod.transports.waiting import limit_of, require_limit
 
 if TYPE_CHECKING:  # launch/server reads options by a Python that may have no NumPy

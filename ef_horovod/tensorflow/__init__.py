@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 import ef_horovod as _core
-from ef_horovod import _openmpi
-from ef_horovod._extras import explained
+from ef_horovod.common import openmpi
+from ef_horovod.common.extras import explained
 from ef_horovod.policy import small_or_vector
 
 with explained("ef_horovod.tensorflow"):
@@ -28,7 +28,7 @@ with explained("ef_horovod.tensorflow"):
     from ef_horovod.tensorflow.sync import require_in_sync
     from ef_horovod.tensorflow.tape import DistributedGradientTape
 
-_openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
+openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
 
 __all__ = [
     "Compression", "DistributedGradientTape", "DistributedOptimizer", "Reducer",

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ef_horovod import exchange as exchanges
-from ef_horovod import registry
 from ef_horovod.channel import Channel
+from ef_horovod.common import registry
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import NonFiniteError, UnsupportedError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.randomk import RandomK
 from ef_horovod.compressors.topk import TopK

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from ef_horovod.common.units import read_rate, read_seconds, show_rate, show_seconds
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.theory.exchanges import Traffic, method_traffic, reduce_traffic
-from ef_horovod.units import read_rate, read_seconds, show_rate, show_seconds
 
 # Ethernet frames of 1514 bytes carry 1448 of TCP; every second one is acknowledged by 66 bytes.
 _FRAMES = (1514 + 33) / 1448

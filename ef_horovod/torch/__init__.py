@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 import ef_horovod as _core
-from ef_horovod import _openmpi
-from ef_horovod._extras import explained
+from ef_horovod.common import openmpi
+from ef_horovod.common.extras import explained
 from ef_horovod.policy import small_or_vector
 
 with explained("ef_horovod.torch"):
@@ -25,7 +25,7 @@ with explained("ef_horovod.torch"):
     from ef_horovod.torch.optimizer import DistributedOptimizer
     from ef_horovod.torch.sync import require_in_sync
 
-_openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
+openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
 
 __all__ = [
     "Compression",

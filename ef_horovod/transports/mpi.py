@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ef_horovod import _openmpi
-from ef_horovod._extras import explained
 from ef_horovod.arrays import Array
+from ef_horovod.common import openmpi
+from ef_horovod.common.extras import explained
 from ef_horovod.errors import CollectiveTimeoutError, ConfigMismatchError, UnsupportedError
 from ef_horovod.transports.base import Measure, Transport, require_summable
 from ef_horovod.transports.waiting import limit_of, wait_until
 
-_openmpi.set_prefix()  # importing MPI initialises it
+openmpi.set_prefix()  # importing MPI initialises it
 with explained("ef_horovod.transports.mpi"):
     from mpi4py import MPI
 

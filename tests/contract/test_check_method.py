@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import registry
 from ef_horovod.arrays import namespace
+from ef_horovod.common import registry
 from ef_horovod.compressors.base import DEFAULT_KEY
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.methods.base import Method, vector_like

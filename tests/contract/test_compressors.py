@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.testing import check_compressor, check_vector
 
@@ -106,7 +106,7 @@ def test_integers_and_lists_are_refused(compressor):
 
 DAMAGE = """
 import ef_horovod
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.arrays import kernels
 from ef_horovod.testing.damage import check_damage
 import numpy

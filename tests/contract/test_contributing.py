@@ -11,7 +11,7 @@ import pytest
 from pages import python_blocks
 
 import ef_horovod as ef
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.testing import check_compressor
 
 

@@ -16,7 +16,7 @@ from workers import (
 )
 
 import ef_horovod as ef
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.compressors.base import Payload
 
 EF21S = [method for method in METHODS if isinstance(method, ef.EF21)]

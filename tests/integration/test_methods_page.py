@@ -8,7 +8,7 @@ import pytest
 from pages import ROOT, python_blocks, run_in_order
 
 import ef_horovod as ef
-from ef_horovod import registry
+from ef_horovod.common import registry
 
 PAGE = "docs/methods.md"
 BLOCKS = python_blocks(PAGE)

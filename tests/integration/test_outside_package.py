@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 INIT = '''"""A package of somebody else: every module registers what it defines."""
 
-from ef_horovod.registry import import_all
+from ef_horovod.common.registry import import_all
 
 import_all(__name__, __path__)
 '''
@@ -29,7 +29,7 @@ import acme_compression
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.testing import each_check, each_method_check
 from ef_horovod.testing.frameworks import check_frameworks
 

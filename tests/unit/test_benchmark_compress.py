@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ef_horovod as ef
-from ef_horovod import registry
+from ef_horovod.common import registry
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "compress.py"

@@ -13,8 +13,8 @@ import pytest
 
 from ef_horovod.cluster import __main__ as cluster
 from ef_horovod.cluster import folder, inside, login, network
+from ef_horovod.common.units import read_rate
 from ef_horovod.errors import ClusterError
-from ef_horovod.units import read_rate
 
 ROOT = Path(__file__).parents[2]
 

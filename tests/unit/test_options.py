@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.spelling import read_method, write_method
 
 NUMBERS = ("int", "float", "Schedule")

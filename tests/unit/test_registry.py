@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.spelling import read_compressor
 
 
@@ -55,7 +55,7 @@ def test_numbers_that_no_header_holds_are_refused(bad):
 def test_a_module_can_be_edited_and_imported_again(tmp_path, monkeypatch):
     source = """
         import ef_horovod as ef
-        from ef_horovod.registry import register_compressor, register_method
+        from ef_horovod.common.registry import register_compressor, register_method
 
         @register_compressor(NUMBER)
         class MyOwn(ef.Compressor): ...

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ef_horovod import registry
+from ef_horovod.common import registry
 from ef_horovod.server import launch
 from ef_horovod.server.__main__ import ended_after, main, make_parser, method_of
 
@@ -115,7 +115,7 @@ def test_mistakes_are_named_before_anything_starts(words, problem, capsys):
 def test_servers_know_the_methods_of_others(tmp_path, monkeypatch, capsys):
     module = tmp_path / "ours.py"
     module.write_text(
-        "import ef_horovod as ef\nfrom ef_horovod.registry import register_compressor\n"
+        "import ef_horovod as ef\nfrom ef_horovod.common.registry import register_compressor\n"
         "@register_compressor(wire_id=200)\nclass Ours(ef.TopK): pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -10,10 +10,10 @@ from workers import gradients, run_channels
 
 import ef_horovod as ef
 from ef_horovod import theory
+from ef_horovod.common.units import read_count, read_rate, read_seconds, show_seconds
 from ef_horovod.sliced import open_channel
 from ef_horovod.theory.cost import OPEN_MPI, OPEN_MPI_RING, Collective, reference_work
 from ef_horovod.transports.local import local_group
-from ef_horovod.units import read_count, read_rate, read_seconds, show_seconds
 
 D, STEPS = 4096, 2
 ONE_BIT, TOP_K = ef.OneBit(), ef.TopK(0.05)

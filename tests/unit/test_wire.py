@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import registry, wire
+from ef_horovod import wire
+from ef_horovod.common import registry
 
 X = np.array([1.0, -2.0, 3.0, -4.0, 0.0, 0.5, -0.25, 8.0, 1.0], np.float32)
 KEY = ef.Key(seed=1, step=2, tensor=3, rank=4)

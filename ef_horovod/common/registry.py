@@ -38,7 +38,7 @@ def register_compressor(wire_id: int) -> Callable[[_C], _C]:
     """
 
     def register(cls: _C) -> _C:
-        from ef_horovod.options import whole  # needs NumPy, which commands' options do not
+        from ef_horovod.common.options import whole  # needs NumPy, which commands' options do not
 
         number = whole(cls.__name__, "wire_id", wire_id, 0, 255, "take one from 128 on")
         _require_free_name(cls)
