@@ -20,6 +20,7 @@ from ef_horovod import (
     methods,  # noqa: F401 - registers them
     registry,
 )
+from ef_horovod.arrays.keys import Key
 from ef_horovod.compressors.base import Compressor, Payload
 from ef_horovod.errors import (
     CollectiveTimeoutError,
@@ -30,7 +31,6 @@ from ef_horovod.errors import (
     UnsupportedError,
 )
 from ef_horovod.estimators import IGT, PAGE, ROOTSGD, STORM, Estimator
-from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method
 from ef_horovod.schedules import Decay
 from ef_horovod.simulation import Run, simulate

@@ -1,6 +1,7 @@
 """For type checkers and editors, which cannot know what registers itself; a test compares them."""
 
 from ef_horovod import theory as theory
+from ef_horovod.arrays.keys import Key as Key
 from ef_horovod.compressors.base import Compressor as Compressor
 from ef_horovod.compressors.base import Payload as Payload
 from ef_horovod.compressors.cast import Cast as Cast
@@ -30,7 +31,6 @@ from ef_horovod.estimators import PAGE as PAGE
 from ef_horovod.estimators import ROOTSGD as ROOTSGD
 from ef_horovod.estimators import STORM as STORM
 from ef_horovod.estimators import Estimator as Estimator
-from ef_horovod.keys import Key as Key
 from ef_horovod.methods.base import Method as Method
 from ef_horovod.methods.doublesqueeze import DoubleSqueeze as DoubleSqueeze
 from ef_horovod.methods.ef21 import EF21 as EF21

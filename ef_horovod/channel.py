@@ -25,9 +25,9 @@ import numpy as np
 
 from ef_horovod import exchange as exchanges
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
-from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
 from ef_horovod.spelling import write_method
 from ef_horovod.transports.base import Answer, Transport

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ef_horovod.keys import Key
+from ef_horovod.arrays.keys import Key
 from ef_horovod.methods.base import Method
 from ef_horovod.theory.cost import Work
 

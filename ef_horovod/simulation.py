@@ -12,11 +12,11 @@ from ef_horovod import exchange as exchanges
 from ef_horovod import wire
 from ef_horovod.adapter_options import check_options
 from ef_horovod.arrays import Array, float_namespace, namespace
+from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.common.options import number, seed_of, whole
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
 from ef_horovod.estimators import Estimator
-from ef_horovod.keys import Key, tensor_id
 from ef_horovod.methods.base import Method
 from ef_horovod.schedules import Decay, Schedule, value_at
 from ef_horovod.simulation_slices import SlicedWorkers

@@ -10,12 +10,12 @@ import numpy as np
 
 from ef_horovod import wire
 from ef_horovod.arrays import A, Array, float_namespace, namespace
+from ef_horovod.arrays.keys import Key
 from ef_horovod.arrays.numpy import Like
 from ef_horovod.common.repr import Shown
 from ef_horovod.compressors.payload import Payload as Payload
 from ef_horovod.compressors.payload import mean_at_once as mean_at_once
 from ef_horovod.errors import NonFiniteError, PayloadError
-from ef_horovod.keys import Key
 
 DEFAULT_KEY = Key()
 _LONGEST = 2**40  # numbers; no vector of a model is longer

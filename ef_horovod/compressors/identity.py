@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import Compressor, require_finite
-from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.density import keep_ratio, kept
@@ -18,7 +19,6 @@ from ef_horovod.compressors.sparse import (
     Scale,
 )
 from ef_horovod.errors import PayloadError
-from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
 _LAYOUT = struct.Struct("<QII")  # seed, k, reserved: values start at a multiple of 8 bytes

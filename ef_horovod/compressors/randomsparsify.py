@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_number
 from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import require_finite
@@ -21,7 +22,6 @@ from ef_horovod.compressors.sparse import (
     Scale,
 )
 from ef_horovod.errors import PayloadError
-from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
 _LAYOUT = struct.Struct("<Qd")  # seed, p

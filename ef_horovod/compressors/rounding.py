@@ -9,11 +9,11 @@ import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.grid import Grid, bits_nbytes, blocks
+from ef_horovod.arrays.keys import Key
 from ef_horovod.arrays.numpy_quantize import largest_code
 from ef_horovod.common.options import LARGEST_FIELD, keep_block, keep_whole
 from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
-from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
 _LEVELS = struct.Struct("<II")  # levels, bucket (0: the whole vector)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ef_horovod.arrays import Array
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common import registry
 from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
@@ -15,7 +16,6 @@ from ef_horovod.compressors.sparse import Sparsifier
 from ef_horovod.compressors.terngrad import TernGrad
 from ef_horovod.compressors.then import Then
 from ef_horovod.errors import PayloadError, UnsupportedError
-from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
 _LAYOUT = struct.Struct("<fBBH")  # scale, kind of the compressor, reserved

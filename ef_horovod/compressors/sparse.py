@@ -9,11 +9,11 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 
 from ef_horovod.arrays import Array, means, namespace
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_choice, keep_flag
 from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
 from ef_horovod.index_code import decode_indices, encode_indices, indices_nbytes
-from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
 Scale = Literal["contractive", "unbiased"]

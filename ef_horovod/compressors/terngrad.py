@@ -10,6 +10,7 @@ import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.grid import Grid, blocks
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_block, keep_number
 from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import Compressor
@@ -20,7 +21,6 @@ from ef_horovod.compressors.rounding import (
     read_block,
     scale_of,
 )
-from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
 _LAYOUT = struct.Struct("<I")  # bucket (0: the whole vector)

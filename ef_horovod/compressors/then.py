@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ef_horovod.arrays import Array
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common import registry
 from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
@@ -17,7 +18,6 @@ from ef_horovod.compressors.qsgd import QSGD
 from ef_horovod.compressors.sparse import HEAD_NBYTES, Places, Sparsifier
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import PayloadError, UnsupportedError
-from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
 _LAYOUT = struct.Struct("<BBH")  # kinds of sparsifier and values, reserved

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_whole
 from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import require_finite
@@ -18,7 +19,6 @@ from ef_horovod.compressors.sparse import (
     coded_nbytes,
     read_coded,
 )
-from ef_horovod.keys import Key
 from ef_horovod.wire import Fields
 
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common.repr import Shown
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload, mean_at_once
 from ef_horovod.errors import UnsupportedError, without_adapter
-from ef_horovod.keys import Key
 
 State = Any  # a NamedTuple of each method's own
 

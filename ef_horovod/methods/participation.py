@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ef_horovod.keys import Key
+from ef_horovod.arrays.keys import Key
 
 
 def participates(share: float | None, key: Key) -> bool:

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.keys import Key
 from ef_horovod.arrays.matrices import Matrix, each_factor, factors_size
 from ef_horovod.common.options import keep, keep_whole, whole
 from ef_horovod.common.registry import register_method
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload, require_finite
 from ef_horovod.compressors.cast import Cast
 from ef_horovod.compressors.identity import Identity
-from ef_horovod.keys import Key
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.error_feedback import require_no_amplifier
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import (
@@ -24,7 +25,6 @@ from ef_horovod.errors import (
     ProtocolError,
     ServerError,
 )
-from ef_horovod.keys import Key, tensor_id
 from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.protocol import HEADER_NBYTES, Kind, Message, pack
 from ef_horovod.undo import Undo, Undoer, vectors_of

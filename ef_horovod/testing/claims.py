@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ef_horovod.arrays.keys import Key
 from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
-from ef_horovod.keys import Key
 from ef_horovod.testing.tools import KEY, LENGTHS, ROUNDING, is_deterministic, norm, require
 
 _DRAWS = 2000

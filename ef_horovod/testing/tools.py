@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
+from ef_horovod.arrays.keys import Key
 from ef_horovod.compressors.base import Compressor
-from ef_horovod.keys import Key
 from ef_horovod.methods.base import Method
 
 LENGTHS = (0, 1, 7, 8, 9, 4099)

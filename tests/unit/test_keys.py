@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef_horovod.keys import Key, tensor_id
+from ef_horovod.arrays.keys import Key, tensor_id
 
 words = st.integers(0, 2**32 - 1)
 
@@ -52,7 +52,7 @@ def test_large_and_negative_words_are_taken():
 
 
 def test_names_give_the_same_number_in_every_process():
-    code = "from ef_horovod.keys import tensor_id; print(tensor_id('layer.0.weight'))"
+    code = "from ef_horovod.arrays.keys import tensor_id; print(tensor_id('layer.0.weight'))"
     root = Path(__file__).parents[2]
     runs = [
         subprocess.run(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import keys
+from ef_horovod.arrays import keys
 from ef_horovod.arrays import numpy_quantize as host
 from ef_horovod.arrays.grid import Grid
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ef_horovod as ef
-from ef_horovod import keys
+from ef_horovod.arrays import keys
 from ef_horovod.compressors import randomsparsify
 from ef_horovod.compressors.randomsparsify import _draw_indices, _gaps
 

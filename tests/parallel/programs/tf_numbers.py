@@ -9,7 +9,7 @@ from common import report
 from tf_common import build_model, data, loss_of
 
 import ef_horovod.tensorflow as ef
-from ef_horovod.keys import Key, tensor_id
+from ef_horovod.arrays.keys import Key, tensor_id
 
 STEPS, SEED = 6, 5
 SHAPES = ((40, 60), (7,), (50, 30))  # two that are compressed, as one vector, and a dense one
