@@ -37,12 +37,12 @@ import numpy as np
 import torch
 
 import ef_horovod as ef
-from ef_horovod import index_code
 from ef_horovod.channel import Channel, ChannelStats, finish_step
 from ef_horovod.common import registry
 from ef_horovod.listing import examples_of
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.pairs import every_compressor
+from ef_horovod.wire import index_code
 
 RATIO = 0.01
 BASE, TORCH_TOP_K, TORCH_ONE_BIT = (

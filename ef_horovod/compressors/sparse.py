@@ -13,8 +13,8 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_choice, keep_flag
 from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
-from ef_horovod.index_code import decode_indices, encode_indices, indices_nbytes
 from ef_horovod.wire import Fields
+from ef_horovod.wire.index_code import decode_indices, encode_indices, indices_nbytes
 
 Scale = Literal["contractive", "unbiased"]
 HEAD_NBYTES = 16  # of places that follow from a seed: values behind it are aligned

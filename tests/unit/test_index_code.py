@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ef_horovod as ef
-from ef_horovod import index_code
 from ef_horovod.arrays import kernels_indices
+from ef_horovod.wire import index_code
 
 TRIANGULAR = np.arange(180) * np.arange(1, 181) // 2
 # Bytes that were once sent must be read for ever: a change here needs a new version in the header.
