@@ -14,7 +14,7 @@ import tensorflow as tf
 from bandwidth_plan import MODELS, WAYS, Case
 
 import ef_horovod.tensorflow as ef
-from ef_horovod.spelling import read_method
+from ef_horovod.methods.parsing import read_method
 
 _SAMPLES = 512
 

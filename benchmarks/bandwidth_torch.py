@@ -17,7 +17,7 @@ from bandwidth_plan import MODELS, WAYS, Case, Way
 from torch import nn
 
 from ef_horovod.cluster.network import Host
-from ef_horovod.spelling import read_method
+from ef_horovod.methods.parsing import read_method
 
 _SAMPLES = 512  # of a rank
 _VOCABULARY, _WORDS, _WIDTH, _CLASSES = 50_000, 20, 64, 10

@@ -28,7 +28,7 @@ from tabulate import tabulate
 
 from ef_horovod import theory
 from ef_horovod.cluster.network import bucket
-from ef_horovod.spelling import read_method
+from ef_horovod.methods.parsing import read_method
 from ef_horovod.theory.cost import SOFTWARE
 
 RANK = Path(__file__).with_name("cost_model_rank.py")

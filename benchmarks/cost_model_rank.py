@@ -17,9 +17,9 @@ import horovod.torch as hvd
 import torch
 
 from ef_horovod.channel import Channel, finish_step
+from ef_horovod.methods.parsing import read_method
 from ef_horovod.probe import measure_work
 from ef_horovod.sliced import open_channel
-from ef_horovod.spelling import read_method
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 WARM_UP = 2

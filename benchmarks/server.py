@@ -49,12 +49,12 @@ from tqdm import tqdm
 
 import ef_horovod as ef
 from ef_horovod.compressors.base import Payload
+from ef_horovod.methods.parsing import write_method
 from ef_horovod.server.launch import make_parser as launcher
 from ef_horovod.server.launch import mpirun
 from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.protocol import Kind, Message, pack, unpack
 from ef_horovod.server.rounds import ServedBucket
-from ef_horovod.spelling import write_method
 
 METHODS: dict[str, ef.Method] = {
     "uncompressed": ef.NoFeedback(ef.Identity()),

@@ -41,13 +41,13 @@ import numpy as np
 from soak_worker import METHODS, QUORUM, SHAPES, WORKERS, Sample, flat
 from tabulate import tabulate
 
+from ef_horovod.methods.parsing import write_method
 from ef_horovod.server.checkpoint import steps_in
 from ef_horovod.server.launch import command
 from ef_horovod.server.launch import make_parser as launcher
 from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.quorum import FARTHEST_BEHIND
 from ef_horovod.server.rounds import longest_message
-from ef_horovod.spelling import write_method
 
 GROWTH_MB = 4.0  # limit of a rank, from a tenth of the rounds to the end
 WARM_UP_MB = 8.0  # on top of it where a tenth of the rounds are less than WARM_UP

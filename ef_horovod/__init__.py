@@ -30,9 +30,9 @@ from ef_horovod.errors import (
     PayloadError,
     UnsupportedError,
 )
-from ef_horovod.estimators import IGT, PAGE, ROOTSGD, STORM, Estimator
 from ef_horovod.methods.base import Method
-from ef_horovod.schedules import Decay
+from ef_horovod.methods.estimators import IGT, PAGE, ROOTSGD, STORM, Estimator
+from ef_horovod.methods.schedules import Decay
 from ef_horovod.simulation import Run, simulate
 
 __version__ = "0.1.0"

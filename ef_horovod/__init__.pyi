@@ -26,21 +26,21 @@ from ef_horovod.errors import EFHorovodError as EFHorovodError
 from ef_horovod.errors import NonFiniteError as NonFiniteError
 from ef_horovod.errors import PayloadError as PayloadError
 from ef_horovod.errors import UnsupportedError as UnsupportedError
-from ef_horovod.estimators import IGT as IGT
-from ef_horovod.estimators import PAGE as PAGE
-from ef_horovod.estimators import ROOTSGD as ROOTSGD
-from ef_horovod.estimators import STORM as STORM
-from ef_horovod.estimators import Estimator as Estimator
 from ef_horovod.methods.base import Method as Method
 from ef_horovod.methods.doublesqueeze import DoubleSqueeze as DoubleSqueeze
 from ef_horovod.methods.ef21 import EF21 as EF21
 from ef_horovod.methods.ef21_plus import EF21Plus as EF21Plus
 from ef_horovod.methods.error_compensated_x import ErrorCompensatedX as ErrorCompensatedX
 from ef_horovod.methods.error_feedback import ErrorFeedback as ErrorFeedback
+from ef_horovod.methods.estimators import IGT as IGT
+from ef_horovod.methods.estimators import PAGE as PAGE
+from ef_horovod.methods.estimators import ROOTSGD as ROOTSGD
+from ef_horovod.methods.estimators import STORM as STORM
+from ef_horovod.methods.estimators import Estimator as Estimator
 from ef_horovod.methods.no_feedback import NoFeedback as NoFeedback
 from ef_horovod.methods.perturbed import PerturbedCompressedSGD as PerturbedCompressedSGD
 from ef_horovod.methods.powersgd import PowerSGD as PowerSGD
-from ef_horovod.schedules import Decay as Decay
+from ef_horovod.methods.schedules import Decay as Decay
 from ef_horovod.simulation import Run as Run
 from ef_horovod.simulation import simulate as simulate
 

@@ -11,8 +11,8 @@ from tabulate import tabulate
 
 from ef_horovod.common.units import show_rate, show_seconds
 from ef_horovod.methods.base import Method
+from ef_horovod.methods.parsing import read_method
 from ef_horovod.probe import measure_work
-from ef_horovod.spelling import read_method
 from ef_horovod.theory import cost as model
 from ef_horovod.theory.cost import SOFTWARE, Cost, Network, Software, Work
 

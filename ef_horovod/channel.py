@@ -29,9 +29,9 @@ from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.methods.base import Method
-from ef_horovod.spelling import write_method
+from ef_horovod.methods.parsing import write_method
+from ef_horovod.methods.undo import Undo, Undoer
 from ef_horovod.transports.base import Answer, Transport
-from ef_horovod.undo import Undo, Undoer
 
 
 @dataclass

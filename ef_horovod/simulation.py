@@ -16,9 +16,9 @@ from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.common.options import number, seed_of, whole
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
-from ef_horovod.estimators import Estimator
 from ef_horovod.methods.base import Method
-from ef_horovod.schedules import Decay, Schedule, value_at
+from ef_horovod.methods.estimators import Estimator
+from ef_horovod.methods.schedules import Decay, Schedule, value_at
 from ef_horovod.simulation_slices import SlicedWorkers
 from ef_horovod.transports.base import Transport, ring_share
 from ef_horovod.transports.local import local_group

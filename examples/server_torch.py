@@ -19,7 +19,7 @@ from demo_training import one_cycle, shuffled_batches
 
 import ef_horovod as base
 import ef_horovod.torch as ef
-from ef_horovod.spelling import read_method
+from ef_horovod.methods.parsing import read_method
 
 
 class ServerTraining(TorchTraining):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 import ef_horovod as ef
-from ef_horovod.schedules import value_at
+from ef_horovod.methods.schedules import value_at
 from experiments.claims import Report
 from experiments.ecx_variants import LastError
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import ef_horovod as ef
-from ef_horovod import estimators
+from ef_horovod.methods import estimators
 from experiments.claims import Report
 from experiments.ecx_regression import DECAY, WORKERS, Case, short
 from experiments.ecx_variants import variants

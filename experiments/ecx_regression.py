@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ef_horovod as ef
-from ef_horovod import estimators
+from ef_horovod.methods import estimators
 from experiments.claims import Report
 from experiments.ecx_variants import variants
 from experiments.workers import Workers

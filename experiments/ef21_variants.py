@@ -17,7 +17,7 @@ import numpy as np
 
 import ef_horovod as ef
 from ef_horovod import theory
-from ef_horovod.estimators import PAGE
+from ef_horovod.methods.estimators import PAGE
 from experiments.claims import Report, plot_curves
 from experiments.descent import add_row, descend, judge_bound, largest_gap
 from experiments.libsvm import load_problem

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import ef_horovod as ef
-from ef_horovod.estimators import Estimator
+from ef_horovod.methods.estimators import Estimator
 from experiments.counting import Counts, counted
 from experiments.errors import Refused
 

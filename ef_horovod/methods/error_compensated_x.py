@@ -15,7 +15,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.down import decoded, require_down
 from ef_horovod.methods.error_feedback import require_no_amplifier
-from ef_horovod.schedules import Schedule, keep_weight, value_at
+from ef_horovod.methods.schedules import Schedule, keep_weight, value_at
 
 
 class ECXState(NamedTuple):

@@ -11,7 +11,7 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.common.registry import register_method
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.methods.base import MeanState, Method, vector_like
-from ef_horovod.schedules import Schedule, keep_schedule, value_at
+from ef_horovod.methods.schedules import Schedule, keep_schedule, value_at
 
 
 class ErrorFeedbackState(NamedTuple):

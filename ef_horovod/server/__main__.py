@@ -190,7 +190,7 @@ def method_of(arguments: argparse.Namespace) -> Method | None:
     Raises:
         ValueError, UnsupportedError: it cannot be read, or is no method.
     """
-    from ef_horovod.spelling import read_compressor, read_method
+    from ef_horovod.methods.parsing import read_compressor, read_method
 
     load(arguments.modules)
     up, down = (

@@ -11,8 +11,8 @@ from ef_horovod.errors import ConfigMismatchError, EFHorovodError, PayloadError
 from ef_horovod.guard import first_difference
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.methods.parsing import read_method
 from ef_horovod.server.protocol import fingerprint
-from ef_horovod.spelling import read_method
 
 
 class BucketSpec(NamedTuple):

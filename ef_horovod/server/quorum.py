@@ -14,10 +14,10 @@ import numpy as np
 from ef_horovod import wire
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.methods.parsing import read_method
 from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.protocol import MISSED, Kind, Message, pack
 from ef_horovod.server.rounds import ServedBucket
-from ef_horovod.spelling import read_method
 
 FARTHEST_BEHIND = 64  # rounds that a worker may be late; answers for it take memory until it reads
 

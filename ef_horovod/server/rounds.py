@@ -25,9 +25,9 @@ from ef_horovod.errors import (
     ProtocolError,
     ServerError,
 )
+from ef_horovod.methods.undo import Undo, Undoer, vectors_of
 from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.protocol import HEADER_NBYTES, Kind, Message, pack
-from ef_horovod.undo import Undo, Undoer, vectors_of
 from ef_horovod.wire import HEADER_NBYTES as PAYLOAD_HEADER_NBYTES
 
 _NOTHING = np.zeros(0, np.uint8)

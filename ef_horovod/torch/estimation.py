@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.estimators import Estimator
+from ef_horovod.methods.estimators import Estimator
 
 Vectors = list[torch.Tensor]
 _KINDS = ("now", "before", "newest", "last")

@@ -12,7 +12,7 @@ import pytest
 from workers import CONTRACTIONS, Workers, gradients
 
 import ef_horovod as ef
-from ef_horovod.schedules import value_at
+from ef_horovod.methods.schedules import value_at
 
 ECX, D = ef.ErrorCompensatedX, 30
 ALPHAS = [0.1, 0.5, ef.Decay(1), ef.Decay(2 / 3), 1.0]

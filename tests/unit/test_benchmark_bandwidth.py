@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ef_horovod.spelling import read_method
+from ef_horovod.methods.parsing import read_method
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FAST, SLOW = 10**10, 10**8

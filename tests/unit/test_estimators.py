@@ -7,7 +7,7 @@ import pytest
 from workers import Quadratics
 
 import ef_horovod as ef
-from ef_horovod.schedules import value_at
+from ef_horovod.methods.schedules import value_at
 
 N, D, STEPS, GAMMA = 3, 12, 25, 0.05
 PROBLEM = Quadratics.draw(N, D, spread=0.2)

@@ -10,7 +10,7 @@ import pytest
 
 import ef_horovod as ef
 from ef_horovod.common import registry
-from ef_horovod.spelling import read_method, write_method
+from ef_horovod.methods.parsing import read_method, write_method
 
 NUMBERS = ("int", "float", "Schedule")
 

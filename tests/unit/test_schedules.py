@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import ef_horovod as ef
-from ef_horovod.schedules import value_at
+from ef_horovod.methods.schedules import value_at
 
 
 def test_a_decay_falls_as_it_says():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from ef_horovod.errors import ConfigMismatchError, PayloadError, ProtocolError
+from ef_horovod.methods.parsing import read_method
 from ef_horovod.server.checksum import checksum
 from ef_horovod.server.plan import BucketSpec, Config, assign, require_agreement
 from ef_horovod.server.protocol import HEADER_NBYTES, Kind, Message, pack, unpack
-from ef_horovod.spelling import read_method
 
 MESSAGE = Message(Kind.PUSH, 1, 2, 3, 4, 0x1122334455667788)
 BODY = np.arange(100, dtype=np.uint8)

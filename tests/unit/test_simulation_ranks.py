@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod.estimators import PAGE
+from ef_horovod.methods.estimators import PAGE
 from ef_horovod.transports.local import local_group
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

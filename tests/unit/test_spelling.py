@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import ef_horovod as ef
-from ef_horovod.spelling import read_compressor, read_method
+from ef_horovod.methods.parsing import read_compressor, read_method
 from ef_horovod.testing.pairs import every_compressor, every_method
 
 

@@ -19,7 +19,7 @@ from tf_common import accuracy, build_model, data, loss_of
 from tf_common import digest as digest_of
 
 import ef_horovod.tensorflow as ef
-from ef_horovod.spelling import read_method
+from ef_horovod.methods.parsing import read_method
 
 tf.config.threading.set_inter_op_parallelism_threads(2)  # `overlap` has one wait for another
 

@@ -15,7 +15,7 @@ from meeting import meet
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 
 import ef_horovod.torch as ef
-from ef_horovod.spelling import read_method
+from ef_horovod.methods.parsing import read_method
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.schedules import Decay
+from ef_horovod.methods.schedules import Decay
 
 
 def read_compressor(text: str) -> Compressor:

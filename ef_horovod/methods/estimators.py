@@ -21,7 +21,7 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_number, keep_seed
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.schedules import Decay, Schedule, keep_weight, value_at
+from ef_horovod.methods.schedules import Decay, Schedule, keep_weight, value_at
 
 
 @dataclass(frozen=True)
