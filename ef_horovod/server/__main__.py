@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ef_horovod.common.extras import explained
 from ef_horovod.common.registry import add_import_option, load
 from ef_horovod.errors import EFHorovodError
-from ef_horovod.transports.waiting import limit_of, require_limit
+from ef_horovod.transports.timeouts.waiting import limit_of, require_limit
 
 if TYPE_CHECKING:  # launch/server reads options by a Python that may have no NumPy
     from ef_horovod.methods.base import Method

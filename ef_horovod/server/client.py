@@ -34,7 +34,7 @@ from ef_horovod.server.rounds import longest_message
 from ef_horovod.server.world import watch
 from ef_horovod.transports.base import Answer
 from ef_horovod.transports.mpi import MPI, PIECE_NBYTES, MPITransport, communicator, largest_tag
-from ef_horovod.transports.waiting import limit_of, wait_until
+from ef_horovod.transports.timeouts.waiting import limit_of, wait_until
 
 # A worker's limit is so much later than a server's: the server knows whom everybody waits for.
 _GRACE = 1.1

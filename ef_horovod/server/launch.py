@@ -16,7 +16,7 @@ from pathlib import Path
 from ef_horovod.errors import UnsupportedError  # all imports here do without NumPy: see `read`
 from ef_horovod.server.__main__ import count, method_of
 from ef_horovod.server.__main__ import make_parser as make_server_parser
-from ef_horovod.transports.waiting import limit_of
+from ef_horovod.transports.timeouts.waiting import limit_of
 
 _LIMIT = "EF_HOROVOD_TIMEOUT"  # passed on to other hosts, where ranks have a login's variables
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")

@@ -16,7 +16,7 @@ import numpy as np
 
 from ef_horovod.errors import ServerError, UnsupportedError
 from ef_horovod.transports.mpi import MPI, communicator
-from ef_horovod.transports.waiting import wait_until
+from ef_horovod.transports.timeouts.waiting import wait_until
 
 SERVER, WORKER = 0, 1
 ROLES = ("server", "worker")

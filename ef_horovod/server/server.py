@@ -28,7 +28,7 @@ from ef_horovod.server.quorum import Participation, QuorumBucket, require_quorum
 from ef_horovod.server.rounds import ServedBucket, longest_message
 from ef_horovod.server.saves import Saves
 from ef_horovod.server.watch import Totals, Watch
-from ef_horovod.transports.waiting import limit_of, wait_until
+from ef_horovod.transports.timeouts.waiting import limit_of, wait_until
 
 _FAREWELL_SECONDS = 5.0  # for workers to take the reason of the end
 _REFUSED_SHOWN = 20

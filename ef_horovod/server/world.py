@@ -17,8 +17,8 @@ import time
 from types import FrameType
 from typing import Any
 
-from ef_horovod.transports.frames import current_frames
 from ef_horovod.transports.mpi import MPI
+from ef_horovod.transports.timeouts.frames import current_frames
 
 _CALL = re.compile(
     r"([A-Za-z_][\w.]*)\.((?:all)?gatherv?|scatterv?|alltoall[vw]?|barrier|bcast|(?:all)?reduce|"

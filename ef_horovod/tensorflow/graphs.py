@@ -10,8 +10,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-from ef_horovod import last_words
 from ef_horovod.errors import EFHorovodError, UnsupportedError
+from ef_horovod.transports.timeouts import last_words
 
 
 def python_op(

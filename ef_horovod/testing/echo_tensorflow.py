@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from ef_horovod.transports.alarm import Alarm
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+from ef_horovod.transports.timeouts.alarm import Alarm
 
 
 class EchoOps(HorovodTensorFlowTransport):

@@ -38,9 +38,9 @@ from ef_horovod.torch.buckets import Bucket, require_untouched
 from ef_horovod.torch.hooks import uncompiled, weak
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
-from ef_horovod.transports.ending import watch_over
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
+from ef_horovod.transports.timeouts.ending import watch_over
 
 
 class Compression:

@@ -34,9 +34,9 @@ from ef_horovod.torch.options import Options, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Reducer
 from ef_horovod.transports.base import Transport
-from ef_horovod.transports.ending import watch_over
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
+from ef_horovod.transports.timeouts.ending import watch_over
 
 if TYPE_CHECKING:
     from ef_horovod.torch.typed import WrappedOptimizer

@@ -10,7 +10,7 @@ import numpy as np
 
 from ef_horovod.arrays import Array, dtype_name
 from ef_horovod.errors import PayloadError, UnsupportedError
-from ef_horovod.transports.waiting import DEFAULT_TIMEOUT_SECONDS, require_limit
+from ef_horovod.transports.timeouts.waiting import DEFAULT_TIMEOUT_SECONDS, require_limit
 
 Measure = Callable[[np.ndarray], int]
 

@@ -10,7 +10,7 @@ from horovod.common.process_sets import global_process_set
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.transports.base import Transport
-from ef_horovod.transports.waiting import limit_of
+from ef_horovod.transports.timeouts.waiting import limit_of
 
 _instances: dict[tuple[str, int], Iterator[int]] = {}  # by kind and process set
 _MOST_NBYTES = 2**31 - 1  # of a gather: Horovod counts and places them by C's int

@@ -18,11 +18,11 @@ import tensorflow as tf
 
 from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.errors import CollectiveTimeoutError
-from ef_horovod.transports.alarm import Alarm
 from ef_horovod.transports.base import Measure, Transport, require_summable, split
-from ef_horovod.transports.calls import calls_under_way
-from ef_horovod.transports.ending import refuse_join, watch_over
 from ef_horovod.transports.horovod import HorovodTransport
+from ef_horovod.transports.timeouts.alarm import Alarm
+from ef_horovod.transports.timeouts.calls import calls_under_way
+from ef_horovod.transports.timeouts.ending import refuse_join, watch_over
 
 refuse_join("horovod.tensorflow", "horovod.tensorflow.mpi_ops")
 _shutting_down = threading.Lock()  # never released

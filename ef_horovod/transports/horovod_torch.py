@@ -14,10 +14,10 @@ from horovod.common.exceptions import HorovodInternalError
 from ef_horovod.arrays import Array
 from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.base import Measure, require_summable, split
-from ef_horovod.transports.ending import hurry, refuse_join
 from ef_horovod.transports.horovod import HorovodTransport
-from ef_horovod.transports.waiting import RecurringWaits
-from ef_horovod.transports.watchdog import ended_after
+from ef_horovod.transports.timeouts.ending import hurry, refuse_join
+from ef_horovod.transports.timeouts.waiting import RecurringWaits
+from ef_horovod.transports.timeouts.watchdog import ended_after
 
 refuse_join("horovod.torch", "horovod.torch.mpi_ops")
 

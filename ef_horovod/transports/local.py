@@ -11,7 +11,7 @@ import numpy as np
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import CollectiveTimeoutError, ConfigMismatchError
 from ef_horovod.transports.base import Measure, Transport, require_summable
-from ef_horovod.transports.waiting import DEFAULT_TIMEOUT_SECONDS
+from ef_horovod.transports.timeouts.waiting import DEFAULT_TIMEOUT_SECONDS
 
 
 class LocalTransport(Transport):

@@ -20,7 +20,7 @@ from ef_horovod.common import openmpi
 from ef_horovod.common.extras import explained
 from ef_horovod.errors import CollectiveTimeoutError, ConfigMismatchError, UnsupportedError
 from ef_horovod.transports.base import Measure, Transport, require_summable
-from ef_horovod.transports.waiting import limit_of, wait_until
+from ef_horovod.transports.timeouts.waiting import limit_of, wait_until
 
 openmpi.set_prefix()  # importing MPI initialises it
 with explained("ef_horovod.transports.mpi"):

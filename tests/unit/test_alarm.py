@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ef_horovod.transports.alarm import Alarm
+from ef_horovod.transports.timeouts.alarm import Alarm
 
 
 class Rung:
@@ -110,7 +110,7 @@ def ended(code: str) -> tuple[subprocess.CompletedProcess, float]:
 
 _BEFORE = """
 import atexit, threading, time
-from ef_horovod.transports import alarm
+from ef_horovod.transports.timeouts import alarm
 alarm._GRACE_SECONDS = 0.5
 """
 

@@ -12,11 +12,11 @@ import pytest
 from processes import ENVIRONMENT
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.transports import ending
+from ef_horovod.transports.timeouts import ending
 
 AT_EXIT = """
 import time
-from ef_horovod.transports import ending
+from ef_horovod.transports.timeouts import ending
 
 class Transport:
     timeout, size = {timeout}, 2

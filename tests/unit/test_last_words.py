@@ -8,7 +8,7 @@ import sys
 import pytest
 
 _BEFORE = """
-from ef_horovod import last_words
+from ef_horovod.transports.timeouts import last_words
 last_words.remember("got 1, expected 2; take 2")
 """
 

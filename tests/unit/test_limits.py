@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ef_horovod.transports.local import local_group
-from ef_horovod.transports.waiting import limit_of
+from ef_horovod.transports.timeouts.waiting import limit_of
 
 NO_LIMITS = [0, -3, math.nan, True, "soon", None, [1]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ef_horovod.errors import CollectiveTimeoutError
-from ef_horovod.transports import waiting
+from ef_horovod.transports.timeouts import waiting
 
 POLL, YIELD = 1e-6, 2e-6  # seconds
 

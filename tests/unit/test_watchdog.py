@@ -11,12 +11,12 @@ import time
 import pytest
 from processes import ENVIRONMENT
 
-from ef_horovod.transports.watchdog import ended_after
+from ef_horovod.transports.timeouts.watchdog import ended_after
 
 # PyDLL keeps the lock during a call, as Horovod's bindings do.
 _BEFORE = """
 import ctypes, sys, time
-from ef_horovod.transports.watchdog import ended_after
+from ef_horovod.transports.timeouts.watchdog import ended_after
 
 def keep_the_lock(seconds):
     ctypes.PyDLL(None).usleep(int(seconds * 1e6))

@@ -10,7 +10,7 @@ from common import error_of, report
 from torch_common import batches, build_model, train
 
 import ef_horovod.torch as ef
-from ef_horovod.transports import ending
+from ef_horovod.transports.timeouts import ending
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from types import FrameType
 
-from ef_horovod.transports.frames import current_frames
+from ef_horovod.transports.timeouts.frames import current_frames
 
 _EXECUTE = "tensorflow/python/eager/execute.py"  # calls a graph, and returns or raises at its end
 _OURS = "ef_horovod/tensorflow/"

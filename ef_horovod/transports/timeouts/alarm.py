@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ef_horovod import last_words
+from ef_horovod.transports.timeouts import last_words
 
 _GRACE_SECONDS = 20.0  # for the end that `expire` tries before the process is ended
 
