@@ -6,7 +6,7 @@
 
 For each rate, number of hosts and way of Open MPI it is one Horovod job on `launch/cluster`, with a
 rank on each host. A step begins at a barrier and ends with the direction on the slowest rank; the
-median of the steps is shown, and beside it what `ef.theory.step_cost` predicts. Speeds of a core
+median of the steps is shown, and beside it what `ef.cost.step_cost` predicts. Speeds of a core
 are those that all ranks probed at the same time just before, for they share this machine's cores.
 What else runs on the machine makes both wrong: the load is shown.
 """
@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from ef_horovod import theory
+from ef_horovod import cost
 from ef_horovod.cluster.network import bucket
+from ef_horovod.cost.model import SOFTWARE
 from ef_horovod.methods.parsing import read_method
-from ef_horovod.theory.cost import SOFTWARE
 
 RANK = Path(__file__).with_name("cost_model_rank.py")
 BIN = Path(sys.executable).parent
@@ -108,30 +108,32 @@ def compare(
     cell: Cell, cases: dict[str, tuple[str, str]], found: Sequence[dict[str, Any]]
 ) -> list[Row]:
     """Measured and predicted, for each case."""
-    network, rows = theory.Network.read(cell.rate), []
+    network, rows = cost.Network.read(cell.rate), []
     network = network._replace(burst=bucket(round(network.bandwidth))[0])
     share = max(1.0, cell.hosts / (os.cpu_count() or 1))
     options: dict[str, Any] = {"software": SOFTWARE[cell.mpi], "share": share}
     for case, (method, exchange) in cases.items():
         of_ranks = [rank[case] for rank in found]
         if method == FP16:
-            cost = theory.half_precision_cost(cell.elements, cell.hosts, network, **options)
-            sent = cost.traffic.sent
+            predicted = cost.half_precision_cost(cell.elements, cell.hosts, network, **options)
+            sent = predicted.traffic.sent
         else:
             # Probed by all ranks at the same time, so these are the speeds of a part of a core.
             speeds = np.mean([rank["work"] for rank in of_ranks], axis=0) / share
-            cost = theory.step_cost(
+            predicted = cost.step_cost(
                 read_method(method),
                 cell.elements,
                 cell.hosts,
                 exchange,
                 network,
-                work=theory.Work(*map(float, speeds)),
+                work=cost.Work(*map(float, speeds)),
                 **options,
             )
             sent = float(np.mean([rank["bytes_out"] for rank in of_ranks]))
         step, least = (max(rank[name] for rank in of_ranks) for name in ("step", "least"))
-        rows.append(Row(case, step, least, cost.step, cost.network, sent, cost.traffic.sent))
+        rows.append(
+            Row(case, step, least, predicted.step, predicted.network, sent, predicted.traffic.sent)
+        )
     return rows
 
 
@@ -148,7 +150,7 @@ def main() -> None:
     asked = parser.parse_args()
     table, everything = [], []
     for rate in asked.rates.split(","):
-        slow = theory.Network.read(rate).bandwidth <= 50e6
+        slow = cost.Network.read(rate).bandwidth <= 50e6
         elements = asked.elements or (1_000_000 if slow else 3_600_000)
         for hosts in map(int, asked.hosts.split(",")):
             for mpi in asked.mpi.split(","):

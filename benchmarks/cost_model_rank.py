@@ -17,8 +17,8 @@ import horovod.torch as hvd
 import torch
 
 from ef_horovod.channel import Channel, finish_step
+from ef_horovod.cost.probe import measure_work
 from ef_horovod.methods.parsing import read_method
-from ef_horovod.probe import measure_work
 from ef_horovod.sliced import open_channel
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 

@@ -55,6 +55,7 @@ __all__ = [
     "PayloadError",
     "Run",
     "UnsupportedError",
+    "cost",
     "simulate",
     "theory",
     *registry.COMPRESSORS,
@@ -63,8 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "theory":  # which training does not need
-        return importlib.import_module("ef_horovod.theory")
+    if name in ("cost", "theory"):  # which training does not need
+        return importlib.import_module(f"ef_horovod.{name}")
     registered = registry.COMPRESSORS.get(name) or registry.METHODS.get(name)
     if registered is None:
         raise AttributeError(f"module 'ef_horovod' has no attribute {name!r}")

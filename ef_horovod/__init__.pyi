@@ -1,5 +1,6 @@
 """For type checkers and editors, which cannot know what registers itself; a test compares them."""
 
+from ef_horovod import cost as cost
 from ef_horovod import theory as theory
 from ef_horovod.arrays.keys import Key as Key
 from ef_horovod.compressors.base import Compressor as Compressor

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from ef_horovod.common.units import show_rate, show_seconds
+from ef_horovod.cost import model
+from ef_horovod.cost.model import SOFTWARE, Cost, Network, Software, Work
+from ef_horovod.cost.probe import measure_work
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.parsing import read_method
-from ef_horovod.probe import measure_work
-from ef_horovod.theory import cost as model
-from ef_horovod.theory.cost import SOFTWARE, Cost, Network, Software, Work
 
 USUAL_METHODS = (
     "EF21(TopK(0.01))",

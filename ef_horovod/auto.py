@@ -60,7 +60,7 @@ def _best(
     exchange: str, method: Method, d: int, workers: int, usual: str, *, slices: bool
 ) -> tuple[str, bool]:
     """The cheapest exchange, and whether it beats dense sums, if a network was named."""
-    from ef_horovod.theory.cost import IDEAL, Network, step_cost
+    from ef_horovod.cost.model import IDEAL, Network, step_cost
 
     named = exchanges.network_of(exchange)
     network = named or Network(USUAL_BITS_PER_SECOND)

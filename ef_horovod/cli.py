@@ -206,8 +206,8 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _run_advise(arguments: argparse.Namespace) -> None:
     from ef_horovod import advise
+    from ef_horovod.cost.model import Network
     from ef_horovod.methods.parsing import read_compressor
-    from ef_horovod.theory.cost import Network
 
     try:
         compressors = [read_compressor(text) for text in arguments.compressor]

@@ -27,7 +27,7 @@ from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.transports.base import Transport
 
 if TYPE_CHECKING:
-    from ef_horovod.theory.cost import Network
+    from ef_horovod.cost.model import Network
 
 EXCHANGES = ("auto", "gather", "reduce", "double_pass", "dense", "server")
 
@@ -87,7 +87,7 @@ def network_of(exchange: str) -> Network | None:
     _, colon, text = exchange.partition(":")
     if not colon:
         return None
-    from ef_horovod.theory.cost import Network
+    from ef_horovod.cost.model import Network
 
     return Network.read(text)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from processes import ENVIRONMENT
 
-from ef_horovod import theory
+from ef_horovod import cost
 
 pytestmark = [pytest.mark.parallel, pytest.mark.root, pytest.mark.slow]
 
@@ -46,7 +46,7 @@ def benchmark() -> Any:
 def test_steps_take_as_long_as_predicted(
     rate: str, hosts: int, mpi: str, benchmark: Any, tmp_path: Path
 ) -> None:
-    elements = round(theory.Network.read(rate).bandwidth / 50)  # as long on any network
+    elements = round(cost.Network.read(rate).bandwidth / 50)  # as long on any network
     cell = benchmark.Cell(rate, hosts, mpi, elements, repetitions=4)
     found = benchmark.measure(cell, CASES, tmp_path, TMPDIR=str(tmp_path), **ENVIRONMENT)
     for row in benchmark.compare(cell, CASES, found):

@@ -8,9 +8,9 @@ import time
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import advise, cli, theory
-from ef_horovod.probe import measure_work
-from ef_horovod.theory.cost import reference_work
+from ef_horovod import advise, cli, cost
+from ef_horovod.cost.model import reference_work
+from ef_horovod.cost.probe import measure_work
 
 MODEL = ["advise", "--parameters", "3.6M", "--reference"]
 
@@ -54,7 +54,7 @@ def test_bytes_are_those_of_theory(capsys):
         capsys, "--workers", "4", "--bandwidth", "1gbit", "--method", "EF21(TopK(0.01))"
     )
     gather = next(c for c in answer["choices"] if c["choice"].endswith(", gather"))
-    moved = theory.method_traffic(ef.EF21(ef.TopK(0.01)), 3_600_000, 4, "gather")
+    moved = cost.method_traffic(ef.EF21(ef.TopK(0.01)), 3_600_000, 4, "gather")
     assert (gather["bytes_out"], gather["bytes_in"]) == (moved.sent, moved.received)
     names = [c["choice"] for c in answer["choices"] if not c["choice"].startswith("Horovod, ")]
     kinds = ("gather", "double_pass", "server")
@@ -143,7 +143,7 @@ def test_speeds_are_measured_unless_told_otherwise():
         return reference_work(method, d)
 
     methods = [ef.EF21(ef.TopK(0.01)), ef.ErrorFeedback(ef.OneBit())]
-    question = advise.Question(8_000_000, [4], theory.Network(1e9), methods)
+    question = advise.Question(8_000_000, [4], cost.Network(1e9), methods)
     measured = advise.advise(question, probe)
     assert seen == [(method, 4_000_000) for method in methods], "of the length of a bucket"
     assert "measured on this machine now" in advise.page(question, measured)

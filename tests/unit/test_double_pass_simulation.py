@@ -52,7 +52,7 @@ def test_bytes_are_those_of_theory(method, ranks):
         run_channels(group, g, t)
     part = D // ranks
     down = getattr(method, "down", None) or ef.Identity()
-    theory = ef.theory.double_pass_traffic(method.compressor.nbytes(part), down.nbytes(part), ranks)
+    theory = ef.cost.double_pass_traffic(method.compressor.nbytes(part), down.nbytes(part), ranks)
     for channel in group:
         stats = channel.stats()
         assert (stats.bytes_out, stats.bytes_in) == (steps * theory.sent, steps * theory.received)
@@ -243,7 +243,7 @@ def test_simulation_counts_what_theory_says_and_reaches_the_optimum():
         np.zeros((16, 16)).reshape(256), workers=4, steps=300, step_size=0.1,
         exchange="double_pass",
     )  # fmt: skip
-    theory = ef.theory.traffic(ef.TopK(ratio=0.25), 256, 4, "double_pass")
+    theory = ef.cost.traffic(ef.TopK(ratio=0.25), 256, 4, "double_pass")
     assert run.bytes_sent == 300 * theory.sent
     assert run.bytes_received == 300 * theory.received
     np.testing.assert_allclose(run.x, targets.mean(0), atol=1e-3)

@@ -9,10 +9,10 @@ import pytest
 from workers import gradients, run_channels
 
 import ef_horovod as ef
-from ef_horovod import theory
+from ef_horovod import cost
 from ef_horovod.common.units import read_count, read_rate, read_seconds, show_seconds
+from ef_horovod.cost.model import OPEN_MPI, OPEN_MPI_RING, Collective, reference_work
 from ef_horovod.sliced import open_channel
-from ef_horovod.theory.cost import OPEN_MPI, OPEN_MPI_RING, Collective, reference_work
 from ef_horovod.transports.local import local_group
 
 D, STEPS = 4096, 2
@@ -29,7 +29,7 @@ METHODS = [
     ef.PowerSGD(rank=2, shapes=((32, 128),)),
     ef.EF21Plus(TOP_K),
 ]
-NETWORK = theory.Network(1e8, 1e-3)
+NETWORK = cost.Network(1e8, 1e-3)
 
 
 def counted(method, workers, kind):
@@ -48,13 +48,13 @@ def counted(method, workers, kind):
 @pytest.mark.parametrize("kind", ["gather", "reduce", "double_pass", "dense"])
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_bytes_are_those_that_channels_count(method, kind, workers):
-    if kind != "dense" and kind not in theory.possible_exchanges(method):
+    if kind != "dense" and kind not in cost.possible_exchanges(method):
         if method != ef.NoFeedback(ef.Identity()):
             with pytest.raises(ValueError, match="'reduce' only with messages that may be summed"):
-                theory.method_traffic(method, D, workers, kind)
+                cost.method_traffic(method, D, workers, kind)
         return
     travelling = ef.NoFeedback(ef.Identity()) if kind == "dense" else method
-    moved = theory.method_traffic(method, D, workers, kind)
+    moved = cost.method_traffic(method, D, workers, kind)
     assert (moved.sent, moved.received) == pytest.approx(counted(travelling, workers, kind))
 
 
@@ -66,7 +66,7 @@ def test_bytes_of_a_server_are_those_that_simulate_counts(method):
         method, lambda i, x, t: np.ones(D), np.zeros(D), workers=3, steps=STEPS, step_size=0.0,
         exchange="server",
     )  # fmt: skip
-    moved = theory.method_traffic(method, D, 3, "server")
+    moved = cost.method_traffic(method, D, 3, "server")
     assert (moved.sent, moved.received) == (run.bytes_sent / STEPS, run.bytes_received / STEPS) or (
         # Factors come back as numbers, of one length in even and of another in odd steps.
         isinstance(method, ef.PowerSGD)
@@ -80,7 +80,7 @@ def test_messages_of_unknown_size_are_refused():
         ef.EF21(TOP_K, participation=0.5),
     ):
         with pytest.raises(ValueError, match="give the average size that a run sent"):
-            theory.method_traffic(method, D, 4, "gather")
+            cost.method_traffic(method, D, 4, "gather")
 
 
 def test_a_ring_takes_what_the_formula_says():
@@ -97,17 +97,17 @@ def test_a_ring_takes_what_the_formula_says():
 
 
 def test_a_step_is_the_sum_of_its_parts():
-    work = theory.Work(push=1e-9, decode=2e-9, aggregate=3e-9, pull=4e-9, copy=5e-9)
+    work = cost.Work(push=1e-9, decode=2e-9, aggregate=3e-9, pull=4e-9, copy=5e-9)
     options = {"work": work, "compute": 0.5, "share": 2.0}
     d, method = 10**6, ef.DoubleSqueeze(ONE_BIT, down=ONE_BIT)
-    gather = theory.step_cost(method, d, 4, "gather", NETWORK, **options)
+    gather = cost.step_cost(method, d, 4, "gather", NETWORK, **options)
     assert (gather.compute, gather.compress) == (0.5, pytest.approx(2e-3))
     assert gather.decode == pytest.approx(2e-3 * (4 * 2 + 3 + 4))
     assert gather.step == pytest.approx(0.5 + gather.compress + gather.network + gather.decode)
-    slices = theory.step_cost(method, d, 4, "double_pass", NETWORK, **options)
+    slices = cost.step_cost(method, d, 4, "double_pass", NETWORK, **options)
     assert slices.compress == pytest.approx(2e-3 * (1 + 2 * 5))
     assert slices.decode == pytest.approx(2e-3 * (2 + 3 / 4 + 2 * 5 + 4))
-    dense = theory.step_cost(method, d, 4, "dense", NETWORK, **options)
+    dense = cost.step_cost(method, d, 4, "dense", NETWORK, **options)
     assert (dense.compress, dense.decode) == (0.0, pytest.approx(2e-3 * 5))
 
 
@@ -115,7 +115,7 @@ def test_what_sends_more_or_slower_takes_longer():
     method = ef.DoubleSqueeze(ONE_BIT, down=ONE_BIT)
 
     def seconds(kind, workers, rate=1e8, d=10**7):
-        return theory.step_cost(method, d, workers, kind, theory.Network(rate)).network
+        return cost.step_cost(method, d, workers, kind, cost.Network(rate)).network
 
     for kind in ("dense", "gather", "double_pass", "server"):
         for slow, fast in pairwise((5e7, 1e8, 1e9, 1e10)):
@@ -129,7 +129,7 @@ def test_what_sends_more_or_slower_takes_longer():
 
 def test_fast_networks_are_limited_by_the_core():
     def step(rate):
-        return theory.step_cost(METHODS[0], 10**7, 4, "dense", theory.Network(rate, 0.0))
+        return cost.step_cost(METHODS[0], 10**7, 4, "dense", cost.Network(rate, 0.0))
 
     moved = step(1e9).traffic
     assert step(1e15).network == OPEN_MPI.core * (moved.sent + moved.received)
@@ -138,15 +138,15 @@ def test_fast_networks_are_limited_by_the_core():
 def test_rings_are_never_predicted_to_be_slower_for_long_messages():
     for workers in (2, 4, 8):
         times = [
-            theory.step_cost(METHODS[0], 10**7, workers, "dense", NETWORK, software=software).step
+            cost.step_cost(METHODS[0], 10**7, workers, "dense", NETWORK, software=software).step
             for software in (OPEN_MPI, OPEN_MPI_RING)
         ]
         assert times[0] > (1.0 if workers == 2 else 1.1) * times[1]
 
 
 def test_half_precision_sends_half():
-    fp16 = theory.half_precision_cost(10**6, 4, NETWORK)
-    dense = theory.step_cost(METHODS[0], 10**6, 4, "dense", NETWORK)
+    fp16 = cost.half_precision_cost(10**6, 4, NETWORK)
+    dense = cost.step_cost(METHODS[0], 10**6, 4, "dense", NETWORK)
     assert fp16.traffic.sent == dense.traffic.sent / 2
     assert 0.45 < fp16.network / dense.network < 0.55
     assert fp16.compress + fp16.decode == pytest.approx(
@@ -159,7 +159,7 @@ def test_a_burst_goes_at_once():
     assert bucket.carry(1e6) == 0.0
     assert bucket.carry(3e6) == NETWORK.carry(2e6) > 0
     slow, fast = (
-        theory.step_cost(METHODS[0], 10**6, 4, "gather", network) for network in (NETWORK, bucket)
+        cost.step_cost(METHODS[0], 10**6, 4, "gather", network) for network in (NETWORK, bucket)
     )
     assert fast.step < slow.step
 
@@ -169,13 +169,13 @@ def test_a_burst_goes_at_once():
     [("100mbit", (1e8, 50e-6)), ("2.5gbit,2ms", (2.5e9, 2e-3)), ("1gbit,0us", (1e9, 0.0))],
 )
 def test_networks_are_read_from_text(text, network):
-    assert theory.Network.read(text) == pytest.approx((*network, 0.0))
+    assert cost.Network.read(text) == pytest.approx((*network, 0.0))
 
 
 @pytest.mark.parametrize("text", ["", "fast", "100mbit,", "100mbit,2", "1gbit,2ms,3", "100"])
 def test_what_is_no_network(text):
     with pytest.raises(ValueError, match="got the (rate|time)"):
-        theory.Network.read(text)
+        cost.Network.read(text)
 
 
 def test_units():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import theory
+from ef_horovod import cost
 
 ALL = [c for cls in (ef.Identity, ef.TopK, ef.RandomK, ef.OneBit) for c in cls.examples()]
 
@@ -28,33 +28,33 @@ def sent_by_simulate(compressor, d, n, exchange):
 @pytest.mark.parametrize("compressor", ALL, ids=repr)
 def test_gather_and_reduce_are_what_a_transport_counts(compressor, n):
     d = 300
-    assert theory.traffic(compressor, d, n, "gather").sent == sent_by_simulate(
+    assert cost.traffic(compressor, d, n, "gather").sent == sent_by_simulate(
         compressor, d, n, "gather"
     )
     if compressor.linear:  # a transport counts whole bytes
-        reduced = theory.traffic(compressor, d, n, "reduce").sent
+        reduced = cost.traffic(compressor, d, n, "reduce").sent
         assert int(reduced) == sent_by_simulate(compressor, d, n, "reduce")
     else:
         with pytest.raises(ValueError, match="'reduce' only with a linear compressor"):
-            theory.traffic(compressor, d, n, "reduce")
+            cost.traffic(compressor, d, n, "reduce")
 
 
 def test_dense_is_a_ring_over_float32():
-    assert theory.dense_traffic(1000, 4).sent == 6000
-    assert theory.traffic(ef.OneBit(), 1000, 4, "dense") == theory.dense_traffic(1000, 4)
-    assert theory.traffic(ef.Identity(), 1000, 4, "reduce") == theory.dense_traffic(1000, 4)
+    assert cost.dense_traffic(1000, 4).sent == 6000
+    assert cost.traffic(ef.OneBit(), 1000, 4, "dense") == cost.dense_traffic(1000, 4)
+    assert cost.traffic(ef.Identity(), 1000, 4, "reduce") == cost.dense_traffic(1000, 4)
 
 
 def test_a_server_moves_all_messages_through_one_node():
     size = ef.OneBit().nbytes(1000)
-    assert theory.traffic(ef.OneBit(), 1000, 8, "server") == (size, size, 8 * size)
-    assert theory.server_traffic(10, 4000, 8).busiest == 32000
+    assert cost.traffic(ef.OneBit(), 1000, 8, "server") == (size, size, 8 * size)
+    assert cost.server_traffic(10, 4000, 8).busiest == 32000
 
 
 def test_the_double_pass_does_not_grow_with_the_workers():
     d, c = 10**6, ef.OneBit()
-    passes = [theory.traffic(c, d, n, "double_pass").sent for n in (2, 8, 64)]
-    gathers = [theory.traffic(c, d, n, "gather").sent for n in (2, 8, 64)]
+    passes = [cost.traffic(c, d, n, "double_pass").sent for n in (2, 8, 64)]
+    gathers = [cost.traffic(c, d, n, "gather").sent for n in (2, 8, 64)]
     assert passes[-1] < 2 * passes[0]
     assert gathers[-1] == 63 * gathers[0]
     slice_nbytes = c.nbytes(-(-d // 8))
@@ -63,12 +63,12 @@ def test_the_double_pass_does_not_grow_with_the_workers():
 
 def test_one_bit_pays_below_64_workers():
     d, c = 10**7, ef.OneBit()
-    limit = theory.break_even_ranks(c, d)
+    limit = cost.break_even_ranks(c, d)
     assert 63.9 < limit < 64
     for n in (2, 63, 64, 100):
-        pays = theory.traffic(c, d, n, "gather").sent < theory.dense_traffic(d, n).sent
+        pays = cost.traffic(c, d, n, "gather").sent < cost.dense_traffic(d, n).sent
         assert pays == (n < limit)
-    assert theory.break_even_ranks(ef.TopK(ratio=0.01), 10**7) == pytest.approx(159.2, abs=0.1)
+    assert cost.break_even_ranks(ef.TopK(ratio=0.01), 10**7) == pytest.approx(159.2, abs=0.1)
 
 
 class EightBytes:
@@ -86,23 +86,23 @@ class EightBytes:
 @pytest.mark.parametrize("n", [2, 5, 16])
 def test_break_even_density(n):
     d = 100_000
-    plain = theory.break_even_density(d, n, EightBytes)
+    plain = cost.break_even_density(d, n, EightBytes)
     assert 1 / n - 2 / d < plain < 1 / n
-    coded = theory.break_even_density(d, n)
+    coded = cost.break_even_density(d, n)
     assert plain < coded < 2 / n
     k = round(coded * d)
-    assert theory.traffic(ef.TopK(k=k), d, n, "gather").sent < theory.dense_traffic(d, n).sent
+    assert cost.traffic(ef.TopK(k=k), d, n, "gather").sent < cost.dense_traffic(d, n).sent
     if k < d:
-        more = theory.traffic(ef.TopK(k=k + 1), d, n, "gather").sent
-        assert more >= theory.dense_traffic(d, n).sent
+        more = cost.traffic(ef.TopK(k=k + 1), d, n, "gather").sent
+        assert more >= cost.dense_traffic(d, n).sent
 
 
 def test_small_entries_pay_at_any_density():
-    assert theory.break_even_density(1000, 2, lambda k: EightBytes(k / 4)) == 1.0
+    assert cost.break_even_density(1000, 2, lambda k: EightBytes(k / 4)) == 1.0
 
 
 def test_a_header_alone_can_be_too_much():
-    assert theory.break_even_density(2, 16) == 0.0
+    assert cost.break_even_density(2, 16) == 0.0
 
 
 class AnyNumber(EightBytes):
@@ -114,17 +114,17 @@ class AnyNumber(EightBytes):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: theory.gather_traffic(10, 0), "got n=0"),
-        (lambda: theory.server_traffic(10, -1, 2), r"sizes \(10, -1\)"),
-        (lambda: theory.traffic(ef.OneBit(), 10, 2, "carrier pigeon"), "expected one of"),
-        (lambda: theory.break_even_ranks(ef.OneBit(), 0), "got d=0"),
-        (lambda: theory.break_even_density(10, 1), "one worker sends nothing"),
+        (lambda: cost.gather_traffic(10, 0), "got n=0"),
+        (lambda: cost.server_traffic(10, -1, 2), r"sizes \(10, -1\)"),
+        (lambda: cost.traffic(ef.OneBit(), 10, 2, "carrier pigeon"), "expected one of"),
+        (lambda: cost.break_even_ranks(ef.OneBit(), 0), "got d=0"),
+        (lambda: cost.break_even_density(10, 1), "one worker sends nothing"),
         (
-            lambda: theory.traffic(AnyNumber(1), 10, 2, "gather"),
+            lambda: cost.traffic(AnyNumber(1), 10, 2, "gather"),
             "whose payload size follows from d",
         ),
-        (lambda: theory.break_even_ranks(AnyNumber(1), 10), "whose payload size follows from d"),
-        (lambda: theory.break_even_density(10, 2, AnyNumber), "whose payload size follows from d"),
+        (lambda: cost.break_even_ranks(AnyNumber(1), 10), "whose payload size follows from d"),
+        (lambda: cost.break_even_density(10, 2, AnyNumber), "whose payload size follows from d"),
     ],
 )
 def test_wrong_arguments_are_refused(call, message):

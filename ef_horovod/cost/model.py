@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from ef_horovod.common.units import read_rate, read_seconds, show_rate, show_seconds
 from ef_horovod.compressors.identity import Identity
+from ef_horovod.cost.traffic import Traffic, method_traffic, reduce_traffic
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.theory.exchanges import Traffic, method_traffic, reduce_traffic
 
 # Ethernet frames of 1514 bytes carry 1448 of TCP; every second one is acknowledged by 66 bytes.
 _FRAMES = (1514 + 33) / 1448
@@ -209,8 +209,8 @@ def step_cost(
 
     Example:
         >>> import ef_horovod as ef
-        >>> slow = ef.theory.Network(bandwidth=100e6)
-        >>> costs = [ef.theory.step_cost(ef.EF21(ef.TopK(0.01)), 3_600_000, 4, kind, slow)
+        >>> slow = ef.cost.Network(bandwidth=100e6)
+        >>> costs = [ef.cost.step_cost(ef.EF21(ef.TopK(0.01)), 3_600_000, 4, kind, slow)
         ...          for kind in ("dense", "gather")]
         >>> costs[0].step > 10 * costs[1].step
         True

@@ -35,7 +35,7 @@ def gather_traffic(payload_nbytes: float, n: int) -> Traffic:
 
     Example:
         >>> import ef_horovod as ef
-        >>> ef.theory.gather_traffic(100, n=5)
+        >>> ef.cost.gather_traffic(100, n=5)
         Traffic(sent=400, received=400, busiest=400)
     """
     _require(n, payload_nbytes)
@@ -55,7 +55,7 @@ def reduce_traffic(summed_nbytes: float, n: int) -> Traffic:
 
     Example:
         >>> import ef_horovod as ef
-        >>> ef.theory.reduce_traffic(100, n=4)
+        >>> ef.cost.reduce_traffic(100, n=4)
         Traffic(sent=150.0, received=150.0, busiest=150.0)
 
     References:
@@ -81,7 +81,7 @@ def double_pass_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic
 
     Example:
         >>> import ef_horovod as ef
-        >>> ef.theory.double_pass_traffic(10, 10, n=4)
+        >>> ef.cost.double_pass_traffic(10, 10, n=4)
         Traffic(sent=60, received=60, busiest=60)
 
     References:
@@ -106,7 +106,7 @@ def server_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic:
 
     Example:
         >>> import ef_horovod as ef
-        >>> ef.theory.server_traffic(10, 40, n=4)
+        >>> ef.cost.server_traffic(10, 40, n=4)
         Traffic(sent=10, received=40, busiest=160)
 
     References:
@@ -128,7 +128,7 @@ def dense_traffic(d: int, n: int) -> Traffic:
 
     Example:
         >>> import ef_horovod as ef
-        >>> ef.theory.dense_traffic(100, n=4)
+        >>> ef.cost.dense_traffic(100, n=4)
         Traffic(sent=600.0, received=600.0, busiest=600.0)
     """
     return reduce_traffic(4 * d, n)
@@ -151,9 +151,9 @@ def traffic(compressor: Compressor, d: int, n: int, exchange: str) -> Traffic:
 
     Example:
         >>> import ef_horovod as ef
-        >>> [round(ef.theory.traffic(ef.OneBit(), 10**6, n, "gather").sent) for n in (2, 64)]
+        >>> [round(ef.cost.traffic(ef.OneBit(), 10**6, n, "gather").sent) for n in (2, 64)]
         [125020, 7876260]
-        >>> [round(ef.theory.traffic(ef.OneBit(), 10**6, n, "double_pass").sent) for n in (2, 64)]
+        >>> [round(ef.cost.traffic(ef.OneBit(), 10**6, n, "double_pass").sent) for n in (2, 64)]
         [125040, 248724]
     """
     _require(n, d)
@@ -193,9 +193,9 @@ def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
     Example:
         >>> import ef_horovod as ef
         >>> both = ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit())
-        >>> ef.theory.method_traffic(both, 10**6, 4, "double_pass").sent
+        >>> ef.cost.method_traffic(both, 10**6, 4, "double_pass").sent
         187620.0
-        >>> ef.theory.method_traffic(ef.EF21(ef.TopK(0.01)), 10**6, 4, "double_pass").sent
+        >>> ef.cost.method_traffic(ef.EF21(ef.TopK(0.01)), 10**6, 4, "double_pass").sent
         3037824.0
     """
     _require(n, d)
@@ -239,9 +239,9 @@ def break_even_ranks(compressor: Compressor, d: int) -> float:
 
     Example:
         >>> import ef_horovod as ef
-        >>> round(ef.theory.break_even_ranks(ef.OneBit(), 10**7), 2)
+        >>> round(ef.cost.break_even_ranks(ef.OneBit(), 10**7), 2)
         64.0
-        >>> round(ef.theory.break_even_ranks(ef.TopK(ratio=0.01), 10**7))
+        >>> round(ef.cost.break_even_ranks(ef.TopK(ratio=0.01), 10**7))
         159
     """
     if d < 1:
@@ -270,7 +270,7 @@ def break_even_density(
 
     Example:
         >>> import ef_horovod as ef
-        >>> ef.theory.break_even_density(10**6, n=16)
+        >>> ef.cost.break_even_density(10**6, n=16)
         0.109151
     """
     if d < 1 or n < 2:

@@ -1,0 +1,50 @@
+"""What a step costs: bytes of each exchange, and seconds on a network and a core.
+
+    >>> import ef_horovod as ef
+    >>> ef.cost.gather_traffic(100, n=5).sent
+    400
+
+docs/cost-model.md has the formulas, and what was measured.
+"""
+
+from ef_horovod.cost.model import (
+    Cost,
+    Network,
+    Software,
+    Work,
+    half_precision_cost,
+    possible_exchanges,
+    step_cost,
+)
+from ef_horovod.cost.traffic import (
+    Traffic,
+    break_even_density,
+    break_even_ranks,
+    dense_traffic,
+    double_pass_traffic,
+    gather_traffic,
+    method_traffic,
+    reduce_traffic,
+    server_traffic,
+    traffic,
+)
+
+__all__ = [
+    "Cost",
+    "Network",
+    "Software",
+    "Traffic",
+    "Work",
+    "break_even_density",
+    "break_even_ranks",
+    "dense_traffic",
+    "double_pass_traffic",
+    "gather_traffic",
+    "half_precision_cost",
+    "method_traffic",
+    "possible_exchanges",
+    "reduce_traffic",
+    "server_traffic",
+    "step_cost",
+    "traffic",
+]
