@@ -24,7 +24,7 @@ import torch
 from tabulate import tabulate
 
 import ef_horovod as ef
-from ef_horovod.channel import Channel, finish_step
+from ef_horovod.exchange.channel import Channel, finish_step
 from ef_horovod.testing.echo import EchoTransport
 
 RATIO = 0.01

@@ -86,7 +86,7 @@ def run_rank(file: str) -> None:
 
 def _record(training: Any, spans: list[Span]) -> None:
     """Note when things begin and end in a training's steps."""
-    from ef_horovod.channel import Channel
+    from ef_horovod.exchange.channel import Channel
 
     @contextmanager
     def span(kind: str) -> Iterator[None]:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ef_horovod.arrays import Array
-from ef_horovod.channel import Channel
 from ef_horovod.compressors.identity import Identity
+from ef_horovod.exchange.channel import Channel
+from ef_horovod.exchange.double_pass import open_channel
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.policy import DensePolicy, Parameter
-from ef_horovod.sliced import open_channel
 from ef_horovod.transports.base import Transport
 
 _NO_LIMIT = 1 << 62

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ef_horovod import exchange
 from ef_horovod.arrays.keys import Key
 from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.compressors.topk import TopK
+from ef_horovod.exchange import choice as exchange
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ef_horovod import exchange as exchanges
 from ef_horovod import wire
 from ef_horovod.adapter_options import check_options
 from ef_horovod.arrays import Array, float_namespace, namespace
@@ -16,6 +15,7 @@ from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.common.options import number, seed_of, whole
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
+from ef_horovod.exchange import choice as exchanges
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import Estimator
 from ef_horovod.methods.schedules import Decay, Schedule, value_at

@@ -8,8 +8,8 @@ from typing import Any
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import NonFiniteError, UnsupportedError
+from ef_horovod.exchange.double_pass import SlicedChannel
 from ef_horovod.methods.base import Method
-from ef_horovod.sliced import SlicedChannel
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import local_group
 

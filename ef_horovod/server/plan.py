@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import ConfigMismatchError, EFHorovodError, PayloadError
-from ef_horovod.guard import first_difference
+from ef_horovod.exchange.config_check import first_difference
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.methods.parsing import read_method

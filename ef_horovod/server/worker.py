@@ -10,8 +10,14 @@ import numpy as np
 from ef_horovod.adapter_options import check_options
 from ef_horovod.arrays import float_namespace
 from ef_horovod.buckets import BucketPlan, Slot, plan_buckets
-from ef_horovod.channel import Channel, ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.exchange.channel import (
+    Channel,
+    ChannelStats,
+    finish_rounds,
+    finish_step,
+    total_stats,
+)
 from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import DensePolicy, require_distinct, require_method, small_or_vector

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from ef_horovod.channel import ChannelStats, total_stats
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.exchange.channel import ChannelStats, total_stats
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import appeared
 from ef_horovod.tensorflow.reducer import Reducer

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from ef_horovod.guard import require_same_config
+from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.in_sync import digest_of
 from ef_horovod.tensorflow.sync import require_horovod
 from ef_horovod.tensorflow.variables import native, own_name, require_variables

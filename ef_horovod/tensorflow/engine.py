@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from ef_horovod.buckets import describe, plan_buckets
-from ef_horovod.channel import ChannelStats, total_stats
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.guard import require_same_config
+from ef_horovod.exchange.channel import ChannelStats, total_stats
+from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import DensePolicy

@@ -10,9 +10,9 @@ import keras
 import tensorflow as tf
 
 from ef_horovod.adapter_options import check_options
-from ef_horovod.channel import ChannelStats
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.exchange.channel import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.averaging import Averaging

@@ -17,7 +17,7 @@ import numpy as np
 from ef_horovod import wire
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.buckets import BucketPlan, Slot, one_slot
-from ef_horovod.channel import Channel, finish_step
+from ef_horovod.exchange.channel import Channel, finish_step
 from ef_horovod.memories import save_memories
 from ef_horovod.methods.base import Method
 from ef_horovod.testing.echo import EchoTransport

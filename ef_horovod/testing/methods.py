@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from ef_horovod import exchange as exchanges
-from ef_horovod.channel import Channel
 from ef_horovod.common import registry
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import NonFiniteError, UnsupportedError
+from ef_horovod.exchange import choice as exchanges
+from ef_horovod.exchange.channel import Channel
+from ef_horovod.exchange.double_pass import cuts
 from ef_horovod.methods.base import Method
 from ef_horovod.simulation import simulate
-from ef_horovod.sliced import cuts
 from ef_horovod.testing.checkpoints import check_checkpoint
 from ef_horovod.testing.frameworks import check_frameworks
 from ef_horovod.testing.tools import array_of, is_deterministic, norm, require

@@ -21,9 +21,9 @@ from torch.optim.optimizer import (
 
 from ef_horovod.adapter_options import check_options
 from ef_horovod.buckets import BucketPlan, describe, one_slot
-from ef_horovod.channel import ChannelStats, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.guard import require_same_config
+from ef_horovod.exchange.channel import ChannelStats, finish_step, total_stats
+from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.memories import load_state, remember, save_state
 from ef_horovod.methods.base import Method
 from ef_horovod.policy import (

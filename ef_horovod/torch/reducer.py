@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ef_horovod.buckets import Slot, describe
-from ef_horovod.channel import ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.guard import require_same_config
+from ef_horovod.exchange.channel import ChannelStats, finish_rounds, finish_step, total_stats
+from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.memories import load_memories, load_state, remember, save_memories, save_state
 from ef_horovod.torch.averages import Averages
 from ef_horovod.torch.buckets import Bucket, Taken, require_untouched

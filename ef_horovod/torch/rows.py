@@ -10,7 +10,7 @@ import torch
 
 from ef_horovod.buckets import BucketPlan, Slot, one_slot, plan_buckets
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.rows import Rows, RowsChannel, matrix_of
+from ef_horovod.exchange.rows import Rows, RowsChannel, matrix_of
 from ef_horovod.torch.buckets import Bucket, Taken
 from ef_horovod.torch.options import Options
 from ef_horovod.transports.base import Transport

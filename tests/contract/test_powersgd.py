@@ -13,7 +13,7 @@ from workers import Workers, channels, float32_zeros, gradients, host, memory, r
 import ef_horovod as ef
 from ef_horovod.arrays import kernels_matrices
 from ef_horovod.buckets import BucketPlan, Slot
-from ef_horovod.channel import finish_step
+from ef_horovod.exchange.channel import finish_step
 from ef_horovod.memories import load_memories, save_memories
 from ef_horovod.tensorflow.buckets import Bucket as TensorFlowBucket
 from ef_horovod.testing.echo_tensorflow import EchoOps

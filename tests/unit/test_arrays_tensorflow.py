@@ -19,9 +19,9 @@ import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.tensorflow as device
 from ef_horovod.arrays import namespace, tensorflow_matrices, tensorflow_quantize
-from ef_horovod.channel import Channel, finish_step
 from ef_horovod.common import registry
 from ef_horovod.errors import NonFiniteError
+from ef_horovod.exchange.channel import Channel, finish_step
 from ef_horovod.transports.local import local_group
 
 CPU = "/job:localhost/replica:0/task:0/device:CPU:0"

@@ -9,11 +9,12 @@ import pytest
 from workers import channels, gradients, run_channels
 
 import ef_horovod as ef
-from ef_horovod import exchange, wire
+from ef_horovod import wire
 from ef_horovod.buckets import Slot, plan_buckets
-from ef_horovod.channel import conclude, settle
+from ef_horovod.exchange import choice as exchange
+from ef_horovod.exchange.channel import conclude, settle
+from ef_horovod.exchange.double_pass import SlicedChannel, cuts, open_channel
 from ef_horovod.memories import load_memories, save_memories
-from ef_horovod.sliced import SlicedChannel, cuts, open_channel
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.transports.base import Transport

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import exchange, wire
+from ef_horovod import wire
+from ef_horovod.exchange import choice as exchange
 from ef_horovod.transports.local import local_group
 
 X = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)

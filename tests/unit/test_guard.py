@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ef_horovod.errors import ConfigMismatchError
-from ef_horovod.guard import require_same_config
+from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.transports.local import local_group
 
 COMMON = [f"parameter 'model.layers.{i}.weight' of shape (768, 768)" for i in range(4000)]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod.channel import Channel
 from ef_horovod.errors import ProtocolError
+from ef_horovod.exchange.channel import Channel
 from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.protocol import MISSED, Kind, Message, unpack
 from ef_horovod.server.quorum import FARTHEST_BEHIND, Participation, QuorumBucket

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import ef_horovod as ef
 from ef_horovod.buckets import BucketPlan, one_slot
-from ef_horovod.channel import finish_step
+from ef_horovod.exchange.channel import finish_step
 from ef_horovod.memories import save_memories
 from ef_horovod.tensorflow import buckets
 from ef_horovod.tensorflow.buckets import Bucket, receive

@@ -9,8 +9,8 @@ from common import error_of, report
 from mpi4py import MPI
 
 import ef_horovod as ef
-from ef_horovod.channel import Channel, finish_step
-from ef_horovod.guard import require_same_config
+from ef_horovod.exchange.channel import Channel, finish_step
+from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.transports import mpi
 from ef_horovod.transports.mpi import MPITransport
 

@@ -14,8 +14,8 @@ from ef_horovod.testing.pairs import every_method
 
 
 def over_mpi():
-    from ef_horovod.channel import finish_step
-    from ef_horovod.sliced import open_channel
+    from ef_horovod.exchange.channel import finish_step
+    from ef_horovod.exchange.double_pass import open_channel
     from ef_horovod.transports.mpi import MPITransport
 
     transport = MPITransport()

@@ -18,8 +18,8 @@ from mpi4py import MPI
 from server_faults_model import SHAPES, gradients
 
 import ef_horovod as ef
-from ef_horovod.channel import Channel, finish_step
 from ef_horovod.errors import ProtocolError
+from ef_horovod.exchange.channel import Channel, finish_step
 from ef_horovod.server import ServerTransport, Worker
 from ef_horovod.server.protocol import Kind, Message, body_text, pack, unpack
 

@@ -17,7 +17,7 @@ from meeting import meet
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 
 from ef_horovod.buckets import plan_buckets
-from ef_horovod.channel import Channel, finish_step
+from ef_horovod.exchange.channel import Channel, finish_step
 from ef_horovod.policy import small_or_vector
 from ef_horovod.server import Server, ServerTransport
 from ef_horovod.testing.pairs import every_method

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ef_horovod.channel import Channel, Piece
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import PayloadError, UnsupportedError
+from ef_horovod.exchange.channel import Channel, Piece
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.transports.base import Transport
 from ef_horovod.wire import MAX_NBYTES, size_class

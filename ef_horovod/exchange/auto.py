@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 
-from ef_horovod import exchange as exchanges
 from ef_horovod.compressors.identity import Identity
+from ef_horovod.exchange import choice as exchanges
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.transports.base import Transport

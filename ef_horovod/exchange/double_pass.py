@@ -20,12 +20,12 @@ import numpy as np
 
 from ef_horovod import wire
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.auto import decide
-from ef_horovod.channel import Channel, Piece
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import NonFiniteError, PayloadError
-from ef_horovod.exchange import checked
+from ef_horovod.exchange.auto import decide
+from ef_horovod.exchange.channel import Channel, Piece
+from ef_horovod.exchange.choice import checked
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Answer, Measure, Transport
 

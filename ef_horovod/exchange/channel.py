@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ef_horovod import exchange as exchanges
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
+from ef_horovod.exchange import choice as exchanges
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.parsing import write_method
 from ef_horovod.methods.undo import Undo, Undoer
