@@ -34,13 +34,13 @@ import tensorflow as tf
 import torch
 
 import ef_horovod as ef
-from ef_horovod.policy import small_or_vector
 from ef_horovod.tensorflow.engine import Engine
 from ef_horovod.tensorflow.engine import Options as EngineOptions
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.echo_tensorflow import EchoOps
 from ef_horovod.torch.options import Options as ReducerOptions
 from ef_horovod.torch.reducer import Reducer
+from ef_horovod.training.policy import small_or_vector
 
 LIMIT = 1.5
 RANKS = 2

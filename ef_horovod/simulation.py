@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ef_horovod import wire
-from ef_horovod.adapter_options import check_options
 from ef_horovod.arrays import Array, float_namespace, namespace
 from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.common.options import number, seed_of, whole
@@ -20,6 +19,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import Estimator
 from ef_horovod.methods.schedules import Decay, Schedule, value_at
 from ef_horovod.simulation_slices import SlicedWorkers
+from ef_horovod.training.options import check_options
 from ef_horovod.transports.base import Transport, ring_share
 from ef_horovod.transports.local import local_group
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ef_horovod as ef
-from ef_horovod.policy import small_or_vector
+from ef_horovod.training.policy import small_or_vector
 from ef_horovod.transports.base import ring_share
 
 

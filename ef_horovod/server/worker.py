@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ef_horovod.adapter_options import check_options
 from ef_horovod.arrays import float_namespace
-from ef_horovod.buckets import BucketPlan, Slot, plan_buckets
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import (
     Channel,
@@ -18,11 +16,18 @@ from ef_horovod.exchange.channel import (
     finish_step,
     total_stats,
 )
-from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
-from ef_horovod.policy import DensePolicy, require_distinct, require_method, small_or_vector
 from ef_horovod.server.client import ServerTransport
 from ef_horovod.server.link import in_words
+from ef_horovod.training.buckets import BucketPlan, Slot, plan_buckets
+from ef_horovod.training.options import check_options
+from ef_horovod.training.policy import (
+    DensePolicy,
+    require_distinct,
+    require_method,
+    small_or_vector,
+)
+from ef_horovod.training.state import load_state, save_state
 
 Named = Mapping[str, np.ndarray]
 Listed = Sequence[np.ndarray]

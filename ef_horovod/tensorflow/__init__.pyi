@@ -1,7 +1,6 @@
 """For type checkers and editors; a test compares it with the module."""
 
 from ef_horovod import *  # noqa: F403
-from ef_horovod.policy import small_or_vector as small_or_vector
 from ef_horovod.tensorflow.broadcast import broadcast_variables as broadcast_variables
 from ef_horovod.tensorflow.callback import TrainingCallback as TrainingCallback
 from ef_horovod.tensorflow.compression import Compression as Compression
@@ -9,3 +8,4 @@ from ef_horovod.tensorflow.optimizer import DistributedOptimizer as DistributedO
 from ef_horovod.tensorflow.reducer import Reducer as Reducer
 from ef_horovod.tensorflow.sync import require_in_sync as require_in_sync
 from ef_horovod.tensorflow.tape import DistributedGradientTape as DistributedGradientTape
+from ef_horovod.training.policy import small_or_vector as small_or_vector

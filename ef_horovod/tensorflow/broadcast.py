@@ -10,9 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from ef_horovod.exchange.config_check import require_same_config
-from ef_horovod.in_sync import digest_of
 from ef_horovod.tensorflow.sync import require_horovod
 from ef_horovod.tensorflow.variables import native, own_name, require_variables
+from ef_horovod.training.in_sync import digest_of
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 
 

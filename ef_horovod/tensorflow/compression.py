@@ -14,25 +14,25 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from ef_horovod.adapter_options import check_options
-from ef_horovod.buckets import BucketPlan, describe, one_slot
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import ChannelStats, total_stats
 from ef_horovod.exchange.config_check import require_same_config
-from ef_horovod.memories import load_state, save_state
 from ef_horovod.methods.base import Method
-from ef_horovod.policy import (
+from ef_horovod.tensorflow.broadcast import follow
+from ef_horovod.tensorflow.buckets import Bucket, receive
+from ef_horovod.tensorflow.checkpoint import Memories
+from ef_horovod.tensorflow.graphs import refuse_xla
+from ef_horovod.tensorflow.variables import name_variables, path_of
+from ef_horovod.training.buckets import BucketPlan, describe, one_slot
+from ef_horovod.training.options import check_options
+from ef_horovod.training.policy import (
     DensePolicy,
     refuse_elastic,
     require_method,
     small_or_vector,
     warn_of_surprises,
 )
-from ef_horovod.tensorflow.broadcast import follow
-from ef_horovod.tensorflow.buckets import Bucket, receive
-from ef_horovod.tensorflow.checkpoint import Memories
-from ef_horovod.tensorflow.graphs import refuse_xla
-from ef_horovod.tensorflow.variables import name_variables, path_of
+from ef_horovod.training.state import load_state, save_state
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_tensorflow import open_lasting
 

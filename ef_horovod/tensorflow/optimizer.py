@@ -9,7 +9,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from ef_horovod.adapter_options import check_options
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import ChannelStats
@@ -18,6 +17,7 @@ from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.averaging import Averaging
 from ef_horovod.tensorflow.checkpoint import MemoriesInKeras
 from ef_horovod.tensorflow.reducer import Reducer, open_servers, require_options
+from ef_horovod.training.options import check_options
 from ef_horovod.transports.server_tensorflow import GraphTransport
 
 

@@ -10,14 +10,17 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from ef_horovod.adapter_options import check_options
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange import choice as exchanges
 from ef_horovod.exchange.channel import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.policy import (
+from ef_horovod.tensorflow.checkpoint import Memories
+from ef_horovod.tensorflow.engine import Engine, Gradient, Options
+from ef_horovod.tensorflow.variables import name_variables, path_of
+from ef_horovod.training.options import check_options
+from ef_horovod.training.policy import (
     DensePolicy,
     refuse_elastic,
     refuse_process_set,
@@ -25,9 +28,6 @@ from ef_horovod.policy import (
     small_or_vector,
     warn_of_surprises,
 )
-from ef_horovod.tensorflow.checkpoint import Memories
-from ef_horovod.tensorflow.engine import Engine, Gradient, Options
-from ef_horovod.tensorflow.variables import name_variables, path_of
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_tensorflow import open_lasting
 from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.policy import require_distinct
+from ef_horovod.training.policy import require_distinct
 
 
 def native(variable: Any) -> tf.Variable:

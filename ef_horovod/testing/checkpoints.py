@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ef_horovod.buckets import Slot
-from ef_horovod.memories import load_memories, save_memories
 from ef_horovod.methods.base import Method
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.testing.tools import require
 from ef_horovod.testing.workers import D, channels, gradients, run_channels
+from ef_horovod.training.buckets import Slot
+from ef_horovod.training.state import load_memories, save_memories
 
 _RANKS, _SAVED_AT, _STEPS = 3, 5, 14
 # A bucket of two parameters: what is saved is cut into their parts and put together again.

@@ -16,12 +16,12 @@ import numpy as np
 
 from ef_horovod import wire
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.buckets import BucketPlan, Slot, one_slot
 from ef_horovod.exchange.channel import Channel, finish_step
-from ef_horovod.memories import save_memories
 from ef_horovod.methods.base import Method
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.tools import array_of, bits, require
+from ef_horovod.training.buckets import BucketPlan, Slot, one_slot
+from ef_horovod.training.state import save_memories
 from ef_horovod.transports.base import Measure
 
 SHAPE, STEPS, RANKS, NAME = (28, 25), 50, 3, "0.weights"

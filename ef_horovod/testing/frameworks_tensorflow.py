@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from ef_horovod.buckets import BucketPlan, one_slot
 from ef_horovod.methods.base import Method
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.testing.echo_tensorflow import EchoOps
@@ -22,6 +21,7 @@ from ef_horovod.testing.frameworks import (
     gradient_sequence,
 )
 from ef_horovod.testing.tools import require
+from ef_horovod.training.buckets import BucketPlan, one_slot
 
 
 def eager(function: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import ef_horovod as _core
 from ef_horovod.common import openmpi
 from ef_horovod.common.extras import explained
-from ef_horovod.policy import small_or_vector
+from ef_horovod.training.policy import small_or_vector
 
 with explained("ef_horovod.torch"):
     from ef_horovod.torch.compression import Compression

@@ -7,8 +7,8 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 
-from ef_horovod.buckets import BucketPlan, Slot
 from ef_horovod.exchange.channel import Channel
+from ef_horovod.training.buckets import BucketPlan, Slot
 from ef_horovod.transports.base import Transport
 
 _SAMPLE = 32  # numbers of each gradient by which changes are noticed

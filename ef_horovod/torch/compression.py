@@ -19,14 +19,17 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ef_horovod.adapter_options import check_options
-from ef_horovod.buckets import BucketPlan, describe, one_slot
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import ChannelStats, finish_step, total_stats
 from ef_horovod.exchange.config_check import require_same_config
-from ef_horovod.memories import load_state, remember, save_state
 from ef_horovod.methods.base import Method
-from ef_horovod.policy import (
+from ef_horovod.torch.buckets import Bucket, require_untouched
+from ef_horovod.torch.hooks import uncompiled, weak
+from ef_horovod.torch.parameters import pairs_of
+from ef_horovod.torch.sync import SyncCheck
+from ef_horovod.training.buckets import BucketPlan, describe, one_slot
+from ef_horovod.training.options import check_options
+from ef_horovod.training.policy import (
     DensePolicy,
     refuse_elastic,
     require_distinct,
@@ -34,10 +37,7 @@ from ef_horovod.policy import (
     small_or_vector,
     warn_of_surprises,
 )
-from ef_horovod.torch.buckets import Bucket, require_untouched
-from ef_horovod.torch.hooks import uncompiled, weak
-from ef_horovod.torch.parameters import pairs_of
-from ef_horovod.torch.sync import SyncCheck
+from ef_horovod.training.state import load_state, remember, save_state
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 from ef_horovod.transports.timeouts.ending import watch_over

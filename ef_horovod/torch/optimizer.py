@@ -10,19 +10,11 @@ from typing import TYPE_CHECKING, Any
 import horovod.torch as hvd
 import torch
 
-from ef_horovod.adapter_options import check_options
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.policy import (
-    DensePolicy,
-    refuse_process_set,
-    require_method,
-    small_or_vector,
-    warn_of_surprises,
-)
 from ef_horovod.torch import wrapping
 from ef_horovod.torch.loss_scale import (
     average_unscaled,
@@ -33,6 +25,14 @@ from ef_horovod.torch.loss_scale import (
 from ef_horovod.torch.options import Options, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Reducer
+from ef_horovod.training.options import check_options
+from ef_horovod.training.policy import (
+    DensePolicy,
+    refuse_process_set,
+    require_method,
+    small_or_vector,
+    warn_of_surprises,
+)
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport

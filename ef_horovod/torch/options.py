@@ -10,7 +10,7 @@ import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.policy import DensePolicy, refuse_elastic
+from ef_horovod.training.policy import DensePolicy, refuse_elastic
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.policy import require_distinct
+from ef_horovod.training.policy import require_distinct
 
 Named = list[tuple[str, torch.Tensor]]
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from ef_horovod.buckets import Slot, describe
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import ChannelStats, finish_rounds, finish_step, total_stats
 from ef_horovod.exchange.config_check import require_same_config
-from ef_horovod.memories import load_memories, load_state, remember, save_memories, save_state
 from ef_horovod.torch.averages import Averages
 from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
 from ef_horovod.torch.hooks import GradientHooks
 from ef_horovod.torch.options import Options
 from ef_horovod.torch.rows import RowsBucket, agree, make_buckets, no_rows
 from ef_horovod.torch.sync import SyncCheck
+from ef_horovod.training.buckets import Slot, describe
+from ef_horovod.training.state import load_memories, load_state, remember, save_memories, save_state
 from ef_horovod.transports.base import Transport
 
 Named = list[tuple[str, torch.Tensor]]

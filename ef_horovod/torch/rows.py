@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ef_horovod.buckets import BucketPlan, Slot, one_slot, plan_buckets
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.rows import Rows, RowsChannel, matrix_of
 from ef_horovod.torch.buckets import Bucket, Taken
 from ef_horovod.torch.options import Options
+from ef_horovod.training.buckets import BucketPlan, Slot, one_slot, plan_buckets
 from ef_horovod.transports.base import Transport
 
 _MISSING, _DENSE = 0, 1  # kinds of gradients; _DENSE + s: sparse in the first s dimensions

@@ -9,8 +9,8 @@ import horovod.torch as hvd
 import torch
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.in_sync import digest_of, require_equal
 from ef_horovod.torch.parameters import tensors_of
+from ef_horovod.training.in_sync import digest_of, require_equal
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 

@@ -7,11 +7,11 @@ import pytest
 from workers import COMPRESSORS, METHODS, D, channels, float32_zeros, gradients, run_channels
 
 import ef_horovod as ef
-from ef_horovod.buckets import one_slot, plan_buckets
 from ef_horovod.common import registry
-from ef_horovod.memories import save_memories
 from ef_horovod.testing import each_method_check
 from ef_horovod.testing.frameworks import OneChannel
+from ef_horovod.training.buckets import one_slot, plan_buckets
+from ef_horovod.training.state import save_memories
 
 CASES = [
     pytest.param(check, id=f"{check.func.__name__}-{'-'.join(map(repr, check.args))}")

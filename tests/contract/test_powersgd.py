@@ -12,12 +12,12 @@ from workers import Workers, channels, float32_zeros, gradients, host, memory, r
 
 import ef_horovod as ef
 from ef_horovod.arrays import kernels_matrices
-from ef_horovod.buckets import BucketPlan, Slot
 from ef_horovod.exchange.channel import finish_step
-from ef_horovod.memories import load_memories, save_memories
 from ef_horovod.tensorflow.buckets import Bucket as TensorFlowBucket
 from ef_horovod.testing.echo_tensorflow import EchoOps
 from ef_horovod.torch.buckets import Bucket as TorchBucket
+from ef_horovod.training.buckets import BucketPlan, Slot
+from ef_horovod.training.state import load_memories, save_memories
 from ef_horovod.transports.local import local_group
 from ef_horovod.wire import HEADER_NBYTES
 

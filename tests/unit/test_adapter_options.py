@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import ef_horovod as ef
-from ef_horovod.adapter_options import check_options
-from ef_horovod.buckets import Slot
 from ef_horovod.server import Worker
+from ef_horovod.training.buckets import Slot
+from ef_horovod.training.options import check_options
 
 METHOD = ef.ErrorFeedback(ef.TopK(k=1))
 WRONG = {

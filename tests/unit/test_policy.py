@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 
 import ef_horovod as ef
-from ef_horovod.policy import small_or_vector, warn_of_surprises
+from ef_horovod.training.policy import small_or_vector, warn_of_surprises
 
 METHOD = ef.EF21(ef.TopK(ratio=0.01))
 MATRIX, ADAPTER = ("matrix", np.zeros((64, 64), np.float32)), ("lora", np.zeros((8, 64), "f4"))

@@ -10,9 +10,9 @@ import ef_horovod as ef
 from ef_horovod.errors import PayloadError, UnsupportedError
 from ef_horovod.exchange.channel import finish_step
 from ef_horovod.exchange.rows import Rows, RowsChannel
-from ef_horovod.policy import small_or_vector
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.torch.reducer import Options, Reducer
+from ef_horovod.training.policy import small_or_vector
 from ef_horovod.transports.local import local_group
 
 HEIGHT, WIDTH = 20, 3

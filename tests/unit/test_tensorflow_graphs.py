@@ -10,12 +10,12 @@ import tensorflow as tf
 
 import ef_horovod as ef
 from ef_horovod.errors import OutOfSyncError, UnsupportedError
-from ef_horovod.policy import small_or_vector
 from ef_horovod.tensorflow.buckets import _aligned
 from ef_horovod.tensorflow.engine import Engine, Options
 from ef_horovod.tensorflow.graphs import WholeSteps, python_op
 from ef_horovod.tensorflow.variables import name_variables
 from ef_horovod.testing.echo_tensorflow import EchoOps
+from ef_horovod.training.policy import small_or_vector
 from ef_horovod.transports.timeouts import last_words
 from ef_horovod.transports.timeouts.calls import calls_under_way
 

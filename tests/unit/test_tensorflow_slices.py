@@ -7,14 +7,14 @@ import pytest
 import tensorflow as tf
 
 import ef_horovod as ef
-from ef_horovod.buckets import BucketPlan, one_slot
 from ef_horovod.exchange.channel import finish_step
-from ef_horovod.memories import save_memories
 from ef_horovod.tensorflow import buckets
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.echo_tensorflow import EchoOps
 from ef_horovod.testing.frameworks import OneChannel
+from ef_horovod.training.buckets import BucketPlan, one_slot
+from ef_horovod.training.state import save_memories
 
 RANKS, SHAPES, STEPS = 3, ((48, 32), (24, 32)), 8  # slices of equal length: all ranks say the same
 NAMES = ("bucket.0", "bucket.1")

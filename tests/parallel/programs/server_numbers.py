@@ -16,11 +16,11 @@ from doublesqueeze_oracle import SHAPES, TRAININGS, gradients_of
 from meeting import meet
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 
-from ef_horovod.buckets import plan_buckets
 from ef_horovod.exchange.channel import Channel, finish_step
-from ef_horovod.policy import small_or_vector
 from ef_horovod.server import Server, ServerTransport
 from ef_horovod.testing.pairs import every_method
+from ef_horovod.training.buckets import plan_buckets
+from ef_horovod.training.policy import small_or_vector
 
 
 def open_every(transport):

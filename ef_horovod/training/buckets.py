@@ -12,7 +12,7 @@ from ef_horovod.exchange.channel import Channel
 from ef_horovod.exchange.double_pass import open_channel
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.policy import DensePolicy, Parameter
+from ef_horovod.training.policy import DensePolicy, Parameter
 from ef_horovod.transports.base import Transport
 
 _NO_LIMIT = 1 << 62

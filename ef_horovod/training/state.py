@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ef_horovod.arrays import namespace
-from ef_horovod.buckets import Slot
 from ef_horovod.exchange.channel import Channel, Piece
+from ef_horovod.training.buckets import Slot
 from ef_horovod.transports.base import Transport
 
 
