@@ -20,7 +20,7 @@ from ef_horovod.exchange import choice as exchanges
 from ef_horovod.exchange.channel import Channel
 from ef_horovod.exchange.double_pass import cuts
 from ef_horovod.methods.base import Method
-from ef_horovod.simulation import simulate
+from ef_horovod.simulation.run import simulate
 from ef_horovod.testing.checkpoints import check_checkpoint
 from ef_horovod.testing.frameworks import check_frameworks
 from ef_horovod.testing.tools import array_of, is_deterministic, norm, require

@@ -18,7 +18,7 @@ from ef_horovod.exchange import choice as exchanges
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import Estimator
 from ef_horovod.methods.schedules import Decay, Schedule, value_at
-from ef_horovod.simulation_slices import SlicedWorkers
+from ef_horovod.simulation.slices import SlicedWorkers
 from ef_horovod.training.options import check_options
 from ef_horovod.transports.base import Transport, ring_share
 from ef_horovod.transports.local import local_group

@@ -1,0 +1,5 @@
+"""Methods on workers that live in this process: real payloads, no network."""
+
+from ef_horovod.simulation.run import Run, simulate
+
+__all__ = ["Run", "simulate"]
