@@ -37,9 +37,9 @@ import numpy as np
 import torch
 
 import ef_horovod as ef
+from ef_horovod.cli.listing import examples_of
 from ef_horovod.common import registry
 from ef_horovod.exchange.channel import Channel, ChannelStats, finish_step
-from ef_horovod.listing import examples_of
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.pairs import every_compressor
 from ef_horovod.wire import index_code

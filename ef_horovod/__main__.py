@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ef_horovod.cli import main
+from ef_horovod.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,9 @@ import time
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import advise, cli, cost
+from ef_horovod import cost
+from ef_horovod.cli import advise
+from ef_horovod.cli import main as cli
 from ef_horovod.cost.model import reference_work
 from ef_horovod.cost.probe import measure_work
 

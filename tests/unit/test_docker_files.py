@@ -63,7 +63,7 @@ def test_horovods_layer_depends_on_what_builds_it_and_nothing_else():
     package = imported_by("ef_horovod.build_horovod")
     setup = {"launch/setup", "launch/_common.py", "launch/constraints.txt"}
     assert copied("recipe") == package | setup | {"setup.cfg", "pyproject.toml"}
-    command = imported_by("ef_horovod.cli") - package
+    command = imported_by("ef_horovod.cli.main") - package
     assert command <= copied("build"), "launch/setup calls the command"
     assert all(name.startswith("docker/site/") for name in copied("build") - command)
 
@@ -74,7 +74,7 @@ def test_the_command_starts_with_the_files_of_its_layer(tmp_path):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "ef_horovod" / "__init__.py").touch()
-    words = [sys.executable, "-m", "ef_horovod.cli", "build-horovod", "--help"]
+    words = [sys.executable, "-m", "ef_horovod.cli.main", "build-horovod", "--help"]
     done = subprocess.run(
         words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import ef_horovod as ef
-from ef_horovod import cli, listing
+from ef_horovod.cli import listing
+from ef_horovod.cli import main as cli
 from ef_horovod.common import registry
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.error_feedback import ErrorFeedback

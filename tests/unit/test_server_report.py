@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from ef_horovod import cli
+from ef_horovod.cli import main as cli
+from ef_horovod.cli.server_report import read_log, summarize
 from ef_horovod.server.watch import Totals, Watch
-from ef_horovod.server_report import read_log, summarize
 
 
 def write(log, server=0, every=10.0, rounds=(40, 60), workers=3):

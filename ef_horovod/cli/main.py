@@ -130,7 +130,7 @@ def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _run_list(arguments: argparse.Namespace) -> None:
-    from ef_horovod import listing
+    from ef_horovod.cli import listing
 
     sys.path.insert(0, "")  # as `python -m` does, so that a folder's own modules are found
     load(arguments.modules)
@@ -156,7 +156,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run_report(arguments: argparse.Namespace) -> None:
-    from ef_horovod.server_report import report
+    from ef_horovod.cli.server_report import report
 
     report(arguments.log, arguments.out)
 
@@ -205,7 +205,7 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run_advise(arguments: argparse.Namespace) -> None:
-    from ef_horovod import advise
+    from ef_horovod.cli import advise
     from ef_horovod.cost.model import Network
     from ef_horovod.methods.parsing import read_compressor
 

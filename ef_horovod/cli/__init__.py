@@ -1,0 +1,1 @@
+"""The command `ef-horovod`: one file a subcommand."""
