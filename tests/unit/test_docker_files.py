@@ -60,7 +60,7 @@ def imported_by(module: str, found: set[str] | None = None) -> set[str]:
 
 
 def test_horovods_layer_depends_on_what_builds_it_and_nothing_else():
-    package = imported_by("ef_horovod.build_horovod")
+    package = imported_by("ef_horovod.horovod_build.build")
     setup = {"launch/setup", "launch/_common.py", "launch/constraints.txt"}
     assert copied("recipe") == package | setup | {"setup.cfg", "pyproject.toml"}
     command = imported_by("ef_horovod.cli.main") - package

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ef_horovod._toolkit import BuildError
+from ef_horovod.horovod_build.toolkit import BuildError
 
 
 def default_cache(environment: Mapping[str, str]) -> Path:

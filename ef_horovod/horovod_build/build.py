@@ -33,8 +33,9 @@ from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 
-from ef_horovod._horovod_check import check_horovod
-from ef_horovod._toolkit import (
+from ef_horovod.common.progress import run_logged
+from ef_horovod.horovod_build.check import check_horovod
+from ef_horovod.horovod_build.toolkit import (
     BUILD_VARIABLE,
     FRAMEWORKS,
     HOROVOD_NAME,
@@ -43,7 +44,7 @@ from ef_horovod._toolkit import (
     find_toolkit,
     key_of,
 )
-from ef_horovod._wheel_cache import (
+from ef_horovod.horovod_build.wheel_cache import (
     cached_wheel,
     default_cache,
     folder_name,
@@ -51,7 +52,6 @@ from ef_horovod._wheel_cache import (
     publish,
     require_cache,
 )
-from ef_horovod.common.progress import run_logged
 
 __all__ = ["FRAMEWORKS", "HOROVOD", "BuildError", "Options", "build_horovod"]
 

@@ -10,9 +10,9 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ef_horovod._toolkit import BuildError, Toolkit
 from ef_horovod.common.openmpi import set_prefix
 from ef_horovod.common.progress import Ticker
+from ef_horovod.horovod_build.toolkit import BuildError, Toolkit
 
 TIMEOUT_SECONDS = 180
 SHOWN_NAME = {"torch": "PyTorch", "tensorflow": "TensorFlow"}  # in `horovodrun --check-build`

@@ -1,0 +1,1 @@
+"""Builds stock Horovod for the frameworks that are installed, and keeps the wheel."""
