@@ -17,9 +17,9 @@ from ef_horovod.arrays import tensorflow as tensors
 from ef_horovod.exchange.channel import conclude, settle
 from ef_horovod.exchange.double_pass import SlicedChannel
 from ef_horovod.tensorflow.graphs import WholeSteps, python_op
+from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.tensorflow.variables import native, on_gpu
 from ef_horovod.training.buckets import BucketPlan, Slot
-from ef_horovod.transports.server_tensorflow import GraphTransport
 
 _ALIGNMENT = 64  # bytes; TensorFlow takes over such arrays without a copy
 

@@ -18,12 +18,12 @@ from ef_horovod.tensorflow.broadcast import follow
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.graphs import refuse_replicas, refuse_xla
 from ef_horovod.tensorflow.rows import Rows
+from ef_horovod.tensorflow.server_transport import GraphTransport, ServerCourier
 from ef_horovod.tensorflow.sync import in_sync_op
 from ef_horovod.tensorflow.variables import native, path_of, require_gradient_of
 from ef_horovod.training.buckets import describe, plan_buckets
 from ef_horovod.training.policy import DensePolicy
 from ef_horovod.training.state import load_state, save_state
-from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 

@@ -17,8 +17,8 @@ from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.averaging import Averaging
 from ef_horovod.tensorflow.checkpoint import MemoriesInKeras
 from ef_horovod.tensorflow.reducer import Reducer, open_servers, require_options
+from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.training.options import check_options
-from ef_horovod.transports.server_tensorflow import GraphTransport
 
 
 def DistributedOptimizer(

@@ -18,6 +18,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
+from ef_horovod.tensorflow.server_transport import GraphTransport, ServerCourier
 from ef_horovod.tensorflow.variables import name_variables, path_of
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
@@ -30,7 +31,6 @@ from ef_horovod.training.policy import (
 )
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_tensorflow import open_lasting
-from ef_horovod.transports.server_tensorflow import GraphTransport, ServerCourier
 
 
 class Reducer(tf.Module):

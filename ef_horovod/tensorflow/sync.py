@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.tensorflow.graphs import python_op
+from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.tensorflow.variables import native, require_variables
 from ef_horovod.training.in_sync import digest_of, require_equal
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
-from ef_horovod.transports.server_tensorflow import GraphTransport
 
 
 def require_in_sync(variables: Iterable[Any], timeout: float | None = None) -> None:
