@@ -15,12 +15,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ef_horovod import (
-    compressors,  # noqa: F401 - registers them
-    methods,  # noqa: F401 - registers them
-    registry,
-)
+from ef_horovod import compressors, methods  # noqa: F401 - registers them
 from ef_horovod.arrays.keys import Key
+from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor, Payload
 from ef_horovod.errors import (
     CollectiveTimeoutError,

@@ -71,7 +71,7 @@ def test_horovods_layer_depends_on_what_builds_it_and_nothing_else():
 def test_the_command_starts_with_the_files_of_its_layer(tmp_path):
     for name in sorted(copied("recipe") | copied("build")):
         if name.startswith("ef_horovod/"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "ef_horovod" / "__init__.py").touch()
     words = [sys.executable, "-m", "ef_horovod.cli.main", "build-horovod", "--help"]
