@@ -38,8 +38,9 @@ import torch
 
 import ef_horovod as ef
 from ef_horovod.cli.listing import examples_of
-from ef_horovod.common import registry
+from ef_horovod.common.registry import add_import_option, load
 from ef_horovod.exchange.channel import Channel, ChannelStats, finish_step
+from ef_horovod.methods.registry import METHODS
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.pairs import every_compressor
 from ef_horovod.wire import index_code
@@ -84,7 +85,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=25_000_000, help="entries (default: 25 million)")
     parser.add_argument("--repeat", type=int, default=9, help="rounds to take medians of")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
-    registry.add_import_option(parser)
+    add_import_option(parser)
     parser.add_argument("--check", action="store_true", help="fail if a limit is missed")
     return parser.parse_args(words)
 
@@ -224,7 +225,7 @@ def measure_codes(n: int, repeat: int) -> list[CodedSet]:
 def measure_registered(n: int, repeat: int) -> list[ChannelStats]:
     """Steps of a channel with each compressor, without feedback, and with each method."""
     methods: list[ef.Method] = [ef.NoFeedback(compressor) for compressor in every_compressor()]
-    methods += [method for kind in registry.METHODS.values() for method in examples_of(kind)]
+    methods += [method for kind in METHODS.values() for method in examples_of(kind)]
     x = np.random.default_rng(3).normal(size=n).astype(np.float32)
     for method in methods:  # kernels are compiled, or loaded, when they are first called
         take_steps(method, x, 1)
@@ -331,7 +332,7 @@ def hold_limits(steps: dict[str, float], codes: list[CodedSet]) -> bool:
 
 def main(words: list[str]) -> int:
     options = parse(words)
-    registry.load(options.modules)
+    load(options.modules)
     torch.set_num_threads(1)
     all_steps = measure_steps(options.n, options.repeat)
     all_parts, indices = measure_parts(options.n, options.repeat)

@@ -17,8 +17,8 @@ from typing import Any
 
 from ef_horovod import compressors, methods  # noqa: F401 - registers them
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor, Payload
+from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.errors import (
     CollectiveTimeoutError,
     ConfigMismatchError,
@@ -29,6 +29,7 @@ from ef_horovod.errors import (
 )
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import IGT, PAGE, ROOTSGD, STORM, Estimator
+from ef_horovod.methods.registry import METHODS
 from ef_horovod.methods.schedules import Decay
 from ef_horovod.simulation import Run, simulate
 
@@ -55,15 +56,15 @@ __all__ = [
     "cost",
     "simulate",
     "theory",
-    *registry.COMPRESSORS,
-    *registry.METHODS,
+    *COMPRESSORS,
+    *METHODS,
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("cost", "theory"):  # which training does not need
         return importlib.import_module(f"ef_horovod.{name}")
-    registered = registry.COMPRESSORS.get(name) or registry.METHODS.get(name)
+    registered = COMPRESSORS.get(name) or METHODS.get(name)
     if registered is None:
         raise AttributeError(f"module 'ef_horovod' has no attribute {name!r}")
     return registered

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
+
+from ef_horovod.compressors.registry import COMPRESSORS
+from ef_horovod.methods.registry import METHODS
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def own_classes() -> Iterator[None]:
+    """Compressors and methods that the test registers are forgotten after it."""
+    before = [(table, dict(table)) for table in (COMPRESSORS, METHODS)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.identity import Identity
+from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.exchange import choice as exchange
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.methods.registry import METHODS
 
 Row = list[str]
 _NOTHING = "-"
@@ -66,7 +67,7 @@ maths in [methods.md](methods.md)."""
 
 def compressor_tables(d: int) -> list[Table]:
     """What compressors guarantee, a row for each example; what they send, a row for each class."""
-    kinds = list(registry.COMPRESSORS.values())
+    kinds = list(COMPRESSORS.values())
     numbers = Table(
         f"Compressors for {d:,} elements",
         "Bytes of a payload with its header (at least: where the number follows from the data). "
@@ -92,7 +93,7 @@ def compressor_tables(d: int) -> list[Table]:
 
 def method_tables(d: int) -> list[Table]:
     """What methods cost, a row for each example; what they do, a row for each class."""
-    kinds = list(registry.METHODS.values())
+    kinds = list(METHODS.values())
     numbers = Table(
         f"Methods for {d:,} elements",
         "up: bytes of a worker's message, several where they differ between steps; down: of the "
@@ -153,7 +154,7 @@ def _message(method: Method, x: np.ndarray) -> str:
 
 def examples_of(kind: type[Method]) -> Sequence[Method]:
     """A method's variants with top-k, or with the first compressor that it takes."""
-    compressors = [c for other in registry.COMPRESSORS.values() for c in other.examples()]
+    compressors = [c for other in COMPRESSORS.values() for c in other.examples()]
     for compressor in (TopK(ratio=0.01), Identity(), *compressors):
         examples = kind.examples(compressor)
         if examples:

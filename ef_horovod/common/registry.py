@@ -1,4 +1,4 @@
-"""Where compressors and methods announce themselves: tests, docs and benchmarks look here.
+"""Tables of classes by name; compressors and methods have one each, which classes enter themselves.
 
 A third party registers from outside the package in the same way; nothing else has to be edited.
 """
@@ -8,91 +8,37 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from ef_horovod.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from ef_horovod.compressors.base import Compressor
-    from ef_horovod.methods.base import Method
-
-COMPRESSORS: dict[str, type[Compressor]] = {}
-METHODS: dict[str, type[Method]] = {}
-_BY_WIRE_ID: dict[int, type[Compressor]] = {}
-
-_C = TypeVar("_C", bound="type[Compressor]")
-_M = TypeVar("_M", bound="type[Method]")
+_TABLES: list[dict[str, Any]] = []
 
 
-def register_compressor(wire_id: int) -> Callable[[_C], _C]:
-    """Class decorator that makes a compressor known under its name and its number on the wire.
-
-    Args:
-        wire_id: 0 to 255, never reused; 128 and up are free for use outside this package.
-
-    A module that is imported again, as in a notebook, registers its classes anew.
-
-    Raises:
-        ValueError: the number is out of range, or it or the name is another class's.
-    """
-
-    def register(cls: _C) -> _C:
-        from ef_horovod.common.options import whole  # needs NumPy, which commands' options do not
-
-        number = whole(cls.__name__, "wire_id", wire_id, 0, 255, "take one from 128 on")
-        _require_free_name(cls)
-        other = _BY_WIRE_ID.get(number)
-        if other is not None and _origin(other) != _origin(cls):
-            raise ValueError(
-                f"{_origin(cls)} asks for wire_id {number}, which {_origin(other)} has, expected "
-                f"one that is free (taken: {sorted(_BY_WIRE_ID)}); take another one"
-            )
-        before = COMPRESSORS.get(cls.__name__)
-        if before is not None and before.wire_id != number:  # edited, and imported again
-            del _BY_WIRE_ID[before.wire_id]
-        cls.wire_id = number
-        _BY_WIRE_ID[number] = COMPRESSORS[cls.__name__] = cls
-        return cls
-
-    return register
+def new_table() -> dict[str, Any]:
+    """A table of classes by name; a name is in one table only."""
+    _TABLES.append({})
+    return _TABLES[-1]
 
 
-def register_method(cls: _M) -> _M:
-    """Class decorator that makes an error-feedback method known under its name.
-
-    A module that is imported again, as in a notebook, registers its classes anew.
-
-    Raises:
-        ValueError: the name is another class's.
-    """
-    _require_free_name(cls)
-    METHODS[cls.__name__] = cls
-    return cls
-
-
-def _require_free_name(cls: type) -> None:
-    """Raise if another compressor or method has the name; texts name them in any case.
+def require_free_name(cls: type) -> None:
+    """Raise if another class of any table has the name; texts name classes in any case.
 
     Raises:
         ValueError: there is one.
     """
-    for other in (*COMPRESSORS.values(), *METHODS.values()):
-        if other.__name__.lower() == cls.__name__.lower() and _origin(other) != _origin(cls):
+    for other in (kind for table in _TABLES for kind in table.values()):
+        if other.__name__.lower() == cls.__name__.lower() and origin(other) != origin(cls):
             raise ValueError(
-                f"got {_origin(cls)} to register, expected a name that no other class has, but "
-                f"{_origin(other)} is registered; give the new class another name"
+                f"got {origin(cls)} to register, expected a name that no other class has, but "
+                f"{origin(other)} is registered; give the new class another name"
             )
 
 
-def _origin(cls: type) -> str:
+def origin(cls: type) -> str:
     """Where a class is from: equal when its module is imported again."""
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def compressor_of(wire_id: int) -> type[Compressor] | None:
-    """The compressor class that a payload's header names, or None."""
-    return _BY_WIRE_ID.get(wire_id)
 
 
 def import_all(package: str, path: Iterable[str]) -> None:

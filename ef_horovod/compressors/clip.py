@@ -11,8 +11,8 @@ from ef_horovod.arrays import Array
 from ef_horovod.arrays.grid import bits_nbytes
 from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_whole
-from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import Compressor
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.shortening import add_shortened, shorten
 from ef_horovod.errors import PayloadError
 from ef_horovod.wire import Fields

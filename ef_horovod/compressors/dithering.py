@@ -9,7 +9,7 @@ import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.common.options import keep_number
-from ef_horovod.common.registry import register_compressor
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.rounding import RoundsToLevels, block_length
 
 

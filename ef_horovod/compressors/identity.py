@@ -8,8 +8,8 @@ import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.wire import Fields
 
 

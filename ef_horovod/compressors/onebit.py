@@ -13,8 +13,8 @@ from ef_horovod.arrays import Array, means, namespace
 from ef_horovod.arrays.grid import blocks
 from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_block, keep_choice
-from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import Compressor, require_finite
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.rounding import block_length, read_block, read_scales
 from ef_horovod.errors import PayloadError
 from ef_horovod.wire import Fields

@@ -10,8 +10,8 @@ import numpy as np
 from ef_horovod import wire
 from ef_horovod.arrays import A, Array, dtype_name, namespace, require_writable
 from ef_horovod.arrays.numpy import Like
-from ef_horovod.common import registry
 from ef_horovod.common.options import number
+from ef_horovod.compressors.registry import compressor_of
 from ef_horovod.errors import PayloadError, without_adapter
 
 
@@ -26,7 +26,7 @@ class Payload(Generic[A]):
         self.header = wire.read_header(data)
         self._like = like
         self._body = data[wire.HEADER_NBYTES :]
-        kind = registry.compressor_of(self.header.kind)
+        kind = compressor_of(self.header.kind)
         if kind is None or self.header.body_nbytes != self._body.size:
             raise PayloadError(
                 f"payload of kind {self.header.kind} has {self._body.size} bytes of body, expected "

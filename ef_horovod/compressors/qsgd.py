@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.common.registry import register_compressor
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.rounding import RoundsToLevels, block_length
 
 

@@ -12,9 +12,9 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
 from ef_horovod.arrays.numpy_quantize import random_words
 from ef_horovod.common.options import keep_block
-from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.density import keep_ratio, kept
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.sparse import Chosen, RandomSparsifier, Scale
 from ef_horovod.errors import PayloadError
 from ef_horovod.wire import Fields

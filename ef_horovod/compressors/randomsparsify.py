@@ -13,8 +13,8 @@ import numpy as np
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_number
-from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import require_finite
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.sparse import (
     Chosen,
     Entries,

@@ -9,9 +9,8 @@ import numpy as np
 
 from ef_horovod.arrays import Array
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common import registry
-from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
+from ef_horovod.compressors.registry import compressor_of, register_compressor
 from ef_horovod.compressors.sparse import Sparsifier
 from ef_horovod.compressors.terngrad import TernGrad
 from ef_horovod.compressors.then import Then
@@ -122,7 +121,7 @@ class Scaled(Compressor):
         """The compressor's class, the scale, and its body."""
         fields = Fields(body, cls.__name__)
         scale, number, *reserved = fields.unpack(_LAYOUT)
-        kind = registry.compressor_of(number)
+        kind = compressor_of(number)
         if not 0 < scale <= 1 or kind is None or not cls._readable(kind) or any(reserved):
             raise PayloadError(
                 f"Scaled payload has scale {scale}, kind {number} and reserved words of "
@@ -133,7 +132,7 @@ class Scaled(Compressor):
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:
-        kind = registry.compressor_of(int(body[4]))
+        kind = compressor_of(int(body[4]))
         assert kind is not None, "a payload that was made here names a registered kind"
         return kind.summands(body[_LAYOUT.size :])
 

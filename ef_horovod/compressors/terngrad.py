@@ -12,8 +12,8 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.grid import Grid, blocks
 from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_block, keep_number
-from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import Compressor
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.rounding import (
     add_rounded,
     block_length,

@@ -9,12 +9,11 @@ import numpy as np
 
 from ef_horovod.arrays import Array
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common import registry
-from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.hardthreshold import HardThreshold
 from ef_horovod.compressors.natural import Natural
 from ef_horovod.compressors.qsgd import QSGD
+from ef_horovod.compressors.registry import compressor_of, register_compressor
 from ef_horovod.compressors.sparse import HEAD_NBYTES, Places, Sparsifier
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import PayloadError, UnsupportedError
@@ -154,7 +153,7 @@ class Then(Compressor):
     def _read(cls, body: np.ndarray, d: int) -> tuple[Places, np.ndarray]:
         kinds = Fields(body, cls.__name__)
         first, second, reserved = kinds.unpack(_LAYOUT)
-        sparsifier, kind = registry.compressor_of(first), registry.compressor_of(second)
+        sparsifier, kind = compressor_of(first), compressor_of(second)
         good = sparsifier is not None and issubclass(sparsifier, Sparsifier)
         if not good or kind is None or issubclass(kind, (Sparsifier, Then)) or reserved:
             raise PayloadError(
@@ -172,7 +171,7 @@ class Then(Compressor):
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:
-        kind = registry.compressor_of(int(body[1]))
+        kind = compressor_of(int(body[1]))
         assert kind is not None, "a payload that was made here names registered kinds"
         return kind.summands(body[_LAYOUT.size + HEAD_NBYTES :])
 

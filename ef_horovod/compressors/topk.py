@@ -8,9 +8,9 @@ from typing import ClassVar
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_whole
-from ef_horovod.common.registry import register_compressor
 from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.density import keep_ratio, kept
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.sparse import (
     Chosen,
     Entries,

@@ -75,7 +75,7 @@ class _Before(NamedTuple):
 
 
 class Channel:
-    """Compressed exchange of one float32[d]; `sliced.open_channel` makes the right kind.
+    """Compressed exchange of one float32[d]; `double_pass.open_channel` makes the right kind.
 
     Args:
         name: equal on all ranks, unique among the channels of a transport.
@@ -117,7 +117,7 @@ class Channel:
 
     def _open(self, seed: int) -> tuple[Any, Any]:
         """States of the worker and the aggregator, as far as they are kept in this channel."""
-        assert self.exchange != "double_pass", "take sliced.open_channel"
+        assert self.exchange != "double_pass", "take double_pass.open_channel"
         if self.exchange == "dense":
             return None, None
         worker, server = self.method.init(self.gradient, self._transport.size)

@@ -5,7 +5,7 @@ reduce  values are summed in flight: for linear compressors; the cost does not g
 dense   an allreduce of the gradient itself, without payloads
 server  one message to a parameter server and one answer, which it has reduced: for any compressor
 double_pass  every rank is the server of one slice: messages for slices by an all-to-all, answers by
-        an all-gather; for any compressor, the cost does not grow (see sliced.py)
+        an all-gather; for any compressor, the cost does not grow (see double_pass.py)
 
 "auto" is one of these by what they are predicted to take (see auto.py); "auto:10gbit" and
 "auto:100mbit,2ms" say for which network, and may leave a vector uncompressed.

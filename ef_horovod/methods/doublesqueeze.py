@@ -8,12 +8,12 @@ from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common.registry import register_method
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import Method, mean_of, vector_like
 from ef_horovod.methods.down import decoded, require_down
 from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.methods.registry import register_method
 
 
 class DoubleSqueezeState(NamedTuple):

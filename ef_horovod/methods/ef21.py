@@ -11,12 +11,12 @@ import numpy as np
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep, keep_number, number
-from ef_horovod.common.registry import register_method
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.down import require_down
 from ef_horovod.methods.participation import participates
+from ef_horovod.methods.registry import register_method
 
 
 class EF21State(NamedTuple):

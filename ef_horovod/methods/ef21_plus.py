@@ -8,10 +8,10 @@ from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common.registry import register_method
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.ef21 import require_contraction
+from ef_horovod.methods.registry import register_method
 
 
 class EF21PlusState(NamedTuple):

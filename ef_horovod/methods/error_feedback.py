@@ -8,9 +8,9 @@ from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common.registry import register_method
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.methods.base import MeanState, Method, vector_like
+from ef_horovod.methods.registry import register_method
 from ef_horovod.methods.schedules import Schedule, keep_schedule, value_at
 
 

@@ -12,10 +12,11 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
+from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
+from ef_horovod.methods.registry import METHODS
 from ef_horovod.methods.schedules import Decay
 
 
@@ -75,7 +76,7 @@ def read_method(
     if not isinstance(found, Method):
         raise ValueError(
             f"got {text!r}, expected a method; write for example 'EF21(TopK(0.01))', or one of "
-            f"{', '.join(sorted(registry.METHODS))} and a compressor"
+            f"{', '.join(sorted(METHODS))} and a compressor"
         )
     return found
 
@@ -115,7 +116,7 @@ def _call(tree: ast.expr, options: dict[str, Any] | None = None) -> Any:
         raise ValueError(f"got {ast.unparse(tree)!r}, expected a name with arguments")
     kind = _known().get(name.id.lower())
     if kind is None:
-        names = sorted({*registry.METHODS, *registry.COMPRESSORS})
+        names = sorted({*METHODS, *COMPRESSORS})
         raise ValueError(f"got the name {name.id!r}, expected one of {', '.join(names)}")
     positional: list[Any] = []
     named = dict(options or {})
@@ -134,5 +135,5 @@ def _call(tree: ast.expr, options: dict[str, Any] | None = None) -> Any:
 
 
 def _known() -> dict[str, Any]:
-    kinds: dict[str, Any] = {**registry.METHODS, **registry.COMPRESSORS, "Decay": Decay}
+    kinds: dict[str, Any] = {**METHODS, **COMPRESSORS, "Decay": Decay}
     return {name.lower(): kind for name, kind in kinds.items()}

@@ -10,11 +10,11 @@ import numpy as np
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_choice, keep_number, keep_whole
-from ef_horovod.common.registry import register_method
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.error_feedback import ErrorFeedbackState, require_no_amplifier
+from ef_horovod.methods.registry import register_method
 
 RESETS = ("flush", "drop")
 

@@ -15,12 +15,12 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
 from ef_horovod.arrays.matrices import Matrix, each_factor, factors_size
 from ef_horovod.common.options import keep, keep_whole, whole
-from ef_horovod.common.registry import register_method
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload, require_finite
 from ef_horovod.compressors.cast import Cast
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.methods.registry import register_method
 
 Shape = tuple[int, ...]
 _SAFE = 1e28  # products of factors below it overflow nowhere

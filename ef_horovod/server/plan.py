@@ -20,7 +20,7 @@ class BucketSpec(NamedTuple):
 
     name: str
     length: int  # elements of float32
-    method: str  # as spelling.write_method gives it
+    method: str  # as parsing.write_method gives it
     seed: int
 
     def make_method(self) -> Method:

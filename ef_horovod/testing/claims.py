@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
+from ef_horovod.compressors.registry import compressor_of
 from ef_horovod.testing.tools import KEY, LENGTHS, ROUNDING, is_deterministic, norm, require
 
 _DRAWS = 2000
@@ -20,7 +20,7 @@ def check_properties(compressor: Compressor) -> None:
     """Registered, a value among others, and with claims that can be true."""
     kind = type(compressor)
     wire_id = getattr(kind, "wire_id", None)
-    registered = wire_id is not None and registry.compressor_of(wire_id) is kind
+    registered = wire_id is not None and compressor_of(wire_id) is kind
     require(registered, compressor, "is not registered under its wire_id")
     same = compressor == compressor and hash(compressor) == hash(compressor)
     require(same, compressor, "does not equal itself; make it a frozen dataclass")

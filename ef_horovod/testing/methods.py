@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ef_horovod.common import registry
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import NonFiniteError, UnsupportedError
@@ -20,6 +19,7 @@ from ef_horovod.exchange import choice as exchanges
 from ef_horovod.exchange.channel import Channel
 from ef_horovod.exchange.double_pass import cuts
 from ef_horovod.methods.base import Method
+from ef_horovod.methods.registry import METHODS
 from ef_horovod.simulation.run import simulate
 from ef_horovod.testing.checkpoints import check_checkpoint
 from ef_horovod.testing.frameworks import check_frameworks
@@ -81,7 +81,7 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
 def check_registered(method: Method) -> None:
     """Known by its name, a value among others, with examples and states as they should be."""
     kind = type(method)
-    known = registry.METHODS.get(kind.__name__) is kind
+    known = METHODS.get(kind.__name__) is kind
     require(known, method, "is not registered; put @register_method before its class")
     same = method == method and hash(method) == hash(method)
     require(same, method, "does not equal itself; make it a frozen dataclass")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.randomk import RandomK
+from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.methods.base import Method
+from ef_horovod.methods.registry import METHODS
 
 
 def every_compressor() -> list[Compressor]:
     """The examples of all registered compressors."""
-    return [example for kind in registry.COMPRESSORS.values() for example in kind.examples()]
+    return [example for kind in COMPRESSORS.values() for example in kind.examples()]
 
 
 def every_method() -> list[Method]:
@@ -19,7 +20,7 @@ def every_method() -> list[Method]:
     return [
         example
         for compressor in every_compressor()
-        for kind in registry.METHODS.values()
+        for kind in METHODS.values()
         for example in kind.examples(compressor)
     ]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from ef_horovod.arrays import namespace
-from ef_horovod.common import registry
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.compressors.onebit import OneBit
 from ef_horovod.compressors.randomk import RandomK
+from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import NonFiniteError, PayloadError
 from ef_horovod.testing import check_compressor, each_check
@@ -22,11 +22,8 @@ from ef_horovod.wire import Fields
 BREAKS: list[tuple[str, type[Compressor], tuple]] = []
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """Broken compressors are registered for one test each, under the number 200."""
-    monkeypatch.setattr(registry, "COMPRESSORS", dict(registry.COMPRESSORS))
-    monkeypatch.setattr(registry, "_BY_WIRE_ID", dict(registry._BY_WIRE_ID))
+# Broken compressors are registered for one test each, under the number 200.
+pytestmark = pytest.mark.usefixtures("own_classes")
 
 
 def breaks(message: str, *arguments):
@@ -278,7 +275,7 @@ class ForgetsDtype(Identity):
     ("message", "cls", "arguments"), BREAKS, ids=[cls.__name__ for _, cls, _ in BREAKS]
 )
 def test_broken_clause_is_named(message, cls, arguments):
-    broken = registry.register_compressor(200)(cls)(*arguments)
+    broken = register_compressor(200)(cls)(*arguments)
     with pytest.raises(AssertionError, match=message) as caught:
         check_compressor(broken, frameworks=("numpy", "torch"))
     assert cls.__name__ in str(caught.value)
@@ -294,7 +291,7 @@ def test_unregistered_compressor_is_refused():
 
 
 def test_third_party_compressor_passes():
-    @registry.register_compressor(201)
+    @register_compressor(201)
     @dataclass(frozen=True)
     class Halves(Compressor):
         """A third party's: the first half of the entries."""

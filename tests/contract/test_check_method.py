@@ -11,21 +11,19 @@ import pytest
 
 import ef_horovod as ef
 from ef_horovod.arrays import namespace
-from ef_horovod.common import registry
 from ef_horovod.compressors.base import DEFAULT_KEY
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.error_feedback import ErrorFeedback, ErrorFeedbackState
+from ef_horovod.methods.registry import register_method
 from ef_horovod.testing import check_method, each_method_check
 from ef_horovod.testing.methods import check_bad_gradient, check_channels, check_simulation
 
 BREAKS: list[tuple[str, type[Method], ef.Compressor]] = []
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """Broken methods are registered for one test each."""
-    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+# Broken methods are registered for one test each.
+pytestmark = pytest.mark.usefixtures("own_classes")
 
 
 def breaks(message, compressor=ef.TopK(k=3)):  # noqa: B008 - frozen
@@ -202,7 +200,7 @@ class HidesItsError(ErrorFeedback):
     ("message", "cls", "compressor"), BREAKS, ids=[cls.__name__ for _, cls, _ in BREAKS]
 )
 def test_broken_clause_is_named(message, cls, compressor):
-    broken = registry.register_method(cls)(compressor)
+    broken = register_method(cls)(compressor)
     with pytest.raises(AssertionError, match=message) as caught:
         check_method(broken, frameworks=("numpy", "torch"))
     assert cls.__name__ in str(caught.value)

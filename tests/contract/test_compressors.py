@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from ef_horovod.common import registry
+from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.testing import check_compressor, check_vector
 
 FRAMEWORKS = ("numpy", "torch", "tensorflow")
-EXAMPLES = [example for cls in registry.COMPRESSORS.values() for example in cls.examples()]
+EXAMPLES = [example for cls in COMPRESSORS.values() for example in cls.examples()]
 HALF_RANGE = float(np.finfo(np.float32).max) / 2
 entries = st.one_of(
     st.floats(-(2.0**100), 2.0**100, width=32),  # hypothesis likes the ends, zeros and denormals
@@ -47,7 +47,7 @@ def test_registry_lists_all_compressors():
         "Then",
         "Scaled",
     }
-    assert all(cls.examples() for cls in registry.COMPRESSORS.values())
+    assert all(cls.examples() for cls in COMPRESSORS.values())
 
 
 @each_example
@@ -106,7 +106,7 @@ def test_integers_and_lists_are_refused(compressor):
 
 DAMAGE = """
 import ef_horovod
-from ef_horovod.common import registry
+from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.arrays import kernels
 from ef_horovod.testing.damage import check_damage
 import numpy
@@ -114,7 +114,7 @@ try:
     kernels.take(numpy.ones(3, "f"), numpy.array([1 << 40]), numpy.ones(1, "f"))
 except IndexError:
     print("bounds are checked")
-for cls in registry.COMPRESSORS.values():
+for cls in COMPRESSORS.values():
     for example in cls.examples():
         check_damage(example)
         print(example)

@@ -16,8 +16,8 @@ from workers import (
 )
 
 import ef_horovod as ef
-from ef_horovod.common import registry
 from ef_horovod.compressors.base import Payload
+from ef_horovod.methods import registry
 
 EF21S = [method for method in METHODS if isinstance(method, ef.EF21)]
 each_ef21 = pytest.mark.parametrize("method", EF21S, ids=repr)

@@ -7,7 +7,7 @@ import pytest
 from workers import COMPRESSORS, METHODS, D, channels, float32_zeros, gradients, run_channels
 
 import ef_horovod as ef
-from ef_horovod.common import registry
+from ef_horovod.methods import registry
 from ef_horovod.testing import each_method_check
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.training.buckets import one_slot, plan_buckets

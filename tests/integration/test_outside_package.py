@@ -29,12 +29,13 @@ import acme_compression
 import pytest
 
 import ef_horovod as ef
-from ef_horovod.common import registry
+from ef_horovod.compressors.registry import COMPRESSORS
+from ef_horovod.methods.registry import METHODS
 from ef_horovod.testing import each_check, each_method_check
 from ef_horovod.testing.frameworks import check_frameworks
 
 FRAMEWORKS = ("numpy", "torch")
-MINE = [kind for table in (registry.COMPRESSORS, registry.METHODS) for kind in table.values()
+MINE = [kind for table in (COMPRESSORS, METHODS) for kind in table.values()
         if kind.__module__.startswith("acme_compression.")]
 COMPRESSORS = [c for kind in MINE if hasattr(kind, "wire_id") for c in kind.examples()]
 METHODS = [m for kind in MINE if not hasattr(kind, "wire_id")

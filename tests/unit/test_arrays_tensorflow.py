@@ -18,15 +18,19 @@ from test_arrays import CALLS, IN_ANOTHER_ORDER, WITH_OUT, adversaries, assert_t
 import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.tensorflow as device
+from ef_horovod import compressors, methods
 from ef_horovod.arrays import namespace, tensorflow_matrices, tensorflow_quantize
-from ef_horovod.common import registry
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.exchange.channel import Channel, finish_step
 from ef_horovod.transports.local import local_group
 
 CPU = "/job:localhost/replica:0/task:0/device:CPU:0"
-COMPRESSORS = [example for cls in registry.COMPRESSORS.values() for example in cls.examples()]
-METHODS = [m for cls in registry.METHODS.values() for c in COMPRESSORS for m in cls.examples(c)]
+COMPRESSORS = [
+    example for cls in compressors.registry.COMPRESSORS.values() for example in cls.examples()
+]
+METHODS = [
+    m for cls in methods.registry.METHODS.values() for c in COMPRESSORS for m in cls.examples(c)
+]
 DEVICE_OPS = {name for name in vars(device) if hasattr(getattr(device, name), "on_device")}
 WITH_VECTORS = {"assign", "add", "average"}  # the kinds of arrays that they are tried with:
 KINDS = {"numpy": np.array, "tensor": tf.constant, "variable": tf.Variable}

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import ef_horovod as ef
-from ef_horovod.common import registry
+from ef_horovod.compressors.registry import COMPRESSORS
+from ef_horovod.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "compress.py"
@@ -115,13 +116,13 @@ def test_table_and_times(tmp_path):
         assert f"{row['bits'] / row['entropy']:.3f}" in run.stdout
         assert min(row.values()) > 0
     methods = {row["method"]: row for row in report["registered"]}
-    for kind in registry.COMPRESSORS.values():
+    for kind in COMPRESSORS.values():
         for example in kind.examples():
             row = methods[repr(ef.NoFeedback(example))]
             assert row["method"] in run.stdout
             assert row["steps"] == 3
             if example.sized and row["exchange"] == "gather":
                 assert row["bytes_out"] == 3 * example.nbytes(100_000)
-    for name in registry.METHODS:
+    for name in METHODS:
         assert any(method.startswith(f"{name}(") for method in methods)
     assert methods["NoFeedback(TopK(k=3))"]["relative_error"] > 0.99

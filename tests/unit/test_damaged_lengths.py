@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import ef_horovod as ef
 from ef_horovod import wire
-from ef_horovod.common import registry
+from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.wire.index_code import indices_nbytes
 
 MOST = wire.MAX_ELEMENTS
-BUILT_IN = [kind for kind in registry.COMPRESSORS.values() if "ef_horovod." in kind.__module__]
+BUILT_IN = [kind for kind in COMPRESSORS.values() if "ef_horovod." in kind.__module__]
 EXAMPLES = [example for kind in BUILT_IN for example in kind.examples()]
 
 

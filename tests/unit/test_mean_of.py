@@ -9,7 +9,7 @@ import torch
 import ef_horovod as ef
 import ef_horovod.arrays.torch as torch_arrays
 from ef_horovod.arrays import namespace
-from ef_horovod.common import registry
+from ef_horovod.compressors import registry
 from ef_horovod.compressors.base import Payload, mean_at_once
 from ef_horovod.errors import PayloadError
 from ef_horovod.methods import base

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
-from ef_horovod.common import registry
+from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.methods.parsing import read_method, write_method
+from ef_horovod.methods.registry import METHODS
 
 NUMBERS = ("int", "float", "Schedule")
 
 
 def _instances():
     """One of each registered class and of the other dataclasses with numbers."""
-    compressors = [kind.examples()[0] for kind in registry.COMPRESSORS.values()]
+    compressors = [kind.examples()[0] for kind in COMPRESSORS.values()]
     compressors += [ef.TopK(k=3), ef.TernGrad(clip=2.5, bucket=512)]
     methods = [
         example
-        for kind in registry.METHODS.values()
+        for kind in METHODS.values()
         for example in kind.examples(ef.Identity())
         if kind.__module__.startswith("ef_horovod.")
     ]

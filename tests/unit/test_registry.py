@@ -9,14 +9,11 @@ import textwrap
 import pytest
 
 import ef_horovod as ef
-from ef_horovod.common import registry
+from ef_horovod.compressors.registry import COMPRESSORS, compressor_of, register_compressor
 from ef_horovod.methods.parsing import read_compressor
+from ef_horovod.methods.registry import register_method
 
-
-@pytest.fixture(autouse=True)
-def _registry_as_before(monkeypatch):
-    for name in ("COMPRESSORS", "METHODS", "_BY_WIRE_ID"):
-        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+pytestmark = pytest.mark.usefixtures("own_classes")
 
 
 def _made(name: str, base: type) -> type:
@@ -26,36 +23,37 @@ def _made(name: str, base: type) -> type:
 @pytest.mark.parametrize("name", ["TopK", "topk", "EF21"])
 def test_a_compressor_from_outside_takes_no_name_that_is_there(name):
     with pytest.raises(ValueError, match=rf"elsewhere.module.{name} .*ef_horovod.\w+.\w+.\w+ is"):
-        registry.register_compressor(200)(_made(name, ef.Compressor))
+        register_compressor(200)(_made(name, ef.Compressor))
     assert ef.TopK.__module__ == "ef_horovod.compressors.topk"
-    assert registry.compressor_of(200) is None
+    assert compressor_of(200) is None
     assert read_compressor("topk:0.1") == ef.TopK(0.1)
 
 
 @pytest.mark.parametrize("name", ["EF21", "ef21", "TopK"])
 def test_a_method_from_outside_takes_no_name_that_is_there(name):
     with pytest.raises(ValueError, match=rf"elsewhere.module.{name} .*ef_horovod.\w+.\w+.\w+ is"):
-        registry.register_method(_made(name, ef.Method))
+        register_method(_made(name, ef.Method))
     assert ef.EF21.__module__ == "ef_horovod.methods.ef21"
 
 
 def test_a_number_on_the_wire_is_not_taken_twice():
     with pytest.raises(ValueError, match="elsewhere.module.Mine .* wire_id 3, which ef_horovod"):
-        registry.register_compressor(3)(_made("Mine", ef.Compressor))
-    assert "Mine" not in registry.COMPRESSORS
-    assert registry.compressor_of(3) is ef.TopK
+        register_compressor(3)(_made("Mine", ef.Compressor))
+    assert "Mine" not in COMPRESSORS
+    assert compressor_of(3) is ef.TopK
 
 
 @pytest.mark.parametrize("bad", [-1, 256, 2.0, True, "7", None])
 def test_numbers_that_no_header_holds_are_refused(bad):
     with pytest.raises(ValueError, match="Mine got wire_id=.*, expected a whole number from 0"):
-        registry.register_compressor(bad)(_made("Mine", ef.Compressor))
+        register_compressor(bad)(_made("Mine", ef.Compressor))
 
 
 def test_a_module_can_be_edited_and_imported_again(tmp_path, monkeypatch):
     source = """
         import ef_horovod as ef
-        from ef_horovod.common.registry import register_compressor, register_method
+        from ef_horovod.compressors.registry import register_compressor
+        from ef_horovod.methods.registry import register_method
 
         @register_compressor(NUMBER)
         class MyOwn(ef.Compressor): ...
@@ -74,10 +72,10 @@ def test_a_module_can_be_edited_and_imported_again(tmp_path, monkeypatch):
     importlib.reload(module)
     assert ef.MyOwn is module.MyOwn is not first
     assert ef.MyMethod is module.MyMethod
-    assert registry.compressor_of(211) is module.MyOwn
-    assert registry.compressor_of(210) is None
+    assert compressor_of(211) is module.MyOwn
+    assert compressor_of(210) is None
     importlib.reload(module)
-    assert registry.compressor_of(211) is module.MyOwn
+    assert compressor_of(211) is module.MyOwn
 
 
 def test_a_cell_of_a_notebook_can_be_run_again():
@@ -85,5 +83,5 @@ def test_a_cell_of_a_notebook_can_be_run_again():
     spaces = [{"__name__": "__main__", "ef": ef} for _ in range(2)]
     for space in spaces:
         exec(cell, space)
-        registry.register_compressor(220)(space["Mine"])
-    assert registry.compressor_of(220) is ef.Mine is spaces[1]["Mine"]
+        register_compressor(220)(space["Mine"])
+    assert compressor_of(220) is ef.Mine is spaces[1]["Mine"]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from ef_horovod.common import registry
 from ef_horovod.server import launch
 from ef_horovod.server.__main__ import ended_after, main, make_parser, method_of
 
@@ -112,15 +111,13 @@ def test_mistakes_are_named_before_anything_starts(words, problem, capsys):
     assert problem in capsys.readouterr().err
 
 
-def test_servers_know_the_methods_of_others(tmp_path, monkeypatch, capsys):
+def test_servers_know_the_methods_of_others(tmp_path, monkeypatch, own_classes, capsys):
     module = tmp_path / "ours.py"
     module.write_text(
-        "import ef_horovod as ef\nfrom ef_horovod.common.registry import register_compressor\n"
+        "import ef_horovod as ef\nfrom ef_horovod.compressors.registry import register_compressor\n"
         "@register_compressor(wire_id=200)\nclass Ours(ef.TopK): pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    for table in ("COMPRESSORS", "METHODS", "_BY_WIRE_ID"):
-        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
     words = ["--import", "ours", "--method", "ErrorFeedback(Ours(0.1))"]
     method = method_of(make_parser().parse_args(words))
     assert repr(method) == "ErrorFeedback(Ours(ratio=0.1))"

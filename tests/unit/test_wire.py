@@ -10,7 +10,7 @@ import pytest
 
 import ef_horovod as ef
 from ef_horovod import wire
-from ef_horovod.common import registry
+from ef_horovod.compressors.registry import COMPRESSORS
 
 X = np.array([1.0, -2.0, 3.0, -4.0, 0.0, 0.5, -0.25, 8.0, 1.0], np.float32)
 KEY = ef.Key(seed=1, step=2, tensor=3, rank=4)
@@ -71,7 +71,7 @@ def test_golden_bytes_are_read(compressor):
 
 
 def test_every_registered_compressor_has_golden_bytes():
-    own = {name for name, cls in registry.COMPRESSORS.items() if cls.__module__.startswith("ef_")}
+    own = {name for name, cls in COMPRESSORS.items() if cls.__module__.startswith("ef_")}
     assert own == {type(compressor).__name__ for compressor in GOLDEN}
 
 
