@@ -19,7 +19,7 @@ def test_nothing_is_lost(compressor, step_inside):
     workers = Workers(ef.ErrorFeedback(compressor, step_inside=step_inside))
     sent, total = np.zeros(D), np.zeros(D)
     for t, g in enumerate(gradients(1, 60)):
-        lr = 1.0 if step_inside is None else ef.schedules.value_at(step_inside, t)
+        lr = 1.0 if step_inside is None else ef.methods.schedules.value_at(step_inside, t)
         messages, direction = workers.step(g, t)
         if step_inside is None:
             np.testing.assert_array_equal(direction, messages[0].decompress())

@@ -34,7 +34,7 @@ class Crew:
         self.pushed = []
         for i, state in enumerate(self.states):
             gradient = np.random.default_rng((i, step, attempt)).standard_normal(D, np.float32)
-            key = ef.Key(1, step, ef.keys.tensor_id("b"), i, self.count)
+            key = ef.Key(1, step, ef.arrays.keys.tensor_id("b"), i, self.count)
             payload, after = self.method.push(state, gradient, key)
             payload = self.method.skip(gradient, key) if i == bad else payload
             self.pushed.append(after)

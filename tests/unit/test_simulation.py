@@ -177,7 +177,7 @@ def test_the_learning_rate_may_be_a_decay_and_go_inside(lr):
     result = run(feedback, np.zeros(30, np.float32), step_size=lr, steps=50)
     x, errors = np.zeros(30), np.zeros((4, 30))
     for t in range(50):
-        p = ef.schedules.value_at(lr, t) * (x - TARGETS) + errors
+        p = ef.methods.schedules.value_at(lr, t) * (x - TARGETS) + errors
         q = [ef.TopK(k=3).compress(row.astype(np.float32)).decompress() for row in p]
         errors, x = p - q, x - np.mean(q, 0)
     np.testing.assert_allclose(result.x, x, atol=1e-5)
@@ -186,7 +186,7 @@ def test_the_learning_rate_may_be_a_decay_and_go_inside(lr):
 
 
 def lr_of(schedule):
-    return lambda t: ef.schedules.value_at(schedule, t)
+    return lambda t: ef.methods.schedules.value_at(schedule, t)
 
 
 def test_an_answer_that_overflows_is_a_non_finite_error() -> None:

@@ -129,7 +129,7 @@ def test_an_experiment_says_the_same_on_all_ranks_as_in_one_process(workers):
 @pytest.mark.parametrize("method", GATHERED + SUMMED, ids=repr)
 def test_bytes_both_ways_are_those_of_a_server(method):
     last = crew(4, method=method)[-1]
-    served = run(method, 4, steps=12, exchange="server", estimator=ef.estimators.Estimator())
+    served = run(method, 4, steps=12, exchange="server", estimator=ef.Estimator())
     assert int(last["bytes_up"]) == served.bytes_sent
     assert int(last["bytes_down"]) == served.bytes_received
 
