@@ -28,7 +28,7 @@ from tabulate import tabulate
 
 from ef_horovod import cost
 from ef_horovod.cluster.network import bucket
-from ef_horovod.cost.model import SOFTWARE
+from ef_horovod.exchange.network import SOFTWARE
 from ef_horovod.methods.parsing import read_method
 
 RANK = Path(__file__).with_name("cost_model_rank.py")

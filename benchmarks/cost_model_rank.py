@@ -18,8 +18,8 @@ import torch
 
 from ef_horovod.cost.probe import measure_work
 from ef_horovod.exchange.channel import Channel, finish_step
-from ef_horovod.exchange.double_pass import open_channel
 from ef_horovod.methods.parsing import read_method
+from ef_horovod.training.choice import open_channel
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 WARM_UP = 2

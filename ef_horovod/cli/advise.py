@@ -11,8 +11,9 @@ from tabulate import tabulate
 
 from ef_horovod.common.units import show_rate, show_seconds
 from ef_horovod.cost import model
-from ef_horovod.cost.model import SOFTWARE, Cost, Network, Software, Work
+from ef_horovod.cost.model import Cost
 from ef_horovod.cost.probe import measure_work
+from ef_horovod.exchange.network import SOFTWARE, Network, Software, Work
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.parsing import read_method
 

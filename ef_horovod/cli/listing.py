@@ -18,10 +18,10 @@ from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.compressors.topk import TopK
-from ef_horovod.exchange import choice as exchange
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.methods.registry import METHODS
+from ef_horovod.training.choice import choose
 
 Row = list[str]
 _NOTHING = "-"
@@ -127,7 +127,7 @@ def _compressor_row(compressor: Compressor, d: int) -> Row:
         _below_one(compressor.contraction(d)),
         _NOTHING if variance is None else f"{variance:.3g}",
         *("yes" if said else "no" for said in (compressor.unbiased, compressor.linear)),
-        exchange.choose("auto", NoFeedback(compressor)),
+        choose("auto", NoFeedback(compressor)).name,
     ]
 
 
@@ -139,7 +139,7 @@ def _method_row(method: Method, d: int) -> Row:
         _message(method, x),
         f"{down.nbytes(d) if isinstance(down, Compressor) else 4 * d:,}",
         *(_memory(method, x, half) for half in (0, 1)),
-        exchange.choose("auto", method),
+        choose("auto", method).name,
     ]
 
 

@@ -206,7 +206,7 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _run_advise(arguments: argparse.Namespace) -> None:
     from ef_horovod.cli import advise
-    from ef_horovod.cost.model import Network
+    from ef_horovod.exchange.network import Network
     from ef_horovod.methods.parsing import read_compressor
 
     try:

@@ -7,26 +7,21 @@
 docs/cost-model.md has the formulas, and what was measured.
 """
 
-from ef_horovod.cost.model import (
-    Cost,
-    Network,
-    Software,
-    Work,
-    half_precision_cost,
-    possible_exchanges,
-    step_cost,
-)
+from ef_horovod.cost.model import Cost, half_precision_cost, possible_exchanges, step_cost
 from ef_horovod.cost.traffic import (
-    Traffic,
     break_even_density,
     break_even_ranks,
+    method_traffic,
+    traffic,
+)
+from ef_horovod.exchange.network import Network, Software, Work
+from ef_horovod.exchange.traffic import (
+    Traffic,
     dense_traffic,
     double_pass_traffic,
     gather_traffic,
-    method_traffic,
     reduce_traffic,
     server_traffic,
-    traffic,
 )
 
 __all__ = [

@@ -7,143 +7,15 @@ ones. docs/cost-model.md has the formulas, where the constants come from, and wh
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
-from ef_horovod.common.units import read_rate, read_seconds, show_rate, show_seconds
 from ef_horovod.compressors.identity import Identity
-from ef_horovod.cost.traffic import Traffic, method_traffic, reduce_traffic
+from ef_horovod.cost.traffic import method_traffic
+from ef_horovod.exchange.network import OPEN_MPI, Network, Software, Work
+from ef_horovod.exchange.registry import EXCHANGES, exchange_of
+from ef_horovod.exchange.traffic import Traffic, reduce_traffic
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-
-# Ethernet frames of 1514 bytes carry 1448 of TCP; every second one is acknowledged by 66 bytes.
-_FRAMES = (1514 + 33) / 1448
-
-
-class Network(NamedTuple):
-    """What lies between the hosts; one worker on each.
-
-    Args:
-        bandwidth: bits per second of a host's link, each way.
-        latency: seconds that a short message takes from host to host.
-        burst: bytes that a link carries at once after a pause, where a token bucket limits it, as
-            on virtual hosts.
-
-    Example:
-        >>> Network.read("100mbit,2ms")
-        Network(bandwidth=100000000, latency=0.002, burst=0)
-        >>> str(Network.read("2.5gbit"))
-        '2.5 Gbit/s, 50 us'
-    """
-
-    bandwidth: float
-    latency: float = 50e-6
-    burst: float = 0
-
-    def carry(self, nbytes: float) -> float:
-        """Seconds of so many bytes, after a pause, at the link's full rate."""
-        return 8 * _FRAMES * max(nbytes - self.burst, 0.0) / self.bandwidth
-
-    @classmethod
-    def read(cls, text: str) -> Network:
-        """A network from text: a rate, and after a comma a latency.
-
-        Raises:
-            ValueError: it is none.
-        """
-        rate, comma, latency = text.partition(",")
-        return cls(read_rate(rate), *([read_seconds(latency)] if comma else []))
-
-    def __str__(self) -> str:
-        return f"{show_rate(self.bandwidth)}, {show_seconds(self.latency)}"
-
-
-class Collective(NamedTuple):
-    """How some software makes one kind of collective.
-
-    Args:
-        stretch: seconds of long messages over what their bytes take at the link's full rate.
-        in_turn: messages that wait for each other: "ring" is n - 1 of them, "tree" log2 n.
-        passes: how often that is gone through: a sum is first made, then spread.
-        pair: the stretch between two workers, where it is another one.
-        ramp: bytes a round from which the stretch counts in full; it grows up to there.
-    """
-
-    stretch: float
-    in_turn: str = "ring"
-    pair: float | None = None
-    ramp: float = 0.0
-    passes: int = 1
-
-    def seconds(self, sent: float, n: int, network: Network) -> float:
-        """Of a collective in which each of n workers sends so many bytes."""
-        stretch = self.pair if n == 2 and self.pair is not None else self.stretch
-        rounds = self.passes * (n - 1 if self.in_turn == "ring" else math.ceil(math.log2(n)))
-        a_round = sent / max(rounds, 1)
-        long = 1.0 if a_round >= self.ramp else a_round / self.ramp
-        return rounds * network.latency + network.carry(sent) * (1 + (stretch - 1) * long)
-
-
-class Software(NamedTuple):
-    """What carries out the collectives.
-
-    Args:
-        name: what to call it.
-        start: seconds from asking for a collective to its first byte: Horovod's cycle and
-            negotiation, where each worker has a core.
-        allreduce, allgather, alltoall: how it makes them.
-        core: seconds of a core for each byte that is sent and received: TCP's and copies.
-    """
-
-    name: str
-    start: float
-    allreduce: Collective
-    allgather: Collective
-    alltoall: Collective
-    core: float
-
-
-OPEN_MPI = Software(
-    "Horovod with Open MPI 4.1 as it comes",
-    start=2.5e-3,
-    allreduce=Collective(1.85, "tree", pair=1.22, ramp=32e3, passes=2),
-    allgather=Collective(1.5, "ring", pair=1.0, ramp=100e3),
-    alltoall=Collective(1.5, "ring", pair=1.0),  # all send to one at once: queues overflow
-    core=0.36e-9,
-)
-OPEN_MPI_RING = OPEN_MPI._replace(
-    name="Horovod with Open MPI 4.1, rings chosen",
-    allreduce=Collective(1.12, "ring", pair=1.15, passes=2),
-    allgather=Collective(1.2, "ring", pair=1.0),
-)
-# As NCCL and RDMA come near it. Nothing here was measured but Horovod's start.
-IDEAL = Software(
-    "Horovod with rings at the link's full rate that take no core (RDMA; not measured)",
-    start=OPEN_MPI.start,
-    allreduce=Collective(1.0, "ring", passes=2),
-    allgather=Collective(1.0, "ring"),
-    alltoall=Collective(1.0, "ring"),
-    core=0.0,
-)
-SOFTWARE = {"default": OPEN_MPI, "ring": OPEN_MPI_RING, "ideal": IDEAL}
-
-
-class Work(NamedTuple):
-    """Seconds of one core for each element of a vector, of a method's parts.
-
-    Args:
-        push: add up, compress, keep the error.
-        decode: add one message to the mean.
-        aggregate: the rest of `reduce`; the second compression, where there is one.
-        pull: from the answer to the direction.
-        copy: one pass that reads and writes all numbers.
-    """
-
-    push: float
-    decode: float
-    aggregate: float
-    pull: float
-    copy: float
 
 
 def reference_work(method: Method, d: int) -> Work:
@@ -197,7 +69,7 @@ def step_cost(
         method: what is compressed how; of no meaning for "dense".
         d: number of elements.
         n: number of workers, each on a host of its own.
-        exchange: "gather", "reduce", "double_pass", "server" or "dense".
+        exchange: name of a registered one, such as "gather" or "dense".
         network: between the hosts.
         software: what carries out the collectives.
         work: speeds of a core; default `reference_work`.
@@ -205,7 +77,7 @@ def step_cost(
         share: workers for each core, if that is more than 1.
 
     Raises:
-        ValueError: as of `method_traffic`.
+        ValueError, UnsupportedError: as of `method_traffic`.
 
     Example:
         >>> import ef_horovod as ef
@@ -216,11 +88,10 @@ def step_cost(
         True
     """
     moved = method_traffic(method, d, n, exchange)
-    before, after = (
-        d * share * part for part in _work(work or reference_work(method, d), n, exchange)
-    )
+    way = exchange_of(exchange)
+    before, after = (d * share * s for s in way.work(work or reference_work(method, d), n))
     software = software._replace(start=share * software.start)
-    seconds = _collectives(method, d, n, exchange, moved, network, software) if n > 1 else 0.0
+    seconds = way.seconds(method, d, n, moved, network, software) if n > 1 else 0.0
     on_core = share * software.core * (moved.sent + moved.received)
     return Cost(exchange, moved, compute, before, max(seconds, on_core), after)
 
@@ -248,42 +119,5 @@ def possible_exchanges(method: Method) -> list[str]:
     """The exchanges among workers that a method can take, without "dense"."""
     if method == NoFeedback(Identity()):
         return []
-    return [
-        "gather",
-        *(["reduce"] if method.summable else []),
-        *(["double_pass"] if method.sliceable else []),
-    ]
-
-
-def _work(work: Work, n: int, exchange: str) -> tuple[float, float]:
-    """Seconds for each element before and after the exchange, on the busiest path."""
-    if exchange == "dense":
-        return 0.0, work.copy
-    if exchange == "double_pass":  # the messages of all for a slice are as long as one for all
-        # A copy into slices and one out of them, of memory that no cache holds: two passes each.
-        before, after = work.push + 2 * work.copy, work.decode + work.aggregate / n
-        return before, after + work.pull + 2 * work.copy
-    messages = 1 if exchange == "reduce" else n
-    return work.push, messages * work.decode + work.aggregate + work.pull
-
-
-def _collectives(
-    method: Method,
-    d: int,
-    n: int,
-    exchange: str,
-    moved: Traffic,
-    network: Network,
-    software: Software,
-) -> float:
-    if exchange in ("dense", "reduce"):
-        return software.start + software.allreduce.seconds(moved.sent, n, network)
-    if exchange == "gather":
-        return software.start + software.allgather.seconds(moved.sent, n, network)
-    if exchange == "server":  # an answer comes after the last message
-        link = network.carry(n * moved.sent) + network.carry(n * moved.received)
-        return 2 * network.latency + link
-    up = (n - 1) * method.compressor.nbytes(-(-d // n))
-    down = moved.sent - up
-    there = software.start + software.alltoall.seconds(up, n, network)
-    return there + software.start + software.allgather.seconds(down, n, network)
+    among = [e for e in EXCHANGES.values() if e.compresses and not e.needs_server]
+    return [exchange.name for exchange in among if exchange.fits(method)]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ef_horovod.arrays.keys import Key
-from ef_horovod.cost.model import Work
+from ef_horovod.exchange.network import Work
 from ef_horovod.methods.base import Method
 
 _LONGEST = 4_000_000  # elements; times of longer vectors follow in proportion

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,11 +27,12 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
-from ef_horovod.exchange import choice as exchanges
 from ef_horovod.methods.base import Method
-from ef_horovod.methods.parsing import write_method
 from ef_horovod.methods.undo import Undo, Undoer
-from ef_horovod.transports.base import Answer, Transport
+from ef_horovod.transports.base import Transport
+
+if TYPE_CHECKING:
+    from ef_horovod.exchange.base import Exchange
 
 
 @dataclass
@@ -75,16 +76,18 @@ class _Before(NamedTuple):
 
 
 class Channel:
-    """Compressed exchange of one float32[d]; `double_pass.open_channel` makes the right kind.
+    """Compressed exchange of one float32[d]; `Exchange.open` makes the kind that it needs.
 
     Args:
         name: equal on all ranks, unique among the channels of a transport.
         like: float32[d] whose framework and device the channel's arrays get.
         method: error-feedback method.
         transport: to the other ranks.
-        exchange: one of `exchange.EXCHANGES`, as `auto.decide` found it; "double_pass" is
-            `SlicedChannel`'s.
+        exchange: how messages meet.
         seed: of random compressors; equal on all ranks.
+
+    Raises:
+        UnsupportedError: the method's messages cannot travel that way.
     """
 
     def __init__(
@@ -93,19 +96,17 @@ class Channel:
         like: Array,
         method: Method,
         transport: Transport,
+        exchange: Exchange,
         *,
-        exchange: str = "auto",
         seed: int = 0,
     ) -> None:
+        exchange.require_fit(method)
         xp, device = namespace(like), getattr(like, "device", None)
-        self.name, self.method = name, method
-        if exchanges.is_auto(exchange) and transport.has_server:
-            exchange = "server"
-        self.exchange = exchanges.choose(exchange, method)
+        self.name, self.method, self.exchange = name, method, exchange
         self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step
         self._xp, self._device, self._transport = xp, device, transport
-        self.worker, self.server = self._open(seed)
         self._key = Key(int(seed), 0, tensor_id(name), transport.rank, transport.size)
+        self.worker, self.server = self._open(seed)
         self._lost = self.gradient  # after a step: what its compression lost
         self._message: Payload | None = None
         self._pushed: Any = None
@@ -113,25 +114,21 @@ class Channel:
         self._received: Any = None
         self._undoers = Undoer(), Undoer()
         self._undo: _Before | None = None
-        self._stats = ChannelStats(name, like.shape[0], repr(method), self.exchange)
+        self._stats = ChannelStats(name, like.shape[0], repr(method), exchange.name)
 
     def _open(self, seed: int) -> tuple[Any, Any]:
         """States of the worker and the aggregator, as far as they are kept in this channel."""
-        assert self.exchange != "double_pass", "take double_pass.open_channel"
-        if self.exchange == "dense":
-            return None, None
-        worker, server = self.method.init(self.gradient, self._transport.size)
-        if self.exchange == "server":  # which has the other half
-            server = None
-            method, length = write_method(self.method), self.gradient.shape[0]
-            self._transport.open_bucket(self.name, length, method, seed)
-        return worker, server
+        return self.method.init(self.gradient, self._transport.size)
 
     def forget(self) -> None:
-        """Start anew: states as before the first step. Not with servers, which have one half."""
-        assert self.exchange != "server", f"the servers keep a half of {self.name}"
+        """Start anew: states as before the first step."""
         self.worker, self.server = self._open(self._key.seed)
         self._message = self._undo = None
+
+    @property
+    def answers(self) -> str:
+        """Name of the collective that answers travel by, where the exchange has them."""
+        return f"{self.name}.answers"
 
     def pieces(self) -> list[Piece]:
         """The parts of the vector that have states of their own, in order: here it is one."""
@@ -139,12 +136,7 @@ class Channel:
 
     def start(self, step: int) -> None:
         """Compress `gradient` and start the exchange; overwrites `gradient`."""
-        assert self._finish is None, f"{self.name} was started twice"
-        self._undo = None
-        if self.exchange == "dense":
-            with self._counted():
-                self._finish = self._transport.allreduce(self.name, self.gradient)
-            return
+        self._begin()
         with self._timed("seconds_compress"):
             self._key = self._key._replace(step=step)
             try:
@@ -157,27 +149,28 @@ class Channel:
         with self._counted():
             self._finish = self._send(self._message, step)
 
+    def _begin(self) -> None:
+        assert self._finish is None, f"{self.name} was started twice"
+        self._undo = None
+
     def _send(self, message: Payload, step: int) -> Callable[[], Any]:
-        if self.exchange == "server":
-            return self._transport.ask(self.name, message.data, step)
-        return exchanges.start(
-            self.exchange, self._transport, self.name, message, sized=self.method.sized
-        )
+        """Send this rank's message; a function that waits for what comes of all ranks'."""
+        fixed_size = self.method.sized
+        return self.exchange.start(self._transport, self.name, message, fixed_size=fixed_size)
 
     def arrived(self) -> bool:
         """Wait for all ranks' messages; whether all of them are good."""
+        self._received = self._wait()
+        return not any(message.is_skip for message in self._received)
+
+    def _wait(self) -> Any:
+        """What has come of all ranks' messages."""
         assert self._finish is not None, f"{self.name} was not started"
         with self._timed("seconds_wait"), self._counted():
-            self._received = self._finish()
+            received = self._finish()
         self._finish = None
         self._stats.dense_bytes_out += self._transport.dense_nbytes(4 * self._stats.num_elements)
-        if self.exchange == "dense":
-            with self._timed("seconds_decompress"):
-                # Into `gradient`, for what arrives may be a tensor that cannot be changed; and at
-                # once, for the look at all numbers is free then.
-                size, mean = self._transport.size, self.gradient
-                return bool(self._xp.divide_checked(self._received, size, out=mean))
-        return not any(message.is_skip for message in self._received)
+        return received
 
     def keep_undo(self) -> None:
         """Keep the way back before this step, until the next one starts."""
@@ -208,67 +201,30 @@ class Channel:
         self._stats.skipped += 1
 
     def reply(self) -> None:
-        """Send what other ranks need of this one to commit: nothing, if not in slices."""
+        """Send the answer that other ranks wait for to commit, where the exchange has answers."""
 
     def commit(self) -> Array:
         """Aggregate and take over the new states; the direction, float32[d], to read at once."""
         with self._timed("seconds_decompress"):
-            if self.exchange == "dense":
-                direction = self.gradient  # since `arrived`
-            else:
-                aggregate = self._aggregate()
-                before = self.worker
-                direction, self.worker = self.method.pull(self._pushed, aggregate)
-                self._spare(before)
+            direction = self._pull(self._aggregate())
         self._received = self._pushed = None
         self._stats.steps += 1
         return direction
 
     def _aggregate(self) -> Array | Payload:
-        """What is made of all ranks' messages: here, or by the server."""
-        if self.exchange == "server":
-            (answer,) = self._received
-            return self._read(answer)
+        """What is made of all ranks' messages."""
         return self.reduce(self._received)
 
-    def reduce(self, messages: Sequence[Payload]) -> Array | Payload:
-        """The aggregator's part of a step, in this channel's own replica of its state."""
-        aggregate, self.server = self.method.reduce(self.server, messages, self._key.of_server())
-        return aggregate
-
-    def commit_rounds(self, later: Sequence[Answer] = ()) -> list[Array]:
-        """The same where a server's rounds do not wait for all workers: a direction for each.
-
-        A round that came to nothing has zeros, and if this rank's gradient was not finite, it said
-        nothing: its memory is as before.
-
-        Args:
-            later: answers of rounds after the one that this rank's own message counted in.
-        """
-        directions = []
-        with self._timed("seconds_decompress"):
-            for answer in [*self._received, *later]:
-                direction = self._xp.zeros(self._stats.num_elements, self._device)
-                if not answer.is_skip:
-                    self._xp.assign(direction, self._pull(answer))
-                directions.append(direction)
-        self._received = self._pushed = None
-        self._stats.steps += len(directions)
-        return directions
-
-    def _pull(self, answer: Answer) -> Array:
-        aggregate = self._read(answer)
-        if not answer.counted or self._pushed is None:
-            return self.method.listen(self.worker, aggregate)
+    def _pull(self, aggregate: Array | Payload) -> Array:
         before = self.worker
         direction, self.worker = self.method.pull(self._pushed, aggregate)
         self._spare(before)
         return direction
 
-    def _read(self, answer: Answer) -> Array | Payload:
-        if answer.payload is not None:
-            return Payload(answer.payload)
-        return self._xp.from_host(answer.numbers, self._device)
+    def reduce(self, messages: Sequence[Payload]) -> Array | Payload:
+        """The aggregator's part of a step, in this channel's own replica of its state."""
+        aggregate, self.server = self.method.reduce(self.server, messages, self._key.of_server())
+        return aggregate
 
     def drop(self) -> None:
         """Forget the step: all states stay as they were before `start`."""
@@ -360,21 +316,6 @@ def conclude(channels: list[Channel], *, good: bool) -> list[Array] | None:
     for channel in channels:
         channel.drop()
     return None
-
-
-def finish_rounds(channels: list[Channel], transport: Transport) -> list[list[Array]]:
-    """The same where a server's rounds do not wait for all workers: directions of each round.
-
-    See `Channel.commit_rounds`. Rounds that have gone by in the meantime are among them: so the
-    next gradient is one of a newer model.
-    """
-    for channel in channels:
-        channel.arrived()
-    later = transport.catch_up([channel.name for channel in channels])
-    parts = [
-        channel.commit_rounds(answers) for channel, answers in zip(channels, later, strict=True)
-    ]
-    return [list(of_round) for of_round in zip(*parts, strict=True)]
 
 
 def total_stats(parts: list[ChannelStats]) -> ChannelStats:

@@ -22,33 +22,61 @@ from ef_horovod import wire
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.identity import Identity
-from ef_horovod.errors import NonFiniteError, PayloadError
-from ef_horovod.exchange.auto import decide
+from ef_horovod.errors import NonFiniteError, PayloadError, UnsupportedError
+from ef_horovod.exchange.base import Exchange, checked
 from ef_horovod.exchange.channel import Channel, Piece
-from ef_horovod.exchange.choice import checked
+from ef_horovod.exchange.network import Network, Software, Work
+from ef_horovod.exchange.registry import EXCHANGES, register_exchange
+from ef_horovod.exchange.traffic import (
+    Traffic,
+    compressor_of_answers,
+    double_pass_traffic,
+    fixed_nbytes,
+    message_nbytes,
+)
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Answer, Measure, Transport
 
 _GRAIN = 8  # elements; signs of a slice fill whole bytes
 
 
-def open_channel(
-    name: str,
-    like: Array,
-    method: Method,
-    transport: Transport,
-    *,
-    exchange: str = "auto",
-    seed: int = 0,
-) -> Channel:
-    """The channel for an exchange; arguments as those of `Channel`.
+@register_exchange
+class DoublePass(Exchange):
+    """Messages for slices by an all-to-all, answers for slices by an all-gather."""
 
-    With "auto" it has the exchange that is predicted to be best for this vector, and with
-    "auto:NETWORK" perhaps no compression; `stats()` tells.
-    """
-    exchange, method = decide(exchange, method, like.shape[0], transport)
-    kind = SlicedChannel if exchange == "double_pass" else Channel
-    return kind(name, like, method, transport, exchange=exchange, seed=seed)
+    name = "double_pass"
+    has_answers = True
+
+    def require_fit(self, method: Method) -> None:
+        if not method.sliceable:
+            raise UnsupportedError(
+                f"got exchange='double_pass' with {method}, expected a method that works on a "
+                "slice of a vector as on any other, but this one looks at whole matrices; use "
+                "exchange='auto'"
+            )
+
+    def open(
+        self, name: str, like: Array, method: Method, transport: Transport, *, seed: int = 0
+    ) -> Channel:
+        return SlicedChannel(name, like, method, transport, self, seed=seed)
+
+    def traffic(self, method: Method, d: int, n: int) -> Traffic:
+        part = -(-d // n)
+        answer = compressor_of_answers(method) or Identity()  # of a header and numbers
+        return double_pass_traffic(message_nbytes(method, part), fixed_nbytes(answer, part), n)
+
+    def work(self, work: Work, n: int) -> tuple[float, float]:
+        # A copy into slices and one out of them, of memory that no cache holds: two passes each.
+        # The messages of all ranks for one slice are as long as one message for all slices.
+        before, after = work.push + 2 * work.copy, work.decode + work.aggregate / n
+        return before, after + work.pull + 2 * work.copy
+
+    def seconds(
+        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
+    ) -> float:
+        up = (n - 1) * method.compressor.nbytes(-(-d // n))
+        there = software.start + software.alltoall.seconds(up, n, network)
+        return there + software.start + software.allgather.seconds(moved.sent - up, n, network)
 
 
 def cuts(d: int, ranks: int) -> list[tuple[int, int]]:
@@ -84,16 +112,11 @@ class SlicedChannel(Channel):
         self._has_numbers = False  # whether answers are vectors and not payloads
         return None, None  # slices have them
 
-    @property
-    def answers(self) -> str:
-        """Name of the collective that answers travel by; messages have the channel's own."""
-        return f"{self.name}.answers"
-
     def pieces(self) -> list[Piece]:
         return [Piece(f"slice.{j}.", s.start, s.channel) for j, s in enumerate(self._slices)]
 
     def start(self, step: int) -> None:
-        assert self._finish is None, f"{self.name} was started twice"
+        self._begin()
         with self._timed("seconds_compress"):
             for part in self._slices:
                 gradient = self.gradient[part.start : part.stop]
@@ -108,11 +131,7 @@ class SlicedChannel(Channel):
             self._finish = self._transport.alltoall(self.name, parts, measure)
 
     def arrived(self) -> bool:
-        assert self._finish is not None, f"{self.name} was not started"
-        with self._timed("seconds_wait"), self._counted():
-            arrived = self._finish()
-        self._finish = None
-        self._stats.dense_bytes_out += self._transport.dense_nbytes(4 * self._stats.num_elements)
+        arrived = self._wait()
         own = self._sent[self._transport.rank]
         self._received = [checked(data, rank, own, self.name) for rank, data in enumerate(arrived)]
         return not any(message.is_skip for message in self._received)
@@ -204,7 +223,7 @@ class _Slice(NamedTuple):
         """A slice of another channel's vector."""
         desk = _Desk(whole._transport.rank, whole._transport.size)
         like = whole.gradient[start:stop]
-        channel = Channel(name, like, whole.method, desk, exchange="server", seed=seed)
+        channel = EXCHANGES["server"].open(name, like, whole.method, desk, seed=seed)
         return cls(start, stop, channel, desk)
 
     def take(self, answer: Answer) -> Array:

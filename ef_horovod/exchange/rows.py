@@ -10,6 +10,7 @@ import numpy as np
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import PayloadError, UnsupportedError
 from ef_horovod.exchange.channel import Channel, Piece
+from ef_horovod.exchange.registry import EXCHANGES
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.transports.base import Transport
 from ef_horovod.wire import MAX_NBYTES, size_class
@@ -50,7 +51,7 @@ class RowsChannel(Channel):
     def __init__(self, name: str, height: int, width: int, transport: Transport) -> None:
         nothing = np.zeros(0, np.float32)
         method = NoFeedback(Identity())
-        super().__init__(f"rows.{name}", nothing, method, transport, exchange="gather")
+        super().__init__(f"rows.{name}", nothing, method, transport, EXCHANGES["gather"])
         self._height, self.width = height, width
         self._stats.num_elements, self._stats.method = height * width, "rows as they are"
         self.rows = Rows(np.zeros(0, np.int64), np.zeros((0, width), np.float32))
@@ -64,8 +65,7 @@ class RowsChannel(Channel):
 
     def start(self, step: int) -> None:
         """Send `rows`, each once."""
-        assert self._finish is None, f"{self.name} was started twice"
-        self._undo = None
+        self._begin()
         with self._timed("seconds_compress"):
             message = self._packed(self.rows.coalesced())
         with self._counted():
@@ -73,11 +73,7 @@ class RowsChannel(Channel):
 
     def arrived(self) -> bool:
         """Wait for all ranks' rows; whether their sum is finite."""
-        assert self._finish is not None, f"{self.name} was not started"
-        with self._timed("seconds_wait"), self._counted():
-            messages = self._finish()
-        self._finish = None
-        self._stats.dense_bytes_out += self._transport.dense_nbytes(4 * self._stats.num_elements)
+        messages = self._wait()
         with self._timed("seconds_decompress"):
             parts = [self._unpacked(message) for message in messages]
             # In rank order, so that all ranks get the same bits.

@@ -9,13 +9,8 @@ import numpy as np
 
 from ef_horovod.arrays import float_namespace
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import (
-    Channel,
-    ChannelStats,
-    finish_rounds,
-    finish_step,
-    total_stats,
-)
+from ef_horovod.exchange.channel import Channel, ChannelStats, finish_step, total_stats
+from ef_horovod.exchange.server import finish_rounds
 from ef_horovod.methods.base import Method
 from ef_horovod.server.client import ServerTransport
 from ef_horovod.server.link import in_words

@@ -14,11 +14,13 @@ from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.common.options import number, seed_of, whole
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
-from ef_horovod.exchange import choice as exchanges
+from ef_horovod.exchange.base import Exchange
+from ef_horovod.exchange.registry import EXCHANGES
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import Estimator
 from ef_horovod.methods.schedules import Decay, Schedule, value_at
 from ef_horovod.simulation.slices import SlicedWorkers
+from ef_horovod.training.choice import choose, wants_server
 from ef_horovod.training.options import check_options
 from ef_horovod.transports.base import Transport, ring_share
 from ef_horovod.transports.local import local_group
@@ -115,7 +117,7 @@ def simulate(
     if len(x0.shape) > 1:  # else it is any vector, not a parameter of one dimension
         method = method.for_shapes([tuple(x0.shape)])
     group: _Whole | SlicedWorkers
-    if exchange == "double_pass":
+    if exchange in EXCHANGES and EXCHANGES[exchange].has_answers:
         group = SlicedWorkers(method, xp.flat_float32(x0), workers, seed, name, transport)
     else:
         network = _network(method, exchange, workers, transport)
@@ -229,15 +231,15 @@ class _Whole:
 def _network(
     method: Method, exchange: str, workers: int, transport: Transport | None
 ) -> _Server | _Peers | _Ranks:
-    if exchange == "server":
+    if wants_server(exchange):
         if transport is not None:
             raise UnsupportedError(
                 "got exchange='server' with a transport, expected none, for its ranks talk among "
                 "each other; leave transport= out, or start a job by launch/server"
             )
         return _Server(workers)
-    kind = exchanges.choose(exchange, method)
-    kind = "reduce" if kind == "dense" else kind  # the same sum, of payloads
+    kind = choose(exchange, method)
+    kind = kind if kind.compresses else EXCHANGES["reduce"]  # the same sum, of payloads
     if transport is None:
         return _Peers(kind, method.sized, workers)
     return _Ranks(kind, method.sized, workers, transport)
@@ -246,7 +248,7 @@ def _network(
 class _Peers:
     """Workers that talk among each other, as an exchange does it."""
 
-    def __init__(self, kind: str, sized: bool, workers: int) -> None:
+    def __init__(self, kind: Exchange, sized: bool, workers: int) -> None:
         self._kind, self._sized = kind, sized
         self._endpoints = local_group(workers)
         self.mine = range(workers)
@@ -254,7 +256,7 @@ class _Peers:
     def meet(self, messages: Sequence[Payload]) -> list[Payload]:
         """What every worker receives."""
         waits = [
-            exchanges.start(self._kind, endpoint, "step", message, sized=self._sized)
+            self._kind.start(endpoint, "step", message, fixed_size=self._sized)
             for endpoint, message in zip(self._endpoints, messages, strict=True)
         ]
         return waits[0]()
@@ -301,7 +303,7 @@ class _Ranks:
     """Workers on the ranks of an MPI job, in rank order, as many on each as on the others or one
     more; a rank sends the messages of all of its workers as one."""
 
-    def __init__(self, kind: str, sized: bool, workers: int, transport: Transport) -> None:
+    def __init__(self, kind: Exchange, sized: bool, workers: int, transport: Transport) -> None:
         n, ranks, rank = workers, transport.size, transport.rank
         if n < ranks:
             raise ValueError(
@@ -314,20 +316,20 @@ class _Ranks:
 
     def meet(self, messages: Sequence[Payload]) -> list[Payload]:
         """What every rank receives."""
-        if self._kind == "gather" and self._workers > self._transport.size:
+        if not self._kind.sums and self._workers > self._transport.size:
             received = self._gather(messages)
             sizes = [m.nbytes if self._sized else wire.padded(m.data).size for m in received]
             self._as_if += sum(sizes) * (self._workers - 1)
             return received
         own, before = self._summed(messages), self._transport.bytes_sent
-        received = exchanges.start(self._kind, self._transport, "step", own, sized=self._sized)()
+        received = self._kind.start(self._transport, "step", own, fixed_size=self._sized)()
         self._own += self._transport.bytes_sent - before
         return received
 
     def _summed(self, messages: Sequence[Payload]) -> Payload:
         """One message for those of this rank's workers."""
         own, *others = messages
-        if self._kind == "gather":
+        if not self._kind.sums:
             return own
         own = Payload(own.data.copy())
         for message in others:

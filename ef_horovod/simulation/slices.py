@@ -8,7 +8,7 @@ from typing import Any
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import NonFiniteError, UnsupportedError
-from ef_horovod.exchange.double_pass import SlicedChannel
+from ef_horovod.exchange.registry import EXCHANGES
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import local_group
@@ -34,8 +34,7 @@ class SlicedWorkers:
         self.mine = range(workers)
         self._ends = local_group(workers)
         self._channels = [
-            SlicedChannel(name, x, method, end, exchange="double_pass", seed=seed)
-            for end in self._ends
+            EXCHANGES["double_pass"].open(name, x, method, end, seed=seed) for end in self._ends
         ]
 
     def step(self, estimates: Sequence[Array], step: int) -> Array:

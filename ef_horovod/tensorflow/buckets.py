@@ -15,7 +15,6 @@ import tensorflow as tf
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays import tensorflow as tensors
 from ef_horovod.exchange.channel import conclude, settle
-from ef_horovod.exchange.double_pass import SlicedChannel
 from ef_horovod.tensorflow.graphs import WholeSteps, python_op
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.tensorflow.variables import native, on_gpu
@@ -55,7 +54,7 @@ class Bucket:
             message, lengths = self._now(self._push_slices, inputs, [tf.uint8, tf.int32])
             message, lengths = tf.ensure_shape(message, [None]), tf.ensure_shape(lengths, [None])
             return self._transport.carry_slices(name, message, lengths)
-        kind = tf.float32 if self.channel.exchange in ("dense", "reduce") else tf.uint8
+        kind = tf.float32 if self.channel.exchange.sums else tf.uint8
         message = self._now(self._push, inputs, kind)
         return self._transport.carry(name, tf.ensure_shape(message, [None]))
 
@@ -67,27 +66,24 @@ class Bucket:
 
     def bring(self, arrived: Array) -> None:
         """Hand over what `send`'s op has brought."""
-        received = arrived if self.channel.exchange == "dense" else np.asarray(arrived)
+        received = np.asarray(arrived) if self.channel.exchange.compresses else arrived
         self._courier.bring(self.channel.name, received)
 
     @property
     def sliced(self) -> bool:
         """Whether ranks answer for a slice each, between the two halves of a step."""
-        return isinstance(self.channel, SlicedChannel)
+        return self.channel.exchange.has_answers
 
     def collect_answer(self) -> np.ndarray:
         """What this rank answers."""
-        assert isinstance(self.channel, SlicedChannel)
         return self._courier.collect(self.channel.answers)
 
     def carry_answer(self, answer: tf.Tensor) -> tf.Tensor:
         """The op that exchanges the answers of all ranks."""
-        assert isinstance(self.channel, SlicedChannel)
         return self._transport.carry(self.channel.answers, tf.ensure_shape(answer, [None]))
 
     def bring_answers(self, arrived: Array) -> None:
         """Hand over what that op has brought."""
-        assert isinstance(self.channel, SlicedChannel)
         self._courier.bring(self.channel.answers, np.asarray(arrived))
 
     def _push(self, step: Any, loss_scale: Any, *gradients: Array) -> Array:

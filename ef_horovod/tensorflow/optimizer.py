@@ -18,6 +18,7 @@ from ef_horovod.tensorflow.averaging import Averaging
 from ef_horovod.tensorflow.checkpoint import MemoriesInKeras
 from ef_horovod.tensorflow.reducer import Reducer, open_servers, require_options
 from ef_horovod.tensorflow.server_transport import GraphTransport
+from ef_horovod.training.choice import wants_server
 from ef_horovod.training.options import check_options
 
 
@@ -79,7 +80,9 @@ def DistributedOptimizer(
             f"got backward_passes_per_step={backward_passes_per_step} beside Keras' "
             f"gradient_accumulation_steps={own}, expected one of them; leave one out"
         )
-    if options.get("exchange") == "server":  # here, so that a second optimizer is refused here too
+    if wants_server(
+        options.get("exchange", "auto")
+    ):  # here, so that a second optimizer is refused here too
         options["transport"] = options.get("transport") or open_servers(options.get("timeout"))
     wrapped._ef_transport = options.get("transport")
     wrapped._ef_own_accumulation = own

@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange import choice as exchanges
 from ef_horovod.exchange.channel import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
@@ -20,6 +19,7 @@ from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
 from ef_horovod.tensorflow.server_transport import GraphTransport, ServerCourier
 from ef_horovod.tensorflow.variables import name_variables, path_of
+from ef_horovod.training.choice import choose, wants_server
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -249,7 +249,7 @@ def _open_transport(
     exchange: str, process_set: Any, timeout: float | None
 ) -> GraphTransport | None:
     """To the other ranks or to the servers; None if there is nobody to average with."""
-    if exchange == "server":
+    if wants_server(exchange):
         return open_servers(timeout)
     process_set = process_set or hvd.global_process_set
     prefix = next_prefix("ef", process_set)  # make reducers in the same order on all ranks
@@ -293,9 +293,9 @@ def require_options(
             f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense vectors; "
             "use hvd.DistributedGradientTape without compression for it"
         )
-    if exchange == "server":
+    if wants_server(exchange):
         refuse_process_set(process_set)
-    exchanges.choose(exchange, require_method(compression))
+    choose(exchange, require_method(compression))
 
 
 def meaning_of(variables: list[Any], compression: Method, **options: Any) -> dict[str, Any]:

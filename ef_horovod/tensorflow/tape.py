@@ -13,6 +13,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.reducer import Reducer, meaning_of
 from ef_horovod.tensorflow.variables import is_variable, name_variables, native
+from ef_horovod.training.choice import wants_server
 
 
 class DistributedGradientTape(tf.GradientTape):
@@ -49,7 +50,9 @@ class DistributedGradientTape(tf.GradientTape):
             raise UnsupportedError(
                 f"got {sorted(options)} beside a Reducer, expected none; give them to ef.Reducer()"
             )
-        if options.get("exchange") == "server" and not any(one.transport for one in _made):
+        if wants_server(options.get("exchange", "auto")) and not any(
+            one.transport for one in _made
+        ):
             from ef_horovod.server.client import require_first
 
             require_first()

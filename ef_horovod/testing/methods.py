@@ -15,7 +15,6 @@ import numpy as np
 from ef_horovod.compressors.base import Payload
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import NonFiniteError, UnsupportedError
-from ef_horovod.exchange import choice as exchanges
 from ef_horovod.exchange.channel import Channel
 from ef_horovod.exchange.double_pass import cuts
 from ef_horovod.methods.base import Method
@@ -25,6 +24,7 @@ from ef_horovod.testing.checkpoints import check_checkpoint
 from ef_horovod.testing.frameworks import check_frameworks
 from ef_horovod.testing.tools import array_of, is_deterministic, norm, require
 from ef_horovod.testing.workers import D, Workers, channels, gradients, memory, run_channels
+from ef_horovod.training.choice import choose
 
 WORKERS = 3
 _BAD = (np.nan, np.inf, -np.inf)
@@ -144,7 +144,7 @@ def check_lost(method: Method) -> None:
     if delta is None or not is_deterministic(compressor, one):
         return
     group, errors, bounded = channels(method, WORKERS), [], True
-    if group[0].exchange == "dense":
+    if not group[0].exchange.compresses:
         return
     for t, g in enumerate(gradients(WORKERS, 9)):
         run_channels(group, g, t)
@@ -216,7 +216,7 @@ def check_channels(method: Method, framework: str) -> None:
     """
     like = array_of(framework, np.zeros(D, np.float32))
     ranks, reference = channels(method, WORKERS, like), Workers(method, WORKERS, name="weights")
-    bits = ranks[0].exchange == "gather"
+    bits = not ranks[0].exchange.sums
     for t, g in enumerate(gradients(WORKERS, 12)):
         _, expected = reference.step(g, t)
         for direction in run_channels(ranks, g, t):
@@ -252,7 +252,7 @@ def check_exchanges(method: Method) -> None:
     """A `summable` method's messages may be summed in flight; of others that is refused."""
     if not method.summable:
         try:
-            exchanges.choose("reduce", method)
+            choose("reduce", method)
         except UnsupportedError:
             return
         require(False, method, "is not summable, but exchange='reduce' is not refused")
@@ -269,7 +269,7 @@ def check_refused_slices(method: Method) -> None:
     """What asks for the shapes in a vector says that it cannot be cut."""
     if not method.sliceable:
         try:
-            exchanges.choose("double_pass", method)
+            choose("double_pass", method)
         except UnsupportedError:
             return
         require(False, method, "is not sliceable, but exchange='double_pass' is not refused")
@@ -331,7 +331,7 @@ def _speaker(method: Method, group: Workers, g: np.ndarray, t: int) -> int:
 
 def _speaking(method: Method, ranks: Sequence[Channel], g: np.ndarray, t: int) -> int:
     """One of the ranks that send numbers in step t."""
-    if ranks[0].exchange == "dense":
+    if not ranks[0].exchange.compresses:
         return t % WORKERS
     speakers = []
     for rank, (channel, own) in enumerate(zip(ranks, g, strict=True)):

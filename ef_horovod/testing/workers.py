@@ -11,9 +11,9 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.compressors.base import Payload
 from ef_horovod.exchange.channel import Channel, conclude, settle
-from ef_horovod.exchange.double_pass import open_channel
 from ef_horovod.methods.base import Method
 from ef_horovod.testing.tools import array_of, bits, framework_of, host
+from ef_horovod.training.choice import open_channel
 from ef_horovod.transports.local import local_group
 
 D = 500

@@ -9,6 +9,7 @@ import torch
 
 from ef_horovod.exchange.channel import Channel
 from ef_horovod.training.buckets import BucketPlan, Slot
+from ef_horovod.training.choice import Choice
 from ef_horovod.transports.base import Transport
 
 _SAMPLE = 32  # numbers of each gradient by which changes are noticed
@@ -22,16 +23,16 @@ class Bucket:
 
     def __init__(self, channel: Channel, slots: list[Slot]) -> None:
         self.channel, self.slots = channel, slots
-        self._alone = channel.exchange == "dense" and len(slots) == 1
+        self._alone = not channel.exchange.compresses and len(slots) == 1
         self._own = channel.gradient
         self.filled: dict[torch.Tensor, Taken] = {}
         self.started = False
 
     @classmethod
-    def open(cls, plan: BucketPlan, transport: Transport, *, exchange: str, seed: int) -> Bucket:
-        """A bucket with a channel of its own."""
+    def open(cls, plan: BucketPlan, choice: Choice, transport: Transport, *, seed: int) -> Bucket:
+        """A bucket that travels that choice."""
         like = torch.empty(plan.length, device=plan.slots[0].parameter.device)
-        return cls(plan.open(like, transport, exchange=exchange, seed=seed), plan.slots)
+        return cls(choice.open(plan.name, like, transport, seed=seed), plan.slots)
 
     def fill(self, slot: Slot, loss_scale: float, *, in_place: bool = True) -> None:
         """Copy a parameter's gradient (zeros if it has none) into the bucket, unscaled.
@@ -130,7 +131,7 @@ def require_untouched(buckets: Iterable[Bucket], factor: float | None = None) ->
     if name:
         raise RuntimeError(
             f"the gradient of '{name}' was changed between backward() and step(), "
-            "expected it as backward() left it: it was on its way to other ranks; call "
+            "expected it as backward() left it: it was on its choice to other ranks; call "
             "synchronize(), then change it (clip, scaler.unscale_), then step() inside "
             "skip_synchronize() (with a GradScaler pass grad_scaler=scaler, too), or "
             "discard() to leave the step out"

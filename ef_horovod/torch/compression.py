@@ -112,18 +112,15 @@ class Compression:
         warn_of_surprises(trainable, method, dense, self._transport.rank)
         self._in_sync = SyncCheck([p for _, p in trainable], self._transport, check_sync, frozen)
         self._order, self._next_place = list(reversed(self._parameters)), 0
+        plans = [
+            BucketPlan(n, one_slot(n, p), method.uncompressed() if dense(n, p) else method)
+            for n, p in self._parameters.items()
+        ]
         self._buckets = {
-            name: Bucket.open(
-                BucketPlan(
-                    name,
-                    one_slot(name, parameter),
-                    method.uncompressed() if dense(name, parameter) else method,
-                ),
-                self._transport,
-                exchange=exchange,
-                seed=seed,
+            plan.name: Bucket.open(
+                plan, plan.decide(self._transport, exchange), self._transport, seed=seed
             )
-            for name, parameter in self._parameters.items()
+            for plan in plans
         }
         if self._transport.rank >= 0:  # not outside of the process set
             # Here and not in a hook: ranks run hooks in their own order.

@@ -25,6 +25,7 @@ from ef_horovod.torch.loss_scale import (
 from ef_horovod.torch.options import Options, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.reducer import Reducer
+from ef_horovod.training.choice import wants_server
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -147,7 +148,7 @@ def DistributedOptimizer(
 
 def _open_transport(exchange: str, process_set: Any, timeout: float | None) -> Transport | None:
     """To the other ranks or to the servers; None if there is nobody to average with."""
-    if exchange == "server":
+    if wants_server(exchange):
         from ef_horovod.server.client import ServerTransport
 
         refuse_process_set(process_set)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import ChannelStats, finish_rounds, finish_step, total_stats
+from ef_horovod.exchange.channel import ChannelStats, finish_step, total_stats
 from ef_horovod.exchange.config_check import require_same_config
+from ef_horovod.exchange.server import finish_rounds
 from ef_horovod.torch.averages import Averages
 from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
 from ef_horovod.torch.hooks import GradientHooks

@@ -108,11 +108,9 @@ def _open(plan: BucketPlan, options: Options, transport: Transport) -> list[Buck
 
     Small parameters have one allreduce all the same.
     """
-    bucket = Bucket.open(plan, transport, exchange=options.exchange, seed=options.seed)
-    if plan.method is None or bucket.channel.exchange != "dense":
-        return [bucket]
-    singles = plan.apart()
-    return [Bucket.open(p, transport, exchange="dense", seed=options.seed) for p in singles]
+    choice = plan.decide(transport, options.exchange)
+    plans = [plan] if plan.method is None or choice.exchange.compresses else plan.apart()
+    return [Bucket.open(one, choice, transport, seed=options.seed) for one in plans]
 
 
 def agree(

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ef_horovod.arrays import Array
-from ef_horovod.compressors.identity import Identity
 from ef_horovod.exchange.channel import Channel
-from ef_horovod.exchange.double_pass import open_channel
 from ef_horovod.methods.base import Method
-from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.training.choice import Choice, decide
 from ef_horovod.training.policy import DensePolicy, Parameter
 from ef_horovod.transports.base import Transport
 
@@ -34,17 +32,18 @@ class BucketPlan(NamedTuple):
     slots: list[Slot]
     method: Method | None
 
+    def decide(self, transport: Transport, exchange: str = "auto") -> Choice:
+        """How the bucket travels; see `choice.decide`."""
+        method = self.method
+        if method is not None:
+            method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
+        return decide(exchange, method, self.length, transport)
+
     def open(
         self, like: Array, transport: Transport, *, exchange: str = "auto", seed: int = 0
     ) -> Channel:
         """A channel for the bucket, with vectors of the framework and device of `like`."""
-        method = self.method
-        if method is None:
-            method = NoFeedback(Identity())
-            if exchange != "server" and not transport.has_server:
-                exchange = "dense"
-        method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
-        return open_channel(self.name, like, method, transport, exchange=exchange, seed=seed)
+        return self.decide(transport, exchange).open(self.name, like, transport, seed=seed)
 
     @property
     def length(self) -> int:
@@ -92,7 +91,7 @@ def describe(buckets: Iterable[Any]) -> list[str]:
     """One line a parameter: what ranks must agree about, for `guard.require_same_config`."""
     return [
         f"parameter '{slot.name}' of shape {tuple(slot.parameter.shape)} in "
-        f"{bucket.channel.name} by {bucket.channel.method!r} ({bucket.channel.exchange})"
+        f"{bucket.channel.name} by {bucket.channel.method!r} ({bucket.channel.exchange.name})"
         for bucket in buckets
         for slot in bucket.slots
     ]

@@ -10,11 +10,11 @@ from workers import gradients, run_channels
 
 import ef_horovod as ef
 from ef_horovod.exchange import choice as exchanges
-from ef_horovod.exchange.auto import decide
-from ef_horovod.exchange.double_pass import SlicedChannel, open_channel
+from ef_horovod.exchange.double_pass import SlicedChannel
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.training.buckets import describe, one_slot, plan_buckets
+from ef_horovod.training.choice import decide, open_channel
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import local_group
 

@@ -62,7 +62,7 @@ def test_filters_choose(driver):
 
 
 def test_all_methods_can_be_read_and_go_by_their_exchange(plan):
-    from ef_horovod.exchange.choice import choose
+    from ef_horovod.training.choice import choose
 
     for way in plan.WAYS.values():
         if way.ours:

@@ -12,10 +12,11 @@ import ef_horovod as ef
 from ef_horovod import wire
 from ef_horovod.exchange import choice as exchange
 from ef_horovod.exchange.channel import conclude, settle
-from ef_horovod.exchange.double_pass import SlicedChannel, cuts, open_channel
+from ef_horovod.exchange.double_pass import SlicedChannel, cuts
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.training.buckets import Slot, plan_buckets
+from ef_horovod.training.choice import open_channel
 from ef_horovod.training.state import load_memories, save_memories
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import local_group

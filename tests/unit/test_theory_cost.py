@@ -11,8 +11,9 @@ from workers import gradients, run_channels
 import ef_horovod as ef
 from ef_horovod import cost
 from ef_horovod.common.units import read_count, read_rate, read_seconds, show_seconds
-from ef_horovod.cost.model import OPEN_MPI, OPEN_MPI_RING, Collective, reference_work
-from ef_horovod.exchange.double_pass import open_channel
+from ef_horovod.cost.model import reference_work
+from ef_horovod.exchange.network import OPEN_MPI, OPEN_MPI_RING, Collective
+from ef_horovod.training.choice import open_channel
 from ef_horovod.transports.local import local_group
 
 D, STEPS = 4096, 2

@@ -15,7 +15,7 @@ from ef_horovod.testing.pairs import every_method
 
 def over_mpi():
     from ef_horovod.exchange.channel import finish_step
-    from ef_horovod.exchange.double_pass import open_channel
+    from ef_horovod.training.choice import open_channel
     from ef_horovod.transports.mpi import MPITransport
 
     transport = MPITransport()

@@ -1,0 +1,131 @@
+"""What an exchange is: how the messages of all ranks meet, what it can carry and what it costs.
+
+A new one is one file, here or in a package of yours that is imported on all ranks:
+
+    @register_exchange
+    class Ring(Exchange):
+        name = "ring"
+        def start(self, transport, name, payload, *, fixed_size): ...
+        def traffic(self, method, d, n): ...
+        def seconds(self, method, d, n, moved, network, software): ...
+
+Users write `exchange="ring"`. What travels by a single collective needs nothing else; others open
+a channel of their own kind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+
+from ef_horovod.arrays import Array
+from ef_horovod.compressors.base import Payload
+from ef_horovod.errors import PayloadError, UnsupportedError
+from ef_horovod.exchange.channel import Channel
+from ef_horovod.exchange.network import Network, Software, Work
+from ef_horovod.exchange.traffic import Traffic
+from ef_horovod.methods.base import Method
+from ef_horovod.transports.base import Transport
+
+
+class Exchange(ABC):
+    """One way to exchange messages, without a state; see the module."""
+
+    name: ClassVar[str]  # what users write
+    compresses: ClassVar[bool] = True  # False: the gradient itself travels, without payloads
+    sums: ClassVar[bool] = False  # float32 values are summed in flight; otherwise bytes travel
+    has_answers: ClassVar[bool] = False  # a second collective brings answers, `Channel.answers`
+    needs_server: ClassVar[bool] = False  # not only peers
+
+    def require_fit(self, method: Method) -> None:  # noqa: B027 - most carry every method
+        """Raise unless a method's messages can travel this way.
+
+        Raises:
+            UnsupportedError: always then, with the way out.
+        """
+
+    def fits(self, method: Method) -> bool:
+        """Whether a method's messages can travel this way."""
+        try:
+            self.require_fit(method)
+        except UnsupportedError:
+            return False
+        return True
+
+    def open(
+        self, name: str, like: Array, method: Method, transport: Transport, *, seed: int = 0
+    ) -> Channel:
+        """A channel for one vector; arguments as of `Channel`."""
+        return Channel(name, like, method, transport, self, seed=seed)
+
+    def start(
+        self, transport: Transport, name: str, payload: Payload, *, fixed_size: bool
+    ) -> Callable[[], list[Payload]]:
+        """Send a payload on its way.
+
+        Args:
+            transport: to the other ranks.
+            name: of the collective.
+            payload: this rank's.
+            fixed_size: whether all ranks' payloads are as long as this one; see `Method.sized`.
+
+        Returns:
+            A function that waits and gives one payload for each rank in rank order, or a single
+            one that stands for their sum. If any rank asked to drop the step, at least one
+            `is_skip`.
+        """
+        raise NotImplementedError(f"exchange {self.name!r} opens channels of its own kind")
+
+    @abstractmethod
+    def traffic(self, method: Method, d: int, n: int) -> Traffic:
+        """Bytes of a step.
+
+        Args:
+            method: that fits, with messages of known sizes.
+            d: number of elements.
+            n: number of workers.
+
+        Raises:
+            ValueError: n < 1 or d < 0, or sizes that follow from the data.
+        """
+
+    def work(self, work: Work, n: int) -> tuple[float, float]:
+        """Seconds of a core for each element before and after the exchange, on the busiest path."""
+        return work.push, n * work.decode + work.aggregate + work.pull
+
+    @abstractmethod
+    def seconds(
+        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
+    ) -> float:
+        """Seconds of a step's collectives among n >= 2 workers.
+
+        Args:
+            method, d, n: as of `traffic`.
+            moved: what that gave.
+            network: between the workers.
+            software: what carries out the collectives.
+        """
+
+
+def checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:
+    """The payload at the start of what a rank sent.
+
+    Args:
+        data: uint8[m].
+        rank: who sent it.
+        own: this rank's, which it has to be like.
+        name: of the collective.
+
+    Raises:
+        PayloadError: it is none, or of another kind or length.
+    """
+    received = Payload.from_start(data)
+    if received.kind is not own.kind or received.num_elements != own.num_elements:
+        raise PayloadError(
+            f"rank {rank} sent {received} in '{name}', expected one like {own}; "
+            "use the same config and the same model on all ranks"
+        )
+    return received
