@@ -39,10 +39,11 @@ import torch
 import ef_horovod as ef
 from ef_horovod.cli.listing import examples_of
 from ef_horovod.common.registry import add_import_option, load
-from ef_horovod.exchange.channel import Channel, ChannelStats, finish_step
+from ef_horovod.exchange.channel import ChannelStats, finish_step
 from ef_horovod.methods.registry import METHODS
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.pairs import every_compressor
+from ef_horovod.training.choice import choose
 from ef_horovod.wire import index_code
 
 RATIO = 0.01
@@ -233,7 +234,7 @@ def measure_registered(n: int, repeat: int) -> list[ChannelStats]:
 
 
 def take_steps(method: ef.Method, x: np.ndarray, steps: int) -> ChannelStats:
-    channel = Channel("x", x, method, EchoTransport(2))
+    channel = choose("auto", method).open("x", x, method, EchoTransport(2))
     for step in range(steps):
         np.copyto(channel.gradient, x)
         channel.start(step)

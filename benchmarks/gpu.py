@@ -24,8 +24,9 @@ import torch
 from tabulate import tabulate
 
 import ef_horovod as ef
-from ef_horovod.exchange.channel import Channel, finish_step
+from ef_horovod.exchange.channel import finish_step
 from ef_horovod.testing.echo import EchoTransport
+from ef_horovod.training.choice import choose
 
 RATIO = 0.01
 METHODS = [
@@ -49,7 +50,7 @@ class Steps:
 
     def __init__(self, method: ef.Method, gradient: torch.Tensor) -> None:
         self.source = gradient
-        self.channel = Channel("x", gradient, method, EchoTransport(2))
+        self.channel = choose("auto", method).open("x", gradient, method, EchoTransport(2))
         self.step = 0
 
     def __call__(self) -> None:

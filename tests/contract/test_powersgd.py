@@ -265,7 +265,7 @@ def test_matrices_of_a_bucket_share_one_message_and_all_bytes_are_counted():
 
 
 def torch_bucket(plan, transport):
-    return TorchBucket.open(plan, transport, exchange="auto", seed=0)
+    return TorchBucket.open(plan, plan.decide(transport), transport, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ import ef_horovod.arrays.tensorflow as device
 from ef_horovod import compressors, methods
 from ef_horovod.arrays import namespace, tensorflow_matrices, tensorflow_quantize
 from ef_horovod.errors import NonFiniteError
-from ef_horovod.exchange.channel import Channel, finish_step
+from ef_horovod.exchange.channel import finish_step
+from ef_horovod.training.choice import choose
 from ef_horovod.transports.local import local_group
 
 CPU = "/job:localhost/replica:0/task:0/device:CPU:0"
@@ -301,7 +302,7 @@ def test_ops_run_on_the_device_of_the_variable():
 
 def channels(method, like):
     """One for each of three ranks."""
-    return [Channel("c", like, method, endpoint) for endpoint in local_group(3)]
+    return [choose("auto", method).open("c", like, method, endpoint) for endpoint in local_group(3)]
 
 
 def step(ranks, gradients, t):

@@ -9,12 +9,12 @@ import pytest
 from workers import gradients, run_channels
 
 import ef_horovod as ef
-from ef_horovod.exchange import choice as exchanges
 from ef_horovod.exchange.double_pass import SlicedChannel
+from ef_horovod.exchange.registry import EXCHANGES
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.training.buckets import describe, one_slot, plan_buckets
-from ef_horovod.training.choice import decide, open_channel
+from ef_horovod.training.choice import choose, decide, open_channel
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import local_group
 
@@ -24,8 +24,13 @@ ONE_WAY = ef.EF21(ef.TopK(0.01))
 DENSE = ef.NoFeedback(ef.Identity())
 
 
+def named(choice):
+    """Its exchange by name, and its method."""
+    return choice.exchange.name, choice.method
+
+
 def taken(method, d, workers, exchange="auto"):
-    return decide(exchange, method, d, EchoTransport(workers))[0]
+    return decide(exchange, method, d, EchoTransport(workers)).exchange.name
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,7 @@ def taken(method, d, workers, exchange="auto"):
     ids=repr,
 )
 def test_auto_takes_the_cheapest_way_of_the_same_algorithm(method, d, workers, expected):
-    assert decide("auto", method, d, EchoTransport(workers)) == (expected, method)
+    assert named(decide("auto", method, d, EchoTransport(workers))) == (expected, method)
 
 
 def test_a_method_that_compresses_one_way_is_never_made_to_compress_twice():
@@ -69,7 +74,7 @@ def test_a_method_that_compresses_one_way_is_never_made_to_compress_twice():
 
 def test_all_ranks_and_runs_decide_alike():
     found = {
-        (end.rank, decide(exchange, method, d, end)[0])
+        (end.rank, decide(exchange, method, d, end).exchange.name)
         for _ in range(3)
         for end in local_group(8)
         for method, d in ((BOTH, 4 * MILLION),)
@@ -107,16 +112,16 @@ class Served(EchoTransport):
 
 
 def test_auto_takes_what_the_transport_has():
-    assert decide("auto", BOTH, 4 * MILLION, Gatherers(8))[0] == "gather"
+    assert decide("auto", BOTH, 4 * MILLION, Gatherers(8)).exchange.name == "gather"
     for exchange in ("auto", "auto:100gbit"):
-        assert decide(exchange, BOTH, 4 * MILLION, Served(8)) == ("server", BOTH)
+        assert named(decide(exchange, BOTH, 4 * MILLION, Served(8))) == ("server", BOTH)
 
 
 def test_a_fast_network_that_was_named_leaves_vectors_dense_and_says_so_once():
     with pytest.warns(
         UserWarning, match="leaves gradients uncompressed where .* is not predicted"
     ) as w:
-        chosen = [decide("auto:400gbit,0us", ONE_WAY, MILLION, end) for end in local_group(4)]
+        chosen = [named(decide("auto:400gbit,0us", ONE_WAY, MILLION, e)) for e in local_group(4)]
     assert chosen == [("dense", DENSE)] * 4
     assert len(w) == 1, "rank 0 alone"
 
@@ -125,14 +130,14 @@ def test_a_fast_network_that_was_named_leaves_vectors_dense_and_says_so_once():
 def test_without_a_network_or_on_a_slow_one_it_compresses(exchange):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decide(exchange, ONE_WAY, MILLION, EchoTransport(4)) == ("gather", ONE_WAY)
+        assert named(decide(exchange, ONE_WAY, MILLION, EchoTransport(4))) == ("gather", ONE_WAY)
 
 
 @pytest.mark.filterwarnings("ignore:.*leaves gradients uncompressed")
 def test_what_stays_dense_is_treated_as_small_parameters_are():
     noisy = ef.PerturbedCompressedSGD(ef.TopK(0.01), noise=0.1)
     exact = noisy.uncompressed()
-    assert decide("auto:400gbit,0us", noisy, MILLION, EchoTransport(4)) == ("reduce", exact)
+    assert named(decide("auto:400gbit,0us", noisy, MILLION, EchoTransport(4))) == ("reduce", exact)
     parameters = [("a", np.zeros((64, 64), np.float32)), ("b", np.zeros(5, np.float32))]
     plans = plan_buckets(
         parameters, ONE_WAY, dense=lambda name, p: p.ndim == 1, bucket_bytes=10**6,
@@ -142,7 +147,7 @@ def test_what_stays_dense_is_treated_as_small_parameters_are():
         plan.open(np.zeros(plan.length, np.float32), EchoTransport(4), exchange="auto:400gbit,0us")
         for plan in plans
     ]
-    assert [(c.exchange, c.method) for c in opened] == [("dense", DENSE)] * 2
+    assert [(c.exchange.name, c.method) for c in opened] == [("dense", DENSE)] * 2
 
 
 @pytest.mark.filterwarnings("ignore:.*leaves gradients uncompressed")
@@ -168,8 +173,8 @@ def test_a_network_that_does_not_pay_is_no_reason_to_change_what_is_uncompressed
 @pytest.mark.parametrize("exchange", ["auto:", "auto:fast", "auto:1gbit,slow"])
 def test_a_network_that_is_none_is_refused(exchange):
     with pytest.raises(ValueError, match="got the (rate|time)"):
-        exchanges.choose(exchange, ONE_WAY)
+        choose(exchange, ONE_WAY)
 
 
 def test_simulate_takes_no_slices():
-    assert exchanges.choose("auto", BOTH) == exchanges.choose("auto:1gbit", BOTH) == "gather"
+    assert choose("auto", BOTH) is choose("auto:1gbit", BOTH) is EXCHANGES["gather"]

@@ -7,11 +7,11 @@ import pytest
 
 import ef_horovod as ef
 from ef_horovod.errors import ProtocolError
-from ef_horovod.exchange.channel import Channel
 from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.protocol import MISSED, Kind, Message, unpack
 from ef_horovod.server.quorum import FARTHEST_BEHIND, Participation, QuorumBucket
 from ef_horovod.testing.pairs import selection
+from ef_horovod.training.choice import open_channel
 from ef_horovod.transports.base import Answer, Transport
 
 D, WORKERS, MARK = 64, 4, 7
@@ -75,7 +75,7 @@ class Job:
         self.links = [Link(rank) for rank in range(WORKERS)]
         zeros = np.zeros(D, np.float32)
         self.channels = [
-            [Channel(name, zeros, method, link, exchange="server") for name in NAMES]
+            [open_channel(name, zeros, method, link, exchange="server") for name in NAMES]
             for link in self.links
         ]
         self.waiting = [False] * WORKERS

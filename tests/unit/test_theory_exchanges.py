@@ -35,7 +35,8 @@ def test_gather_and_reduce_are_what_a_transport_counts(compressor, n):
         reduced = cost.traffic(compressor, d, n, "reduce").sent
         assert int(reduced) == sent_by_simulate(compressor, d, n, "reduce")
     else:
-        with pytest.raises(ValueError, match="'reduce' only with a linear compressor"):
+        message = "got exchange='reduce' with .*, expected a linear compressor"
+        with pytest.raises(ValueError, match=message):
             cost.traffic(compressor, d, n, "reduce")
 
 
@@ -120,7 +121,7 @@ class AnyNumber(EightBytes):
         (lambda: cost.break_even_ranks(ef.OneBit(), 0), "got d=0"),
         (lambda: cost.break_even_density(10, 1), "one worker sends nothing"),
         (
-            lambda: cost.traffic(AnyNumber(1), 10, 2, "gather"),
+            lambda: cost.traffic(ef.HardThreshold(0.1), 10, 2, "gather"),
             "whose payload size follows from d",
         ),
         (lambda: cost.break_even_ranks(AnyNumber(1), 10), "whose payload size follows from d"),

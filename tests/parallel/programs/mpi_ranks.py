@@ -9,8 +9,9 @@ from common import error_of, report
 from mpi4py import MPI
 
 import ef_horovod as ef
-from ef_horovod.exchange.channel import Channel, finish_step
+from ef_horovod.exchange.channel import finish_step
 from ef_horovod.exchange.config_check import require_same_config
+from ef_horovod.training.choice import choose
 from ef_horovod.transports import mpi
 from ef_horovod.transports.mpi import MPITransport
 
@@ -101,7 +102,7 @@ def training(transport):
     ends = {}
     for method in (ef.EF21(ef.TopK(ratio=0.1)), ef.ErrorFeedback(ef.RandomK(0.2, shared=False))):
         x = np.zeros(300, np.float32)
-        channel = Channel("", x, method, transport, seed=11)
+        channel = choose("auto", method).open("", x, method, transport, seed=11)
         for step in range(40):
             channel.gradient[:] = x - targets[RANK]
             channel.start(step)

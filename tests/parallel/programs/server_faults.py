@@ -19,9 +19,10 @@ from server_faults_model import SHAPES, gradients
 
 import ef_horovod as ef
 from ef_horovod.errors import ProtocolError
-from ef_horovod.exchange.channel import Channel, finish_step
+from ef_horovod.exchange.channel import finish_step
 from ef_horovod.server import ServerTransport, Worker
 from ef_horovod.server.protocol import Kind, Message, body_text, pack, unpack
+from ef_horovod.training.choice import open_channel
 
 EF21 = ef.EF21(ef.TopK(ratio=0.05))
 MPI_RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
@@ -263,7 +264,7 @@ def traffic():
         "dense": ef.NoFeedback(ef.Identity()),
     }
     channels = {
-        name: Channel(name, zeros, method, transport, exchange="server")
+        name: open_channel(name, zeros, method, transport, exchange="server")
         for name, method in methods.items()
     }
     for step in range(4):

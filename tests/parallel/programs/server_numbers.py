@@ -16,10 +16,11 @@ from doublesqueeze_oracle import SHAPES, TRAININGS, gradients_of
 from meeting import meet
 from same_gradients import SEED, SHAPE, STEPS, digest, gradient
 
-from ef_horovod.exchange.channel import Channel, finish_step
+from ef_horovod.exchange.channel import finish_step
 from ef_horovod.server import Server, ServerTransport
 from ef_horovod.testing.pairs import every_method
 from ef_horovod.training.buckets import plan_buckets
+from ef_horovod.training.choice import open_channel
 from ef_horovod.training.policy import small_or_vector
 
 
@@ -30,7 +31,7 @@ def open_every(transport):
 
         zeros = torch.from_numpy(zeros)
     return {
-        f"x{i} by {method}": Channel(
+        f"x{i} by {method}": open_channel(
             f"x{i}", zeros, method.for_shapes([SHAPE]), transport, exchange="server", seed=SEED
         )
         for i, method in enumerate(every_method())

@@ -1,0 +1,57 @@
+"""An exchange from outside the package trains as one of the package does."""
+
+from __future__ import annotations
+
+import checksummed_exchange
+import numpy as np
+import pytest
+from launching import Results, horovodrun
+
+import ef_horovod as ef
+from ef_horovod.exchange.registry import EXCHANGES, exchange_of, register_exchange
+
+pytestmark = pytest.mark.parallel
+
+STEPS, RANKS = 6, 2
+
+
+@pytest.fixture(scope="module", params=["torch", "tensorflow"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    out = tmp_path_factory.mktemp(request.param)
+    return horovodrun(RANKS, "outside_exchange.py", out, request.param)
+
+
+@pytest.mark.parametrize("method", ["top-k", "threshold"])
+def test_it_ends_at_the_same_weights_and_sends_its_checksums(method: str, results: Results) -> None:
+    for result in results:
+        own, gather = (result[f"{method} by {kind}"] for kind in ("checksummed", "gather"))
+        assert own["weights"] == gather["weights"] == results[0][f"{method} by gather"]["weights"]
+        assert own["bytes"] == gather["bytes"] + STEPS * checksummed_exchange.SUM_NBYTES
+
+
+def test_simulation_and_cost_model_know_it() -> None:
+    method = ef.EF21(ef.TopK(k=2))
+    runs = [
+        ef.simulate(
+            method, lambda i, x, t: x - i, np.zeros(9), workers=3, steps=4, step_size=0.5,
+            exchange=kind,
+        )
+        for kind in ("checksummed", "gather")
+    ]  # fmt: skip
+    np.testing.assert_array_equal(runs[0].x, runs[1].x)
+    assert runs[0].bytes_sent == runs[1].bytes_sent + 4 * 2 * checksummed_exchange.SUM_NBYTES
+    moved = ef.cost.method_traffic(method, 9, 3, "checksummed")
+    assert moved.sent == runs[0].bytes_sent / 4
+    network = ef.cost.Network.read("100mbit")
+    both = [ef.cost.step_cost(method, 9, 3, name, network) for name in ("checksummed", "gather")]
+    assert both[0].step > both[1].step
+
+
+def test_names_are_not_taken_twice() -> None:
+    for name in ("gather", "auto", "auto:1gbit"):
+        other = type("Other", (checksummed_exchange.Checksummed,), {"name": name})
+        with pytest.raises(ValueError, match=f"asks for the name '{name}', which .* has, expected"):
+            register_exchange(other)
+    assert exchange_of("gather") is EXCHANGES["gather"]
+    with pytest.raises(ValueError, match="got exchange='gathr', expected one of .*'checksummed'"):
+        exchange_of("gathr")
