@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from sampling import (  # noqa: F401 - hooks
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+)
 
 from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.methods.registry import METHODS
