@@ -171,6 +171,16 @@ def test_more_than_was_installed_is_work_to_do(stamped):
     assert not stamped.is_ready(("mpi", "torch"), ("torch", "tensorflow"))
 
 
+def test_what_is_there_stays_beside_what_is_asked_for(stamped, monkeypatch):
+    """Another framework's part would lose its Horovod otherwise, which is built for all at once."""
+    installed = []
+    monkeypatch.setattr(sys, "argv", ["setup", "--only", "tensorflow"])
+    monkeypatch.setattr(stamped, "check_machine", lambda *_: None)
+    monkeypatch.setattr(stamped, "install", lambda *what: installed.append(what))
+    assert stamped.main() == 0
+    assert installed == [(("mpi", "torch", "tensorflow"), ("torch", "tensorflow"))]
+
+
 def test_changed_pins_are_work_to_do(stamped, monkeypatch, tmp_path):
     pins = tmp_path / "constraints.txt"
     pins.write_text(stamped.CONSTRAINTS.read_text() + "newcomer==1\n")
