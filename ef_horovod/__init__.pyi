@@ -6,7 +6,6 @@ from ef_horovod.arrays.keys import Key as Key
 from ef_horovod.compressors.base import Compressor as Compressor
 from ef_horovod.compressors.base import Payload as Payload
 from ef_horovod.compressors.cast import Cast as Cast
-from ef_horovod.compressors.clip import Clip as Clip
 from ef_horovod.compressors.dithering import NaturalDithering as NaturalDithering
 from ef_horovod.compressors.hardthreshold import HardThreshold as HardThreshold
 from ef_horovod.compressors.identity import Identity as Identity
@@ -21,6 +20,7 @@ from ef_horovod.compressors.scaled import Scaled as Scaled
 from ef_horovod.compressors.terngrad import TernGrad as TernGrad
 from ef_horovod.compressors.then import Then as Then
 from ef_horovod.compressors.topk import TopK as TopK
+from ef_horovod.compressors.truncate_mantissa import TruncateMantissa as TruncateMantissa
 from ef_horovod.errors import CollectiveTimeoutError as CollectiveTimeoutError
 from ef_horovod.errors import ConfigMismatchError as ConfigMismatchError
 from ef_horovod.errors import EFHorovodError as EFHorovodError

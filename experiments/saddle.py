@@ -100,7 +100,7 @@ def _claims(report: Report, workers: Workers, spread: dict[str, float]) -> None:
         "RandomK sends no indices, whatever k",
         "4 k bytes and a constant",
         f"{random_k.nbytes(D)} = 4 * {k} + {header}",
-        ef.RandomK(0.2).nbytes(D) == 4 * 2 * k + header and random_k.linear,
+        ef.RandomK(0.2).nbytes(D) == 4 * 2 * k + header and random_k.allreducible,
     )
 
 

@@ -72,11 +72,11 @@ def compressor_tables(d: int) -> list[Table]:
         f"Compressors for {d:,} elements",
         "Bytes of a payload with its header (at least: where the number follows from the data). "
         "contraction: delta with E|C(x) - x|^2 <= (1 - delta) |x|^2, for every x; variance: omega "
-        "with E|C(x) - x|^2 <= omega |x|^2, of the unbiased. linear: payloads may be summed in "
-        "flight. exchange: what `auto` takes among few ranks.",
+        "with E|C(x) - x|^2 <= omega |x|^2, of the unbiased. allreducible: payloads may be summed "
+        "in flight. exchange: what `auto` takes among few ranks.",
         [
             *("compressor", "bytes", "of float32", "contraction", "variance"),
-            *("unbiased", "linear", "exchange"),
+            *("unbiased", "allreducible", "exchange"),
         ],
         [_compressor_row(example, d) for kind in kinds for example in kind.examples()],
         (64, 20, 12, 14, 10, 8, 8, 10),
@@ -122,11 +122,11 @@ def _compressor_row(compressor: Compressor, d: int) -> Row:
     nbytes, variance = compressor.nbytes(d), compressor.variance(d)
     return [
         repr(compressor),
-        _bytes(nbytes, compressor.sized),
-        f"1/{4 * d / nbytes:,.1f}" if compressor.sized else _NOTHING,
+        _bytes(nbytes, compressor.fixed_size),
+        f"1/{4 * d / nbytes:,.1f}" if compressor.fixed_size else _NOTHING,
         _below_one(compressor.contraction(d)),
         _NOTHING if variance is None else f"{variance:.3g}",
-        *("yes" if said else "no" for said in (compressor.unbiased, compressor.linear)),
+        *("yes" if said else "no" for said in (compressor.unbiased, compressor.allreducible)),
         choose("auto", NoFeedback(compressor)).name,
     ]
 
@@ -146,8 +146,8 @@ def _method_row(method: Method, d: int) -> Row:
 def _message(method: Method, x: np.ndarray) -> str:
     """Bytes of a worker's message; some methods send more in every few steps."""
     nbytes = method.compressor.nbytes(x.size)
-    if not method.sized:
-        return f"{nbytes:,} or less" if method.compressor.sized else _bytes(nbytes, False)
+    if not method.fixed_size:
+        return f"{nbytes:,} or less" if method.compressor.fixed_size else _bytes(nbytes, False)
     sizes = sorted({method.skip(x, Key(step=step)).nbytes for step in range(_STEPS)})
     return " or ".join(f"{size:,}" for size in sizes)
 
@@ -192,8 +192,8 @@ def _in_workers(at_two: float, at_three: float) -> str:
     return f"{factor} + {constant:.3g}" if constant else factor
 
 
-def _bytes(nbytes: int, sized: bool) -> str:
-    return f"{nbytes:,}" if sized else f"at least {nbytes:,}"
+def _bytes(nbytes: int, fixed_size: bool) -> str:
+    return f"{nbytes:,}" if fixed_size else f"at least {nbytes:,}"
 
 
 def _below_one(value: float | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ef_horovod.errors import EFHorovodError, UnsupportedError
 
 _NUMBER = (int, float)
-# What an entry has to have; `ef_horovod.server.watch` writes it.
+# What an entry has to have; `ef_horovod.server.monitor` writes it.
 _FIELDS: dict[str, tuple[type, ...]] = {
     "server": (int,),
     "seconds": _NUMBER,

@@ -26,7 +26,8 @@ class Compressor(Shown):
     """Base of all compressors.
 
     A subclass gives `body_nbytes`, `encode` and `accumulate`, states its properties as data
-    (`linear`, `unbiased`, `contraction`, `variance`) and lists `examples` for the contract tests.
+    (`allreducible`, `unbiased`, `contraction`, `variance`) and lists `examples` for the contract
+    tests.
     x is a vector of d float32 numbers; other shapes are flattened, other float types converted.
     """
 
@@ -43,12 +44,12 @@ class Compressor(Shown):
                     setattr(cls, name, vars(Compressor)[name])
 
     @property
-    def sized(self) -> bool:
+    def fixed_size(self) -> bool:
         """Whether a payload's size follows from d alone, so that all ranks' are equally long."""
         return True
 
     @property
-    def linear(self) -> bool:
+    def allreducible(self) -> bool:
         """Whether payloads of all ranks may be summed in flight, entry by entry."""
         return False
 
@@ -74,7 +75,7 @@ class Compressor(Shown):
         return self.contraction(_LONGEST) is not None
 
     @property
-    def suits_feedback(self) -> bool:
+    def supports_error_feedback(self) -> bool:
         """Whether an error memory stays bounded with it, whatever bounded gradients come.
 
         True for contractions. A bound of another kind serves as well: an absolute one, as that of
@@ -89,7 +90,7 @@ class Compressor(Shown):
         raise NotImplementedError(f"{cls.__name__} must list examples() for the contract tests")
 
     def body_nbytes(self, d: int) -> int:
-        """Exact size of a body for d elements; the smallest one of a compressor not `sized`."""
+        """Exact size of a body for d elements; the smallest one if not `fixed_size`."""
         raise NotImplementedError
 
     def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
@@ -181,7 +182,7 @@ class Compressor(Shown):
         flat = xp.flat_float32(x)
         return self._payload(self.encode(flat, key, residual=False), flat.shape[0], xp.like(x))
 
-    def squeeze(self, x: A, key: Key = DEFAULT_KEY) -> tuple[Payload[A], A]:
+    def compress_with_residual(self, x: A, key: Key = DEFAULT_KEY) -> tuple[Payload[A], A]:
         """Compress x and return what was lost as well: (payload, x - C(x)).
 
         The residual may take x's memory: do not use x afterwards. It is float32, or float64 for a
@@ -193,7 +194,8 @@ class Compressor(Shown):
 
         Example:
             >>> import ef_horovod as ef, numpy
-            >>> ef.TopK(k=1).squeeze(numpy.array([1.0, -5.0, 2.0], dtype="float32"))[1]
+            >>> x = numpy.array([1.0, -5.0, 2.0], dtype="float32")
+            >>> ef.TopK(k=1).compress_with_residual(x)[1]
             array([1., 0., 2.], dtype=float32)
         """
         xp = _checked(x, key)
@@ -210,7 +212,7 @@ class Compressor(Shown):
         Where sizes follow from the key, and messages may be summed, it is the size for that key.
         """
         d = int(np.prod(x.shape))
-        if self.linear and not self.sized:
+        if self.allreducible and not self.fixed_size:
             return self.skip_like_zeros(x, key)
         body = np.zeros(self.body_nbytes(d), np.uint8)
         return self._payload((body,), d, namespace(x).like(x)).as_skip()

@@ -60,11 +60,11 @@ class HardThreshold(Sparsifier):
         keep_number(self, "threshold", "(0, inf)", way_out, "a number in the units of a gradient")
 
     @property
-    def sized(self) -> bool:
+    def fixed_size(self) -> bool:
         return False
 
     @property
-    def suits_feedback(self) -> bool:
+    def supports_error_feedback(self) -> bool:
         return True  # by its absolute bound
 
     @classmethod

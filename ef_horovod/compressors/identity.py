@@ -28,7 +28,7 @@ class Identity(Compressor):
     """
 
     @property
-    def linear(self) -> bool:
+    def allreducible(self) -> bool:
         return True
 
     @property

@@ -81,7 +81,7 @@ class OneBit(Compressor):
         return None if self.scale == "l2" else 1.0 / block_length(self.block, d)
 
     @property
-    def suits_feedback(self) -> bool:
+    def supports_error_feedback(self) -> bool:
         return True
 
     @classmethod

@@ -77,7 +77,7 @@ class RandomSparsify(RandomSparsifier):
         super().__post_init__()
 
     @property
-    def sized(self) -> bool:
+    def fixed_size(self) -> bool:
         return False
 
     def share(self, d: int) -> float:

@@ -73,12 +73,12 @@ class Scaled(Compressor):
             )
 
     @property
-    def sized(self) -> bool:
-        return self.compressor.sized
+    def fixed_size(self) -> bool:
+        return self.compressor.fixed_size
 
     @property
-    def linear(self) -> bool:
-        return self.compressor.linear
+    def allreducible(self) -> bool:
+        return self.compressor.allreducible
 
     def scale(self, d: int) -> float:
         """1 / (1 + omega(d))."""
@@ -137,7 +137,7 @@ class Scaled(Compressor):
         return kind.summands(body[_LAYOUT.size :])
 
     def skip(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
-        return self.skip_like_zeros(x, key) if self.linear else super().skip(x, key)
+        return self.skip_like_zeros(x, key) if self.allreducible else super().skip(x, key)
 
     @staticmethod
     def _readable(kind: type[Compressor]) -> bool:

@@ -1,4 +1,4 @@
-"""What `Clip` and `Natural` share: float32 numbers of which only the upper bits are sent.
+"""What `TruncateMantissa` and `Natural` share: of float32 numbers only the upper bits are sent.
 
 A number below 2**-126 has no leading one, and loses all of its bits with the lower ones. So that
 this never matters, a vector whose entries are all below 2**-62 is scaled by 2**87 first: then even

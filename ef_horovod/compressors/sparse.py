@@ -74,7 +74,7 @@ class Sparsifier(Compressor):
         return 1.0
 
     def count(self, d: int) -> int:
-        """k for d elements; the smallest one of a sparsifier not `sized`."""
+        """k for d elements; the smallest one of a sparsifier not `fixed_size`."""
         raise NotImplementedError
 
     def places_nbytes(self, d: int) -> int:
@@ -175,7 +175,7 @@ class RandomSparsifier(Sparsifier):
         return self.count(d) / max(d, 1)
 
     @property
-    def linear(self) -> bool:
+    def allreducible(self) -> bool:
         return self.shared
 
     @property

@@ -79,8 +79,8 @@ class TernGrad(Compressor):
         return self.clip is None
 
     @property
-    def suits_feedback(self) -> bool:
-        return self.clip is not None or super().suits_feedback
+    def supports_error_feedback(self) -> bool:
+        return self.clip is not None or super().supports_error_feedback
 
     def variance(self, d: int) -> float | None:
         # With M = 1 and one entry at 1, (1 + (b-1) t) / (1 + (b-1) t^2) - 1 is largest where all

@@ -83,27 +83,27 @@ class Then(Compressor):
             )
 
     @property
-    def sized(self) -> bool:
-        return self.sparsifier.sized and self.values.sized
+    def fixed_size(self) -> bool:
+        return self.sparsifier.fixed_size and self.values.fixed_size
 
     @property
-    def linear(self) -> bool:
-        return self.sparsifier.linear and self.values.linear
+    def allreducible(self) -> bool:
+        return self.sparsifier.allreducible and self.values.allreducible
 
     @property
     def shared(self) -> bool | None:
         """Whether all draws are equal on all ranks; None: the two parts may differ in that."""
-        return True if self.linear else None
+        return True if self.allreducible else None
 
     @property
     def unbiased(self) -> bool:
         return self.sparsifier.unbiased and self.values.unbiased
 
     @property
-    def suits_feedback(self) -> bool:
+    def supports_error_feedback(self) -> bool:
         if self.sparsifier.contracts:
             return self.contracts
-        return self.sparsifier.suits_feedback and self.values.suits_feedback
+        return self.sparsifier.supports_error_feedback and self.values.supports_error_feedback
 
     def contraction(self, d: int) -> float | None:
         outer, inner = self.sparsifier.contraction(d), self.values.contraction(self._most(d))
@@ -115,7 +115,7 @@ class Then(Compressor):
 
     def _most(self, d: int) -> int:
         """The largest k."""
-        return self.sparsifier.count(d) if self.sparsifier.sized else d
+        return self.sparsifier.count(d) if self.sparsifier.fixed_size else d
 
     @classmethod
     def examples(cls) -> tuple[Then, ...]:
@@ -176,4 +176,4 @@ class Then(Compressor):
         return kind.summands(body[_LAYOUT.size + HEAD_NBYTES :])
 
     def skip(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
-        return self.skip_like_zeros(x, key) if self.linear else super().skip(x, key)
+        return self.skip_like_zeros(x, key) if self.allreducible else super().skip(x, key)

@@ -63,7 +63,7 @@ def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
     """
     require_sizes(n, d)
     way = exchange_of(exchange)
-    if way.compresses and not method.sized:
+    if way.compresses and not method.fixed_size:
         fixed_nbytes(method.compressor, d)
         raise ValueError(
             f"got {method}, some of whose messages are empty, expected messages of known sizes; "

@@ -70,7 +70,7 @@ class Exchange(ABC):
             transport: to the other ranks.
             name: of the collective.
             payload: this rank's.
-            fixed_size: whether all ranks' payloads are as long as this one; see `Method.sized`.
+            fixed_size: whether all ranks' payloads are as long as this one: `Method.fixed_size`.
 
         Returns:
             A function that waits and gives one payload for each rank in rank order, or a single

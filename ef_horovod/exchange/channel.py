@@ -155,7 +155,7 @@ class Channel:
 
     def _send(self, message: Payload, step: int) -> Callable[[], Any]:
         """Send this rank's message; a function that waits for what comes of all ranks'."""
-        fixed_size = self.method.sized
+        fixed_size = self.method.fixed_size
         return self.exchange.start(self._transport, self.name, message, fixed_size=fixed_size)
 
     def arrived(self) -> bool:

@@ -122,11 +122,11 @@ class SlicedChannel(Channel):
                 gradient = self.gradient[part.start : part.stop]
                 self._xp.write(part.channel.gradient, 0, gradient)
                 part.channel.start(step)
-            messages = [Payload(part.desk.message) for part in self._slices]
+            messages = [Payload(part.loopback.message) for part in self._slices]
             if any(message.is_skip for message in messages):
                 messages = [message.as_skip() for message in messages]  # every owner has to know
             self._sent = messages
-        parts, measure = _travelling(messages, self.method.sized)
+        parts, measure = _travelling(messages, self.method.fixed_size)
         with self._counted():
             self._finish = self._transport.alltoall(self.name, parts, measure)
 
@@ -156,8 +156,8 @@ class SlicedChannel(Channel):
                 answer = Identity().absent(self._own.gradient).as_skip()
         if not isinstance(answer, Payload):
             answer = _as_payload(answer)
-        (data,), _ = _travelling([answer], self.method.sized_answers)
-        measure = wire.payload_nbytes if self.method.sized_answers else wire.padded_nbytes
+        (data,), _ = _travelling([answer], self.method.fixed_size_answers)
+        measure = wire.payload_nbytes if self.method.fixed_size_answers else wire.padded_nbytes
         with self._counted():
             self._finish = self._transport.allgather(self.answers, data, measure)
 
@@ -216,30 +216,30 @@ class _Slice(NamedTuple):
     start: int
     stop: int
     channel: Channel
-    desk: _Desk
+    loopback: _LoopbackServer
 
     @classmethod
     def open(cls, name: str, whole: Channel, start: int, stop: int, seed: int) -> _Slice:
         """A slice of another channel's vector."""
-        desk = _Desk(whole._transport.rank, whole._transport.size)
+        loopback = _LoopbackServer(whole._transport.rank, whole._transport.size)
         like = whole.gradient[start:stop]
-        channel = EXCHANGES["server"].open(name, like, whole.method, desk, seed=seed)
-        return cls(start, stop, channel, desk)
+        channel = EXCHANGES["server"].open(name, like, whole.method, loopback, seed=seed)
+        return cls(start, stop, channel, loopback)
 
     def take(self, answer: Answer) -> Array:
         """The slice's direction."""
-        self.desk.answer = answer
+        self.loopback.answer = answer
         self.channel.arrived()
         return self.channel.commit()
 
     def drop(self) -> None:
         """Leave the slice as it was."""
-        self.desk.answer = Answer()
+        self.loopback.answer = Answer()
         self.channel.arrived()
         self.channel.drop()
 
 
-class _Desk(Transport):
+class _LoopbackServer(Transport):
     """What a slice's channel takes for a server: keeps the message, gives the answer."""
 
     message: np.ndarray
@@ -265,9 +265,11 @@ class _Desk(Transport):
         raise NotImplementedError("a slice's channel only asks")
 
 
-def _travelling(payloads: list[Payload], sized: bool) -> tuple[list[np.ndarray], Measure | None]:
+def _travelling(
+    payloads: list[Payload], fixed_size: bool
+) -> tuple[list[np.ndarray], Measure | None]:
     """The bytes of payloads as they travel, and how to tell those of other ranks apart."""
-    if sized:
+    if fixed_size:
         return [payload.data for payload in payloads], None
     return [wire.padded(payload.data) for payload in payloads], wire.padded_nbytes
 

@@ -28,7 +28,7 @@ class Reduce(Exchange):
     sums = True
 
     def require_fit(self, method: Method) -> None:
-        if not method.summable:
+        if not method.allreducible:
             raise UnsupportedError(
                 f"got exchange='reduce' with {method}, expected a linear compressor in a method "
                 "that lets its messages be summed; use exchange='gather' or 'auto'"

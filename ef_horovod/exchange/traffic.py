@@ -135,7 +135,7 @@ def fixed_nbytes(compressor: Compressor, d: int) -> int:
     Raises:
         ValueError: it follows from the data.
     """
-    if not compressor.sized:  # its nbytes() is that of an empty payload
+    if not compressor.fixed_size:  # its nbytes() is that of an empty payload
         raise ValueError(
             f"got {compressor}, expected a compressor whose payload size follows from d alone; "
             "give the average size that a run sent to gather_traffic and its like"

@@ -69,20 +69,20 @@ class Method(Shown):
             )
 
     @property
-    def summable(self) -> bool:
+    def allreducible(self) -> bool:
         """Whether messages may be summed in flight: then `reduce` gets one for all workers."""
-        return self.compressor.linear
+        return self.compressor.allreducible
 
     @property
-    def sized(self) -> bool:
+    def fixed_size(self) -> bool:
         """Whether the messages of a step are equally long on all ranks."""
-        return self.compressor.sized
+        return self.compressor.fixed_size
 
     @property
-    def sized_answers(self) -> bool:
+    def fixed_size_answers(self) -> bool:
         """Whether the aggregator's answers are equally long in all steps."""
         down = getattr(self, "down", None)
-        return not isinstance(down, Compressor) or down.sized
+        return not isinstance(down, Compressor) or down.fixed_size
 
     @property
     def sliceable(self) -> bool:

@@ -86,14 +86,14 @@ class DoubleSqueeze(Method):
         self, state: DoubleSqueezeState, gradient: Array, key: Key = DEFAULT_KEY
     ) -> tuple[Payload, DoubleSqueezeState]:
         namespace(gradient).add(gradient, state.error)
-        message, residual = self.compressor.squeeze(gradient, key)
+        message, residual = self.compressor.compress_with_residual(gradient, key)
         return message, state._replace(error=residual)
 
     def reduce(
         self, server: DoubleSqueezeServer, messages: Sequence[Payload], key: Key
     ) -> tuple[Payload, DoubleSqueezeServer]:
         compensated = mean_of(messages, key.workers, out=server.mean, plus=server.error)
-        answer, residual = self.down.squeeze(compensated, key)
+        answer, residual = self.down.compress_with_residual(compensated, key)
         # The residual took the mean's memory; the old error's is free.
         return answer, DoubleSqueezeServer(error=residual, mean=server.error)
 

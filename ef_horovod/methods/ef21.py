@@ -106,14 +106,14 @@ class EF21(Method):
             keep(self, "weights", _checked_weights(self.weights))
 
     @property
-    def summable(self) -> bool:
+    def allreducible(self) -> bool:
         """Weighted or missing messages cannot be summed in flight."""
-        return super().summable and self.weights is None and self.participation is None
+        return super().allreducible and self.weights is None and self.participation is None
 
     @property
-    def sized(self) -> bool:
+    def fixed_size(self) -> bool:
         """A worker that does not take part sends a header alone."""
-        return super().sized and self.participation is None
+        return super().fixed_size and self.participation is None
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
@@ -157,7 +157,7 @@ class EF21(Method):
                 xp.assign(state.next_velocity, gradient)
             xp.assign(gradient, state.next_velocity)
         xp.add(gradient, state.tracked, -1.0)
-        message, _ = self.compressor.squeeze(gradient, key)
+        message, _ = self.compressor.compress_with_residual(gradient, key)
         return message, state._replace(pending=message)
 
     def reduce(
@@ -171,7 +171,7 @@ class EF21(Method):
         if self.down is None:
             return server.mean, server
         xp.add(server.mean, server.estimate, -1.0)
-        answer, _ = self.down.squeeze(server.mean, key)
+        answer, _ = self.down.compress_with_residual(server.mean, key)
         answer.add_to(server.estimate)
         return answer, server
 

@@ -61,7 +61,7 @@ class EF21Plus(Method):
         require_contraction("EF21Plus", self.compressor)
 
     @property
-    def summable(self) -> bool:
+    def allreducible(self) -> bool:
         """Each message may replace what was tracked: they are needed one by one."""
         return False
 
@@ -83,8 +83,8 @@ class EF21Plus(Method):
         xp = namespace(gradient)
         xp.assign(state.afresh, gradient)
         xp.add(gradient, state.tracked, -1.0)
-        difference, lost = self.compressor.squeeze(gradient, key)
-        replacement, lost_afresh = self.compressor.squeeze(state.afresh, key)
+        difference, lost = self.compressor.compress_with_residual(gradient, key)
+        replacement, lost_afresh = self.compressor.compress_with_residual(state.afresh, key)
         if xp.squared_norm(lost) <= xp.squared_norm(lost_afresh):
             return difference, state._replace(pending=difference)
         message = replacement.as_replacement()

@@ -128,7 +128,7 @@ class ErrorCompensatedX(Method):
         self, state: ECXState, gradient: Array, key: Key = DEFAULT_KEY
     ) -> tuple[Payload, ECXState]:
         self._compensate(gradient, state, key.step)
-        message, residual = self.compressor.squeeze(gradient, key)
+        message, residual = self.compressor.compress_with_residual(gradient, key)
         return message, state._replace(
             last=residual,
             before=state.last,
@@ -142,7 +142,7 @@ class ErrorCompensatedX(Method):
     ) -> tuple[Payload, ECXServer]:
         mean, _ = super().reduce(server, messages, key)
         self._compensate(mean, server, key.step)
-        answer, residual = self.down.squeeze(mean, key)
+        answer, residual = self.down.compress_with_residual(mean, key)
         return answer, ECXServer(
             last=residual,
             before=server.last,

@@ -34,7 +34,7 @@ class ErrorFeedback(Method):
     rank.
 
     Args:
-        compressor: a contraction, or another one that `suits_feedback`.
+        compressor: a contraction, or another one that `supports_error_feedback`.
         step_inside: the learning rate that the optimizer uses, or None.
 
     Raises:
@@ -63,7 +63,7 @@ class ErrorFeedback(Method):
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
-        return (cls(compressor),) if compressor.suits_feedback else ()
+        return (cls(compressor),) if compressor.supports_error_feedback else ()
 
     def init(self, x: Array, workers: int = 1) -> tuple[ErrorFeedbackState, MeanState]:
         return ErrorFeedbackState(vector_like(x)), MeanState(vector_like(x))
@@ -75,7 +75,7 @@ class ErrorFeedback(Method):
         if self.step_inside is not None:
             xp.divide(gradient, 1.0 / value_at(self.step_inside, key.step), out=gradient)
         xp.add(gradient, state.error)
-        message, residual = self.compressor.squeeze(gradient, key)
+        message, residual = self.compressor.compress_with_residual(gradient, key)
         return message, ErrorFeedbackState(error=residual)
 
     def reduce(
@@ -95,7 +95,7 @@ def require_no_amplifier(method: str, compressor: Compressor) -> None:
     Raises:
         ValueError: such a one.
     """
-    if compressor.suits_feedback:
+    if compressor.supports_error_feedback:
         return
     if compressor.unbiased:
         raise ValueError(
@@ -105,5 +105,5 @@ def require_no_amplifier(method: str, compressor: Compressor) -> None:
         )
     raise ValueError(
         f"{method} got {compressor}, of whose error no bound is known, expected a contraction; "
-        "state contraction(d), or suits_feedback if the error has a bound of another kind"
+        "state contraction(d), or supports_error_feedback if the error has a bound of another kind"
     )

@@ -58,14 +58,16 @@ class NoFeedback(Method):
     def push(
         self, state: NoFeedbackState, gradient: Array, key: Key = DEFAULT_KEY
     ) -> tuple[Payload, NoFeedbackState]:
-        message, _ = self.compressor.squeeze(gradient, key)
+        message, _ = self.compressor.compress_with_residual(gradient, key)
         return message, state
 
     def reduce(
         self, server: MeanState, messages: Sequence[Payload], key: Key
     ) -> tuple[Array | Payload, MeanState]:
         mean, server = super().reduce(server, messages, key)
-        return (mean if self.down is None else self.down.squeeze(mean, key)[0]), server
+        return (
+            mean if self.down is None else self.down.compress_with_residual(mean, key)[0]
+        ), server
 
     def pull(
         self, state: NoFeedbackState, aggregate: Array | Payload

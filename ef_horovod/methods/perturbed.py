@@ -88,7 +88,7 @@ class PerturbedCompressedSGD(Method):
         if self.noise:
             noise = normal(gradient.shape[0], key)
             xp.add(gradient, xp.from_host(noise, getattr(gradient, "device", None)), self.noise)
-        message, residual = self._compressor_at(key.step).squeeze(gradient, key)
+        message, residual = self._compressor_at(key.step).compress_with_residual(gradient, key)
         forget = self.reset == "drop" and self._resets_at(key.step)
         return message, ErrorFeedbackState(error=vector_like(gradient) if forget else residual)
 

@@ -139,7 +139,7 @@ class PowerSGD(Method):
         bases = _bases(layout, state.factors, key)
         factors = xp.factors(gradient, layout.matrices, bases, left=left)
         whole = np.concatenate([factors, xp.take_slices(gradient, layout.plain)])
-        message, _ = self.compressor.squeeze(whole, key)
+        message, _ = self.compressor.compress_with_residual(whole, key)
         sent, under_way = _decoded(message), UnderWay(left, bases, state.error)
         _add(gradient, layout, under_way, sent, -1.0)
         if not np.abs(sent).max(initial=0.0) < _SAFE:

@@ -14,6 +14,7 @@ from ef_horovod.errors import PayloadError, ProtocolError, ServerError
 from ef_horovod.methods.base import Method
 from ef_horovod.server.inbox import Arrived, Inbox, control_buffer
 from ef_horovod.server.link import HINT, SERVER, Group, connect
+from ef_horovod.server.monitor import ServerMonitor, Totals
 from ef_horovod.server.plan import BucketSpec, Config, assign, require_agreement
 from ef_horovod.server.protocol import (
     CONTROL_TAG,
@@ -27,7 +28,6 @@ from ef_horovod.server.protocol import (
 from ef_horovod.server.quorum import Participation, QuorumBucket, require_quorum
 from ef_horovod.server.rounds import ServedBucket, longest_message
 from ef_horovod.server.saves import Saves
-from ef_horovod.server.watch import Totals, Watch
 from ef_horovod.transports.timeouts.waiting import limit_of, wait_until
 
 _FAREWELL_SECONDS = 5.0  # for workers to take the reason of the end
@@ -81,7 +81,7 @@ class Server:
         self._configs: dict[int, Config] = {}
         self._met_at = 0.0  # when the first of them came
         self._quorum, self._log, self._leaves = quorum, log, leaves
-        self._watch: Watch | None = None
+        self._watch: ServerMonitor | None = None
         self._participation: Participation | None = None
         self._stop = ""
         self._fingerprint = 0
@@ -159,7 +159,7 @@ class Server:
             f"step {step} on"
         )
         dense_nbytes, number = 4 * elements * self.workers, self._group.number
-        self._watch = Watch(self._totals, dense_nbytes, self._say, self._log, number)
+        self._watch = ServerMonitor(self._totals, dense_nbytes, self._say, self._log, number)
         quorum = "" if self._participation is None else str(self._quorum)
         self._tell(Kind.WELCOME, quorum, LEAVES if self._leaves else 0)
 

@@ -241,22 +241,22 @@ def _network(
     kind = choose(exchange, method)
     kind = kind if kind.compresses else EXCHANGES["reduce"]  # the same sum, of payloads
     if transport is None:
-        return _Peers(kind, method.sized, workers)
-    return _Ranks(kind, method.sized, workers, transport)
+        return _Peers(kind, method.fixed_size, workers)
+    return _Ranks(kind, method.fixed_size, workers, transport)
 
 
 class _Peers:
     """Workers that talk among each other, as an exchange does it."""
 
-    def __init__(self, kind: Exchange, sized: bool, workers: int) -> None:
-        self._kind, self._sized = kind, sized
+    def __init__(self, kind: Exchange, fixed_size: bool, workers: int) -> None:
+        self._kind, self._fixed_size = kind, fixed_size
         self._endpoints = local_group(workers)
         self.mine = range(workers)
 
     def meet(self, messages: Sequence[Payload]) -> list[Payload]:
         """What every worker receives."""
         waits = [
-            self._kind.start(endpoint, "step", message, fixed_size=self._sized)
+            self._kind.start(endpoint, "step", message, fixed_size=self._fixed_size)
             for endpoint, message in zip(self._endpoints, messages, strict=True)
         ]
         return waits[0]()
@@ -303,13 +303,20 @@ class _Ranks:
     """Workers on the ranks of an MPI job, in rank order, as many on each as on the others or one
     more; a rank sends the messages of all of its workers as one."""
 
-    def __init__(self, kind: Exchange, sized: bool, workers: int, transport: Transport) -> None:
+    def __init__(
+        self, kind: Exchange, fixed_size: bool, workers: int, transport: Transport
+    ) -> None:
         n, ranks, rank = workers, transport.size, transport.rank
         if n < ranks:
             raise ValueError(
                 f"got {n} workers for {ranks} ranks, expected at least as many; start fewer ranks"
             )
-        self._kind, self._sized, self._workers, self._transport = kind, sized, n, transport
+        self._kind, self._fixed_size, self._workers, self._transport = (
+            kind,
+            fixed_size,
+            n,
+            transport,
+        )
         self._own = 0  # bytes by this rank; the transport may carry other things as well
         self._as_if = 0  # bytes by all workers, were each on a rank of its own
         self.mine = range(rank * n // ranks, (rank + 1) * n // ranks)
@@ -318,11 +325,11 @@ class _Ranks:
         """What every rank receives."""
         if not self._kind.sums and self._workers > self._transport.size:
             received = self._gather(messages)
-            sizes = [m.nbytes if self._sized else wire.padded(m.data).size for m in received]
+            sizes = [m.nbytes if self._fixed_size else wire.padded(m.data).size for m in received]
             self._as_if += sum(sizes) * (self._workers - 1)
             return received
         own, before = self._summed(messages), self._transport.bytes_sent
-        received = self._kind.start(self._transport, "step", own, fixed_size=self._sized)()
+        received = self._kind.start(self._transport, "step", own, fixed_size=self._fixed_size)()
         self._own += self._transport.bytes_sent - before
         return received
 

@@ -40,8 +40,8 @@ class Bucket:
         first = native(self.slots[0].parameter)
         self.on_gpu = on_gpu(first)
         like = tensors.zeros(plan.length, first.device if self.on_gpu else None)
-        self._transport, self._courier = transport, transport.courier()
-        self.channel = plan.open(like, self._courier, exchange=exchange, seed=seed)
+        self._transport, self._bridge = transport, transport.bridge()
+        self.channel = plan.open(like, self._bridge, exchange=exchange, seed=seed)
         self.whole = WholeSteps(self.channel.name)
 
     def send(self, step: tf.Tensor, loss_scale: tf.Tensor, gradients: list[tf.Tensor]) -> tf.Tensor:
@@ -67,7 +67,7 @@ class Bucket:
     def bring(self, arrived: Array) -> None:
         """Hand over what `send`'s op has brought."""
         received = np.asarray(arrived) if self.channel.exchange.compresses else arrived
-        self._courier.bring(self.channel.name, received)
+        self._bridge.bring(self.channel.name, received)
 
     @property
     def sliced(self) -> bool:
@@ -76,7 +76,7 @@ class Bucket:
 
     def collect_answer(self) -> np.ndarray:
         """What this rank answers."""
-        return self._courier.collect(self.channel.answers)
+        return self._bridge.collect(self.channel.answers)
 
     def carry_answer(self, answer: tf.Tensor) -> tf.Tensor:
         """The op that exchanges the answers of all ranks."""
@@ -84,16 +84,16 @@ class Bucket:
 
     def bring_answers(self, arrived: Array) -> None:
         """Hand over what that op has brought."""
-        self._courier.bring(self.channel.answers, np.asarray(arrived))
+        self._bridge.bring(self.channel.answers, np.asarray(arrived))
 
     def _push(self, step: Any, loss_scale: Any, *gradients: Array) -> Array:
         self._start(step, loss_scale, gradients)
-        message = self._courier.collect(self.channel.name)
+        message = self._bridge.collect(self.channel.name)
         return tf.identity(message) if isinstance(message, tf.Variable) else message
 
     def _push_slices(self, step: Any, loss_scale: Any, *gradients: Array) -> list[Array]:
         self._start(step, loss_scale, gradients)
-        return list(self._courier.collect_slices(self.channel.name))
+        return list(self._bridge.collect_slices(self.channel.name))
 
     def _start(self, step: Any, loss_scale: Any, gradients: Sequence[Array]) -> None:
         flat = self.channel.gradient

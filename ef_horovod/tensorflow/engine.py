@@ -18,7 +18,7 @@ from ef_horovod.tensorflow.broadcast import follow
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.graphs import refuse_replicas, refuse_xla
 from ef_horovod.tensorflow.rows import Rows
-from ef_horovod.tensorflow.server_transport import GraphTransport, ServerCourier
+from ef_horovod.tensorflow.server_transport import GraphTransport, ServerBridge
 from ef_horovod.tensorflow.sync import in_sync_op
 from ef_horovod.tensorflow.variables import native, path_of, require_gradient_of
 from ef_horovod.training.buckets import describe, plan_buckets
@@ -234,7 +234,7 @@ class Engine:
         ]
 
     def _make_rows(self, name: str, variable: Any) -> Rows:
-        if isinstance(self.transport, ServerCourier):
+        if isinstance(self.transport, ServerBridge):
             raise UnsupportedError(
                 f"the gradient of '{path_of(variable)}' is tf.IndexedSlices with "
                 "exchange='server', expected a dense one, for servers know no rows; pass "

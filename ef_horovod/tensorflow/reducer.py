@@ -17,7 +17,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.checkpoint import Memories
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
-from ef_horovod.tensorflow.server_transport import GraphTransport, ServerCourier
+from ef_horovod.tensorflow.server_transport import GraphTransport, ServerBridge
 from ef_horovod.tensorflow.variables import name_variables, path_of
 from ef_horovod.training.choice import choose, wants_server
 from ef_horovod.training.options import check_options
@@ -258,11 +258,11 @@ def _open_transport(
     return None
 
 
-def open_servers(timeout: float | None) -> ServerCourier:
+def open_servers(timeout: float | None) -> ServerBridge:
     """To the servers; see `ServerTransport`."""
     from ef_horovod.server.client import ServerTransport
 
-    return ServerCourier(ServerTransport(timeout))
+    return ServerBridge(ServerTransport(timeout))
 
 
 def require_options(

@@ -25,8 +25,8 @@ class Rows:
     def __init__(
         self, name: str, shape: tuple[int, ...], transport: HorovodTensorFlowTransport
     ) -> None:
-        self._transport, self._courier = transport, transport.courier()
-        self._channel = rows.RowsChannel(name, *rows.matrix_of(shape), self._courier)
+        self._transport, self._bridge = transport, transport.bridge()
+        self._channel = rows.RowsChannel(name, *rows.matrix_of(shape), self._bridge)
         self._whole = WholeSteps(name)
 
     @property
@@ -62,10 +62,10 @@ class Rows:
         self._channel.rows = rows.Rows(indices, values)
         with self._whole.beginning():
             self._channel.start(int(step))
-        return self._courier.collect(self._channel.name)
+        return self._bridge.collect(self._channel.name)
 
     def _finish(self, arrived: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.bool_]:
-        self._courier.bring(self._channel.name, arrived)
+        self._bridge.bring(self._channel.name, arrived)
         finite = self._channel.arrived()
         mean = self._channel.commit()
         self._whole.end()

@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # it needs MPI
 T = TypeVar("T")
 
 
-class ServerCourier(Transport):
-    """Stands in for `HorovodTensorFlowTransport` and its `Courier` where there are servers.
+class ServerBridge(Transport):
+    """Stands in for `HorovodTensorFlowTransport` and its `GraphBridge` where there are servers.
 
     TensorFlow's executor may run several buckets at once, and neither `ServerTransport` nor all of
     MPI's thread levels allow that. So one goes at a time: a start is short, and the waits come in
-    the same order on all ranks. Bytes are counted for each courier, as one is a bucket's.
+    the same order on all ranks. Bytes are counted for each bridge, as one is a bucket's.
 
     Args:
         servers: what sends and receives.
@@ -43,9 +43,9 @@ class ServerCourier(Transport):
     def has_server(self) -> bool:
         return True
 
-    def courier(self) -> ServerCourier:
+    def bridge(self) -> ServerBridge:
         """One more, with a count of bytes of its own."""
-        return ServerCourier(self._servers, self._lock)
+        return ServerBridge(self._servers, self._lock)
 
     def handshake(
         self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
@@ -116,4 +116,4 @@ class ServerCourier(Transport):
             return result
 
 
-GraphTransport = HorovodTensorFlowTransport | ServerCourier
+GraphTransport = HorovodTensorFlowTransport | ServerBridge

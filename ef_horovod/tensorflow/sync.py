@@ -53,15 +53,15 @@ def require_horovod(what: str) -> None:
 
 def in_sync_op(variables: Sequence[tf.Variable], transport: GraphTransport) -> tf.Tensor:
     """The same as an op of a graph, whose Python parts run when the executor gets there."""
-    courier = transport.courier()
+    bridge = transport.bridge()
     finish: list[Callable[[], list[np.ndarray]]] = []
 
     def start(*values: np.ndarray) -> np.ndarray:
-        finish.append(courier.allgather("sync", digest_of(values)))
-        return courier.collect("sync")
+        finish.append(bridge.allgather("sync", digest_of(values)))
+        return bridge.collect("sync")
 
     def compare(gathered: np.ndarray) -> np.bool_:
-        courier.bring("sync", gathered)
+        bridge.bring("sync", gathered)
         _require_equal(finish.pop()())
         return np.bool_(True)
 

@@ -82,7 +82,7 @@ def each_check(compressor: Compressor, frameworks: Sequence[str] = ("numpy",)) -
         yield partial(check_contraction, compressor)
     if compressor.unbiased:
         yield partial(check_unbiased, compressor)
-    if compressor.linear:
+    if compressor.allreducible:
         yield partial(check_linear, compressor)
     for framework in frameworks:
         yield partial(check_finite, compressor, framework)

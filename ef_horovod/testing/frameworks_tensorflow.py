@@ -33,14 +33,14 @@ def by_ops(method: Method, wrap: Callable[[Any], Any] = eager) -> Facts:
     """Steps by a bucket of one variable; `wrap` is `eager` or `tf.function`."""
     plan = BucketPlan(NAME, one_slot(NAME, tf.Variable(tf.zeros(SHAPE))), method)
     bucket, sent = Bucket(plan, EchoOps(RANKS), exchange="auto", seed=3), []
-    collect = bucket._courier.collect
+    collect = bucket._bridge.collect
 
     def collect_and_note(name: str) -> Any:
         message = collect(name)
         sent.append(np.asarray(message).tobytes())
         return message
 
-    bucket._courier.collect = collect_and_note  # type: ignore[method-assign]
+    bucket._bridge.collect = collect_and_note  # type: ignore[method-assign]
     counter, one = tf.Variable(0, dtype=tf.int64), tf.constant(1.0)
 
     @wrap

@@ -32,7 +32,7 @@ def check_vector(compressor: Compressor, x: np.ndarray, frameworks: Sequence[str
     payload = compressor.compress(x.copy(), KEY)
     announced = compressor.nbytes(x.size)
     exact = payload.nbytes == len(bytes(payload)) and (
-        payload.nbytes == announced if compressor.sized else payload.nbytes >= announced
+        payload.nbytes == announced if compressor.fixed_size else payload.nbytes >= announced
     )
     require(
         exact,
@@ -62,7 +62,7 @@ def check_vector(compressor: Compressor, x: np.ndarray, frameworks: Sequence[str
 def _check_in(
     framework: str, compressor: Compressor, x: np.ndarray, sent: bytes, decoded: np.ndarray
 ) -> None:
-    """One framework's compress, decompress and squeeze against the bytes and numbers expected."""
+    """What one framework compresses and decompresses against the bytes and numbers expected."""
     own = array_of(framework, x)
     payload = compressor.compress(own, KEY)
     same = bits(own) == bits(x)
@@ -79,22 +79,27 @@ def _check_in(
     )
     same = np.array_equal(host(back), decoded)
     require(same, compressor, f"decompresses to other numbers in {framework} than from its bytes")
-    squeezed, residual = compressor.squeeze(own, KEY)
-    require(bytes(squeezed) == sent, compressor, "squeeze and compress give different bytes")
+    squeezed, residual = compressor.compress_with_residual(own, KEY)
+    require(
+        bytes(squeezed) == sent,
+        compressor,
+        "compress_with_residual and compress give different bytes",
+    )
     wide, kept = x.astype(float), decoded.astype(float)
     off = np.abs(wide - kept - host(residual).astype(float))
     close = off <= ROUNDING * (np.abs(wide) + np.abs(kept)) + SMALLEST
     require(
         close.all(),
         compressor,
-        f"squeeze in {framework} breaks x = C(x) + residual at {np.flatnonzero(~close)[:5]} of {x}",
+        f"compress_with_residual in {framework} breaks x = C(x) + residual at "
+        f"{np.flatnonzero(~close)[:5]} of {x}",
     )
 
 
 def check_zero(compressor: Compressor) -> None:
     """C(0) = 0 and nothing is lost."""
     for d in LENGTHS:
-        payload, residual = compressor.squeeze(np.zeros(d, np.float32), KEY)
+        payload, residual = compressor.compress_with_residual(np.zeros(d, np.float32), KEY)
         zero = not np.any(payload.decompress()) and not np.any(residual)
         require(zero, compressor, f"turns {d} zeros into something else")
 
@@ -104,7 +109,7 @@ def check_skip(compressor: Compressor) -> None:
     for d in LENGTHS:
         payload = compressor.skip(np.zeros(d, np.float32))
         least = compressor.nbytes(d)
-        fits = payload.nbytes == least if compressor.sized else payload.nbytes >= least
+        fits = payload.nbytes == least if compressor.fixed_size else payload.nbytes >= least
         good = payload.is_skip and fits
         require(good, compressor, f"skip for {d} elements has no flag or another size")
 
@@ -125,13 +130,13 @@ def check_largest_numbers(compressor: Compressor) -> None:
 
 
 def check_finite(compressor: Compressor, framework: str) -> None:
-    """A NaN or an infinity anywhere is refused, by compress and by squeeze."""
+    """A NaN or an infinity anywhere is refused, by compress and by compress_with_residual."""
     for d in (1, 9, 4099):
         for bad in (np.nan, np.inf, -np.inf):
             for places in (slice(0, 1), slice(d // 2, d // 2 + 1), slice(d - 1, d), slice(0, d)):
                 x = np.random.default_rng(d).normal(size=d).astype(np.float32)
                 x[places] = bad
-                for way in (compressor.compress, compressor.squeeze):
+                for way in (compressor.compress, compressor.compress_with_residual):
                     try:
                         way(array_of(framework, x), KEY)
                     except NonFiniteError:
@@ -153,7 +158,7 @@ def check_shapes(compressor: Compressor, framework: str) -> None:
         back = payload.decompress()
         same = back.shape == x.shape and bits(back) == bits(expected.decompress())
         require(same, compressor, f"decompresses {what} to another shape or other numbers")
-        squeezed, residual = compressor.squeeze(array_of(framework, host(x)), KEY)
+        squeezed, residual = compressor.compress_with_residual(array_of(framework, host(x)), KEY)
         same = residual.shape == x.shape and bytes(squeezed) == bytes(expected)
         require(same, compressor, f"squeezes {what} to another shape or other bytes")
 
@@ -177,7 +182,7 @@ def check_dtypes(compressor: Compressor, framework: str) -> None:
         require(same, compressor, f"compresses {framework} {dtype} to other bytes than float32")
         back = payload.decompress()
         require(back.dtype == own.dtype, compressor, f"decompresses {dtype} to {back.dtype}")
-        residual = compressor.squeeze(own, KEY)[1]
+        residual = compressor.compress_with_residual(own, KEY)[1]
         wide = "float64" if dtype == "float64" else "float32"
         same = wide in str(residual.dtype) and residual.shape == own.shape
         require(same, compressor, f"residual of {dtype} is {residual.dtype}, expected {wide}")

@@ -163,7 +163,7 @@ def check_lost(method: Method) -> None:
 
 
 def check_messages(method: Method) -> None:
-    """Messages are as long as `sized` says, that of `skip` too, and can be summed if `summable`."""
+    """Messages, that of `skip` too, are what `fixed_size` and `allreducible` say."""
     group, lengths, known = Workers(method, WORKERS), set(), False
     for t, g in enumerate(gradients(WORKERS, 8)):
         messages, _ = group.step(g, t)
@@ -173,23 +173,27 @@ def check_messages(method: Method) -> None:
         _require_summands(method, messages[0])
         skip = method.skip(g[0].copy(), group.key(t))
         require(skip.is_skip, method, "skip gives a message without the flag that says so")
-        if method.sized:
+        if method.fixed_size:
             equal = sizes == {skip.nbytes}
-            message = f"is sized, but sends {sizes} and skips with {skip.nbytes} bytes (step {t})"
+            message = (
+                f"is fixed_size, but sends {sizes} and skips with {skip.nbytes} bytes (step {t})"
+            )
             require(equal, method, message)
-    if method.sized:
+    if method.fixed_size:
         message = f"sends {lengths} bytes, none of them its compressor's {method.compressor}"
         require(known, method, message)
     else:
-        require(len(lengths) > 1, method, "is not sized, yet all its messages are equally long")
+        require(
+            len(lengths) > 1, method, "is not fixed_size, yet all its messages are equally long"
+        )
 
 
 def _require_summands(method: Method, message: Payload) -> None:
     try:
-        good = not method.summable or message.summands() is not None
+        good = not method.allreducible or message.summands() is not None
     except NotImplementedError:
         good = False
-    require(good, method, f"is summable, but sends {message}, whose numbers cannot be summed")
+    require(good, method, f"is allreducible, but sends {message}, whose numbers cannot be summed")
 
 
 def check_states(method: Method, framework: str) -> None:
@@ -249,19 +253,19 @@ def check_bad_gradient(method: Method, bad: float, exchange: str = "auto") -> No
 
 
 def check_exchanges(method: Method) -> None:
-    """A `summable` method's messages may be summed in flight; of others that is refused."""
-    if not method.summable:
+    """An `allreducible` method's messages may be summed in flight; of others that is refused."""
+    if not method.allreducible:
         try:
             choose("reduce", method)
         except UnsupportedError:
             return
-        require(False, method, "is not summable, but exchange='reduce' is not refused")
+        require(False, method, "is not allreducible, but exchange='reduce' is not refused")
     gathered = channels(method, WORKERS, exchange="gather")
     reduced = channels(method, WORKERS, exchange="reduce")
     for t, g in enumerate(gradients(WORKERS, 10)):
         pairs = zip(run_channels(gathered, g, t), run_channels(reduced, g, t), strict=True)
         same = all(_close(summed, one, False) for one, summed in pairs)
-        message = f"is summable, but goes elsewhere if its messages are summed (step {t})"
+        message = f"is allreducible, but goes elsewhere if its messages are summed (step {t})"
         require(same, method, message)
 
 

@@ -100,7 +100,7 @@ def choose(exchange: str, method: Method) -> Exchange:
     """
     if is_auto(exchange):
         network_of(exchange)
-        usual = "reduce" if method.summable else "gather"
+        usual = "reduce" if method.allreducible else "gather"
         return EXCHANGES["dense" if method == UNCOMPRESSED else usual]
     found = exchange_of(exchange)
     found.require_fit(method)
@@ -126,7 +126,7 @@ def decide(exchange: str, method: Method | None, d: int, transport: Transport) -
     usual = choose(exchange, method)
     if not is_auto(exchange) or not usual.compresses or transport.size == 1:
         return Choice(usual, method)
-    if not method.sized:  # nobody knows how much it will send
+    if not method.fixed_size:  # nobody knows how much it will send
         return Choice(usual, method)
     slices = type(transport).alltoall is not Transport.alltoall
     slices = slices and EXCHANGES["double_pass"].fits(method)

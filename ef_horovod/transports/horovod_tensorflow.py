@@ -2,8 +2,8 @@
 
 Horovod's TensorFlow ops have no handles to poll. In a graph the executor starts each one as soon
 as its input exists; the code around it runs in `tf.numpy_function`s. So a collective in a graph
-has three parts: a channel starts it on a `Courier`, which hands the message to the graph, `carry`
-is the op, and the Courier gives what has arrived to the function that the channel waits with.
+has three parts: a channel starts it on a `GraphBridge`, which hands the message to the graph,
+`carry` is the op, and the bridge gives what has arrived to the function that the channel waits in.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ class HorovodTensorFlowTransport(HorovodTransport):
             )
             return arrived
 
-    def courier(self) -> Courier:
+    def bridge(self) -> GraphBridge:
         """What a channel in a graph sends with."""
-        return Courier(self)
+        return GraphBridge(self)
 
     def _at_once(self, name: str, op: Callable[[], tf.Tensor]) -> np.ndarray:
         self.alarm.start(name)
@@ -146,7 +146,7 @@ class HorovodTensorFlowTransport(HorovodTransport):
         )
 
 
-class Courier(Transport):
+class GraphBridge(Transport):
     """Carries a channel's messages to the ops of a graph and back, inside numpy_functions.
 
     Args:

@@ -232,7 +232,7 @@ class AveragesAnything(OneBit):
 
 @breaks("not linear|is a copy")
 class ClaimsLinear(OneBit):
-    linear = True
+    allreducible = True
 
     @classmethod
     def summands(cls, body):

@@ -55,7 +55,7 @@ class WritesInPush(ErrorFeedback):
     def push(self, state, gradient, key=DEFAULT_KEY):
         namespace(gradient).add(state.error, gradient)
         namespace(gradient).assign(gradient, state.error)
-        message, residual = self.compressor.squeeze(gradient, key)
+        message, residual = self.compressor.compress_with_residual(gradient, key)
         return message, ErrorFeedbackState(error=residual)
 
 
@@ -95,27 +95,27 @@ class ForgetsLoss(ErrorFeedback):
         return message, pushed
 
 
-@breaks("is sized, but sends")
+@breaks("is fixed_size, but sends")
 class SendsMoreNowAndThen(ErrorFeedback):
     def push(self, state, gradient, key=DEFAULT_KEY):
         compressor = ef.TopK(k=4 if key.step == 3 else 3)
-        message, residual = compressor.squeeze(gradient, key)
+        message, residual = compressor.compress_with_residual(gradient, key)
         return message, ErrorFeedbackState(error=residual)
 
 
 @breaks("none of them its compressor's")
 class TakesAnotherCompressor(ErrorFeedback):
     def push(self, state, gradient, key=DEFAULT_KEY):
-        message, residual = ef.TopK(k=7).squeeze(gradient, key)
+        message, residual = ef.TopK(k=7).compress_with_residual(gradient, key)
         return message, ErrorFeedbackState(error=residual)
 
     def skip(self, gradient, key):
         return ef.TopK(k=7).skip(gradient)
 
 
-@breaks("is not sized, yet")
+@breaks("is not fixed_size, yet")
 class HidesItsSize(ErrorFeedback):
-    sized = False
+    fixed_size = False
 
 
 @breaks("skip gives a message without the flag")
@@ -134,7 +134,7 @@ class DependsOnFramework(ErrorFeedback):
 
 @breaks("whose numbers cannot be summed", ef.OneBit())
 class ClaimsSummable(ErrorFeedback):
-    summable = True
+    allreducible = True
 
 
 class Averages(ErrorFeedback):
@@ -149,7 +149,7 @@ class Averages(ErrorFeedback):
         return server.mean, server
 
 
-breaks("is summable, but goes elsewhere", ef.RandomK(0.1))(Averages)
+breaks("is allreducible, but goes elsewhere", ef.RandomK(0.1))(Averages)
 
 
 class Counted(NamedTuple):

@@ -140,7 +140,7 @@ def test_a_refused_one_makes_it_grow_for_ever():
     rng = np.random.default_rng(0)
     for t in range(300):
         p = error + rng.normal(size=d).astype(np.float32)
-        _, error = ef.QSGD(1).squeeze(p, ef.Key(step=t))
+        _, error = ef.QSGD(1).compress_with_residual(p, ef.Key(step=t))
     assert np.linalg.norm(error) > 1e8
 
 
@@ -154,7 +154,7 @@ def test_the_largest_magnitude_shrinks_with_the_l2_scale(d, block):
     candidates = [rng.normal(size=d) ** power for power in (1, 3, 9)]
     for x in [*candidates, np.eye(d)[0], np.ones(d), flat_but_one]:
         x = x.astype(np.float32)
-        _, lost = ef.OneBit("l2", block=block).squeeze(x.copy())
+        _, lost = ef.OneBit("l2", block=block).compress_with_residual(x.copy())
         assert np.abs(lost).max() <= np.sqrt(1 - 1 / b) * np.abs(x).max() * (1 + 1e-5) + 1e-7
 
 
@@ -166,7 +166,10 @@ def test_the_largest_magnitude_shrinks_on_average_with_a_clip(clip):
     rng = np.random.default_rng(0)
     for x in (rng.normal(size=b), np.eye(b)[0], np.ones(b), np.linspace(0.9, 1, b)):
         x = x.astype(np.float32)
-        found = [np.abs(compressor.squeeze(x.copy(), ef.Key(step=t))[1]).max() for t in range(2000)]
+        found = [
+            np.abs(compressor.compress_with_residual(x.copy(), ef.Key(step=t))[1]).max()
+            for t in range(2000)
+        ]
         spread = 5 * np.std(found) / np.sqrt(2000)
         assert np.mean(found) <= (1 - q / 2) * np.abs(x).max() + spread + 1e-6
 

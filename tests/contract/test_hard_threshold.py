@@ -35,7 +35,7 @@ def kept(compressor, x):
 
 def lost(compressor, vectors):
     """sum_t ||x_t - C(x_t)||^2."""
-    residuals = [compressor.squeeze(x.copy())[1].astype(float) for x in vectors]
+    residuals = [compressor.compress_with_residual(x.copy())[1].astype(float) for x in vectors]
     return float(sum(np.sum(residual**2) for residual in residuals))
 
 

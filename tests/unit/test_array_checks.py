@@ -9,7 +9,7 @@ import torch
 import ef_horovod as ef
 
 PAYLOAD = ef.Identity().compress(np.ones(4, np.float32))
-BOTH = pytest.mark.parametrize("function", ["compress", "squeeze"])
+BOTH = pytest.mark.parametrize("function", ["compress", "compress_with_residual"])
 
 
 @BOTH

@@ -391,7 +391,7 @@ def test_namespace_of_subclasses_and_others():
 def test_squeeze_copies_what_is_read_only() -> None:
     x = np.array([1.0, -5.0, 2.0], np.float32)
     x.flags.writeable = False
-    _, residual = ef.TopK(k=1).squeeze(x)
+    _, residual = ef.TopK(k=1).compress_with_residual(x)
     np.testing.assert_array_equal(x, [1.0, -5.0, 2.0])
     np.testing.assert_array_equal(residual, [1.0, 0.0, 2.0])
 
@@ -399,5 +399,5 @@ def test_squeeze_copies_what_is_read_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_squeeze_leaves_the_autograd_graph(dtype: torch.dtype) -> None:
     x = torch.tensor([1.0, -5.0, 2.0], dtype=dtype, requires_grad=True)
-    _, residual = ef.TopK(k=1).squeeze(x)
+    _, residual = ef.TopK(k=1).compress_with_residual(x)
     assert not residual.requires_grad

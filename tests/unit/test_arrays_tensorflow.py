@@ -359,12 +359,12 @@ def test_variables_are_compressed(compressor, shape, dtype):
     assert isinstance(payload.decompress(), tf.Tensor)
     assert payload.decompress().dtype == own.dtype
     assert payload.nbytes == expected.nbytes
-    assert expected.nbytes == compressor.nbytes(x.size) or not compressor.sized
-    squeezed, residual = compressor.squeeze(own)
+    assert expected.nbytes == compressor.nbytes(x.size) or not compressor.fixed_size
+    squeezed, residual = compressor.compress_with_residual(own)
     assert bytes(squeezed) == bytes(payload)
     assert (residual is own) == (shape in ((100,), (0,)) and dtype == "float32")
     assert tuple(residual.shape) == shape
-    lost = compressor.squeeze(x.copy())[1]
+    lost = compressor.compress_with_residual(x.copy())[1]
     np.testing.assert_allclose(tf.convert_to_tensor(residual), lost, rtol=1e-5, atol=1e-6)
 
 
@@ -373,7 +373,7 @@ def test_variables_are_compressed(compressor, shape, dtype):
 def test_variables_with_a_bad_entry_are_refused(compressor, bad):
     x = np.random.default_rng(6).normal(size=50).astype(np.float32)
     x[30] = bad
-    for way in (compressor.compress, compressor.squeeze):
+    for way in (compressor.compress, compressor.compress_with_residual):
         with pytest.raises(NonFiniteError, match="expected finite numbers"):
             way(tf.Variable(x))
     expected = compressor.skip(np.zeros_like(x)).nbytes

@@ -121,7 +121,7 @@ def test_table_and_times(tmp_path):
             row = methods[repr(ef.NoFeedback(example))]
             assert row["method"] in run.stdout
             assert row["steps"] == 3
-            if example.sized and row["exchange"] == "gather":
+            if example.fixed_size and row["exchange"] == "gather":
                 assert row["bytes_out"] == 3 * example.nbytes(100_000)
     for name in METHODS:
         assert any(method.startswith(f"{name}(") for method in methods)

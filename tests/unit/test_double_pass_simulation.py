@@ -117,8 +117,8 @@ def test_a_sum_that_overflows_at_one_owner_raises_on_all_ranks():
 
 def test_messages_of_varying_length_travel_in_size_classes():
     method = ef.DoubleSqueeze(ef.HardThreshold(1.0), down=ef.HardThreshold(0.5))
-    assert not method.sized
-    assert not method.sized_answers
+    assert not method.fixed_size
+    assert not method.fixed_size_answers
     group, sent = group_of(method, 3), []
     for t, g in enumerate(gradients(3, 5, d=D)):
         before = group[0].stats().bytes_out

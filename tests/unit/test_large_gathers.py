@@ -38,6 +38,6 @@ def test_so_it_is_in_tensorflow_eager_and_in_graphs():
     hvd.init()
     transport = HorovodTensorFlowTransport()
     transport.size = 86
-    for way in (transport, transport.courier()):
+    for way in (transport, transport.bridge()):
         with pytest.raises(UnsupportedError, match=REFUSED):
             way.allgather("bucket.0", PAYLOAD)

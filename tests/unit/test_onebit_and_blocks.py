@@ -108,7 +108,7 @@ def test_each_entry_is_in_a_run_equally_often(ratio, block, d):
 def test_all_entries_in_random_blocks_are_the_vector():
     x = np.arange(1000, dtype=np.float32)
     for block in (1, 7, 4096):
-        payload, residual = ef.RandomBlock(1.0, block=block).squeeze(x.copy(), KEY)
+        payload, residual = ef.RandomBlock(1.0, block=block).compress_with_residual(x.copy(), KEY)
         assert np.array_equal(payload.decompress(), x)
         assert not residual.any()
 

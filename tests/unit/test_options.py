@@ -55,7 +55,8 @@ def _with(instance, field, value):
 
 def test_all_numeric_options_are_found():
     expected = {
-        "TopK.ratio", "TopK.k", "QSGD.levels", "QSGD.bucket", "OneBitBlocks.block", "Clip.bits",
+        "TopK.ratio", "TopK.k", "QSGD.levels", "QSGD.bucket", "OneBitBlocks.block",
+        "TruncateMantissa.bits",
         "TernGrad.clip", "TernGrad.bucket", "RandomSparsify.p", "HardThreshold.threshold",
         "NaturalDithering.norm", "EF21.momentum", "EF21.participation", "PowerSGD.rank",
         "ErrorFeedback.step_inside", "ErrorCompensatedX.alpha", "ErrorCompensatedX.beta",
@@ -101,8 +102,8 @@ def test_numpy_numbers_become_plain_ones(where):
         lambda: ef.RandomBlock(0.1, block=None),
         lambda: ef.Cast(16),
         lambda: ef.OneBit(scale=["l1"]),
-        lambda: ef.Clip(-1),
-        lambda: ef.Clip(23),
+        lambda: ef.TruncateMantissa(-1),
+        lambda: ef.TruncateMantissa(23),
         lambda: ef.EF21(ef.TopK(0.1), weights="12"),
         lambda: ef.EF21(ef.TopK(0.1), weights=3),
         lambda: ef.EF21(ef.TopK(0.1), weights=(1.0, True)),

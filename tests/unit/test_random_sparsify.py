@@ -90,7 +90,7 @@ def test_shared_coins_are_equal_on_all_ranks_and_others_differ():
         compressor = ef.RandomSparsify(0.2, shared=shared)
         a = compressor.compress(x, ef.Key(step=4, rank=0)).decompress() != 0
         b = compressor.compress(y, ef.Key(step=4, rank=1)).decompress() != 0
-        assert np.array_equal(a, b) == shared == compressor.linear
+        assert np.array_equal(a, b) == shared == compressor.allreducible
         c = compressor.compress(x, ef.Key(step=5, rank=0)).decompress() != 0
         assert not np.array_equal(a, c)
 
@@ -121,7 +121,7 @@ def test_size_is_the_seed_and_the_values():
     sizes = [ef.RandomSparsify(p).compress(np.ones(d), ef.Key(step=t)).nbytes for t in range(50)]
     assert np.mean(sizes) == pytest.approx(16 + 16 + 4 * p * d, rel=0.01)
     assert len(set(sizes)) > 10
-    assert not ef.RandomSparsify(p).sized
+    assert not ef.RandomSparsify(p).fixed_size
 
 
 @pytest.mark.parametrize("p", [0, -0.1, 1.01, math.nan])

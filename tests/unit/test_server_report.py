@@ -10,13 +10,15 @@ import pytest
 
 from ef_horovod.cli import main as cli
 from ef_horovod.cli.server_report import read_log, summarize
-from ef_horovod.server.watch import Totals, Watch
+from ef_horovod.server.monitor import ServerMonitor, Totals
 
 
 def write(log, server=0, every=10.0, rounds=(40, 60), workers=3):
-    """A log as a server's Watch writes it: worker 1 comes half a second late in each round."""
+    """A log as a server writes it: worker 1 comes half a second late in each round."""
     now, totals = [0.0], [Totals(0, 0, 0, 0, 0)]
-    watch = Watch(lambda: totals[0], 8000, lambda _: None, log, server, every, lambda: now[0])
+    watch = ServerMonitor(
+        lambda: totals[0], 8000, lambda _: None, log, server, every, lambda: now[0]
+    )
     for done in rounds:
         for worker in (0, 2, 1)[:workers]:
             now[0] += 0.5 * (worker == 1)

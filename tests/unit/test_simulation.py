@@ -160,7 +160,7 @@ def test_a_server_gets_one_message_and_gives_one_answer_for_each_worker():
 def test_the_exchange_changes_what_is_counted_and_nothing_else(method):
     server, gather = (run(method, steps=30, exchange=kind) for kind in ("server", "gather"))
     assert server.x.tobytes() == gather.x.tobytes()
-    if method.sized:
+    if method.fixed_size:
         assert gather.bytes_sent == gather.bytes_received == 3 * server.bytes_sent
 
 

@@ -31,7 +31,7 @@ def test_gather_and_reduce_are_what_a_transport_counts(compressor, n):
     assert cost.traffic(compressor, d, n, "gather").sent == sent_by_simulate(
         compressor, d, n, "gather"
     )
-    if compressor.linear:  # a transport counts whole bytes
+    if compressor.allreducible:  # a transport counts whole bytes
         reduced = cost.traffic(compressor, d, n, "reduce").sent
         assert int(reduced) == sent_by_simulate(compressor, d, n, "reduce")
     else:
@@ -75,7 +75,7 @@ def test_one_bit_pays_below_64_workers():
 class EightBytes:
     """A stand-in for k pairs of float32 and int32 without a header."""
 
-    sized = True
+    fixed_size = True
 
     def __init__(self, k):
         self.k = k
@@ -109,7 +109,7 @@ def test_a_header_alone_can_be_too_much():
 class AnyNumber(EightBytes):
     """A stand-in for a hard threshold: how many entries there are is not known in advance."""
 
-    sized = False
+    fixed_size = False
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from ef_horovod.exchange.channel import ChannelStats
 
 payload = ef.TopK(k=1).compress(torch.zeros(3))
 assert_type(payload.decompress(), torch.Tensor)
-residual: torch.Tensor = ef.TopK(k=1).squeeze(torch.zeros(3))[1]
+residual: torch.Tensor = ef.TopK(k=1).compress_with_residual(torch.zeros(3))[1]
 sent: np.ndarray = ef.Payload.from_bytes(bytes(payload)).decompress()
 model = torch.nn.Linear(2, 2)
 optimizer = et.DistributedOptimizer(

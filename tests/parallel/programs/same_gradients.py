@@ -24,7 +24,7 @@ def exchanges_of(method: Method) -> list[str]:
     in_slices = method.sliceable and method in IN_SLICES
     return [
         "gather",
-        *["reduce"] * method.summable,
+        *["reduce"] * method.allreducible,
         *["dense"] * (method == NoFeedback(Identity())),
         *["double_pass"] * in_slices,
     ]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ef_horovod.server.watch import Totals, Watch
+from ef_horovod.server.monitor import ServerMonitor, Totals
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def parts(tmp_path):
     state = {"now": 100.0, "totals": Totals(0, 0, 0, 0, 0)}
     lines = []
     log = tmp_path / "new" / "log.jsonl"
-    watch = Watch(
+    watch = ServerMonitor(
         lambda: state["totals"], 8000, lines.append, log, 2, every=10, clock=lambda: state["now"]
     )
     return watch, state, lines, log
@@ -75,7 +75,7 @@ def test_nothing_is_said_where_nothing_happened(parts):
 def test_no_log_is_asked_for():
     said = []
     totals = [Totals(0, 0, 0, 0, 0), Totals(1, 5, 5, 0, 0)]
-    watch = Watch(lambda: totals.pop(0), 0, said.append, clock=lambda: 1.0)
+    watch = ServerMonitor(lambda: totals.pop(0), 0, said.append, clock=lambda: 1.0)
     watch.close()
     assert said[0].startswith("round 1: ")
     assert "worker" not in said[0]  # with a quorum nobody is waited for

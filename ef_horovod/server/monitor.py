@@ -22,7 +22,7 @@ class Totals(NamedTuple):
     refused: int  # messages
 
 
-class Watch:
+class ServerMonitor:
     """Reports every `every` seconds, and at the end.
 
     Args:

@@ -23,7 +23,7 @@ _MAX_BITS = 22
 
 @register_compressor(wire_id=6)
 @dataclass(frozen=True)
-class Clip(Compressor):
+class TruncateMantissa(Compressor):
     """Keep m mantissa bits of each entry and drop the rest: 9 + m bits, rounded towards zero.
 
     No entry loses more than 1 / (2**m + 1) of itself, so C is a contraction with 1 - delta =
@@ -41,7 +41,7 @@ class Clip(Compressor):
 
     Example:
         >>> import ef_horovod as ef, numpy
-        >>> ef.Clip(bits=2).compress(numpy.array([1.23456, -7.9, 0.0])).decompress()
+        >>> ef.TruncateMantissa(bits=2).compress(numpy.array([1.23456, -7.9, 0.0])).decompress()
         array([ 1., -7.,  0.])
 
     References:
@@ -57,7 +57,7 @@ class Clip(Compressor):
         return 1 - (2.0**self.bits + 1) ** -2
 
     @classmethod
-    def examples(cls) -> tuple[Clip, ...]:
+    def examples(cls) -> tuple[TruncateMantissa, ...]:
         return cls(3), cls(10)
 
     def body_nbytes(self, d: int) -> int:
@@ -77,7 +77,7 @@ class Clip(Compressor):
         shift, bits = fields.unpack(_LAYOUT)
         if bits > _MAX_BITS:
             raise PayloadError(
-                f"Clip payload has {bits} bits of mantissa, expected at most {_MAX_BITS}; "
-                "it was damaged on the way"
+                f"TruncateMantissa payload has {bits} bits of mantissa, expected at most "
+                f"{_MAX_BITS}; it was damaged on the way"
             )
         add_shortened(fields, shift, 9 + bits, cls.__name__, dense, weight)
