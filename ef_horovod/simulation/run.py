@@ -8,22 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from ef_horovod import wire
 from ef_horovod.arrays import Array, float_namespace, namespace
 from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.common.options import number, seed_of, whole
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError, UnsupportedError
-from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.registry import EXCHANGES
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import Estimator
 from ef_horovod.methods.schedules import Decay, Schedule, value_at
+from ef_horovod.simulation.networks import PeerNetwork, RankNetwork, ServerNetwork, network_of
 from ef_horovod.simulation.slices import SlicedWorkers
-from ef_horovod.training.choice import choose, wants_server
 from ef_horovod.training.options import check_options
-from ef_horovod.transports.base import Transport, ring_share
-from ef_horovod.transports.local import local_group
+from ef_horovod.transports.base import Transport
 
 Gradient = Callable[[int, Array, int], Array]
 
@@ -120,7 +117,7 @@ def simulate(
     if exchange in EXCHANGES and EXCHANGES[exchange].has_answers:
         group = SlicedWorkers(method, xp.flat_float32(x0), workers, seed, name, transport)
     else:
-        network = _network(method, exchange, workers, transport)
+        network = network_of(method, exchange, workers, transport)
         group = _Whole(method, xp.flat_float32(x0), workers, seed, name, network, transport)
     crew = [_Worker(rank, gradient, estimator) for rank in group.mine]
     run = Run(x)
@@ -191,7 +188,7 @@ class _Whole:
         workers: int,
         seed: int,
         name: str,
-        network: _Server | _Peers | _Ranks,
+        network: ServerNetwork | PeerNetwork | RankNetwork,
         transport: Transport | None,
     ) -> None:
         self._method, self._network, self._has_others = method, network, transport is not None
@@ -226,146 +223,6 @@ class _Whole:
     @property
     def bytes_received(self) -> int:
         return self._network.bytes_received
-
-
-def _network(
-    method: Method, exchange: str, workers: int, transport: Transport | None
-) -> _Server | _Peers | _Ranks:
-    if wants_server(exchange):
-        if transport is not None:
-            raise UnsupportedError(
-                "got exchange='server' with a transport, expected none, for its ranks talk among "
-                "each other; leave transport= out, or start a job by launch/server"
-            )
-        return _Server(workers)
-    kind = choose(exchange, method)
-    kind = kind if kind.compresses else EXCHANGES["reduce"]  # the same sum, of payloads
-    if transport is None:
-        return _Peers(kind, method.fixed_size, workers)
-    return _Ranks(kind, method.fixed_size, workers, transport)
-
-
-class _Peers:
-    """Workers that talk among each other, as an exchange does it."""
-
-    def __init__(self, kind: Exchange, fixed_size: bool, workers: int) -> None:
-        self._kind, self._fixed_size = kind, fixed_size
-        self._endpoints = local_group(workers)
-        self.mine = range(workers)
-
-    def meet(self, messages: Sequence[Payload]) -> list[Payload]:
-        """What every worker receives."""
-        waits = [
-            self._kind.start(endpoint, "step", message, fixed_size=self._fixed_size)
-            for endpoint, message in zip(self._endpoints, messages, strict=True)
-        ]
-        return waits[0]()
-
-    def answer(self, aggregate: Array | Payload) -> None:
-        """Nothing: every worker plays the aggregator's part itself."""
-
-    @property
-    def bytes_sent(self) -> int:
-        return sum(end.bytes_sent for end in self._endpoints) // len(self._endpoints)
-
-    @property
-    def bytes_received(self) -> int:
-        return self.bytes_sent  # on average over workers: who sends, sends to another worker
-
-
-class _Server:
-    """Workers that talk to a parameter server on a node of its own."""
-
-    def __init__(self, workers: int) -> None:
-        self._workers = len(local_group(workers))  # which raises unless it is at least 1
-        self.mine = range(workers)
-        self._up = 0  # by all workers
-        self.bytes_received = 0
-
-    def meet(self, messages: Sequence[Payload]) -> list[Payload]:
-        """What the server receives."""
-        self._up += sum(message.nbytes for message in messages)
-        return list(messages)
-
-    def answer(self, aggregate: Array | Payload) -> None:
-        """What it sends back to each worker: a payload, or float32 numbers as they are."""
-        if isinstance(aggregate, Payload):
-            self.bytes_received += aggregate.nbytes
-        else:
-            self.bytes_received += 4 * aggregate.shape[0]
-
-    @property
-    def bytes_sent(self) -> int:
-        return self._up // self._workers
-
-
-class _Ranks:
-    """Workers on the ranks of an MPI job, in rank order, as many on each as on the others or one
-    more; a rank sends the messages of all of its workers as one."""
-
-    def __init__(
-        self, kind: Exchange, fixed_size: bool, workers: int, transport: Transport
-    ) -> None:
-        n, ranks, rank = workers, transport.size, transport.rank
-        if n < ranks:
-            raise ValueError(
-                f"got {n} workers for {ranks} ranks, expected at least as many; start fewer ranks"
-            )
-        self._kind, self._fixed_size, self._workers, self._transport = (
-            kind,
-            fixed_size,
-            n,
-            transport,
-        )
-        self._own = 0  # bytes by this rank; the transport may carry other things as well
-        self._as_if = 0  # bytes by all workers, were each on a rank of its own
-        self.mine = range(rank * n // ranks, (rank + 1) * n // ranks)
-
-    def meet(self, messages: Sequence[Payload]) -> list[Payload]:
-        """What every rank receives."""
-        if not self._kind.sums and self._workers > self._transport.size:
-            received = self._gather(messages)
-            sizes = [m.nbytes if self._fixed_size else wire.padded(m.data).size for m in received]
-            self._as_if += sum(sizes) * (self._workers - 1)
-            return received
-        own, before = self._summed(messages), self._transport.bytes_sent
-        received = self._kind.start(self._transport, "step", own, fixed_size=self._fixed_size)()
-        self._own += self._transport.bytes_sent - before
-        return received
-
-    def _summed(self, messages: Sequence[Payload]) -> Payload:
-        """One message for those of this rank's workers."""
-        own, *others = messages
-        if not self._kind.sums:
-            return own
-        own = Payload(own.data.copy())
-        for message in others:
-            own.summands()[:] += message.summands()
-        self._as_if += self._workers * ring_share(own.summands().nbytes, self._workers)
-        return own.as_skip() if any(message.is_skip for message in messages) else own
-
-    def _gather(self, messages: Sequence[Payload]) -> list[Payload]:
-        packed = np.concatenate([message.data for message in messages])
-        received = []
-        for buffer in self._transport.allgather("step", packed)():
-            while buffer.size:
-                received.append(Payload.from_start(buffer))
-                buffer = buffer[received[-1].nbytes :]
-        return received
-
-    def answer(self, aggregate: Array | Payload) -> None:
-        """Nothing: every rank plays the aggregator's part itself."""
-
-    @property
-    def bytes_sent(self) -> int:
-        """By this rank, if it has one worker; else by a worker on average, as if it had."""
-        if self._workers == self._transport.size:
-            return self._own
-        return self._as_if // self._workers
-
-    @property
-    def bytes_received(self) -> int:
-        return self.bytes_sent
 
 
 def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:
