@@ -65,7 +65,13 @@ def run_job(
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, signal.SIGKILL)
         output, _ = job.communicate()
-        raise JobFailed(f"{command} did not end within {timeout} s:\n{output[-4000:]}") from None
+        raise JobFailed(f"{command} did not end within {timeout} s:\n{shortened(output)}") from None
     if job.returncode != 0:
-        raise JobFailed(f"{command} ended with {job.returncode}:\n{output[-8000:]}")
+        raise JobFailed(f"{command} ended with {job.returncode}:\n{shortened(output)}")
     return output
+
+
+def shortened(output: str, most: int = 12_000) -> str:
+    """The beginning, where the first rank fails, and the end of a long output."""
+    half = most // 2
+    return output if len(output) <= most else f"{output[:half]}\n[...]\n{output[-half:]}"

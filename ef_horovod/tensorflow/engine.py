@@ -84,7 +84,10 @@ class Engine:
             require_gradient_of(variable, gradient)
         gradients = self._begin([self._densified(g) for g in gradients])
         in_sync = self._compare_in_second_call() if self.options.check_sync else tf.constant(True)
-        step = self.step.read_value()
+        # No bucket leaves before the ranks were compared: if that raises on all of them, one rank
+        # might have sent a bucket that another one has not, and would wait for it to its limit.
+        with tf.control_dependencies([in_sync]):
+            step = tf.identity(self.step.read_value())
         place_of = {name: i for i, (name, _) in enumerate(self._named)}
         places = [[place_of[slot.name] for slot in bucket.slots] for bucket in self._buckets]
         arrived = [
@@ -92,8 +95,7 @@ class Engine:
             for bucket, its in zip(self._buckets, places, strict=True)
         ]
         rows = {i: exchange.exchange(gradients[i], step) for i, exchange in self._rows.items()}
-        # With `in_sync` among them, though it is never False: waits must not change places.
-        rows_good = tf.reduce_all([in_sync, *(finite for _, finite in rows.values())])
+        rows_good = tf.reduce_all([True, *(finite for _, finite in rows.values())])
         factor = loss_scale * (1 if self.options.average else self.transport.size)
         directions, good, next_step = receive(
             self._buckets, arrived, step, factor, rows_good, undoable=self.options.discardable

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import ef_horovod as ef
 from ef_horovod.errors import OutOfSyncError, UnsupportedError
+from ef_horovod.tensorflow import sync
 from ef_horovod.tensorflow.buckets import _aligned
 from ef_horovod.tensorflow.engine import Engine, Options
 from ef_horovod.tensorflow.graphs import WholeSteps, python_op
@@ -39,6 +40,31 @@ def engine_of(variables, method, **changes):
 
 def matrices(count):
     return [tf.Variable(tf.ones((40, 40))) for _ in range(count)]
+
+
+def test_no_bucket_leaves_before_the_ranks_were_compared(monkeypatch):
+    """It might leave on one rank alone, which would wait for the others after their error."""
+    (variable,) = matrices(1)
+    engine = engine_of([variable], ef.ErrorFeedback(ef.TopK(ratio=0.1)), check_sync=True)
+    events = []
+
+    def compare(digests):
+        time.sleep(SLEEP)
+        events.append("compared")
+
+    monkeypatch.setattr(sync, "_require_equal", compare)
+
+    @tf.function
+    def step():
+        return engine.reduce([tf.identity(variable)], tf.constant(1.0))[0]
+
+    step()
+    channel = engine._buckets[0].channel
+    start = channel.start
+    monkeypatch.setattr(channel, "start", lambda step: (events.append("left"), start(step)))
+    step()  # the one that compares
+    step()
+    assert events == ["compared", "left", "left"]
 
 
 def test_a_bucket_leaves_while_backward_still_works_on_the_next():
