@@ -1,5 +1,7 @@
 """By default a covering sample of large products of cases; with --all every one of them.
 
+    @pytest.mark.exhaustive    # more of what other cases show: with --all only
+
     @pytest.mark.covering(factors=lambda method, step: (type(method), method.compressor, step))
     @pytest.mark.parametrize(...)
 
@@ -26,16 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "covering(factors): of its cases a sample runs that has all pairs of factors"
     )
+    config.addinivalue_line("markers", "exhaustive: runs with --all only")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--all") or any("::" in argument for argument in config.args):
         return  # whoever names a test means it
     products: dict[Any, list[Any]] = {}
+    left_out = {item for item in items if item.get_closest_marker("exhaustive")}
     for item in items:
         if item.get_closest_marker("covering"):
             products.setdefault((item.path, item.originalname), []).append(item)
-    left_out: set[pytest.Item] = set()
     for cases in products.values():
         left_out |= set(cases) - set(covering(cases, _factors))
     if left_out:

@@ -58,7 +58,9 @@ def test_a_quick_run_in_one_process(name: str, data: Path, tmp_path: Path) -> No
     check(name, data, tmp_path, run)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("saddle", 4), ("server", 5)])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [pytest.param("saddle", 4, marks=pytest.mark.exhaustive), ("server", 5)]
+)
 def test_a_quick_run_of_processes(name: str, ranks: int, data: Path, tmp_path: Path) -> None:
     before = seconds_of_children()
     run = start(name, data, tmp_path, str(BIN / "mpirun"), "-np", str(ranks), words=["--mpi"])

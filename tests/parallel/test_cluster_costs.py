@@ -39,8 +39,8 @@ def benchmark() -> Any:
     ("rate", "hosts", "mpi"),
     [
         ("50mbit", 2, "ring"),
-        ("200mbit", 4, "ring"),
-        ("50mbit", 4, "default"),
+        pytest.param("200mbit", 4, "ring", marks=pytest.mark.exhaustive),
+        pytest.param("50mbit", 4, "default", marks=pytest.mark.exhaustive),
     ],
 )
 def test_steps_take_as_long_as_predicted(

@@ -10,7 +10,10 @@ pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(
+    scope="module",
+    params=[3, *(pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (2, 4))],
+)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("double_pass")
     return horovodrun(

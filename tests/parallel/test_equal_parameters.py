@@ -14,8 +14,15 @@ pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
 
 
-@pytest.mark.parametrize("adapter", ["ef", "stock"])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("adapter", "ranks"),
+    [
+        ("ef", 3),
+        ("stock", 2),
+        *(pytest.param("ef", ranks, marks=pytest.mark.exhaustive) for ranks in (2, 4)),
+        *(pytest.param("stock", ranks, marks=pytest.mark.exhaustive) for ranks in (3, 4)),
+    ],
+)
 def test_every_compressor_and_every_method(adapter: str, ranks: int, tmp_path: Path) -> None:
     words = (adapter, "selection", "200")
     results = horovodrun(
@@ -28,6 +35,7 @@ def test_every_compressor_and_every_method(adapter: str, ranks: int, tmp_path: P
         assert first["loss"] < limit, f"{method} did not learn"
 
 
+@pytest.mark.exhaustive
 def test_every_pair_of_them(tmp_path: Path) -> None:
     words = ("ef", "all", "20")
     results = horovodrun(2, "train_all.py", tmp_path, *words, timeout=600, environment=FAST_CYCLE)

@@ -12,10 +12,14 @@ pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 @pytest.mark.parametrize(
     ("method", "servers"),
-    [("doublesqueeze", {"whole": 2, "first": 2, "second": 1}),
-     ("ef21", {"whole": 1, "first": 1, "second": 2})],
+    [
+        pytest.param(
+            "doublesqueeze", {"whole": 2, "first": 2, "second": 1}, marks=pytest.mark.exhaustive
+        ),
+        ("ef21", {"whole": 1, "first": 1, "second": 2}),
+    ],
     ids=["doublesqueeze", "ef21"],
-)  # fmt: skip
+)
 def test_resumed_to_the_same_bits(method: str, servers: dict[str, int], tmp_path: Path) -> None:
     """With another number of servers than before; the last step before was a dropped one."""
     results = {}

@@ -12,7 +12,7 @@ from processes import JobFailed
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("double_pass")
     return horovodrun(request.param, "tf_double_pass.py", out, timeout=600)
@@ -59,7 +59,9 @@ def test_what_looks_at_matrices_is_refused(results: Results) -> None:
         assert "UnsupportedError: got exchange='double_pass' with PowerSGD" in result["refused"]
 
 
-@pytest.mark.parametrize("where", ["function sliced", "eager sliced"])
+@pytest.mark.parametrize(
+    "where", ["function sliced", pytest.param("eager sliced", marks=pytest.mark.exhaustive)]
+)
 def test_a_rank_that_does_not_come_ends_the_job(where: str, tmp_path: Path) -> None:
     with pytest.raises(JobFailed) as failure:
         horovodrun(

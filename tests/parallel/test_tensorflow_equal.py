@@ -27,7 +27,7 @@ FITS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def ways(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Every way to train, by every rank."""
     out = tmp_path_factory.mktemp("ways")
@@ -63,7 +63,7 @@ def compresses(method: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_every_compressor_and_every_method(ranks: int, tmp_path: Path) -> None:
     results = horovodrun(ranks, "tf_pairs.py", tmp_path, timeout=600, environment=FAST_CYCLE)
     assert set(results[0]) == set(map(repr, selection()))

@@ -118,8 +118,8 @@ def test_what_was_refused_leaves_nothing_behind(results: Results) -> None:
     [
         ("function", "ef0.bucket.0"),
         ("eager", "ef0.bucket.0"),
-        ("first step", "ef0."),
-        ("stock", "ef.stock0.0.Variable"),
+        pytest.param("first step", "ef0.", marks=pytest.mark.exhaustive),
+        pytest.param("stock", "ef.stock0.0.Variable", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_rank_that_does_not_come_ends_the_job(
