@@ -21,7 +21,7 @@ class Memories(tf.train.experimental.PythonState):
     """Tracked by `tf.train.Checkpoint`; one string with all of a rank's memories.
 
     Args:
-        save: gives a state dict, as `memories.save_state` does, of NumPy arrays.
+        save: gives a state dict, as `state.save_state` does, of NumPy arrays.
         load: takes one over.
     """
 

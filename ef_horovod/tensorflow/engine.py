@@ -114,7 +114,7 @@ class Engine:
         return [*rows, total_stats(rows)]
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memories, as `memories.save_state` gives them."""
+        """This rank's memories, as `state.save_state` gives them."""
         step = int(self.step.numpy())
         return save_state(self._buckets, step, repr(self.options.method), self.transport)
 

@@ -30,7 +30,7 @@ class Bucket:
 
     @classmethod
     def open(cls, plan: BucketPlan, choice: Choice, transport: Transport, *, seed: int) -> Bucket:
-        """A bucket that travels that choice."""
+        """A bucket that travels as chosen."""
         like = torch.empty(plan.length, device=plan.slots[0].parameter.device)
         return cls(choice.open(plan.name, like, transport, seed=seed), plan.slots)
 
@@ -131,7 +131,7 @@ def require_untouched(buckets: Iterable[Bucket], factor: float | None = None) ->
     if name:
         raise RuntimeError(
             f"the gradient of '{name}' was changed between backward() and step(), "
-            "expected it as backward() left it: it was on its choice to other ranks; call "
+            "expected it as backward() left it: it was on its way to other ranks; call "
             "synchronize(), then change it (clip, scaler.unscale_), then step() inside "
             "skip_synchronize() (with a GradScaler pass grad_scaler=scaler, too), or "
             "discard() to leave the step out"

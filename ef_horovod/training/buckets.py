@@ -88,7 +88,7 @@ def plan_buckets(
 
 
 def describe(buckets: Iterable[Any]) -> list[str]:
-    """One line a parameter: what ranks must agree about, for `guard.require_same_config`."""
+    """One line a parameter: what ranks must agree about, for `config_check.require_same_config`."""
     return [
         f"parameter '{slot.name}' of shape {tuple(slot.parameter.shape)} in "
         f"{bucket.channel.name} by {bucket.channel.method!r} ({bucket.channel.exchange.name})"
