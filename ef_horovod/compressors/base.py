@@ -222,7 +222,7 @@ class Compressor(Shown):
         return nothing.flagged(wire.SKIP, namespace(x).like(x))
 
     def absent(self, x: Array) -> Payload:
-        """A payload without numbers, for a rank that sits out this step; it counts as zeros."""
+        """A payload without numbers, which counts as zeros in this step."""
         d = int(np.prod(x.shape))
         header = wire.Header(self.wire_id, wire.ABSENT, 0, d)
         return Payload(header.pack(), namespace(x).like(x))

@@ -63,8 +63,8 @@ class Sparsifier(Compressor):
     """Base of compressors that send some entries, unchanged or all times one constant.
 
     A subclass chooses the entries (`choose`), codes their places (`read`, `places_nbytes`) and
-    gives their number (`count`). A body is the places, then k float32 values. `Then` codes the values by
-    another compressor instead.
+    gives their number (`count`). A body is the places, then k float32 values. `Then` codes the
+    values by another compressor instead.
     """
 
     ascending: ClassVar[bool] = False  # whether places are `Entries` with ascending indices

@@ -29,7 +29,7 @@ class TopK(Sparsifier):
 
     Args:
         ratio: kept fraction in (0, 1], k = max(1, floor(ratio * d)); smaller is more aggressive.
-        k: number of kept entries, at least 1, instead of a ratio.
+        k: number of kept entries, at least 1; give k or ratio.
 
     Raises:
         ValueError: not exactly one of ratio and k, or out of range.
