@@ -115,7 +115,7 @@ class Method(Shown):
         return self
 
     def init(self, x: Array, workers: int = 1) -> tuple[State, State]:
-        """States of a worker and of the aggregator of all workers, for vectors like x: float32[d]."""
+        """States of a worker and of the aggregator of `workers`, for vectors like x: float32[d]."""
         raise NotImplementedError
 
     def uncompressed(self) -> Method | None:
@@ -174,7 +174,7 @@ class Method(Shown):
         """dense += a worker's own payload as a part of its gradient, float32[d].
 
         Args:
-            state: the worker's after the step of the message.
+            state: the worker's after the payload's step.
         """
         message.add_to(dense)
 

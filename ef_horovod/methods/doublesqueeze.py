@@ -45,7 +45,7 @@ class DoubleSqueeze(Method):
         down: of the aggregator.
 
     Raises:
-        ValueError: a compressor whose error can be larger than what it compresses.
+        ValueError: a compressor whose error can be larger than its input.
         UnsupportedError: `down` is not a compressor.
 
     Example:
