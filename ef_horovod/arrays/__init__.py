@@ -1,9 +1,9 @@
-"""Which framework an array belongs to, found without importing any.
+"""Finds the framework of an array without importing any framework.
 
-`namespace(x)` returns the module with the closed list of functions that compressors and methods
-may use: `arrays/numpy.py`, `arrays/torch.py`, `arrays/tensorflow.py`. They hold the only framework
-knowledge below the adapters. Kernels work on flat, contiguous float32 arrays; what goes to or comes
-from the wire (indices, kept values, packed bits) lies in NumPy arrays on the host.
+`namespace(x)` returns the module of array functions for x's framework: `arrays/numpy.py`,
+`arrays/torch.py` or `arrays/tensorflow.py`. Compressors and methods use these functions only, so
+nothing else below the adapters depends on a framework. Kernels work on flat, contiguous float32
+arrays. Payload data (indices, kept values, packed bits) is in NumPy arrays on the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
-    # An array that comes back as it went in; for type checkers, Any where nobody says which one.
+    # The array type that a function takes and returns; Any for type checkers by default.
     A = TypeVar("A", default=Any)
 else:
     from typing import TypeVar
@@ -50,7 +50,7 @@ def float_namespace(x: Array, what: str = "an array") -> ModuleType:
 
     Args:
         x: array of a supported framework.
-        what: x is, for messages.
+        what: what x is, for error messages.
 
     Raises:
         TypeError: x is something else.
@@ -66,10 +66,10 @@ def float_namespace(x: Array, what: str = "an array") -> ModuleType:
 
 
 def require_writable(x: Array) -> None:
-    """Raise unless x can be changed in place by kernels that want its numbers side by side.
+    """Raise unless kernels can change x in place.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: x is not writable or not contiguous.
     """
     problem = namespace(x).why_not_writable(x)
     if problem:
@@ -80,7 +80,7 @@ def require_writable(x: Array) -> None:
 
 
 def dtype_name(x: Array) -> str:
-    """x's dtype in the words that all frameworks share: "float32", "bfloat16"."""
+    """x's dtype as a name that is the same in all frameworks: "float32", "bfloat16"."""
     return str(x.dtype).removeprefix("torch.").removeprefix("<dtype: '").removesuffix("'>")
 
 
@@ -88,7 +88,7 @@ def dtype_name(x: Array) -> str:
 def _namespace_of(kind: type) -> ModuleType:
     for base in kind.__mro__:
         framework = base.__module__.partition(".")[0]
-        if framework == "keras" and base.__name__ == "Variable":  # wraps its backend's
+        if framework == "keras" and base.__name__ == "Variable":  # wraps the backend's variable
             raise TypeError(
                 f"got a {kind.__module__}.{kind.__qualname__}, expected the variable or tensor "
                 "inside it; pass variable.value"

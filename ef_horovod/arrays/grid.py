@@ -1,4 +1,4 @@
-"""The numbers that an entry can be rounded to, and how their codes are packed into bytes."""
+"""Grids of quantization levels, and how their codes are packed into bytes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Grid(NamedTuple):
-    """A grid of 2 levels + 1 numbers, symmetric about 0, in units of a block's scale.
+    """A grid of 2 * levels + 1 numbers, symmetric about 0, in units of a block's scale.
 
-    A code is a level from 0 to `levels` with the sign above it, in as few bits as hold both; codes
-    stand side by side, lowest bit first. Ternary ones are digits (0, +1, -1) of base 3, five in a
-    byte, the first digit being the lowest.
+    A code is a level from 0 to `levels` with the sign bit above it, in the fewest bits that hold
+    both. Codes are packed without gaps, lowest bit first. Ternary codes are base-3 digits
+    (0, +1, -1), five in a byte, lowest digit first.
 
     Args:
         kind: "uniform" (0, 1, ..., levels), "powers" (0, 1, 2, 4, ..., 2**(levels - 1)) or
@@ -35,7 +35,7 @@ class Grid(NamedTuple):
         return (n + 4) // 5 if self.kind == "ternary" else (n * self.width + 7) // 8
 
     def limits(self, scales: np.ndarray) -> np.ndarray:
-        """float32[blocks]: the largest number of the grid that is finite when scaled."""
+        """float32[blocks]: the largest number of the grid that stays finite when scaled."""
         top = float(self.levels if self.kind != "powers" else 2.0 ** (self.levels - 1))
         fitting = np.floor(_LARGEST / np.maximum(scales.astype(np.float64), 1e-45))
         if self.kind == "powers":
@@ -44,7 +44,7 @@ class Grid(NamedTuple):
 
 
 def blocks(n: int, block: int) -> int:
-    """How many blocks of `block` entries n entries make; the last one may be shorter."""
+    """Number of blocks of `block` entries in n entries; the last block may be shorter."""
     return -(-n // block)
 
 

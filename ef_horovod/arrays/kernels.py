@@ -1,8 +1,8 @@
-"""Loops over memory, compiled by Numba: the work that compression is made of.
+"""Loops over vectors, compiled by Numba.
 
-Imported at the first use, not with the package: Numba takes longer to import than all the rest.
+Imported at the first use, because Numba takes longer to import than the rest of the package.
 All kernels are `nogil`, single-threaded and deterministic: equal input bits give equal output bits
-in every process, whatever framework the memory belongs to. Fastmath stays off for that reason.
+in every process and with every framework. Fastmath stays off for that reason.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import numpy as np
 from numba import njit
 
 _LANES = 32  # independent accumulators: lets LLVM vectorise a sum without reordering it
-_BLOCK = 4096  # float32 partial sums stay short, then go to float64; also what stays in the cache
-# Times a word of eight bytes that are 0 or 1, their bits side by side in the uppermost byte.
+_BLOCK = 4096  # entries per float32 partial sum, which is then added in float64; fits the cache
+# Times a word of eight bytes 0 or 1: their bits, packed into the uppermost byte.
 _GATHER = np.uint64(0x0102040810204080)
 _MAGNITUDES, _EXPONENT_ONES = np.uint64(0x7FFFFFFF7FFFFFFF), np.uint64(0x0080000000800000)
-# A word of one bit times this has another number in its upper six bits for each of the 64 places.
+# Times a word with one set bit: the upper six bits identify which of the 64 bits is set.
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _PLACE = np.argsort([(int(_DE_BRUIJN) << place) % 2**64 >> 58 for place in range(64)])
 
@@ -29,40 +29,40 @@ def add(x, y, weight):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def largest(bits):  # type: ignore[no-untyped-def]
-    """Largest magnitude, from and as float bits: NaN ranks above infinity."""
+    """Largest magnitude of uint32[n] float bits, as float bits; NaN ranks above infinity."""
     most = np.uint32(0)
     for i in range(bits.size):
         most = max(most, bits[i] & np.uint32(0x7FFFFFFF))
     return most
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # which lets a division by zero be one
+@njit(cache=True, nogil=True, error_model="numpy")  # division by zero does not raise
 def divide(x, divisor, words):  # type: ignore[no-untyped-def]
-    """x /= divisor; whether all of it is finite, but for the last entry of an odd number.
+    """x /= divisor; returns whether the entries in `words` became finite.
 
     Args:
-        words: x as uint64, two entries each.
+        words: x as uint64, two entries each; for odd n it lacks the last entry.
     """
     found = np.uint64(0)
-    for start in range(0, x.size, _BLOCK):  # small enough to be read again in the cache
+    for start in range(0, x.size, _BLOCK):  # the second loop reads from the cache
         part, pairs = x[start : start + _BLOCK], words[start // 2 : (start + _BLOCK) // 2]
         for i in range(part.size):
             part[i] = part[i] / divisor
-        for i in range(pairs.size):  # only of infinity and NaN the exponent reaches the sign
+        for i in range(pairs.size):  # the sum sets the sign bit for inf and NaN only
             found |= (pairs[i] & _MAGNITUDES) + _EXPONENT_ONES
     return found & ~_MAGNITUDES == 0
 
 
 @njit(cache=True, nogil=True)
 def abs_sum(x):  # type: ignore[no-untyped-def]
-    """Sum of |x_i| as float64, in a fixed order; not finite if an x_i is not, or all are huge."""
+    """Sum of |x_i| as float64, in a fixed order; not finite if an x_i is not or all are huge."""
     total = 0.0
     lanes = np.zeros(_LANES, np.float32)
     blocks = x.size // _BLOCK
     rows = x[: blocks * _BLOCK].reshape(blocks, _BLOCK // _LANES, _LANES)
     for b in range(blocks):
         lanes[:] = 0
-        for i in range(0, _BLOCK // _LANES, 4):  # lanes are loaded and stored once for four rows
+        for i in range(0, _BLOCK // _LANES, 4):  # four rows per load and store of the lanes
             for j in range(_LANES):
                 two = (lanes[j] + abs(rows[b, i, j])) + abs(rows[b, i + 1, j])
                 lanes[j] = (two + abs(rows[b, i + 2, j])) + abs(rows[b, i + 3, j])
@@ -82,7 +82,7 @@ def abs_sum(x):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def abs_sum_wide(x):  # type: ignore[no-untyped-def]
-    """abs_sum in float64 throughout: slower, not finite only if an x_i is not."""
+    """`abs_sum` in float64 only: slower; not finite only if an x_i is not."""
     total = 0.0
     for i in range(x.size):
         total += np.float64(abs(x[i]))
@@ -106,7 +106,7 @@ def squared_norm(x):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def collect_at_least(x, threshold, indices, values):  # type: ignore[no-untyped-def]
-    """The entries with |x_i| >= threshold or NaN, ascending, as many as fit into the outputs.
+    """Collect the entries with |x_i| >= threshold or NaN, ascending, while the outputs have room.
 
     Args:
         x: float32[n].
@@ -115,14 +115,14 @@ def collect_at_least(x, threshold, indices, values):  # type: ignore[no-untyped-
         values: float32[m].
 
     Returns:
-        How many there are; more than m means that the outputs were too small.
+        The number of such entries; more than m means that the outputs were too small.
     """
     flags, bits = np.zeros(_BLOCK, np.uint8), np.empty(_BLOCK // 8, np.uint8)
     words = bits.view(np.uint64)
     count = 0
     for start in range(0, x.size, _BLOCK):
         part = x[start : start + _BLOCK]
-        for i in range(part.size):  # without a branch: it would be guessed wrong at each hit
+        for i in range(part.size):  # branch-free: each hit would be mispredicted
             flags[i] = not abs(part[i]) < threshold
         flags[part.size :] = 0
         _pack(flags, bits)
@@ -141,7 +141,7 @@ def collect_at_least(x, threshold, indices, values):  # type: ignore[no-untyped-
 
 @njit(cache=True, nogil=True)
 def _pack(flags, bits):  # type: ignore[no-untyped-def]
-    """Bit j of bits[i] is flags[8i + j], of uint8[m] and uint8[8m] of zeros and ones."""
+    """Bit j of bits[i] = flags[8i + j], for uint8[m] bits and uint8[8m] flags of 0 or 1."""
     octets = flags.view(np.uint64)
     for i in range(bits.size):
         bits[i] = (octets[i] * _GATHER) >> np.uint64(56)
@@ -149,8 +149,8 @@ def _pack(flags, bits):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def exponent_histogram(bits, counts):  # type: ignore[no-untyped-def]
-    """Counts of uint32[n] float bits by exponent and top four mantissa bits, into int64[4096]."""
-    # Two tables: neighbours often fall into one bin, and its count would be waited for.
+    """Count uint32[n] float bits by exponent and top four mantissa bits, into int64[4096]."""
+    # Two tables: neighbours often share a bin, and successive updates of one count would stall.
     odd = np.zeros_like(counts)
     shift, mask = np.uint32(19), np.uint32(0xFFF)
     pairs = bits.size - bits.size % 2
@@ -164,11 +164,12 @@ def exponent_histogram(bits, counts):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def digit_histogram(bits, upper, shift, counts):  # type: ignore[no-untyped-def]
-    """Counts of the magnitudes in uint32[n] float bits that begin with some bits, by the next ones.
+    """Count the magnitudes in uint32[n] float bits that begin with `upper`, by their next bits.
 
     Args:
-        upper: the bits that they begin with.
-        shift: of the next bits; counts is an int64[2**width] for so many of them.
+        upper: the leading bits.
+        shift: position of the next bits.
+        counts: int64[2**width], where width is the number of next bits.
     """
     mask = np.uint32(counts.size - 1)
     down = np.uint32(shift)
@@ -194,16 +195,16 @@ def collect_largest(bits, threshold, ties, indices):  # type: ignore[no-untyped-
 def keep_largest(  # type: ignore[no-untyped-def]
     magnitudes, threshold, ties, indices, values, kept_indices, kept_values
 ):
-    """What has a magnitude > threshold, and the first `ties` of those equal to it.
+    """Keep the entries with a magnitude > threshold, and the first `ties` equal to it.
 
     Args:
         magnitudes: of the values, of any type.
         indices, values: int64[n], float32[n].
-        kept_indices, kept_values: int64[k + 1], float32[k + 1] for k to keep; the last ones are
-            overwritten.
+        kept_indices, kept_values: int64[k + 1], float32[k + 1] for k entries to keep; the last
+            item is scratch.
     """
     count = 0
-    for i in range(magnitudes.size):  # without a branch: it would be guessed wrong often
+    for i in range(magnitudes.size):  # branch-free: a branch would often be mispredicted
         kept_indices[count], kept_values[count] = indices[i], values[i]
         tied = (magnitudes[i] == threshold) & (ties > 0)
         ties -= tied
@@ -257,7 +258,7 @@ def add_signs(x, bits, scale):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def split_signs(x, scale, out):  # type: ignore[no-untyped-def]
-    """pack_signs, and x becomes x -+ scale, in one pass over memory."""
+    """`pack_signs`; also x -= scale where the bit is set, x += scale elsewhere, in one pass."""
     flags = np.zeros(_BLOCK, np.uint8)
     for start in range(0, x.size, _BLOCK):
         part = x[start : start + _BLOCK]
@@ -271,10 +272,10 @@ def split_signs(x, scale, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def random_indices(state, bound, out):  # type: ignore[no-untyped-def]
-    """out.size different indices below bound: the first images of a keyed permutation.
+    """out = different indices below bound: the first images of a keyed permutation.
 
-    A balanced Feistel network of six rounds permutes the numbers below a power of four; images at
-    or above the bound are walked on until one falls below it (Black and Rogaway 2002).
+    A balanced Feistel network of six rounds permutes the numbers below a power of four. An image at
+    or above the bound is permuted again until it falls below (Black and Rogaway 2002).
     """
     half = np.uint64(1)
     while np.uint64(1) << (half + half) < np.uint64(bound):
@@ -305,21 +306,21 @@ def _mix(z):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def bernoulli_indices(seed, tails, guide, bound, out):  # type: ignore[no-untyped-def]
-    """Ascending indices below bound, each there with one probability, as many as fit into out.
+    """Draw ascending indices below bound with equal probabilities, while out has room.
 
-    The gaps between them are geometric: word j of the seed (as in `kernels_quantize.draw`) stands
-    for a gap of as many entries as there are tails above it, found from `guide[its upper bits]` on.
-    With all tails above it, that many entries are passed over, and the next word counts on.
+    The gaps between them are geometric. Word j of the seed (as in `kernels_quantize.draw`) gives a
+    gap: its length is the number of tails above the word, searched from `guide[its upper bits]` on.
+    If all tails are above the word, that many entries are skipped, and the next word continues.
 
     Args:
         seed: uint64.
-        tails: uint64[1024], falling: the probability of a gap above j, in 1 / 2**64.
-        guide: int64[1024]: tails that are above every word with these upper ten bits.
-        bound: of the indices.
+        tails: uint64[1024], descending: the probability of a gap above j, in 1 / 2**64.
+        guide: int64[1024]: number of tails above every word with these upper ten bits.
+        bound: exclusive bound of the indices.
         out: int64[m].
 
     Returns:
-        How many there are; more than out.size, without looking further, if out is too small.
+        The number of indices; out.size + 1 if out is too small, without counting further.
     """
     count, index, state = 0, np.int64(-1), np.uint64(seed)
     while True:

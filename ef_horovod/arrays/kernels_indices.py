@@ -1,7 +1,7 @@
-"""The loops of the index codes, compiled by Numba; docs/wire-format.md says what they write.
+"""Loops of the index codes, compiled by Numba; docs/wire-format.md describes the format.
 
-As in kernels.py: imported at the first use, `nogil`, deterministic. What is decoded came over a
-wire: no loop here reads or writes outside of its arrays, whatever the bytes are.
+As in kernels.py: imported at the first use, `nogil`, deterministic. Decoders read bytes from the
+network, so no loop here reads or writes outside of its arrays, whatever the bytes are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numba import njit
 PRECISION = 12  # the frequencies of a gap code add up to 2**PRECISION
 _ALL = np.uint64(1 << PRECISION)
 _SLOT = _ALL - np.uint64(1)
-# Between symbols the coder's state is in [_START, _END): one word always brings it back there.
+# Between symbols the coder's state is in [_START, _END); one word always brings it back.
 _START, _END = np.uint64(1 << 31), np.uint64(1 << 63)
 _LIMIT = np.uint64(63 - PRECISION)
 _WORD, _WORD_MASK = np.uint64(32), np.uint64(0xFFFFFFFF)
@@ -20,24 +20,25 @@ _WORD, _WORD_MASK = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 @njit(cache=True, nogil=True)
 def encode_gaps(indices, low_bits, escape_bits, symbols, low, high):  # type: ignore[no-untyped-def]
-    """The gap code of int64[k] ascending indices, into uint32 arrays that come zeroed.
+    """Write the gap code of int64[k] ascending indices into zeroed uint32 arrays.
 
     Args:
         indices: at least one.
-        low_bits: a gap's lower bits, which go to `low`; its upper part is coded into `high`.
-        escape_bits: an upper part below e = 2**escape_bits is a symbol; e is the escape, which
-            adds e to what the next symbol says.
-        symbols: uint64[e + 1, 4] with frequency, sum of the frequencies before it, and what
-            `_quotient` needs to divide by the frequency.
+        low_bits: number of a gap's lower bits, which go to `low`; its upper part is coded into
+            `high`.
+        escape_bits: an upper part below e = 2**escape_bits is a symbol. Symbol e is the escape,
+            which adds e to the next symbol.
+        symbols: uint64[e + 1, 4] with frequency, sum of the frequencies before it, and inverse and
+            shift for `_quotient` to divide by the frequency.
         low: uint32[ceil(k * low_bits / 32)].
         high: uint32[at least 2].
 
     Returns:
-        Whether the code fits into `high`; beyond it nothing is written.
+        Whether the code fits into `high`; nothing is written beyond it.
     """
     escape = np.uint64(1) << np.uint64(escape_bits)
     state, place = _START, high.size
-    for i in range(indices.size - 1, -1, -1):  # what is coded last is decoded first
+    for i in range(indices.size - 1, -1, -1):  # the decoder reads symbols in reverse order
         upper = np.uint64(_gap(indices, i)) >> np.uint64(low_bits)
         escapes, symbol = upper >> np.uint64(escape_bits), upper & (escape - np.uint64(1))
         while True:
@@ -63,7 +64,7 @@ def encode_gaps(indices, low_bits, escape_bits, symbols, low, high):  # type: ig
 
 @njit(cache=True, nogil=True)
 def _quotient(x, inverse, shift):  # type: ignore[no-untyped-def]
-    """x * inverse >> (64 + shift): x // f, twice as fast (Granlund and Montgomery 1994).
+    """x // f as x * inverse >> (64 + shift): twice as fast (Granlund and Montgomery 1994).
 
     Exact for x < 2**63 with 2**shift <= f <= 2**(shift + 1) and inverse = 2**(64 + shift) / f
     rounded up.
@@ -81,7 +82,7 @@ def _gap(indices, i):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _move_down(high, place):  # type: ignore[no-untyped-def]
-    """Words from `place` on to place 2 on, zeros behind them."""
+    """Move the words from index `place` on to index 2, followed by zeros."""
     gone = place - 2
     for i in range(2, high.size):
         high[i] = high[i + gone] if i + gone < high.size else 0
@@ -105,21 +106,21 @@ def _pack_low(indices, low_bits, low):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def decode_gaps(low, high, low_bits, table, escape, bound, out):  # type: ignore[no-untyped-def]
-    """Fill out with the indices of a gap code: they ascend, and are below bound.
+    """Decode a gap code into ascending indices below bound.
 
     Args:
         low: uint32[ceil(out.size * low_bits / 32)].
         high: uint32[at least 2].
         low_bits: as in encode_gaps.
-        table: uint32[2**PRECISION] entries of all states' lower bits: frequency << 18 |
+        table: uint32[2**PRECISION], indexed by the state's lower bits: frequency << 18 |
             distance from the symbol's first entry << 5 | symbol.
         escape: the symbol that adds itself to the next one.
-        bound: of the indices, at most 2**31.
+        bound: exclusive bound of the indices, at most 2**31.
         out: int64[k].
 
     Returns:
-        The number of indices that are right: fewer than out.size means that the code is broken
-        at that place; more means that it does not end with the last index.
+        The number of valid indices. Fewer than out.size: the code is broken at that place. More:
+        it does not end with the last index.
     """
     good = _decode_upper(high, table, escape, bound, out)
     if good != out.size:
@@ -143,7 +144,7 @@ def decode_gaps(low, high, low_bits, table, escape, bound, out):  # type: ignore
 
 @njit(cache=True, nogil=True)
 def _decode_upper(high, table, escape, bound, out):  # type: ignore[no-untyped-def]
-    """The upper parts, each at most bound + escape, into out; returns what decode_gaps does."""
+    """Decode upper parts, each at most bound + escape, into out; returns as decode_gaps."""
     state, place = np.uint64(high[0]) | np.uint64(high[1]) << _WORD, 2
     if not _START <= state < _END:
         return 0
@@ -162,7 +163,7 @@ def _decode_upper(high, table, escape, bound, out):  # type: ignore[no-untyped-d
             upper += symbol
             if symbol != escape:
                 break
-            if upper > bound:  # so that no shift of it overflows
+            if upper > bound:  # so that shifting it cannot overflow
                 return i
         out[i] = upper
     return out.size if state == _START and not np.any(high[place:]) else out.size + 1
@@ -170,7 +171,7 @@ def _decode_upper(high, table, escape, bound, out):  # type: ignore[no-untyped-d
 
 @njit(cache=True, nogil=True)
 def encode_elias_fano(indices, low_bits, low, high):  # type: ignore[no-untyped-def]
-    """Elias-Fano: low bits side by side, high parts in unary; low and high come zeroed."""
+    """Elias-Fano code: packed low bits, high parts in unary; low and high must be zeroed."""
     word, filled, byte = np.uint64(0), 0, 0
     low_mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
     for i in range(indices.size):
@@ -190,10 +191,10 @@ def encode_elias_fano(indices, low_bits, low, high):  # type: ignore[no-untyped-
 
 @njit(cache=True, nogil=True)
 def decode_elias_fano(low, high, low_bits, bound, out):  # type: ignore[no-untyped-def]
-    """Fill out with ascending indices below bound.
+    """Decode into ascending indices below bound.
 
-    Returns the number of indices that are right: fewer than out.size means that the code is broken
-    at that place; more means that it holds set bits that no index needs.
+    Returns the number of valid indices. Fewer than out.size: the code is broken at that place.
+    More: it has set bits that belong to no index.
     """
     word, filled, byte = np.uint64(0), 0, 0
     low_mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)

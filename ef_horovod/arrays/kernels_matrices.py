@@ -1,7 +1,7 @@
-"""Loops over matrices of low rank, compiled by Numba; what `arrays/kernels.py` says holds here too.
+"""Loops of low-rank products, compiled by Numba; the rules of `arrays/kernels.py` apply.
 
-BLAS would round sums by the CPU's own order. These loops add in an order of their own, without
-fused operations, so that ranks with different CPUs get the same bits.
+The order of sums in BLAS depends on the CPU. These loops add in a fixed order, without fused
+operations, so that ranks with different CPUs get the same bits.
 
 A factor of rank r is float32[r, n]: one row for each column of the mathematical factor.
 """
@@ -13,11 +13,11 @@ from numba import njit
 
 from ef_horovod.arrays.kernels import _mix
 
-_LANES = 64  # independent sums: a power of two, known when it is compiled, or LLVM is slow
-_ROWS = 64  # float32 sums over rows stay short, then go to the factor
-_STRIP = 1024  # columns at once: their part of a factor stays in the cache
+_LANES = 64  # independent sums; a power of two and a compile-time constant, or LLVM is slow
+_ROWS = 64  # rows per float32 partial sum, which is then added to the factor
+_STRIP = 1024  # columns at once: their part of a factor fits the cache
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_LOST = 1e-6  # a row keeps less than this share of its length: it depends on those before
+_LOST = 1e-6  # a row that keeps less than this share of its length depends on earlier rows
 
 
 @njit(cache=True, nogil=True)
@@ -48,7 +48,7 @@ def column_factor(x, basis, out):  # type: ignore[no-untyped-def]
 def add_product(x, left, right, weight):  # type: ignore[no-untyped-def]
     """x += weight * left^T right for x float32[a, b], left float32[r, a], right float32[r, b].
 
-    Entry by entry, rank after rank: each product is rounded, then each sum.
+    Adds the r products one after the other; each product is rounded, then each sum.
     """
     for start in range(0, x.shape[1], _STRIP):
         stop = min(start + _STRIP, x.shape[1])
@@ -65,8 +65,8 @@ def add_product(x, left, right, weight):  # type: ignore[no-untyped-def]
 def orthonormalise(basis, seed):  # type: ignore[no-untyped-def]
     """Make the rows of float32[r, n], r <= n, orthonormal by Gram-Schmidt, one after the other.
 
-    A row that depends on those before it, up to rounding, or is not finite, gives way to a random
-    one that follows from the seed. So there are always r directions, also of zeros.
+    A row that is not finite, or depends on earlier rows up to rounding, is replaced by a random row
+    from the seed. So the result always has r orthonormal rows, also for zeros.
     """
     own = np.empty(basis.shape[1])  # float64: squares of float32 neither overflow nor vanish
     lanes = np.empty(_LANES)
@@ -75,7 +75,7 @@ def orthonormalise(basis, seed):  # type: ignore[no-untyped-def]
         draw = np.uint64(0)
         while True:
             before = _dot(own, own, lanes)
-            for _ in range(2):  # once more for what rounding left
+            for _ in range(2):  # twice, because of rounding errors
                 for other in basis[:j]:
                     share = _dot(own, other, lanes)
                     for k in range(own.size):
@@ -92,7 +92,7 @@ def orthonormalise(basis, seed):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _fill_random(x, seed):  # type: ignore[no-untyped-def]
-    """x = numbers in [-1, 1) of 53 bits that follow from the seed."""
+    """x = random numbers of 53 bits in [-1, 1), from the seed."""
     state = _mix(seed)
     for k in range(x.size):
         state += _GOLDEN
@@ -101,7 +101,7 @@ def _fill_random(x, seed):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _dot(x, y, lanes):  # type: ignore[no-untyped-def]
-    """Sum of x_i y_i in an order that follows from the length, in the precision of `lanes`."""
+    """Sum of x_i y_i in an order that depends on the length only, in the precision of `lanes`."""
     lanes[:] = 0
     whole = x.size - x.size % _LANES
     for start in range(0, whole, _LANES):

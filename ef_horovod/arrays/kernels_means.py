@@ -1,8 +1,7 @@
-"""Means of messages in one pass over memory: sums are made block by block in the innermost cache.
+"""Means of payloads in one pass over memory, summed block by block in the innermost cache.
 
-As in kernels.py: imported at the first use, `nogil`, deterministic. Each number is made by the same
-operations, in the same order, as by decoding one message after the other to a vector of zeros,
-dividing that and adding another vector.
+As in kernels.py: imported at the first use, `nogil`, deterministic. The result is bitwise that of
+separate passes: decode one payload after the other into zeros, divide, add another vector.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from numba import njit
 
 from ef_horovod.arrays.kernels import add_signs
 
-_BLOCK = 4096  # float32 sums: a third of the innermost cache
+_BLOCK = 4096  # float32 sums, a third of the innermost cache
 
 
 @njit(cache=True, nogil=True)
@@ -23,8 +22,8 @@ def mean_of_signs(bits, scales, divisor, plus, out):  # type: ignore[no-untyped-
         bits: uint8[n, ceil(d / 8)].
         scales: float32[n].
         divisor: float32.
-        plus: float32[d], or float32[0] for nothing.
-        out: float32[d], apart from plus.
+        plus: float32[d], or float32[0] to add nothing.
+        out: float32[d], not the memory of plus.
     """
     sums = np.empty(_BLOCK, np.float32)
     for start in range(0, out.size, _BLOCK):
@@ -41,8 +40,7 @@ def mean_of_entries(indices, values, ends, divisor, plus, out):  # type: ignore[
     """out = sum of n sparse vectors / divisor + plus.
 
     Args:
-        indices: int64[k] below d: those of the first vector, ascending, then the second's, and so
-            on.
+        indices: int64[k] below d, ascending within each vector, one vector after the other.
         values: float32[k].
         ends: int64[n]: where each vector's entries end.
         divisor, plus, out: as above.
@@ -62,7 +60,7 @@ def mean_of_entries(indices, values, ends, divisor, plus, out):  # type: ignore[
         _finish(block, divisor, plus[start : start + _BLOCK], part)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # no loop that asks for zeros is vectorised
+@njit(cache=True, nogil=True, error_model="numpy")  # a check for zero would stop vectorisation
 def _finish(sums, divisor, plus, out):  # type: ignore[no-untyped-def]
     """out = sums / divisor + plus, rounded twice."""
     if plus.size:

@@ -1,7 +1,7 @@
-"""Loops of the quantizers: sums of blocks, random rounding, streams of codes of any width.
+"""Loops of the quantizers: block sums, random rounding, packing of codes of any width.
 
-The rules of `kernels.py` hold here too: single-threaded, deterministic, no fastmath. A vector is
-worked on in chunks that stay in the cache: random bits, then codes, then the packed stream.
+The rules of `kernels.py` apply: single-threaded, deterministic, no fastmath. Vectors are processed
+in chunks that fit the cache: random bits, then codes, then the packed stream.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numba import njit
 from ef_horovod.arrays.kernels import _mix, largest
 
 _CHUNK = 5120  # entries: a multiple of 40, so that chunks start at whole bytes and base-3 groups
-_LANES = 64  # as many independent sums: fewer are not vectorised
+_LANES = 64  # independent sums: fewer are not vectorised
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _WORD = np.uint64(0xFFFFFFFF)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -22,7 +22,7 @@ _UNIT = np.float32(2.0**-24)
 
 @njit(cache=True, nogil=True)
 def block_max(bits, block, out):  # type: ignore[no-untyped-def]
-    """Largest magnitude of each block, from and as float bits: NaN ranks above infinity."""
+    """Largest magnitude of each block of float bits, as float bits; NaN ranks above infinity."""
     for b in range(out.size):
         out[b] = largest(bits[b * block : (b + 1) * block])
 
@@ -70,9 +70,9 @@ def _halves(x, sums):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def block_halves(x, block, out):  # type: ignore[no-untyped-def]
-    """Of each block: the sum of the entries >= 0, that of all others, how many are >= 0.
+    """For each block: sum of the entries >= 0, sum of the others, number of entries >= 0.
 
-    Into float64[3, blocks], in a fixed order.
+    out is float64[3, blocks]; sums are in a fixed order.
     """
     lanes = np.zeros(_LANES, np.float64)
     sums = (lanes, lanes.copy(), lanes.copy())
@@ -82,9 +82,9 @@ def block_halves(x, block, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def draw(seed, start, out):  # type: ignore[no-untyped-def]
-    """uint64[m] whose halves are the random bits of the entries from `start` on; start is even.
+    """Random bits for the entries from `start` on: uint64[m], half a word each; start is even.
 
-    Word j of a vector is the finaliser of splitmix64, of seed + (j + 1) * golden ratio.
+    Word j of a vector is the splitmix64 finaliser of seed + (j + 1) * golden ratio.
     """
     first = np.uint64(seed) + np.uint64(start // 2 + 1) * _GOLDEN
     for j in range(out.size):
@@ -93,7 +93,7 @@ def draw(seed, start, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _pack(codes, width, out):  # type: ignore[no-untyped-def]
-    """Codes side by side into uint32 words, lowest bit first."""
+    """Pack codes without gaps into uint32 words, lowest bit first."""
     word, filled, place = np.uint64(0), 0, 0
     for i in range(codes.size):
         word |= np.uint64(codes[i]) << np.uint64(filled)
@@ -109,7 +109,7 @@ def _pack(codes, width, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _unpack(words, width, out):  # type: ignore[no-untyped-def]
-    """The reverse of `_pack`; reads one word past the last code's."""
+    """The reverse of `_pack`; reads one word past that of the last code."""
     mask = (np.uint64(1) << np.uint64(width)) - np.uint64(1)
     for i in range(out.size):
         bit = i * width
@@ -120,7 +120,7 @@ def _unpack(words, width, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _pack_ternary(codes, out):  # type: ignore[no-untyped-def]
-    """Codes 0, 1 and 3 as digits 0, 1 and 2, five in a byte; a code of 2 is a 0 as well."""
+    """Pack codes 0, 1 and 3 as digits 0, 1 and 2, five in a byte; code 2 becomes 0 too."""
     whole = codes.size // 5
     for i in range(whole):
         byte = np.uint32(0)
@@ -191,7 +191,7 @@ def _round_powers(x, random, scale, limit, sign_bit, place, bits, out):  # type:
 
 @njit(cache=True, nogil=True)
 def _levels(codes, powers, mask, out, bits):  # type: ignore[no-untyped-def]
-    """The numbers of the grid that codes stand for, without sign; `bits` are those of `out`."""
+    """The magnitudes of codes on the grid; `bits` is `out` as uint32."""
     if powers:
         for i in range(codes.size):
             level = codes[i] & mask
@@ -210,7 +210,7 @@ def _add_levels(x, codes, levels, scale, weight, sign_bit):  # type: ignore[no-u
 
 @njit(cache=True, nogil=True)
 def _add_codes(x, start, codes, scales, block, powers, weight, sign_bit, room):  # type: ignore[no-untyped-def]
-    """x, the part from `start` on of a vector, += weight * (its block's scale * level)."""
+    """x += weight * (its block's scale * level); x is a vector's part from `start` on."""
     levels = room[: x.size]
     _levels(codes, powers, sign_bit - np.uint32(1), levels, levels.view(np.uint32))
     done = 0
@@ -223,7 +223,7 @@ def _add_codes(x, start, codes, scales, block, powers, weight, sign_bit, room): 
 
 @njit(cache=True, nogil=True)
 def _round(x, start, random, scales, limits, block, powers, sign_bit, room, codes):  # type: ignore[no-untyped-def]
-    """Codes of the part from `start` on of a vector; each of its blocks has a scale of its own."""
+    """Codes of a vector's part from `start` on, with one scale per block."""
     bits = room.view(np.uint32)
     done = 0
     while done < x.size:
@@ -243,8 +243,8 @@ def _round(x, start, random, scales, limits, block, powers, sign_bit, room, code
 def quantize(x, scales, limits, block, powers, width, seed, lost, share, out):  # type: ignore[no-untyped-def]
     """Round x / scale at random to integers, or to powers of two; width 0 packs in base 3.
 
-    Into uint32 words, or uint8 for base 3. `lost` is x, to become x - share * what was rounded to,
-    or empty.
+    out is uint32 words, or uint8 for base 3. `lost` is empty, or x, which becomes
+    x - share * (rounded x).
     """
     random64, codes = np.empty(_CHUNK // 2, np.uint64), np.empty(_CHUNK, np.uint32)
     random, room = random64.view(np.uint32), np.empty(_CHUNK, np.float32)
@@ -265,7 +265,7 @@ def quantize(x, scales, limits, block, powers, width, seed, lost, share, out):  
 
 @njit(cache=True, nogil=True)
 def add_quantized(x, packed, scales, block, powers, width, weight):  # type: ignore[no-untyped-def]
-    """x += weight * what `quantize` made the words of."""
+    """x += weight * the numbers that `quantize` coded."""
     codes, room = np.empty(_CHUNK, np.uint32), np.empty(_CHUNK, np.float32)
     sign_bit = np.uint32(1 << (width - 1)) if width else np.uint32(2)
     for start in range(0, x.size, _CHUNK):
@@ -282,7 +282,7 @@ def add_quantized(x, packed, scales, block, powers, width, weight):  # type: ign
 def shorten(x, width, factor, seed, dither, lost, share, words):  # type: ignore[no-untyped-def]
     """The upper `width` bits of x * factor, with random bits added to the lower ones if `dither`.
 
-    `lost` is x, to become x - share * what was rounded to, or empty; factor is a power of two.
+    `lost` is empty, or x, which becomes x - share * (rounded x); factor is a power of two.
     """
     random64 = np.zeros(_CHUNK // 2, np.uint64)
     random, codes = random64.view(np.uint32), np.empty(_CHUNK, np.uint32)
@@ -311,7 +311,7 @@ def shorten(x, width, factor, seed, dither, lost, share, words):  # type: ignore
 
 @njit(cache=True, nogil=True)
 def add_shortened(x, words, width, factor, weight):  # type: ignore[no-untyped-def]
-    """x += weight * what `shorten` made the words of."""
+    """x += weight * the numbers that `shorten` coded."""
     codes, scaled = np.empty(_CHUNK, np.uint32), np.empty(_CHUNK, np.float32)
     bits = scaled.view(np.uint32)
     for start in range(0, x.size, _CHUNK):
@@ -325,7 +325,7 @@ def add_shortened(x, words, width, factor, weight):  # type: ignore[no-untyped-d
 
 @njit(cache=True, nogil=True)
 def _add_sides_bytes(x, bits, above, below):  # type: ignore[no-untyped-def]
-    """x += above where the bit is set, below elsewhere; x starts where a byte starts."""
+    """x += above where the bit is set, below elsewhere; x starts at a whole byte of bits."""
     whole = x.size // 8
     for i in range(whole):
         byte = bits[i]

@@ -7,7 +7,7 @@ from numba import njit
 
 @njit(cache=True, nogil=True)
 def add_rows(out, places, rows):  # type: ignore[no-untyped-def]
-    """out[places[i]] += rows[i], one i after the other.
+    """out[places[i]] += rows[i], in the order of i.
 
     Args:
         out: float32[m, width].

@@ -1,7 +1,7 @@
-"""Counter-based randomness: what a random compressor draws follows from four integers alone.
+"""Counter-based random numbers: each draw depends on four integers only.
 
-No generator is kept and no framework's global generator is touched, so every rank can derive what
-another rank drew, a run repeats bit for bit, and dropout is left alone.
+There is no generator state, and no framework's global generator is used. So every rank can repeat
+another rank's draws, runs are reproducible bit for bit, and dropout is not affected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _MASK64 = (1 << 64) - 1
 
 
 class Key(NamedTuple):
-    """What a draw depends on.
+    """The integers that a draw depends on.
 
     Example:
         >>> Key(seed=7, step=3).draw(shared=True) == Key(seed=7, step=3, rank=5).draw(shared=True)
@@ -26,26 +26,26 @@ class Key(NamedTuple):
     step: int = 0
     tensor: int = 0  # tensor_id(name): the same on all ranks
     rank: int = 0
-    workers: int = 1  # how many ranks there are; no draw depends on it
+    workers: int = 1  # number of ranks; draws do not depend on it
 
     def draw(self, *, shared: bool) -> int:
-        """64 bits that are equal on all ranks if `shared`, different on each rank otherwise."""
+        """64 random bits: equal on all ranks if `shared`, otherwise different on each rank."""
         state = 0
         for word in (self.seed, self.step, self.tensor, 0 if shared else self.rank + 1):
             state = _mix((state + word + 0x9E3779B97F4A7C15) & _MASK64)
         return state
 
     def of_server(self) -> Key:
-        """The aggregator's key: the same on every rank that plays its part, unlike any worker's."""
+        """The aggregator's key: equal on all ranks that aggregate, different from all workers'."""
         return self.apart(1)._replace(rank=-1)
 
     def apart(self, purpose: int) -> Key:
-        """A key whose draws are independent of this one's: compressors draw from purpose 0."""
+        """A key whose draws are independent of this one's; compressors use purpose 0."""
         return self._replace(tensor=self.tensor + (purpose << 32))  # tensor ids have 32 bits
 
 
 def tensor_id(name: str) -> int:
-    """A stable integer for a parameter's or bucket's name, equal in every process and run."""
+    """A stable integer for the name of a parameter or bucket, equal in every process and run."""
     return zlib.crc32(name.encode())
 
 

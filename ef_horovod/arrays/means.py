@@ -1,4 +1,4 @@
-"""Means of messages on the host, in one pass over memory."""
+"""Means of payloads on the host, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def mean_of_signs(
     plus: np.ndarray | None,
     out: np.ndarray,
 ) -> None:
-    """out = sum of what `add_signs` adds, one after the other, / divisor, + plus unless None."""
+    """out = (sum of `add_signs`, one after the other) / divisor, + plus unless None."""
     _kernels().mean_of_signs(
         np.stack(bits), np.array(scales, np.float32), np.float32(divisor), _or_empty(plus), out
     )
@@ -28,7 +28,7 @@ def mean_of_entries(
     plus: np.ndarray | None,
     out: np.ndarray,
 ) -> None:
-    """out = sum of what `scatter_add` adds, / divisor, + plus unless None; each indices ascend."""
+    """out = (sum of `scatter_add`) / divisor, + plus unless None; all indices ascend."""
     ends = np.cumsum([each.size for each in indices])
     flat = np.concatenate(indices), np.concatenate(values)
     _kernels().mean_of_entries(*flat, ends, np.float32(divisor), _or_empty(plus), out)

@@ -1,7 +1,7 @@
-"""The closed list of array functions, for NumPy; also what torch CPU tensors run on, as views.
+"""Array functions for NumPy; torch CPU tensors use them too, as views.
 
 Unless a docstring says otherwise, `x` is a flat, contiguous float32[n] that a function may change
-in place, and lengths are not checked: callers inside the package guarantee them.
+in place. Lengths are not checked, because callers inside the package guarantee them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from ef_horovod.arrays.numpy_matrices import *  # noqa: F403 - low rank
 from ef_horovod.arrays.numpy_quantize import *  # noqa: F403 - the quantizers' part
 
-_SAMPLES = 1 << 15  # at most, and not more than
-_SAMPLED = 127  # one in so many entries; a prime, for the rows of matrices are not
-_LEAST = np.float32(1e-45)  # the smallest above zero
+_SAMPLES = 1 << 15  # sample about this many entries,
+_SAMPLED = 127  # but at most one in this many; a prime, unlike usual row lengths of matrices
+_LEAST = np.float32(1e-45)  # the smallest float32 above zero
 _BIN_SHIFT = 19  # exponent_histogram's bins: exponent and four mantissa bits
-_DIGITS = ((19, 12), (7, 12), (0, 7))  # shift and width: the bits of a magnitude in three parts
+_DIGITS = ((19, 12), (7, 12), (0, 7))  # shift and width of three parts of a magnitude's bits
 
 
 class Like(NamedTuple):
-    """What an array must look like to be put back in a caller's hands."""
+    """Framework, shape, dtype and device of a caller's array, to return results alike."""
 
     xp: ModuleType
     shape: tuple[int, ...]
@@ -40,19 +40,19 @@ def like(x: np.ndarray) -> Like:
 
 
 def is_float(x: np.ndarray) -> bool:
-    """Whether x holds floating-point numbers, which alone can be compressed."""
+    """Whether x holds floating-point numbers; only these can be compressed."""
     return np.issubdtype(x.dtype, np.floating)
 
 
 def why_not_writable(x: np.ndarray) -> str:
-    """What keeps x from being changed in place by kernels, or nothing."""
+    """Why kernels cannot change x in place; empty if they can."""
     if not x.flags.writeable:
         return "is read-only"
     return "" if x.flags.c_contiguous else "is a view with gaps"
 
 
 def is_float64(x: np.ndarray) -> bool:
-    """Whether x has more precision than the float32 that is sent."""
+    """Whether x has more precision than the float32 of payloads."""
     return x.dtype == np.float64
 
 
@@ -66,7 +66,7 @@ def flat_float32(x: np.ndarray, *, writable: bool = False) -> np.ndarray:
 
     With `writable`, also a copy where x is read-only.
     """
-    with np.errstate(over="ignore"):  # an overflow becomes inf and is refused by the compressor
+    with np.errstate(over="ignore"):  # an overflow gives inf, which the compressor rejects
         flat = np.ascontiguousarray(x, dtype=np.float32).reshape(-1)
     return flat.copy() if writable and not flat.flags.writeable else flat
 
@@ -92,7 +92,7 @@ def host_view(x: np.ndarray) -> np.ndarray | None:
 
 
 def address(x: np.ndarray) -> int:
-    """Where x's memory starts: equal for an array and a view of all of it."""
+    """Start of x's memory: equal for an array and a view of all of it."""
     return x.ctypes.data
 
 
@@ -122,7 +122,7 @@ def divide(x: np.ndarray, divisor: float, out: np.ndarray) -> None:
 
 
 def divide_checked(x: np.ndarray, divisor: float, out: np.ndarray) -> bool:
-    """out = x / divisor, in the same pass: whether all of it is finite; `out` may be x."""
+    """out = x / divisor; returns whether all of it is finite. One pass; `out` may be x."""
     if address(x) != address(out):
         np.copyto(out, x)
     even = out.size - out.size % 2
@@ -144,7 +144,7 @@ def average(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray) -> Non
 def abs_sum(x: np.ndarray) -> float:
     """Sum of magnitudes, in float64; not finite if an entry is not."""
     total = float(_kernels().abs_sum(x))
-    # Sums of numbers near the largest float32 overflow: such vectors are read once more.
+    # Sums of numbers near the largest float32 overflow; such vectors are summed again.
     return total if math.isfinite(total) else float(_kernels().abs_sum_wide(x))
 
 
@@ -171,8 +171,8 @@ def from_host(values: np.ndarray, device: Any = None) -> np.ndarray:
 def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k entries of largest magnitude; among equals the lower index wins. x is not changed.
 
-    Reads x once: a sample gives a threshold that a little more than k entries reach; the k largest
-    are selected among those. Where the sample misled, a histogram of exponents settles it.
+    Usually reads x once: a sample gives a threshold that slightly more than k entries reach, and
+    the k largest are selected among these. Where that fails, a histogram of exponents decides.
 
     Returns:
         (int64[k] ascending indices, float32[k] values). If x holds a NaN or an infinity, so do the
@@ -182,17 +182,17 @@ def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     if k == 0:
         return np.empty(0, np.int64), np.empty(0, np.float32)
     candidates, values = _candidates(x, k)
-    # As unsigned bits, magnitudes sort like floats, with infinity and NaN above all.
+    # As unsigned bits, magnitudes sort like floats, with infinity and NaN at the top.
     order = np.abs(values).view(np.uint32)
     largest = np.partition(order, order.size - k)[order.size - k :]
-    ties = np.count_nonzero(largest == largest[0])  # those with the lowest indices are kept
+    ties = np.count_nonzero(largest == largest[0])  # the lowest indices are kept
     kept, their_values = np.empty(k + 1, np.int64), np.empty(k + 1, np.float32)
     _kernels().keep_largest(order, largest[0], ties, candidates, values, kept, their_values)
     return kept[:k], their_values[:k]
 
 
 def _candidates(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """All entries that reach some threshold, as `at_least`; at least k, seldom many more."""
+    """All entries that reach some threshold, as from `at_least`: at least k, rarely many more."""
     if x.size > 4 * _SAMPLES:
         sample = np.abs(x[:: _stride(x.size)])
         share = k / x.size
@@ -200,7 +200,7 @@ def _candidates(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         rank = int(share * sample.size + 4 * math.sqrt(share * sample.size) + 8)
         if rank < sample.size:
             threshold = np.partition(sample, sample.size - rank)[sample.size - rank]
-            threshold = max(threshold, _LEAST)  # few may differ from zero
+            threshold = max(threshold, _LEAST)  # most entries may be zero
             expected = int(1.5 * rank / sample.size * x.size) + 1024
             count, *found = _reaching(x, threshold, expected)
             if k <= count <= expected:
@@ -209,7 +209,7 @@ def _candidates(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stride(length: int) -> int:
-    """Entries from one that is sampled to the next."""
+    """Distance between sampled entries."""
     return max(length // _SAMPLES, _SAMPLED)
 
 
@@ -219,18 +219,18 @@ def _candidates_by_histogram(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
     reaching = np.cumsum(counts[::-1])[::-1]  # entries at or above each bin
     lowest = int(np.flatnonzero(reaching >= k)[-1])
     threshold = np.array(lowest << _BIN_SHIFT, np.uint32).view(np.float32)[()]
-    if not np.isfinite(threshold):  # k or more entries are not finite: no order to find
+    if not np.isfinite(threshold):  # at least k entries are not finite: they have no order
         threshold = np.float32(np.inf)
     most = x.size if threshold == np.inf else int(reaching[lowest])
-    if most > 2 * k + 4 * _SAMPLES:  # many are almost equal, and would take five vectors of memory
+    if most > 2 * k + 4 * _SAMPLES:  # many almost equal entries would take five vectors of memory
         return _exactly(x, k, counts)
     return _reaching(x, float(threshold), most)[1:]
 
 
 def _exactly(x: np.ndarray, k: int, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`top_k` with no memory beside the results, from the counts of `exponent_histogram`."""
+    """`top_k` without memory except the results, from the counts of `exponent_histogram`."""
     bits = x.view(np.uint32)
-    threshold, above = 0, 0  # the upper bits of the k-th largest; entries above all with these
+    threshold, above = 0, 0  # upper bits of the k-th largest; number of entries above these
     for shift, width in _DIGITS:
         if shift < _BIN_SHIFT:
             counts = np.zeros(1 << width, np.int64)
@@ -248,13 +248,13 @@ def at_least(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Ascending indices of |x_i| >= threshold or NaN, int64, and their values, on the host."""
     most = min(x.size, 1024 + x.size // 64)
     count, *found = _reaching(x, threshold, most)
-    if count > most:  # more than usual: once more, with room for all
+    if count > most:  # too many for the usual room: run again with room for all
         _, *found = _reaching(x, threshold, count)
     return found[0], found[1]
 
 
 def _reaching(x: np.ndarray, threshold: float, most: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """How many entries have |x_i| >= threshold or are NaN; indices and values of the first ones."""
+    """Number of entries with |x_i| >= threshold or NaN; indices and values of the first `most`."""
     indices, values = np.empty(most, np.int64), np.empty(most, np.float32)
     count = _kernels().collect_at_least(x, np.float32(threshold), indices, values)
     return count, indices[:count], values[:count]
@@ -278,9 +278,9 @@ def scatter_put(x: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
 
 
 def pack_signs(x: np.ndarray, scale: float, *, subtract: bool) -> np.ndarray:
-    """uint8[ceil(n / 8)]: bit j of byte i says x[8i + j] >= 0.
+    """uint8[ceil(n / 8)]: bit j of byte i is x[8i + j] >= 0.
 
-    With `subtract`, x becomes x -+ scale in the same pass over memory.
+    With `subtract`, also x -= scale where the bit is set, x += scale elsewhere, in the same pass.
     """
     out = np.empty((x.size + 7) // 8, np.uint8)
     if subtract:
@@ -312,13 +312,13 @@ def narrow(x: np.ndarray, kind: str, shift: int, *, subtract: bool) -> np.ndarra
 
 
 def add_widened(x: np.ndarray, codes: np.ndarray, kind: str, shift: int, weight: float) -> None:
-    """x += weight * the numbers that `narrow` made the codes of."""
+    """x += weight * the numbers that `narrow` coded."""
     for start in range(0, x.size, _CHUNK):
         wide = _widen(codes[start : start + _CHUNK], kind, shift)
         x[start : start + _CHUNK] += np.float32(weight) * wide
 
 
-_CHUNK = 1 << 14  # the float64 temporaries of a chunk stay in the cache
+_CHUNK = 1 << 14  # the float64 temporaries of a chunk fit the cache
 LARGEST = {"float16": np.float32(32752), "bfloat16": np.float32(32640)}  # below 2**15
 
 

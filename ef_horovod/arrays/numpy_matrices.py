@@ -1,7 +1,7 @@
-"""Products of matrices and factors of low rank, for NumPy; `arrays/numpy.py` hands them on.
+"""Low-rank products for NumPy; `arrays/numpy.py` re-exports them.
 
-As there, `x` is a flat, contiguous float32[n]; the matrices in it do not overlap. Factors lie on
-the host, those of all matrices one after the other.
+As there, `x` is a flat, contiguous float32[n]; the matrices in it do not overlap. The factors of
+all matrices are one concatenated array on the host.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_products(
     weight: float,
 ) -> None:
     """M += weight * P Q^T for each matrix M and its factors P, Q."""
-    # Entry by entry, so that bits are the same on all devices.
+    # Entry by entry, so that all devices get the same bits.
     own = each_factor(matrices, lefts, left=True)
     other = each_factor(matrices, rights, left=False)
     for (matrix, left), (_, right) in zip(own, other, strict=True):

@@ -1,7 +1,7 @@
-"""The quantizers' part of the array functions, for NumPy; `arrays/numpy.py` hands them on.
+"""Array functions of the quantizers, for NumPy; `arrays/numpy.py` re-exports them.
 
-As there, `x` is a flat, contiguous float32[n]. Blocks are runs of `block` entries, the last one
-may be shorter; their scales lie on the host.
+As there, `x` is a flat, contiguous float32[n]. Blocks are runs of `block` entries; the last one
+may be shorter. Scales of blocks are on the host.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def block_squares(x: np.ndarray, block: int) -> np.ndarray:
 
 
 def block_halves(x: np.ndarray, block: int) -> np.ndarray:
-    """float64[3, blocks]: sum of the entries >= 0, sum of all others, how many are >= 0."""
+    """float64[3, blocks]: sum of the entries >= 0, sum of the others, number of entries >= 0."""
     out = np.empty((3, blocks(x.size, block)))
     _kernels().block_halves(x, block, out)
     return out
@@ -57,8 +57,8 @@ def quantize(
 ) -> np.ndarray:
     """uint8[grid.nbytes(n)]: x / its block's scale, rounded at random to a neighbour on the grid.
 
-    Unbiased up to the largest number of the grid, which stands for all that is larger. Entry i
-    draws from (seed, i) alone. x becomes x - subtract * the rounded numbers: with 1, what was lost.
+    Unbiased up to the largest number of the grid; larger entries are clipped to it. The draw for
+    entry i depends on (seed, i) only. x becomes x - subtract * (rounded x): with 1, the error.
     """
     nbytes, width = grid.nbytes(x.size), _stream_width(grid)
     out = np.empty(-(-nbytes // 4), np.uint32)
@@ -80,7 +80,7 @@ def quantize(
 def add_quantized(
     x: np.ndarray, codes: np.ndarray, scales: np.ndarray, block: int, grid: Grid, weight: float
 ) -> None:
-    """x += weight * the numbers that `quantize` made the codes of."""
+    """x += weight * the numbers that `quantize` coded."""
     width = _stream_width(grid)
     _kernels().add_quantized(
         x,
@@ -98,9 +98,9 @@ def shorten(
 ) -> np.ndarray:
     """uint8[ceil(n * width / 8)]: the upper `width` bits of each x_i * 2**shift.
 
-    The lower bits are dropped, which rounds towards 0; with a seed they are rounded at random,
-    unbiased below the largest number that has so few bits. x becomes x - subtract * the shortened
-    numbers: with 1, what was lost.
+    Without a seed the lower bits are dropped, which rounds towards 0. With a seed, rounding is
+    random, and unbiased below the largest number of `width` bits. x becomes
+    x - subtract * (shortened x): with 1, the error.
     """
     nbytes = bits_nbytes(x.size, width)
     out = np.empty(-(-nbytes // 4), np.uint32)
@@ -112,7 +112,7 @@ def shorten(
 
 
 def add_shortened(x: np.ndarray, codes: np.ndarray, width: int, shift: int, weight: float) -> None:
-    """x += weight * the numbers that `shorten` made the codes of."""
+    """x += weight * the numbers that `shorten` coded."""
     _kernels().add_shortened(x, _words(codes), width, np.float32(2.0**shift), np.float32(weight))
 
 
@@ -124,12 +124,12 @@ def add_sides(
 
 
 def take_slices(x: np.ndarray, slices: Sequence[tuple[int, int]]) -> np.ndarray:
-    """A copy of x[start:stop] of all slices, one after the other, as float32 on the host."""
+    """Copies of x[start:stop] of all slices, concatenated, as float32 on the host."""
     return np.concatenate([x[start:stop] for start, stop in slices] or [x[:0]])
 
 
 def put_slices(x: np.ndarray, slices: Sequence[tuple[int, int]], values: np.ndarray) -> None:
-    """x[start:stop] = the next values, for slices within bounds that do not overlap."""
+    """x[start:stop] = the next values; slices are within bounds and do not overlap."""
     done = 0
     for start, stop in slices:
         x[start:stop] = values[done : done + stop - start]
@@ -139,7 +139,7 @@ def put_slices(x: np.ndarray, slices: Sequence[tuple[int, int]], values: np.ndar
 def add_slices(
     x: np.ndarray, slices: Sequence[tuple[int, int]], values: np.ndarray, weight: float
 ) -> None:
-    """x[start:stop] += weight * the next values, for slices as in `put_slices`."""
+    """x[start:stop] += weight * the next values; slices as in `put_slices`."""
     done = 0
     for start, stop in slices:
         x[start:stop] += np.float32(weight) * values[done : done + stop - start]
@@ -152,7 +152,7 @@ def largest_code(codes: np.ndarray, width: int, n: int, mask: int) -> int:
 
 
 def random_words(seed: int, count: int) -> np.ndarray:
-    """uint64[count] that follow from the seed: the words that quantizers draw from."""
+    """uint64[count]: the random words of a seed, as quantizers use them."""
     out = np.empty(count, np.uint64)
     _kernels().draw(np.uint64(seed), 0, out)
     return out
@@ -163,7 +163,7 @@ def _stream_width(grid: Grid) -> int:
 
 
 def _words(codes: np.ndarray) -> np.ndarray:
-    """Packed codes as uint32 words, with one to spare that readers may look at."""
+    """Packed codes as uint32 words, with a spare word that readers may access."""
     words = np.zeros(codes.size // 4 + 2, np.uint32)
     words.view(np.uint8)[: codes.size] = codes
     return words

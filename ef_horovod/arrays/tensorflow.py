@@ -1,12 +1,12 @@
-"""The closed list of array functions, for TensorFlow tensors and variables.
+"""Array functions for TensorFlow tensors and variables.
 
-Eager tensors cannot be changed in place. What is given as a tensor is worked on as a NumPy array
-that shares its memory (tensors of a GPU are copied to the host), and given back as a tensor. Flat
-vectors that stay on a device are private `tf.Variable`s, float32[n], worked on by TensorFlow's own
-ops on that device; only payloads are copied to the host. A device that is named means a variable
-there, also on the CPU, where these ops can be tested; None means a NumPy array.
+Eager tensors cannot be changed in place. A tensor is processed as a NumPy array that shares its
+memory (GPU tensors are copied to the host); the result is a tensor again. Flat vectors that stay on
+a device are private `tf.Variable`s, float32[n]. TensorFlow's own ops process them on the device,
+and only payloads are copied to the host. A named device means a variable there, also on the CPU,
+where tests run these ops. None means a NumPy array.
 
-TensorFlow takes numbers below 2**-126 for zero in most of its arithmetic; NumPy does not.
+Most TensorFlow arithmetic treats numbers below 2**-126 as zero; NumPy does not.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def like(x: tf.Tensor | tf.Variable) -> Like:
 
 
 def is_float(x: tf.Tensor | tf.Variable) -> bool:
-    """Whether x holds floating-point numbers, which alone can be compressed."""
+    """Whether x holds floating-point numbers; only these can be compressed."""
     return bool(x.dtype.is_floating)
 
 
 def why_not_writable(x: tf.Tensor | tf.Variable) -> str:
-    """What keeps x from being changed in place, or nothing."""
+    """Why x cannot be changed in place; empty if it can."""
     return "" if isinstance(x, tf.Variable) else "is a tensor of TensorFlow, not a variable"
 
 
 def is_float64(x: tf.Tensor | tf.Variable) -> bool:
-    """Whether x has more precision than the float32 that is sent."""
+    """Whether x has more precision than the float32 of payloads."""
     return bool(x.dtype == tf.float64)
 
 
@@ -58,10 +58,10 @@ def detached(x: tf.Tensor | tf.Variable) -> tf.Tensor:
 
 
 def flat_float32(x: tf.Tensor | tf.Variable, *, writable: bool = False) -> np.ndarray | tf.Variable:
-    """x as float32[n] to work on.
+    """x as float32[n].
 
-    A tensor becomes a NumPy view of its memory, or with `writable` a copy. A variable is taken as
-    it is if it is float32[n], else copied to another one on its device.
+    A tensor becomes a NumPy view of its memory, or with `writable` a copy. A float32[n] variable is
+    returned as it is, another one is copied to a new variable on its device.
     """
     if not isinstance(x, tf.Variable):
         return host.flat_float32(to_host(x), writable=writable)
@@ -74,7 +74,7 @@ def flat_float32(x: tf.Tensor | tf.Variable, *, writable: bool = False) -> np.nd
 
 
 def shaped(flat: np.ndarray | tf.Variable, target: Like) -> tf.Tensor | tf.Variable:
-    """A flat float32[n] in the shape of `target`; a variable that has it already is not copied."""
+    """A flat float32[n] in the shape of `target`; a variable of that shape is not copied."""
     if isinstance(flat, tf.Variable) and tuple(flat.shape) == target.shape:
         return flat
     with _on(target.device):
@@ -88,7 +88,7 @@ def restore(flat: np.ndarray | tf.Variable, target: Like) -> tf.Tensor:
 
 
 def zeros(length: int, device: str | None = None) -> np.ndarray | tf.Variable:
-    """float32[length] of zeros: a variable on `device`, or a NumPy array where none is named."""
+    """float32[length] of zeros: a variable on `device`, or a NumPy array if it is None."""
     return host.zeros(length) if device is None else device_zeros(length, device)
 
 
@@ -99,11 +99,11 @@ def device_zeros(length: int, device: str) -> tf.Variable:
 
 
 def host_view(x: tf.Variable) -> None:
-    """None: what is worked on as a variable has no NumPy views."""
+    """None: variables have no NumPy views."""
 
 
 def address(x: tf.Tensor | tf.Variable) -> int:
-    """Equal for one and the same variable only: there are no views of variables."""
+    """Equal only for the same variable, because variables have no views."""
     return id(x)
 
 
@@ -118,7 +118,7 @@ def assign(x: tf.Variable, y: tf.Tensor | tf.Variable) -> None:
 
 
 def read(x: tf.Variable, start: int, stop: int) -> np.ndarray:
-    """A copy of x[start:stop] on the host, where checkpoints are made of it."""
+    """A copy of x[start:stop] on the host, for checkpoints."""
     return np.array(x[start:stop])
 
 
@@ -159,7 +159,7 @@ def abs_sum(x: tf.Variable) -> float:
 def abs_max(x: tf.Tensor | tf.Variable) -> float:
     if x.shape[0] == 0:
         return 0.0
-    # Whether a maximum shows a NaN depends on the device.
+    # Whether a maximum propagates NaN depends on the device.
     finite = tf.where(tf.math.is_finite(x), tf.abs(x), np.float32(np.inf))
     return float(tf.reduce_max(finite))
 
@@ -172,8 +172,8 @@ def squared_norm(x: tf.Variable) -> float:
 @_kernel
 def top_k(x: tf.Variable, k: int) -> tuple[np.ndarray, np.ndarray]:
     k = min(k, x.shape[0])
-    # As integers, magnitudes sort like floats with infinity and NaN on top, as on the host. Among
-    # equals, TensorFlow says, the lower index appears first.
+    # As integers, magnitudes sort like floats with infinity and NaN at the top, as on the host.
+    # TensorFlow documents that among equals the lower index comes first.
     whole = tf.convert_to_tensor(x)
     order = tf.bitwise.bitwise_and(tf.bitcast(whole, tf.int32), 0x7FFFFFFF)
     chosen = tf.math.top_k(order, k).indices
@@ -196,7 +196,7 @@ def take(x: tf.Variable, indices: np.ndarray) -> np.ndarray:
 
 @_kernel
 def scatter_add(x: tf.Variable, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
-    # The indices differ from each other, so the order of additions does not matter.
+    # The indices are distinct, so the order of additions does not matter.
     x.scatter_nd_add(indices[:, None], values * np.float32(weight))
 
 

@@ -1,4 +1,4 @@
-"""What native TensorFlow ops are made with: placement, parts of a variable, the way to the host."""
+"""Helpers of TensorFlow ops: placement, parts of a variable, copies to and from the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ef_horovod.arrays.numpy as host
 
 
 def kernel(on_device: Callable[..., Any]) -> Callable[..., Any]:
-    """`on_device` with its ops on x's device, where TensorFlow would choose one by itself."""
+    """`on_device` with its ops placed on x's device; TensorFlow would choose one by itself."""
 
     def run(x: tf.Variable, *args: Any, **kwargs: Any) -> Any:
         with tf.device(x.device):
@@ -26,15 +26,15 @@ def kernel(on_device: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on(device: str | None) -> AbstractContextManager[Any]:
-    """Ops on `device`, or where the caller's context puts them if it is None."""
+    """Context that places ops on `device`; None keeps the caller's placement."""
     return nullcontext() if device is None else tf.device(device)
 
 
 def to_host(x: tf.Tensor | tf.Variable) -> np.ndarray:
-    """x as a read-only NumPy array of what it holds now, sharing memory on the CPU.
+    """The current values of x as a read-only NumPy array, sharing memory on the CPU.
 
     Raises:
-        TypeError: x is symbolic, as tensors are while a tf.function is traced.
+        TypeError: x is a symbolic tensor, of a tf.function that is being traced.
     """
     tensor = tf.convert_to_tensor(x)
     if not hasattr(tensor, "numpy"):
@@ -52,8 +52,8 @@ def from_host(values: np.ndarray, device: str | None = None) -> tf.Tensor:
 
 
 def parts(x: tf.Variable, step: int) -> Iterator[tuple[int, tf.Tensor]]:
-    """(start, float32[at most step]) of what x holds now."""
-    # x is read once: each read of a variable that was written to in places copies all of it.
+    """(start, float32[at most step]) of the current values of x."""
+    # x is read once: each read of a variable with sliced writes copies all of it.
     whole = tf.convert_to_tensor(x)
     for start in range(0, x.shape[0], step):
         yield start, whole[start : start + step]

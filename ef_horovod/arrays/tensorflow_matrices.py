@@ -1,4 +1,4 @@
-"""Products of matrices and factors of low rank, for TensorFlow; see `arrays/torch_matrices.py`."""
+"""Low-rank products for TensorFlow; see `arrays/torch_matrices.py`."""
 
 from __future__ import annotations
 

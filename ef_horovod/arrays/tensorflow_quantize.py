@@ -1,7 +1,7 @@
-"""The quantizers' part of the array functions, for TensorFlow's variables on a device.
+"""Array functions of the quantizers, for TensorFlow variables on a device.
 
-Random bits are computed there, from the same integers as on the host, so that payloads are equal;
-sums of a block are made in another order.
+Random bits are computed on the device from the same integers as on the host, so that payloads are
+equal. Sums of blocks are added in another order.
 """
 
 from __future__ import annotations
@@ -158,11 +158,11 @@ def _by_block(whole: tf.Tensor, block: int, reduce: Callable[[tf.Tensor], tf.Ten
 
 
 def _step() -> int:
-    return _WORK - _WORK % 40  # parts start where a byte of codes and of base-3 digits starts
+    return _WORK - _WORK % 40  # parts start at whole bytes of codes and of base-3 digits
 
 
 def _spread(numbers: np.ndarray, start: int, part: tf.Tensor, block: int) -> tf.Tensor:
-    """For each entry of the part from `start` on, its block's number."""
+    """For each entry of the part from `start` on, the item of `numbers` for its block."""
     own = tf.range(start, start + part.shape[0], dtype=tf.int64) // block
     return tf.gather(tf.convert_to_tensor(numbers), own)
 
@@ -215,12 +215,12 @@ def _values(codes: tf.Tensor, stretch: tf.Tensor, grid: Grid) -> tf.Tensor:
 
 def _lengthen(codes: tf.Tensor, width: int, shift: int) -> tf.Tensor:
     bits = _left(codes, 32 - width)
-    bits = bits - _left(_right(bits, 31), 32)  # as int32 sees it
+    bits = bits - _left(_right(bits, 31), 32)  # into the range of int32
     return tf.bitcast(tf.cast(bits, tf.int32), tf.float32) * np.float32(2.0**-shift)
 
 
 def _pack(codes: tf.Tensor, width: int) -> tf.Tensor:
-    """Codes side by side, lowest bit first: eight codes take `width` bytes."""
+    """Codes packed without gaps, lowest bit first: eight codes take `width` bytes."""
     groups = tf.reshape(tf.pad(codes, [[0, -codes.shape[0] % 8]]), [-1, 8])
     columns = []
     for j in range(width):

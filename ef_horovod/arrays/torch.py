@@ -1,7 +1,7 @@
-"""The closed list of array functions, for torch tensors.
+"""Array functions for torch tensors.
 
-CPU tensors go through `arrays/numpy.py` as views that share memory: one set of kernels, equal bits.
-Tensors of other devices use torch's own ops on the device; only payloads are copied to the host.
+CPU tensors use the kernels of `arrays/numpy.py` on views that share memory, so bits are equal.
+Tensors on other devices use torch's own ops there; only payloads are copied to the host.
 Each device op can be tested without a device: `top_k.on_device(cpu_tensor, k)`.
 """
 
@@ -32,19 +32,19 @@ def like(x: torch.Tensor) -> Like:
 
 
 def is_float(x: torch.Tensor) -> bool:
-    """Whether x holds floating-point numbers, which alone can be compressed."""
+    """Whether x holds floating-point numbers; only these can be compressed."""
     return x.is_floating_point()
 
 
 def why_not_writable(x: torch.Tensor) -> str:
-    """What keeps x from being changed in place by kernels, or nothing."""
+    """Why kernels cannot change x in place; empty if they can."""
     if x.requires_grad:
         return "requires a gradient"
     return "" if x.is_contiguous() else "is a view with gaps"
 
 
 def is_float64(x: torch.Tensor) -> bool:
-    """Whether x has more precision than the float32 that is sent."""
+    """Whether x has more precision than the float32 of payloads."""
     return x.dtype == torch.float64
 
 
@@ -79,7 +79,7 @@ def host_view(x: torch.Tensor) -> np.ndarray | None:
 
 
 def address(x: torch.Tensor) -> int:
-    """Where x's memory starts: equal for a tensor and a view of all of it."""
+    """Start of x's memory: equal for a tensor and a view of all of it."""
     return x.data_ptr()
 
 
@@ -134,7 +134,7 @@ def abs_sum(x: torch.Tensor) -> float:
 def abs_max(x: torch.Tensor) -> float:
     if not x.numel():
         return 0.0
-    least, most = torch.aminmax(x)  # NaN if there is one; x.abs() would be a vector more
+    least, most = torch.aminmax(x)  # propagates NaN; x.abs() would allocate a vector
     return abs(float(torch.maximum(-least, most)))
 
 
@@ -148,15 +148,15 @@ def top_k(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     k = min(k, x.numel())
     if k == 0:
         return np.empty(0, np.int64), np.empty(0, np.float32)
-    # As integers, magnitudes sort like floats with infinity and NaN on top, as on the host.
+    # As integers, magnitudes sort like floats with infinity and NaN at the top, as on the host.
     order = x.view(torch.int32) & 0x7FFFFFFF
     threshold = torch.topk(order, k, sorted=False).values.min()
     reaching = order >= threshold
-    if int(reaching.sum()) > k + _WORK:  # places of so many ties would take vectors of memory
+    if int(reaching.sum()) > k + _WORK:  # indices of all ties would take vectors of memory
         reaching = _without_last_ties(order, threshold, k)
     indices = torch.nonzero(reaching).view(-1)
     spare = indices.numel() - k
-    if spare:  # of the entries as large as the threshold, the last ones are too many
+    if spare:  # drop the last of the entries equal to the threshold
         chosen = torch.ones_like(indices, dtype=torch.bool)
         chosen[torch.nonzero(order[indices] == threshold).view(-1)[-spare:]] = False
         indices = indices[chosen]
@@ -164,7 +164,7 @@ def top_k(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _without_last_ties(order: torch.Tensor, threshold: torch.Tensor, k: int) -> torch.Tensor:
-    """bool[n]: what is above the threshold, and the first ones equal to it: k in all."""
+    """bool[n]: the entries above the threshold and the first ones equal to it, k in total."""
     kept = order > threshold
     missing = k - int(kept.sum())
     for start in range(0, order.numel(), _WORK):
@@ -189,8 +189,8 @@ def take(x: torch.Tensor, indices: np.ndarray) -> np.ndarray:
 
 @_kernel
 def scatter_add(x: torch.Tensor, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
-    # The indices differ from each other. Not by `index_add_`: a GPU's atomic additions take numbers
-    # below 1e-38 for zeros.
+    # The indices are distinct. `index_add_` is avoided: a GPU's atomic additions treat numbers
+    # below 1e-38 as zero.
     places = from_host(indices, x.device)
     own = x[places]
     _add_product(own, from_host(values, x.device).to(x.dtype), weight)
@@ -250,6 +250,6 @@ def add_widened(x: torch.Tensor, codes: np.ndarray, kind: str, shift: int, weigh
 
 
 def _divide(x: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
-    # By a tensor on the device: by a number it would be multiplied with the reciprocal there, which
-    # rounds twice.
+    # Divide by a tensor on the device: for a Python number, torch multiplies with the reciprocal
+    # there, which rounds twice.
     torch.div(x, torch.full((), divisor, dtype=x.dtype, device=x.device), out=out)

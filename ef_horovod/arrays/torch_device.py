@@ -1,4 +1,4 @@
-"""What device ops of torch are made with: the choice of a kernel, the way to the host and back."""
+"""Helpers of torch device ops: choice of a kernel, copies to and from the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORK = 1 << 22  # entries handled at once where a product needs memory
 
 
 def kernel(on_device: Callable[..., Any]) -> Callable[..., Any]:
-    """`on_device` for tensors off the CPU, the NumPy function of the same name on views else."""
+    """`on_device` for tensors off the CPU, otherwise the NumPy function of that name on views."""
     on_host = getattr(host, on_device.__name__)
 
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -43,8 +43,8 @@ def to_host(x: torch.Tensor) -> np.ndarray:
 def from_host(values: np.ndarray, device: Any = None) -> torch.Tensor:
     """A host array as a tensor on `device`, sharing memory on the CPU."""
     if torch.device(device or "cpu").type == "cuda":
-        # GPUs reach page-locked memory directly, and torch keeps it for the next copy: of memory
-        # that is new, each page would be touched for the first time.
+        # GPUs access page-locked memory directly, and torch keeps it for the next copy. New memory
+        # would cost a page fault per page.
         dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
         staged = torch.empty(values.shape, dtype=dtype, pin_memory=True)
         np.copyto(staged.numpy(), values)

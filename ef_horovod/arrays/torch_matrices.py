@@ -1,7 +1,7 @@
-"""Products of matrices and factors of low rank, for torch; `arrays/torch.py` hands them on.
+"""Low-rank products for torch; `arrays/torch.py` re-exports them.
 
-On a device other than the CPU, factors are sums in the device's own order. Products of factors are
-made entry by entry as on the host, to the same bits, for all ranks have to get the same direction.
+Off the CPU, factors are summed in the device's own order. Products of factors are computed entry by
+entry and are bitwise those of the host, because all ranks must get the same aggregated gradient.
 """
 
 from __future__ import annotations

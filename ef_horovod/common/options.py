@@ -1,9 +1,9 @@
-"""What options may be: types and ranges, checked where they are given and said in one form.
+"""Checks of options' types and ranges, with error messages of one form.
 
     QSGD got levels=1.5, expected a whole number from 1 to 32767; 7 is a good start
 
-Numbers are those of Python and of NumPy, as plain numbers from then on: configs are compared among
-ranks by what they print. True and False are no numbers, and a text is none either.
+Numbers of Python and NumPy are accepted and become plain Python numbers, because ranks compare
+configs as text. True, False and strings are not numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-_LONGEST_SHOWN = 200  # characters of what was given
+_LONGEST_SHOWN = 200  # characters of the given value
 LARGEST_FIELD = 2**31 - 1  # of a 32-bit field on the wire
 
 
@@ -24,12 +24,12 @@ def whole(owner: str, name: str, value: Any, low: int, high: int | None, way_out
     Args:
         owner: the class or function that the option belongs to.
         name: of the option.
-        value: what was given.
-        low, high: bounds, both included; None for no upper one.
-        way_out: ends the message.
+        value: the given value.
+        low, high: bounds, both included; None for no upper bound.
+        way_out: advice at the end of the message.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is something else.
 
     Example:
         >>> whole("TopK", "k", 10, 1, None, "use ratio= for a fraction")
@@ -56,13 +56,13 @@ def number(
     """A number in an interval, as Python's int or float.
 
     Args:
-        owner, name, value, way_out: as of `whole`.
-        interval: "(0, 1]", "[0, inf)": round brackets leave the bound out.
-        what: the number is.
-        also: what else could be given, for the message.
+        owner, name, value, way_out: as in `whole`.
+        interval: "(0, 1]", "[0, inf)": a round bracket excludes the bound.
+        what: name of the number in the message.
+        also: other allowed values, for the message.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is something else.
 
     Example:
         >>> number("PAGE", "probability", 0.5, "(0, 1]", "0.1 is usual")
@@ -76,7 +76,7 @@ def number(
 
 
 def choice(owner: str, name: str, value: Any, choices: Sequence[str], way_out: str) -> str:
-    """One of some words.
+    """A word out of `choices`.
 
     Raises:
         ValueError: it is something else.
@@ -101,7 +101,7 @@ def seed_of(owner: str, value: Any) -> int:
     """A seed of random draws.
 
     Raises:
-        ValueError: it is no whole number of 64 bits.
+        ValueError: it is not a whole number of 64 bits.
     """
     return whole(owner, "seed", value, -(2**63), 2**64 - 1, "0 is the default")
 
@@ -125,7 +125,7 @@ def keep_whole(
 
 
 def keep_block(owner: Any, name: str, *, optional: bool = True) -> None:
-    """Check a field that says how many entries a block has; None is the whole vector.
+    """Check a field with the number of entries of a block; None is the whole vector.
 
     Raises:
         ValueError: it is something else.
@@ -176,7 +176,7 @@ def keep_seed(owner: Any) -> None:
     """Check the field `seed` of a frozen dataclass.
 
     Raises:
-        ValueError: it is no seed.
+        ValueError: it is not a seed.
     """
     keep(owner, "seed", seed_of(_name_of(owner), owner.seed))
 

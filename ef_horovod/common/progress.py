@@ -1,6 +1,6 @@
-"""Run a long command with one line of progress, its full output going to a log.
+"""Run a long command with one line of progress and its full output in a log.
 
-Standard library only: the launch scripts load this file by path, before any package is installed.
+Standard library only, because launch scripts load this file by path before packages are installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class CommandFailed(RuntimeError):
 
 
 class Ticker:
-    """One step on the screen: redrawn twice a second on a terminal, a few plain lines elsewhere."""
+    """Progress line: redrawn twice a second on a terminal, otherwise a few plain lines."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -55,7 +55,7 @@ class Ticker:
         return time.monotonic() - self.started
 
     def update(self, percent: int) -> None:
-        """Show a new percentage; several make targets run at once, so it never goes back."""
+        """Show a new percentage. It never decreases, because several make targets run at once."""
         self.percent = max(percent, self.percent or 0)
         if not self.live and self.percent >= self._next_plain:
             print(f"  {self.label}: {self.percent} % after {self.seconds:.0f} s", flush=True)
@@ -73,7 +73,7 @@ class Ticker:
 
 
 class Excerpt:
-    """The few lines of a long output that say what went wrong: the first errors, the last lines."""
+    """Excerpt of a long output for an error message: the first errors and the last lines."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -97,10 +97,10 @@ def run_logged(
     env: Mapping[str, str] | None = None,
     percent_of: Callable[[str], int | None] = lambda line: None,
 ) -> None:
-    """Run `command`, append all it prints to `log`, and show `label` with the time it takes.
+    """Run `command`, append its output to `log`, and show `label` with the elapsed time.
 
     Raises:
-        CommandFailed: it ended with a non-zero status.
+        CommandFailed: the command ended with a non-zero status.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [str(word) for word in command]
@@ -115,7 +115,7 @@ def run_logged(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # so that its compilers can be ended together with it
+            start_new_session=True,  # to end its compilers together with it
         )
         assert process.stdout is not None
         try:

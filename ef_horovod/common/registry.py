@@ -1,6 +1,6 @@
-"""Tables of classes by name; compressors and methods have one each, which classes enter themselves.
+"""Tables of registered classes by name: one for compressors, one for methods.
 
-A third party registers from outside the package in the same way; nothing else has to be edited.
+Classes register themselves. Those of other packages do so in the same way, with no other edits.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _TABLES: list[dict[str, Any]] = []
 
 
 def new_table() -> dict[str, Any]:
-    """A table of classes by name; a name is in one table only."""
+    """A new table of classes by name; each name is in one table only."""
     _TABLES.append({})
     return _TABLES[-1]
 
 
 def require_free_name(cls: type) -> None:
-    """Raise if another class of any table has the name; texts name classes in any case.
+    """Raise if another class of any table has this name; upper and lower case count as equal.
 
     Raises:
-        ValueError: there is one.
+        ValueError: another class has it.
     """
     for other in (kind for table in _TABLES for kind in table.values()):
         if other.__name__.lower() == cls.__name__.lower() and origin(other) != origin(cls):
@@ -37,18 +37,18 @@ def require_free_name(cls: type) -> None:
 
 
 def origin(cls: type) -> str:
-    """Where a class is from: equal when its module is imported again."""
+    """Module and name of a class: equal when its module is imported again."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def import_all(package: str, path: Iterable[str]) -> None:
-    """Import every module of a package, so that each registers what it defines."""
+    """Import every module of a package, so that each registers its classes."""
     for module in pkgutil.iter_modules(path):
         importlib.import_module(f"{package}.{module.name}")
 
 
 def add_import_option(parser: argparse.ArgumentParser) -> None:
-    """Give a command `--import`, whose `modules` are for `load`."""
+    """Add `--import` to a command; pass the parsed `modules` to `load`."""
     parser.add_argument(
         "--import",
         action="append",
@@ -61,11 +61,10 @@ def add_import_option(parser: argparse.ArgumentParser) -> None:
 
 
 def load(modules: Iterable[str]) -> None:
-    """Import modules or packages of others, so that what they define is known here.
+    """Import modules or packages of others, so that their classes are registered.
 
-    Training scripts simply import them, on all ranks; this is for commands, which are given names.
-    A package of several modules registers them all by `import_all(__name__, __path__)` in its
-    `__init__.py`.
+    This is for commands; training scripts import such modules directly, on all ranks. A package of
+    several modules registers all of them by `import_all(__name__, __path__)` in its `__init__.py`.
 
     Args:
         modules: dotted names, as in an import statement.

@@ -1,4 +1,4 @@
-"""How compressors and methods show themselves: as one would write them."""
+"""`repr()` of compressors and methods that omits defaults."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 
 
 class Shown:
-    """Dataclasses under it are shown without the fields that have their default.
+    """Base of dataclasses whose `repr` omits fields with default values.
 
-    Compressors that are always there are shown without the names of their fields.
+    A compressor in a field without a default is shown without the field's name.
     """
 
-    shown_as: ClassVar[str] = ""  # the name, where it is another class's
+    shown_as: ClassVar[str] = ""  # the name to show, if it is another class's
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__repr__" not in vars(cls):
-            cls.__repr__ = Shown.__repr__  # type: ignore[method-assign] # or dataclass brings its own
+            cls.__repr__ = Shown.__repr__  # type: ignore[method-assign] # else dataclass adds one
 
     def __repr__(self) -> str:
         words = []

@@ -1,11 +1,11 @@
-"""Numbers with units, as people write them: rates, times, counts."""
+"""Reads and shows numbers with units: rates, times, counts."""
 
 from __future__ import annotations
 
 import math
 import re
 
-_MOST = 10**15  # of bits a second, or of whatever is counted
+_MOST = 10**15  # bits per second, or the limit of a count
 _LONGEST_SECONDS = 1e6
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -18,7 +18,7 @@ def read_rate(text: str) -> int:
     (100000000, 2500000000)
 
     Raises:
-        ValueError: it is no rate, below 64 kbit/s or above 1000 Tbit/s.
+        ValueError: the text is not a rate, or is below 64 kbit/s or above 1000 Tbit/s.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)bit", text.strip().lower())
     rate = float(found[1]) * _UNITS[found[2]] if found else 0.0
@@ -30,7 +30,7 @@ def read_rate(text: str) -> int:
 
 
 def show_rate(rate: float | None) -> str:
-    """A rate as people write it.
+    """A rate with a unit.
 
     >>> show_rate(100_000_000), show_rate(2_500_000_000), show_rate(None)
     ('100 Mbit/s', '2.5 Gbit/s', 'no limit')
@@ -48,7 +48,7 @@ def read_seconds(text: str) -> float:
     (0.06, 0.5)
 
     Raises:
-        ValueError: it is no time, has no unit, or is above a million seconds.
+        ValueError: the text is not a time, has no unit, or is above a million seconds.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(ns|us|ms|s)", text.strip())
     seconds = float(found[1]) * _SECONDS[found[2]] if found else math.inf
@@ -72,13 +72,13 @@ def show_seconds(seconds: float) -> str:
 
 
 def read_count(text: str) -> int:
-    """A count, in thousands, millions and so on where a letter says so.
+    """A count from text; a letter at the end means thousands, millions and so on.
 
     >>> read_count("3.6M"), read_count("25_000")
     (3600000, 25000)
 
     Raises:
-        ValueError: it is none, below 1 or above 10**15.
+        ValueError: the text is not a count, or is below 1 or above 10**15.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtb]?)", text.strip().lower().replace("_", ""))
     count = float(found[1]) * {**_UNITS, "b": 1e9}[found[2]] if found else 0.0

@@ -1,4 +1,4 @@
-"""Compressors: one file a family. Importing this package registers every one of them."""
+"""Compressors, one file per family. Importing this package registers all of them."""
 
 from ef_horovod.common.registry import import_all
 

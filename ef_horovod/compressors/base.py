@@ -1,4 +1,4 @@
-"""What a compressor is: a frozen dataclass that turns a vector into a payload of fewer bytes."""
+"""Base of compressors: frozen dataclasses that turn a vector into a payload of fewer bytes."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _LONGEST = 2**40  # numbers; no vector of a model is longer
 class Compressor(Shown):
     """Base of all compressors.
 
-    A subclass gives `body_nbytes`, `encode` and `accumulate`, states its properties as data
+    A subclass implements `body_nbytes`, `encode` and `accumulate`, states its properties
     (`allreducible`, `unbiased`, `contraction`, `variance`) and lists `examples` for the contract
     tests.
-    x is a vector of d float32 numbers; other shapes are flattened, other float types converted.
+    x is a vector of d float32 numbers. Other shapes are flattened, other float types converted.
     """
 
     wire_id: ClassVar[int]
-    # Whether `encode` takes a share s for `residual` too, and leaves x - s C(x): `Scaled` asks.
+    # Whether `encode` accepts a share s as `residual` and leaves x - s C(x), as `Scaled` needs.
     weighs_residual: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "accumulate" in cls.__dict__:
-            # Inherited ones would not read what this class writes.
+            # Inherited ones cannot read this class's bodies.
             for name in ("mean", "least_nbytes", "require_body"):
                 if name not in cls.__dict__:
                     setattr(cls, name, vars(Compressor)[name])
 
     @property
     def fixed_size(self) -> bool:
-        """Whether a payload's size follows from d alone, so that all ranks' are equally long."""
+        """Whether a payload's size depends on d only, so that all ranks send equal sizes."""
         return True
 
     @property
@@ -68,58 +68,57 @@ class Compressor(Shown):
 
     @property
     def contracts(self) -> bool:
-        """Whether it is a contraction for vectors of every length, as methods have to ask.
+        """Whether it is a contraction for vectors of every length, as methods require.
 
-        `QSGD(100, bucket=None)` is one for a thousand numbers, and far from it for a million.
+        `QSGD(100, bucket=None)` is one for a thousand numbers, but not for a million.
         """
         return self.contraction(_LONGEST) is not None
 
     @property
     def supports_error_feedback(self) -> bool:
-        """Whether an error memory stays bounded with it, whatever bounded gradients come.
+        """Whether the error memory stays bounded for all bounded gradients.
 
-        True for contractions. A bound of another kind serves as well: an absolute one, as that of
-        `HardThreshold`, or a contraction in another norm, as those of `OneBit("l2")` and of
-        `TernGrad` with a clip.
+        True for contractions. Other bounds also suffice: an absolute bound as in `HardThreshold`,
+        or a contraction in another norm as in `OneBit("l2")` and `TernGrad` with a clip.
         """
         return self.contracts
 
     @classmethod
     def examples(cls) -> tuple[Compressor, ...]:
-        """Instances for the contract tests, the docs table and the benchmarks."""
+        """Instances for the contract tests, the table in the docs and the benchmarks."""
         raise NotImplementedError(f"{cls.__name__} must list examples() for the contract tests")
 
     def body_nbytes(self, d: int) -> int:
-        """Exact size of a body for d elements; the smallest one if not `fixed_size`."""
+        """Exact size of a body for d elements; the smallest size if not `fixed_size`."""
         raise NotImplementedError
 
     def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
         """The parts of a payload's body, on the host.
 
         Args:
-            x: float32[d], flat; becomes x - C(x) in place if `residual`, else stays untouched.
-            key: what random draws depend on.
+            x: float32[d], flat; becomes x - C(x) in place if `residual`, else is not changed.
+            key: determines random draws.
 
         Raises:
-            NonFiniteError: through `require_finite`; x may be in any state then.
+            NonFiniteError: through `require_finite`; x may have any values then.
         """
         raise NotImplementedError
 
     @classmethod
     def least_nbytes(cls, d: int) -> int:
-        """The fewest bytes that a body for d elements has, whatever the options are.
+        """The fewest bytes of a body for d elements, over all options.
 
-        Receivers ask before they make room for d numbers. It must not fall as d grows; 0 is always
-        right, but then a damaged length is only noticed when the memory is there.
+        Receivers check it before they allocate d numbers. It must not fall as d grows. 0 is always
+        valid, but then a damaged length is noticed only after the allocation.
         """
         return 0
 
     @classmethod
     def require_body(cls, body: np.ndarray, d: int) -> None:
-        """Raise unless a body can be one for d elements; takes no memory for d numbers.
+        """Raise unless a body can be one for d elements; allocates no d numbers.
 
         Raises:
-            PayloadError: it cannot.
+            PayloadError: it cannot be one.
         """
         if body.size < cls.least_nbytes(d):
             raise PayloadError(
@@ -136,16 +135,16 @@ class Compressor(Shown):
     def mean(
         cls, bodies: Sequence[np.ndarray], workers: int, plus: np.ndarray | None, out: np.ndarray
     ) -> bool:
-        """out = sum of C(x_i) / workers + plus in one pass over memory, where a class can do that.
+        """out = sum of C(x_i) / workers + plus in one pass over memory, if the class supports it.
 
         Args:
-            bodies: of the x_i, in the order in which they are added; they may be fewer than
-                `workers`. All are checked before anything is written.
-            plus: float32[d], or None for nothing.
+            bodies: of the x_i, in the order of addition; may be fewer than `workers`. All are
+                checked before anything is written.
+            plus: float32[d], or None to add nothing.
             out: float32[d].
 
         Returns:
-            Whether it is done; the numbers are those of `accumulate` on zeros, to the last bit.
+            Whether it was done; if so, bitwise as by `accumulate` on zeros.
 
         Raises:
             PayloadError: a body is malformed.
@@ -154,7 +153,7 @@ class Compressor(Shown):
 
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:
-        """The float32 part of a linear compressor's body, as a view: what may be summed."""
+        """The part of a linear compressor's body that may be summed, as a float32 view."""
         raise NotImplementedError
 
     def nbytes(self, d: int) -> int:
@@ -162,11 +161,11 @@ class Compressor(Shown):
         return wire.HEADER_NBYTES + self.body_nbytes(d)
 
     def compress(self, x: A, key: Key = DEFAULT_KEY) -> Payload[A]:
-        """Compress x; pure: x stays untouched and the same x and key give the same bytes.
+        """Compress x; x is not changed, and the same x and key give the same bytes.
 
         Args:
             x: floating-point array of any shape, of NumPy or torch.
-            key: what random compressors draw from; a step must not reuse the last step's key.
+            key: determines the draws of random compressors; each step needs a new key.
 
         Raises:
             NonFiniteError: x has a NaN or an infinity.
@@ -183,10 +182,10 @@ class Compressor(Shown):
         return self._payload(self.encode(flat, key, residual=False), flat.shape[0], xp.like(x))
 
     def compress_with_residual(self, x: A, key: Key = DEFAULT_KEY) -> tuple[Payload[A], A]:
-        """Compress x and return what was lost as well: (payload, x - C(x)).
+        """Compress x and also return the compression error: (payload, x - C(x)).
 
-        The residual may take x's memory: do not use x afterwards. It is float32, or float64 for a
-        float64 x, in x's shape.
+        The residual may take x's memory, so do not use x afterwards. It is float32, or float64 for
+        a float64 x, in x's shape.
 
         Raises:
             NonFiniteError: x has a NaN or an infinity; x is lost.
@@ -207,9 +206,9 @@ class Compressor(Shown):
         return payload, xp.shaped(flat, xp.like(x))
 
     def skip(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
-        """A payload of the usual size for x that says only: drop this step on all ranks.
+        """A payload of the usual size for x with the flag to drop this step on all ranks.
 
-        Where sizes follow from the key, and messages may be summed, it is the size for that key.
+        If the size depends on the key and payloads may be summed, it has the size for that key.
         """
         d = int(np.prod(x.shape))
         if self.allreducible and not self.fixed_size:
@@ -218,12 +217,12 @@ class Compressor(Shown):
         return self._payload((body,), d, namespace(x).like(x)).as_skip()
 
     def skip_like_zeros(self, x: Array, key: Key) -> Payload:
-        """`skip`, with the body of a message of zeros: for those whose `summands` look at it."""
+        """`skip` with the body of a payload of zeros, for classes whose `summands` read it."""
         nothing = self.compress(np.zeros(int(np.prod(x.shape)), np.float32), key)
         return nothing.flagged(wire.SKIP, namespace(x).like(x))
 
     def absent(self, x: Array) -> Payload:
-        """A payload for x that says nothing in this step: it counts as zeros."""
+        """A payload without numbers, which counts as zeros in this step."""
         d = int(np.prod(x.shape))
         header = wire.Header(self.wire_id, wire.ABSENT, 0, d)
         return Payload(header.pack(), namespace(x).like(x))
@@ -245,7 +244,7 @@ def require_finite(number: Any, compressor: Compressor) -> None:
     """Raise unless `number` (a sum, a maximum, the kept values) is finite.
 
     Raises:
-        NonFiniteError: it is not.
+        NonFiniteError: it is not finite.
     """
     if not np.all(np.isfinite(number)):
         raise NonFiniteError(
@@ -255,7 +254,7 @@ def require_finite(number: Any, compressor: Compressor) -> None:
 
 
 def _checked(x: Array, key: Key) -> Any:
-    """The array functions for x, if it can be compressed with a key."""
+    """The array functions for x, after checks of x and key."""
     if not isinstance(key, Key):
         raise TypeError(
             f"got key={key!r}, expected an ef.Key; write for example ef.Key(seed=0, step=3)"

@@ -25,7 +25,7 @@ _MAX_SHIFT = 163  # brings the smallest float32, 2**-149, to 2**14
 class Cast(Compressor):
     """Round to float16 or bfloat16 after scaling by the power of two that brings max|x| to 2**14.
 
-    The scale makes it a contraction for every x: plain float16 turns gradients above 65504 into
+    The scale makes it a contraction for every x. Plain float16 turns gradients above 65504 into
     infinities and those below 6e-8 into zeros.
 
     Args:
@@ -50,7 +50,7 @@ class Cast(Compressor):
         keep_choice(self, "dtype", _KINDS, "pick one")
 
     def contraction(self, d: int) -> float:
-        # Squared unit roundoff 2**-22 or 2**-16, doubled for what clipping and underflow add.
+        # Squared unit roundoff 2**-22 or 2**-16, doubled to cover clipping and underflow.
         return 1 - (2.0**-21 if self.dtype == "float16" else 2.0**-15)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How many entries a sparsifier keeps: shared by those that take a ratio or a count."""
+"""Number of entries that a sparsifier keeps, from a ratio or a count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ef_horovod.common.options import keep_number
 
 
 def kept(ratio: float | None, k: int | None, d: int) -> int:
-    """Entries kept of d: k, or max(1, floor(ratio * d)); never more than d."""
+    """Number of kept entries of d: k, or max(1, floor(ratio * d)); at most d."""
     if k is None:
         assert ratio is not None
         k = max(1, int(ratio * d))

@@ -1,4 +1,4 @@
-"""Random rounding to levels that halve from one to the next."""
+"""Random rounding to levels that are powers of two."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from ef_horovod.compressors.rounding import RoundsToLevels, block_length
 class NaturalDithering(RoundsToLevels):
     """Round |x_i| / ||x||_p at random to 0, 2**(1-s), ..., 1/2, 1 so that E C(x) = x.
 
-    Levels are dense where most entries are, so few do: 4 bits an entry at s = 7, where QSGD's
-    omega is ten times larger. omega <= 1/8 + A min(1, A) with A = sqrt(b) 2**(1-s) for buckets of
-    b entries; where it is below 1, this is a contraction on average.
+    Levels are dense where most entries are, so few levels suffice: 4 bits per entry at s = 7, where
+    QSGD's omega is ten times larger. omega <= 1/8 + A min(1, A) with A = sqrt(b) 2**(1-s) for
+    buckets of b entries. If it is below 1, this is a contraction on average.
 
     Args:
         levels: s, from 1 to 127.
-        norm: 2, or math.inf for the largest magnitude: a smaller error, with the same bound.
+        norm: 2, or math.inf for the largest magnitude, which gives a smaller error with the same
+            bound.
         bucket: entries that share a norm, or None for the whole vector.
 
     Raises:

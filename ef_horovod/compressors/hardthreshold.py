@@ -1,4 +1,4 @@
-"""The entries above a fixed threshold, however many they are."""
+"""The entries of at least a fixed threshold; their number varies."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ef_horovod.wire import Fields
 class HardThreshold(Sparsifier):
     """Keep x_i where |x_i| >= threshold, exactly; nothing at all where there is none.
 
-    With error feedback every entry of the error memory stays below the threshold, whatever the
-    gradients are: an absolute bound, ||x - C(x)||^2 < d threshold^2, in place of a contraction.
-    For a given volume over the whole training it makes the total error smallest, where top-k does
-    so in each step. The same threshold serves all layers: bucketing does not change the operator.
+    With error feedback every entry of the error memory stays below the threshold for all gradients.
+    So there is an absolute bound, ||x - C(x)||^2 < d threshold^2, instead of a contraction.
+    For a given volume over the whole training it minimises the total error; top-k minimises the
+    error per step. All layers share the threshold, so bucketing does not change the operator.
     `ef_horovod.theory.threshold_from_budget` and `calibrate` find one for a budget.
 
     Args:
-        threshold: in units of what is compressed, the gradient in `ErrorFeedback`.
+        threshold: in units of the compressed vector, in `ErrorFeedback` the gradient.
 
     Raises:
         ValueError: the threshold is not a positive, finite number.

@@ -1,4 +1,4 @@
-"""No compression: the reference that every other compressor is held against."""
+"""No compression: the reference for all other compressors."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ _WIDTH = 9  # sign and exponent
 class Natural(Compressor):
     """Round each entry at random to one of the two powers of two around it: 9 bits, E C(x) = x.
 
-    omega = 1/8 whatever x is, so on average it is a contraction with delta = 7/8 as well. Powers of
-    two and 0 stay what they are. Two ends of the range are different: entries above 2**127 are
-    rounded down (2**128 is no float32), and in a vector with entries of 2**-62 or more, those below
-    2**-126 become 0 or 2**-126: unbiased, but with a larger variance of their own.
+    omega = 1/8 for every x, so on average it is also a contraction with delta = 7/8. Powers of two
+    and 0 do not change. The ends of the range differ. Entries above 2**127 are rounded down,
+    because 2**128 is not a float32. In a vector with entries of 2**-62 or more, entries below
+    2**-126 become 0 or 2**-126, which is unbiased but has a larger variance.
 
     Wire format:
         uint32 shift (0; 87 if all entries are below 2**-62), then the upper 9 bits of the float32

@@ -1,4 +1,4 @@
-"""One bit an entry: the sign, and a scale or two for all or for each block."""
+"""One bit per entry, the sign; and one or two scales per vector or block."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _LAYOUT = struct.Struct("<II")  # block (0: the whole vector), scales of a block
 class OneBit(Compressor):
     """C(x) = scale * sign(x), with sign(0) = +1: about 1/32 of float32.
 
-    With "l1" the scale is the mean magnitude ||x||_1 / d: the least-squares best one for given
-    signs, which makes C a contraction for every x != 0: ||C(x) - x||^2 = ||x||^2 - ||x||_1^2 / d.
+    With "l1" the scale is the mean magnitude ||x||_1 / d, the least-squares optimum for given
+    signs. It makes C a contraction for every x != 0: ||C(x) - x||^2 = ||x||^2 - ||x||_1^2 / d.
     Use it with error feedback.
 
     With "l2" the largest magnitude m shrinks: max |x - C(x)| <= sqrt(1 - 1 / b) m in blocks of b
-    entries, so that an error memory stays bounded all the same. For no entry loses more than m - s
-    or s - a, where the scale s is at least m / sqrt(b), a is the smallest magnitude, and s^2 is at
+    entries. So the error memory also stays bounded. Reason: no entry loses more than m - s or
+    s - a, where the scale s is at least m / sqrt(b), a is the smallest magnitude, and s^2 is at
     most m^2 - (m^2 - a^2) / b.
 
     Args:
-        scale: "l1"; "l2" for ||x|| / sqrt(d), which keeps the norm but is no contraction:
+        scale: "l1"; "l2" for ||x|| / sqrt(d), which keeps the norm but is not a contraction:
             ||C(x) - x||^2 = 2 (||x|| - ||x||_1 / sqrt(d)) ||x|| comes close to 2 ||x||^2 (error
-            feedback takes it all the same, see below); or
+            feedback still accepts it, see above); or
             "two_means" for the mean of the entries >= 0 and that of all others, which keeps the
             sum and loses no more than "l1".
         block: entries that share a scale, or None for the whole vector.
@@ -77,7 +77,7 @@ class OneBit(Compressor):
         keep_choice(self, "scale", _SCALES, "'l1' is the one for error feedback")
 
     def contraction(self, d: int) -> float | None:
-        # The worst case is one entry different from zero; two means differ from l1 only for better.
+        # The worst case has one nonzero entry; two means never lose more than l1.
         return None if self.scale == "l2" else 1.0 / block_length(self.block, d)
 
     @property
@@ -174,7 +174,7 @@ class OneBitBlocks(OneBit):
         return head, scales.reshape(-1), bits
 
     def _magnitudes(self, x: Array, block: int) -> np.ndarray:
-        """float64[sides, blocks]: what stands for the entries >= 0, and for all others."""
+        """float64[sides, blocks]: magnitudes for the entries >= 0, and for all others."""
         xp, d = namespace(x), x.shape[0]
         lengths = np.minimum(block, d - block * np.arange(blocks(d, block)))
         if self.scale == "l2":

@@ -1,4 +1,4 @@
-"""Payloads: compressed vectors as bytes, and what is read from them."""
+"""Payloads: compressed vectors as bytes, and their decoding."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ef_horovod.errors import PayloadError, without_adapter
 
 
 class Payload(Generic[A]):
-    """A compressed vector, as the bytes that go on the wire.
+    """A compressed vector as the bytes on the wire.
 
-    `bytes(payload)` are exactly these bytes and `payload.nbytes` is their number.
+    `bytes(payload)` are exactly these bytes, `payload.nbytes` is their number.
     """
 
     def __init__(self, data: np.ndarray, like: Like | None = None) -> None:
@@ -41,16 +41,16 @@ class Payload(Generic[A]):
         data: bytes | bytearray | memoryview | np.ndarray,
         num_elements: int | None = None,
     ) -> Payload[np.ndarray]:
-        """Read a payload that came over a wire; it decompresses to a flat NumPy float32 array.
+        """Read a received payload; it decompresses to a flat NumPy float32 array.
 
         Args:
             data: the bytes.
-            num_elements: length of the vector, where it is known. Without it a sparse payload of a
-                few bytes may say that it is of 2**31 - 1 numbers, and be right.
+            num_elements: length of the vector, if known. Without it, a valid sparse payload of a
+                few bytes may have 2**31 - 1 numbers.
 
         Raises:
             PayloadError: the bytes are not a payload, or one of another length. Damage inside the
-                body shows, as the same error, when the payload is decompressed.
+                body raises the same error on decompression.
 
         Example:
             >>> import ef_horovod as ef, numpy
@@ -68,11 +68,11 @@ class Payload(Generic[A]):
 
     @classmethod
     def from_start(cls, data: np.ndarray) -> Payload:
-        """The payload at the start of uint8[m]; what follows it is padding."""
+        """The payload at the start of uint8[m]; the rest is padding."""
         return cls(data[: wire.HEADER_NBYTES + wire.read_header(data).body_nbytes])
 
     def __iter__(self) -> Any:
-        """Not there: stock Horovod asks for it, to which a compressor was given as it is."""
+        """Always raises: stock Horovod iterates if it got a compressor without an adapter."""
         raise without_adapter(self)
 
     @property
@@ -92,25 +92,25 @@ class Payload(Generic[A]):
 
     @property
     def is_absent(self) -> bool:
-        """Whether the sender says nothing in this step."""
+        """Whether the sender contributes nothing in this step."""
         return bool(self.header.flags & wire.ABSENT)
 
     @property
     def is_replacement(self) -> bool:
-        """Whether this takes the place of what was tracked, and is not added to it."""
+        """Whether this replaces the tracked gradient instead of being added to it."""
         return bool(self.header.flags & wire.REPLACE)
 
     def as_replacement(self) -> Payload:
-        """The same numbers, to take the place of what was tracked."""
+        """The same numbers, flagged to replace the tracked gradient."""
         return self.flagged(wire.REPLACE, self._like)
 
     def flagged(self, flag: int, like: Like | None) -> Payload:
-        """The same body with a flag more in the header, to decompress to an array like `like`."""
+        """The same body with one more flag in the header; decompresses to an array like `like`."""
         header = self.header._replace(flags=self.header.flags | flag)
         return Payload(np.concatenate([header.pack(), self._body]), like)
 
     def as_skip(self) -> Payload:
-        """A payload of the same kind and size that says only: drop this step."""
+        """A payload of the same kind and size with the flag to drop this step."""
         header = self.header._replace(flags=wire.SKIP)
         body = np.zeros(self._body.size, np.uint8)
         return Payload(np.concatenate([header.pack(), body]), self._like)
@@ -125,8 +125,8 @@ class Payload(Generic[A]):
         """C(x): same framework, shape, dtype and device as the x that was compressed here.
 
         Raises:
-            PayloadError: the body is malformed, cannot be one for as many numbers as the header
-                says, or there is no memory for so many; or the payload asks to drop the step.
+            PayloadError: the body is malformed or does not fit the number of elements in the
+                header, there is not enough memory, or the payload asks to drop the step.
         """
         like = self._like
         if like is None:
@@ -138,7 +138,7 @@ class Payload(Generic[A]):
         return like.xp.restore(flat, like)
 
     def _room(self) -> np.ndarray:
-        """float32[d] of zeros, where the body can be one for d elements."""
+        """float32[d] of zeros, if the body can be one for d elements."""
         self._require_numbers()
         if not self.is_absent:
             self.kind.require_body(self._body, self.num_elements)
@@ -151,14 +151,14 @@ class Payload(Generic[A]):
             ) from None
 
     def add_to(self, dense: Array, weight: float = 1.0) -> None:
-        """dense += weight * C(x), without building C(x) where it is sparse.
+        """dense += weight * C(x), without building C(x) if it is sparse.
 
         Args:
             dense: float32[d], contiguous.
 
         Raises:
-            PayloadError: the body is malformed; dense is untouched then.
-            TypeError: dense is no array of a supported framework.
+            PayloadError: the body is malformed; dense is not changed then.
+            TypeError: dense is not an array of a supported framework.
             ValueError: dense has another length, dtype or layout, or cannot be changed in place.
         """
         self._require(dense)
@@ -167,8 +167,8 @@ class Payload(Generic[A]):
             self.kind.accumulate(self._body, dense, weight)
 
     def _require(self, dense: Array) -> None:
-        """Raise unless the payload has numbers and `dense` is fit to take them."""
-        namespace(dense)  # which raises for what is no array
+        """Raise unless the payload has numbers and `dense` can take them."""
+        namespace(dense)  # raises unless dense is an array
         if tuple(dense.shape) != (self.num_elements,) or dtype_name(dense) != "float32":
             raise ValueError(
                 f"got a dense array of shape {tuple(dense.shape)} and dtype {dense.dtype}, "
@@ -187,23 +187,23 @@ class Payload(Generic[A]):
     def summands(self) -> np.ndarray:
         """The float32 numbers of a linear compressor's payload, as a view that may be summed into.
 
-        After an allreduce over this view, the payload stands for the sum over all ranks.
+        After an allreduce over this view, the payload is the sum over all ranks.
         """
         return self.kind.summands(self._body)
 
 
 def mean_at_once(messages: Sequence[Payload], workers: int, out: Array, plus: Array | None) -> bool:
-    """`Compressor.mean` of messages, if their class can, and they are not longer than float32[d].
+    """`Compressor.mean` of payloads, if their class has it and they are not above float32[d].
 
     Raises:
-        PayloadError, ValueError: as `Payload.add_to`; `out` is untouched then.
+        PayloadError, ValueError: as `Payload.add_to`; `out` is not changed then.
     """
     for message in messages:
         message._require(out)
     said = [message for message in messages if not message.is_absent]
     host, more = (x if x is None else namespace(x).host_view(x) for x in (out, plus))
     kinds = {message.kind for message in said}
-    long = sum(message.nbytes for message in said) > 4 * out.shape[0]  # so would be their indices
+    long = sum(message.nbytes for message in said) > 4 * out.shape[0]  # so would their indices
     if host is None or (more is None) != (plus is None) or len(kinds) != 1 or long:
         return False
     return kinds.pop().mean([message._body for message in said], workers, more, host)

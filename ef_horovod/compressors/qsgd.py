@@ -17,13 +17,14 @@ from ef_horovod.compressors.rounding import RoundsToLevels, block_length
 class QSGD(RoundsToLevels):
     """Round |x_i| / ||x|| at random to 0, 1/s, ..., 1 so that E C(x) = x; a norm for each bucket.
 
-    Fixed width: 1 + ceil(log2(s + 1)) bits an entry, 4.06 at s = 7 in buckets of 512. Where omega
-    stays below 1 it is a contraction on average and suits error feedback; with fewer levels use
-    it without.
+    Fixed width: 1 + ceil(log2(s + 1)) bits per entry, 4.06 at s = 7 in buckets of 512. If omega
+    is below 1, it is a contraction on average and suits error feedback. With fewer levels, use it
+    without error feedback.
 
     Args:
-        levels: s, from 1 to 32767. Powers of two less 1 use all codes of their width.
-        bucket: entries that share a norm, or None for the whole vector; omega grows with it.
+        levels: s, from 1 to 32767. Powers of two minus 1 use all codes of their width.
+        bucket: entries that share a norm, or None for the whole vector. Larger buckets increase
+            omega.
 
     Raises:
         ValueError: levels or bucket out of range.

@@ -1,4 +1,4 @@
-"""Random runs of neighbouring entries, of which only the values are sent."""
+"""Random runs of neighbouring entries; only their values are sent."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ class Runs(NamedTuple):
 class RandomBlock(RandomSparsifier):
     """Keep k = max(1, floor(ratio * d)) entries in runs of neighbours at random places.
 
-    As `RandomK`, with memory read in runs instead of entry by entry: no index is drawn for each
-    entry. Each entry is kept with the same probability k / d, so the constants are those of
-    `RandomK`; but neighbours are kept or lost together.
+    As `RandomK`, but memory is read in runs and no index is drawn per entry. Each entry is kept
+    with the same probability k / d, so the constants are those of `RandomK`. Neighbours are kept
+    or dropped together.
 
     Args:
         ratio: kept fraction in (0, 1]; smaller is more aggressive.
-        block: entries of a run; the last run takes what is left of k.
+        block: entries of a run; the last run has the rest of k.
         scale: "contractive" sends the entries as they are (delta = k / d, for error feedback);
             "unbiased" multiplies them by d / k (omega = d / k - 1).
-        shared: the same places for all ranks (linear, for allreduce), or other ones on each.
+        shared: the same places on all ranks (linear, for allreduce), or different ones.
 
     Raises:
         ValueError: ratio, block or scale out of range.
@@ -109,9 +109,9 @@ class RandomBlock(RandomSparsifier):
 def _runs(seed: int, k: int, block: int, d: int) -> list[tuple[int, int]]:
     """(start, stop) of the runs, in the order in which their values are sent.
 
-    On a circle of d entries, runs of `block` follow each other with random gaps, d - k entries in
-    all, and the whole is turned by a random angle: so an entry is in a run with probability k / d.
-    A run across the end of the vector is cut in two.
+    On a circle of d entries, runs of `block` alternate with random gaps, d - k entries in total.
+    The circle is rotated by a random offset, so each entry is in a run with probability k / d. A
+    run across the end of the vector is cut in two.
     """
     if k == 0:
         return []

@@ -1,4 +1,4 @@
-"""A random subset of k entries, of which only the values are sent."""
+"""A random subset of k entries; only their values are sent."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class RandomK(RandomSparsifier):
     """Keep k = max(1, floor(ratio * d)) entries drawn uniformly without replacement.
 
     Receivers draw the same subset from the payload's 64-bit seed, so no index is sent. With
-    `shared`, all ranks draw the same subset: values can be summed in flight and the cost does not
-    grow with the number of workers.
+    `shared`, all ranks draw the same subset. Then values can be summed in flight, and the cost does
+    not grow with the number of workers.
 
     Args:
         ratio: kept fraction in (0, 1]; smaller is more aggressive.
-        shared: one subset for all ranks (linear, for allreduce), or one for each.
+        shared: the same subset on all ranks (linear, for allreduce), or different ones.
         scale: "contractive" sends the entries as they are (delta = k / d, for error feedback);
             "unbiased" multiplies them by d / k (omega = d / k - 1).
 

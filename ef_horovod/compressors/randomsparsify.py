@@ -1,4 +1,4 @@
-"""Each entry kept or dropped by a coin of its own, and only the kept values sent."""
+"""Each entry is kept independently with one probability; only the kept values are sent."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _TAILS = 1024  # gaps that one random word can stand for
 class RandomSparsify(RandomSparsifier):
     """Keep each entry with probability p, independently of all others.
 
-    As `RandomK` with a number of entries that varies: p d on average, with a standard deviation of
+    As `RandomK`, but the number of entries varies: p d on average, with a standard deviation of
     sqrt(p (1 - p) d). Receivers draw the same entries from the payload's seed, so no index is sent.
-    With `shared`, all ranks draw the same ones: values can be summed in flight. The gaps between
-    kept entries are drawn, not a coin for each entry: work grows with p d.
+    With `shared`, all ranks draw the same entries, and values can be summed in flight. Gaps between
+    kept entries are drawn instead of one coin per entry, so the work grows with p d.
 
-    `RandomK` has a fixed size and the same constants; independent coins are for analyses that ask
-    for them.
+    `RandomK` has a fixed size and the same constants. Use this class for analyses that require
+    independent coins.
 
     Args:
         p: probability to keep an entry, in (0, 1]; smaller is more aggressive.
-        shared: the same entries for all ranks (linear, for allreduce), or other ones on each.
+        shared: the same entries on all ranks (linear, for allreduce), or different ones.
         scale: "contractive" sends the entries as they are (delta = p, for error feedback);
             "unbiased" multiplies them by 1 / p (omega = 1 / p - 1).
 
@@ -121,7 +121,7 @@ class RandomSparsify(RandomSparsifier):
 
 
 def _draw_indices(seed: int, p: float, d: int, most: int) -> np.ndarray | None:
-    """int64[k]: the ascending indices below d that are kept; None if they are more than `most`."""
+    """int64[k]: the ascending kept indices below d; None if there are more than `most`."""
     from ef_horovod.arrays import kernels
 
     tails, guide = _gaps(p)
@@ -139,7 +139,7 @@ def _draw_indices(seed: int, p: float, d: int, most: int) -> np.ndarray | None:
 
 @lru_cache(maxsize=64)
 def _gaps(p: float) -> tuple[np.ndarray, np.ndarray]:
-    """(tails, guide) of `kernels.bernoulli_indices`, in integers: no two machines can differ."""
+    """(tails, guide) of `kernels.bernoulli_indices`, in integers, so that all machines agree."""
     one = 1 << 128
     lost = one - int(Fraction(p) * one)  # 1 - p
     tails, tail = [], one
@@ -147,7 +147,7 @@ def _gaps(p: float) -> tuple[np.ndarray, np.ndarray]:
         tail = tail * lost >> 128
         tails.append(min(tail >> 64, (1 << 64) - 1))
     falling = np.array(tails, np.uint64)
-    # Words with upper bits b end at (b + 1) * 2**54 - 1: tails above that are above all of them.
+    # The largest word with upper bits b is (b + 1) * 2**54 - 1: count the tails above it.
     last = np.array([((b + 1) << 54) - 1 for b in range(_TAILS)], np.uint64)
     guide = _TAILS - np.searchsorted(falling[::-1], last, side="right")
     return falling, guide.astype(np.int64)

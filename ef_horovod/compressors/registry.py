@@ -1,4 +1,4 @@
-"""Where compressors announce themselves: tests, docs and benchmarks look here."""
+"""Registry of compressors, used by tests, docs and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _C = TypeVar("_C", bound="type[Compressor]")
 
 
 def register_compressor(wire_id: int) -> Callable[[_C], _C]:
-    """Class decorator that makes a compressor known under its name and its number on the wire.
+    """Class decorator that registers a compressor under its name and its number on the wire.
 
     Args:
         wire_id: 0 to 255, never reused; 128 and up are free for use outside this package.
 
-    A module that is imported again, as in a notebook, registers its classes anew.
+    A module that is imported again, as in a notebook, registers its classes again.
 
     Raises:
-        ValueError: the number is out of range, or it or the name is another class's.
+        ValueError: the number is out of range, or another class has the number or the name.
     """
 
     def register(cls: _C) -> _C:

@@ -1,4 +1,4 @@
-"""What the quantizers share: blocks with a scale each, their bytes, and what follows from omega."""
+"""Shared code of the quantizers: blocks with scales, their bytes, contraction from omega."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _LEVELS = struct.Struct("<II")  # levels, bucket (0: the whole vector)
 
 
 def block_length(option: int | None, d: int) -> int:
-    """Entries of the longest block of a vector of d: at least 1."""
+    """Number of entries of the longest block of a vector of d: at least 1."""
     return max(1, d if option is None else min(option, d))
 
 
 def contraction_of(omega: float) -> float | None:
-    """What an unbiased compressor with variance omega is as a contraction, if it is one."""
+    """delta of an unbiased compressor with variance omega, or None if it is no contraction."""
     return 1.0 - omega if omega < 1 else None
 
 
 def scale_of(exact: np.ndarray, compressor: Compressor) -> np.ndarray:
-    """Scales as float32, never smaller than the exact ones: what they scale never sticks out.
+    """Scales as float32, rounded up so that no scaled entry exceeds the grid.
 
     Args:
         exact: float64[blocks].
-        compressor: for the message.
+        compressor: for the error message.
 
     Raises:
         NonFiniteError: a scale is not finite, as after a NaN or an infinity in its block.
@@ -47,7 +47,7 @@ def scale_of(exact: np.ndarray, compressor: Compressor) -> np.ndarray:
 
 
 def read_block(word: int, what: str, d: int) -> int:
-    """The length of blocks from their field, 0 for the whole vector."""
+    """The block length from its field in the payload; 0 there means the whole vector."""
     if word > LARGEST_FIELD:
         raise PayloadError(
             f"{what} payload has blocks of {word} entries, expected at most {LARGEST_FIELD}; "
@@ -70,8 +70,8 @@ def read_scales(fields: Fields, what: str, count: int) -> np.ndarray:
 class RoundsToLevels(Compressor):
     """Base of compressors that round at random to levels of a block's norm.
 
-    A subclass has the fields `levels` and `bucket`, says which grid its levels are, up to how many
-    levels there may be, and what the lowest level above 0 of each block is.
+    A subclass has the fields `levels` and `bucket`. It defines the grid of levels (`grid`), their
+    maximum number (`max_levels`), and the lowest level above 0 of each block (`lowest`).
 
     Wire format:
         uint32 levels, uint32 bucket (0: the whole vector), a float32 for each block, then codes.
@@ -132,7 +132,7 @@ class RoundsToLevels(Compressor):
 def add_rounded(
     fields: Fields, what: str, grid: Grid, block: int, dense: Array, weight: float
 ) -> None:
-    """dense += weight * what scales and codes on a grid stand for, after checking all of them."""
+    """dense += weight * (scales times codes on a grid), after checking all of them."""
     d = dense.shape[0]
     scales = read_scales(fields, what, blocks(d, block))
     codes = fields.array("u1", grid.nbytes(d))

@@ -25,23 +25,23 @@ _LAYOUT = struct.Struct("<fBBH")  # scale, kind of the compressor, reserved
 class Scaled(Compressor):
     """C(x) / (1 + omega(d)) of an unbiased C: a contraction with delta = 1 / (1 + omega(d)).
 
-    Error feedback and EF21 need a contraction. An unbiased compressor with omega < 1 is one as it
-    is, with delta = 1 - omega; scaled, its delta is larger for every omega, and there is one for
-    omega >= 1 as well: this is how coarse quantizers such as `QSGD(4)` and `TernGrad()` are used
-    with error feedback. Leave unbiased compressors unscaled for `NoFeedback`.
+    Error feedback and EF21 need a contraction. An unbiased compressor with omega < 1 is one
+    unscaled, with delta = 1 - omega. Scaled, its delta is larger for every omega, and it is also a
+    contraction for omega >= 1. So coarse quantizers such as `QSGD(4)` and `TernGrad()` work with
+    error feedback. Leave unbiased compressors unscaled for `NoFeedback`.
 
-    Random sparsifiers scaled down are themselves without their gain: take
-    `RandomK(scale="contractive")` and the like, which send the same entries and multiply nothing.
+    A random sparsifier scaled down only loses its gain. Use `RandomK(scale="contractive")` and the
+    like instead, which send the same entries without a multiplication.
 
     E||s C(x) - x||^2 = s^2 E||C(x) - x||^2 + (1 - s)^2 ||x||^2 is smallest at s = 1 / (1 + omega),
-    where it is at most omega / (1 + omega) ||x||^2. Receivers multiply by s as they add, and
-    quantizers as they subtract what is sent from x: it costs no pass over memory.
+    where it is at most omega / (1 + omega) ||x||^2. Receivers multiply by s as they add, quantizers
+    as they subtract C(x) from x, so scaling costs no pass over memory.
 
     Args:
-        compressor: an unbiased one that is no sparsifier.
+        compressor: an unbiased one, not a sparsifier.
 
     Raises:
-        UnsupportedError: it is biased, no compressor, or a sparsifier.
+        UnsupportedError: it is biased, not a compressor, or a sparsifier.
 
     Wire format:
         float32 scale, uint8 kind of the compressor, uint8 0, uint16 0, then its body.
@@ -99,7 +99,7 @@ class Scaled(Compressor):
     def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
         scale = float(np.float32(self.scale(x.shape[0])))
         fused = residual and self.compressor.weighs_residual
-        # A share in place of True is what `weighs_residual` stands for.
+        # `weighs_residual` allows a share in place of True.
         parts = self.compressor.encode(x, key, residual=scale if fused else False)  # type: ignore[arg-type]
         if residual and not fused:
             body = np.concatenate([part.view(np.uint8) for part in parts])
@@ -141,5 +141,5 @@ class Scaled(Compressor):
 
     @staticmethod
     def _readable(kind: type[Compressor]) -> bool:
-        """Whether bodies of this kind may be nested: reading them does not recur."""
+        """Whether bodies of this kind may be nested, so that reading does not recurse."""
         return not issubclass(kind, (Sparsifier, Then, Scaled))

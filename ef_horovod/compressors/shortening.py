@@ -1,9 +1,9 @@
-"""What `TruncateMantissa` and `Natural` share: of float32 numbers only the upper bits are sent.
+"""Shared code of `TruncateMantissa` and `Natural`, which send the upper bits of float32 numbers.
 
-A number below 2**-126 has no leading one, and loses all of its bits with the lower ones. So that
-this never matters, a vector whose entries are all below 2**-62 is scaled by 2**87 first: then even
-the smallest float32 has its leading one. In other vectors such entries are below 2**-64 of the
-largest.
+A float32 below 2**-126 has no implicit leading one, so it can lose all of its bits with the lower
+ones. Therefore a vector whose entries are all below 2**-62 is first scaled by 2**87; then even the
+smallest float32 has its leading one. In other vectors such entries do not matter: they are below
+2**-64 of the largest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def shorten(
 def add_shortened(
     fields: Fields, shift: int, width: int, what: str, dense: Array, weight: float
 ) -> None:
-    """dense += weight * what is left to read stands for, after checking all of it."""
+    """dense += weight * (the unread numbers of the body), after checking all of them."""
     d = dense.shape[0]
     codes = fields.array("u1", bits_nbytes(d, width))
     fields.end()

@@ -1,4 +1,4 @@
-"""What sparsifiers share: some entries are sent, with their places, and all others are lost."""
+"""Shared code of sparsifiers: they send some entries with their places and drop the others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ef_horovod.wire import Fields
 from ef_horovod.wire.index_code import decode_indices, encode_indices, indices_nbytes
 
 Scale = Literal["contractive", "unbiased"]
-HEAD_NBYTES = 16  # of places that follow from a seed: values behind it are aligned
+HEAD_NBYTES = 16  # of places that follow from a seed; the values after it are aligned
 _COUNT = struct.Struct("<I")  # k
 
 
 class Places(Protocol):
-    """Where the entries of a message are: k different places, in the order of the values."""
+    """Places of a payload's entries: k different places, in the order of the values."""
 
     @property
     def size(self) -> int:
@@ -52,29 +52,29 @@ class Entries(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What a sparsifier makes of a vector."""
+    """The entries of a vector that a sparsifier keeps."""
 
-    head: tuple[np.ndarray, ...]  # parts of the body that say where the places are
+    head: tuple[np.ndarray, ...]  # parts of the body that encode the places
     places: Places
-    values: np.ndarray  # float32[k] on the host: the entries as they are, no view of x
+    values: np.ndarray  # float32[k] on the host: the entries unchanged, not a view of x
 
 
 class Sparsifier(Compressor):
-    """Base of compressors that send some entries, as they are or all times one constant.
+    """Base of compressors that send some entries, unchanged or all times one constant.
 
-    A subclass says which ones (`choose`), how the places are written (`read`, `places_nbytes`), and
-    how many they are (`count`). Bodies are the places, then k float32 values; `Then` codes the
+    A subclass chooses the entries (`choose`), codes their places (`read`, `places_nbytes`) and
+    gives their number (`count`). A body is the places, then k float32 values. `Then` codes the
     values by another compressor instead.
     """
 
     ascending: ClassVar[bool] = False  # whether places are `Entries` with ascending indices
 
     def gain(self, d: int) -> float:
-        """What entries are multiplied by before they are sent: 1 if they are sent as they are."""
+        """Factor of the entries that are sent: 1 if they are unchanged."""
         return 1.0
 
     def count(self, d: int) -> int:
-        """k for d elements; the smallest one of a sparsifier not `fixed_size`."""
+        """k for d elements; the smallest k if not `fixed_size`."""
         raise NotImplementedError
 
     def places_nbytes(self, d: int) -> int:
@@ -82,7 +82,7 @@ class Sparsifier(Compressor):
         return HEAD_NBYTES
 
     def choose(self, x: Array, key: Key) -> Chosen:
-        """The entries of float32[d] x to send; x stays untouched.
+        """The entries of float32[d] x to send; x is not changed.
 
         Raises:
             NonFiniteError: x has a NaN or an infinity.
@@ -93,23 +93,23 @@ class Sparsifier(Compressor):
     def read(cls, fields: Fields, d: int) -> Places:
         """The places at the start of a body, all below d.
 
-        Call `fields.require_values(k)` before making k places: nothing else about k can be trusted.
+        Call `fields.require_values(k)` before allocating k places, because k is not trusted.
 
         Raises:
-            PayloadError: there are none.
+            PayloadError: there are no valid places.
         """
         raise NotImplementedError
 
     def amplified(self, values: np.ndarray, d: int) -> np.ndarray:
-        """What is sent of the entries: the same array for a gain of 1.
+        """The entries times the gain; the same array for a gain of 1.
 
         Raises:
-            NonFiniteError: an entry is too large for it.
+            NonFiniteError: a product overflows.
         """
         gain = self.gain(d)
         if gain == 1:
             return values
-        with np.errstate(over="ignore"):  # refused in the next line
+        with np.errstate(over="ignore"):  # rejected below
             sent = values * np.float32(gain)
         require_finite(sent, self)
         return sent
@@ -159,7 +159,7 @@ class Sparsifier(Compressor):
 class RandomSparsifier(Sparsifier):
     """Base of sparsifiers whose places follow from a seed.
 
-    A subclass has the fields `shared`, whether all ranks draw the same places, and `scale`.
+    A subclass has the fields `shared` (whether all ranks draw the same places) and `scale`.
     """
 
     shared: bool
@@ -171,7 +171,7 @@ class RandomSparsifier(Sparsifier):
         keep_choice(self, "scale", ("contractive", "unbiased"), way_out)
 
     def share(self, d: int) -> float:
-        """The part of d entries that is kept, on average."""
+        """The fraction of d entries that is kept, on average."""
         return self.count(d) / max(d, 1)
 
     @property
@@ -193,7 +193,7 @@ class RandomSparsifier(Sparsifier):
 
 
 def _require_plain(rest: np.ndarray, count: int) -> None:
-    """Raise unless so many float32 values fit into the rest of a body."""
+    """Raise unless `count` float32 values fit into the rest of a body."""
     if 4 * count > rest.size:
         raise PayloadError(
             f"payload has {rest.size} bytes left for {count} values, expected {4 * count}; it was "
@@ -212,7 +212,7 @@ def coded(indices: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_coded(fields: Fields, d: int, what: str) -> Entries:
-    """What `coded` wrote; `what` is the compressor's name.
+    """Read the output of `coded`; `what` is the compressor's name.
 
     Raises:
         PayloadError: it is malformed.

@@ -32,20 +32,20 @@ _GRID = Grid("ternary", 1)
 class TernGrad(Compressor):
     """C(x)_i = M sign(x_i) with probability |x_i| / M, else 0, where M = max |x_i|: 1.6 bits.
 
-    Unbiased, with a variance of exactly M ||x||_1 / ||x||^2 - 1, which is at most (sqrt(b) - 1) / 2
-    for b entries with a common M, whatever they are. One large entry raises the variance of all
-    others in its bucket: that is what buckets and clipping are for.
+    Unbiased, with a variance of exactly M ||x||_1 / ||x||^2 - 1. For b entries with a common M it
+    is at most (sqrt(b) - 1) / 2 for every x. One large entry raises the variance of all others in
+    its bucket; buckets and clipping limit this effect.
 
-    With a clip there is no bound on ||x - C(x)|| / ||x|| below 1, yet error feedback is stable: in
-    a bucket of b entries the largest magnitude shrinks on average, E max |x - C(x)| <=
-    (1 - q / 2) max |x| with q = min(clip / sqrt(b), 1 / (2 b)). For x is cut to M >=
-    min(1, clip / sqrt(b)) max |x|, entries above M lose M, and each of the others ends above
+    With a clip, ||x - C(x)|| / ||x|| has no bound below 1, but error feedback is stable. In a
+    bucket of b entries the largest magnitude shrinks on average: E max |x - C(x)| <=
+    (1 - q / 2) max |x| with q = min(clip / sqrt(b), 1 / (2 b)). Reason: x is cut to M >=
+    min(1, clip / sqrt(b)) max |x|, entries above M lose M, and each other entry ends above
     (1 - 1 / (2 b)) M with a probability of at most 1 / (2 b). Without a clip it is unbiased and
-    needs no memory; `Scaled` makes it a contraction, whose memory is smaller.
+    needs no error memory. `Scaled` makes it a contraction, with a smaller error memory.
 
     Args:
         clip: cut x to +-clip standard deviations first, taken about 0 within a bucket (2.5 in the
-            paper), which makes C biased and without a bound that holds for every x; or None.
+            paper), or None. C is then biased, without a bound that holds for every x.
         bucket: entries that share an M, or None for the whole vector.
 
     Raises:
@@ -107,7 +107,7 @@ class TernGrad(Compressor):
         return head, scales, codes
 
     def _largest(self, x: Array, block: int) -> np.ndarray:
-        """float64[blocks]: M; what exceeds it is rounded to it, which is what clipping does."""
+        """float64[blocks]: M. Larger entries are rounded to it, which is the clipping."""
         xp, d = namespace(x), x.shape[0]
         largest = xp.block_max(x, block).astype(np.float64)
         if self.clip is None:

@@ -20,7 +20,7 @@ from ef_horovod.errors import PayloadError, UnsupportedError
 from ef_horovod.wire import Fields
 
 _LAYOUT = struct.Struct("<BBH")  # kinds of sparsifier and values, reserved
-_PURPOSE = 5  # of the values' draws: they must not follow from the sparsifier's
+_PURPOSE = 5  # of the values' draws: independent of the sparsifier's
 
 
 @register_compressor(wire_id=15)
@@ -28,25 +28,25 @@ _PURPOSE = 5  # of the values' draws: they must not follow from the sparsifier's
 class Then(Compressor):
     """C(x) = V(S(x)): the entries that a sparsifier S keeps, their values coded by V.
 
-    At 1 % density, `Then(TopK(0.01), Natural())` sends 17.2 bits a kept entry, where `TopK` alone
-    sends 40.2: it can keep twice as many for less. All of S, V and C in terms of one vector of d
-    entries, of which S keeps k:
+    At 1 % density, `Then(TopK(0.01), Natural())` sends 17.2 bits per kept entry, `TopK` alone 40.2.
+    So it can keep twice as many entries for fewer bytes. Constants of C for a vector of d entries,
+    of which S keeps k:
 
-    - S keeps entries as they are and V is a contraction: so is C, with delta = delta_S(d)
-      delta_V(k). What S drops and what V loses lie at different places, so ||x - C(x)||^2 =
+    - If S keeps entries unchanged and V is a contraction, so is C, with delta = delta_S(d)
+      delta_V(k). S and V lose different entries, so ||x - C(x)||^2 =
       ||x - Sx||^2 + ||Sx - V(Sx)||^2 <= ||x||^2 - delta_V ||Sx||^2, and ||Sx||^2 >= delta_S
       ||x||^2. An unbiased V with omega_V(k) < 1 has delta_V = 1 - omega_V; `Scaled(V)` has
       1 / (1 + omega_V) for any omega_V.
-    - Both are unbiased: so is C, with omega = (1 + omega_S(d)) (1 + omega_V(k)) - 1.
-    - For `HardThreshold`, k follows from the data and there is no delta; an error memory stays
-      bounded all the same where V suits error feedback.
+    - If both are unbiased, so is C, with omega = (1 + omega_S(d)) (1 + omega_V(k)) - 1.
+    - For `HardThreshold`, k depends on the data and there is no delta. The error memory still stays
+      bounded if V suits error feedback.
 
-    Where k varies, the constants of V are those for k = d.
+    If k varies, the constants of V are those for k = d.
 
     Args:
         sparsifier: `TopK`, `HardThreshold`, `RandomK`, `RandomBlock`, `RandomSparsify`, or any
             other `Sparsifier`.
-        values: what compresses the vector of kept values: `Natural`, `Cast`, `QSGD`,
+        values: the compressor of the kept values: `Natural`, `Cast`, `QSGD`,
             `NaturalDithering`, ... but no sparsifier. Its blocks are blocks of kept values.
 
     Raises:
@@ -92,7 +92,7 @@ class Then(Compressor):
 
     @property
     def shared(self) -> bool | None:
-        """Whether all draws are equal on all ranks; None: the two parts may differ in that."""
+        """Whether all draws are equal on all ranks; None if the two parts may differ in this."""
         return True if self.allreducible else None
 
     @property
@@ -128,7 +128,7 @@ class Then(Compressor):
     def encode(self, x: Array, key: Key, *, residual: bool) -> tuple[np.ndarray, ...]:
         d, own_key = x.shape[0], key.apart(_PURPOSE)
         places_parts, places, values = self.sparsifier.choose(x, key)
-        values = np.require(values, requirements="W")  # TensorFlow's arrays cannot be changed
+        values = np.require(values, requirements="W")  # TensorFlow's arrays are read-only
         sent = self.sparsifier.amplified(values, d)
         fused = residual and sent is values
         parts = self.values.encode(sent, own_key, residual=fused)

@@ -29,7 +29,7 @@ class TopK(Sparsifier):
 
     Args:
         ratio: kept fraction in (0, 1], k = max(1, floor(ratio * d)); smaller is more aggressive.
-        k: or the number of kept entries itself, at least 1.
+        k: number of kept entries, at least 1; give k or ratio.
 
     Raises:
         ValueError: not exactly one of ratio and k, or out of range.
@@ -79,7 +79,7 @@ class TopK(Sparsifier):
     def choose(self, x: Array, key: Key) -> Chosen:
         d = x.shape[0]
         indices, values = namespace(x).top_k(x, self.count(d))
-        require_finite(values, self)  # NaN and infinity rank above all numbers, so they are here
+        require_finite(values, self)  # NaN and infinity rank above all numbers, so values has them
         return Chosen(coded(indices, d), Entries(indices), values)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Fewer mantissa bits, really packed."""
+"""Fewer mantissa bits, packed without gaps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TruncateMantissa(Compressor):
     """Keep m mantissa bits of each entry and drop the rest: 9 + m bits, rounded towards zero.
 
     No entry loses more than 1 / (2**m + 1) of itself, so C is a contraction with 1 - delta =
-    (2**m + 1)**-2, below the 4**-m of the simpler bound. Signs of entries survive and none grows.
+    (2**m + 1)**-2, below the 4**-m of the simpler bound. Signs are kept, and no magnitude grows.
 
     Args:
         bits: m, from 0 (the power of two below each entry) to 22. 7 is bfloat16's precision.

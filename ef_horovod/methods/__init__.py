@@ -1,4 +1,4 @@
-"""Error-feedback methods: one file each. Importing this package registers every one of them."""
+"""Error-feedback methods, one file each. Importing this package registers all of them."""
 
 from ef_horovod.common.registry import import_all
 

@@ -1,19 +1,19 @@
-"""What a method is: two pure halves around the wire, one for workers and one for the aggregator.
+"""Base of methods: one half for workers, one for the aggregator.
 
-    push    worker      gradient -> message
-    reduce  aggregator  messages of all workers -> aggregate
-    pull    worker      aggregate -> direction, which the optimizer gets in place of the gradient
+    push    worker      gradient -> payload
+    reduce  aggregator  payloads of all workers -> aggregate
+    pull    worker      aggregate -> aggregated gradient, which the optimizer gets
 
-With a gather or reduce exchange every rank runs `reduce` itself on its own replica of the server
-state; with a parameter server, the server does, and with a double pass each rank for one slice of
-the vector. So a method is written once for all of them.
+A method is written once for all exchanges. With gather or reduce, every rank runs `reduce` on its
+own replica of the aggregator's state. With a parameter server, the server runs it. With a double
+pass, each rank runs it for one slice of the vector.
 
-Ownership, so that nothing is copied on the step path and a step can still be dropped:
+Ownership of arrays avoids copies in each step, and a step can still be dropped:
 
-- `push` may overwrite `gradient` and leaves x - C(x) in it (x is what it compressed), but changes
-  no array of `state`: whoever wants to drop the step keeps the old state and is where it was.
-- `reduce` and `pull` commit: they may change the arrays of the states that they are given, and the
-  returned aggregate and direction are valid until the next call.
+- `push` may overwrite `gradient` and leaves x - C(x) in it, where x is the compressed vector. It
+  changes no array of `state`, so keeping the old state drops the step.
+- `reduce` and `pull` commit: they may change the arrays of the given states. The returned aggregate
+  and aggregated gradient are valid until the next call.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from ef_horovod.common.repr import Shown
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload, mean_at_once
 from ef_horovod.errors import UnsupportedError, without_adapter
 
-State = Any  # a NamedTuple of each method's own
+State = Any  # a NamedTuple, defined by each method
 
 
 class MeanState(NamedTuple):
-    """The aggregator's state of methods without memory there: room for the mean."""
+    """The aggregator's state of methods that keep no other state there: room for the mean."""
 
     mean: Array  # float32[d]
 
 
 @dataclass(frozen=True)
 class Method(Shown):
-    """Base of all methods; single-pass ones without a memory at the aggregator inherit `reduce`.
+    """Base of all methods; single-pass ones without state at the aggregator inherit `reduce`.
 
     Args:
-        compressor: what messages are made with.
+        compressor: of the workers' payloads.
 
     Raises:
-        UnsupportedError: something else than a compressor was given.
+        UnsupportedError: `compressor` is not a compressor.
     """
 
     compressor: Compressor
 
-    # Fields of the states that hold nothing between steps: checkpoints leave them out.
+    # Fields of the states that hold nothing between steps; checkpoints omit them.
     scratch: ClassVar[frozenset[str]] = frozenset({"mean"})
-    # Vectors of the aggregator's state that `reduce` changes in place, None if that is not known:
-    # a server that may have to take a round back copies them before.
+    # Vectors of the aggregator's state that `reduce` changes in place; None if unknown. A server
+    # that may have to undo a round copies them first.
     reduced_in_place: ClassVar[frozenset[str] | None] = None
-    # The same of the worker's state and `pull`: copied before a step that may still be left out.
+    # The same for the worker's state and `pull`; copied before a step that may be dropped.
     pulled_in_place: ClassVar[frozenset[str] | None] = None
-    # Whether workers may miss rounds, and `listen` to them: what a round means must not depend on
-    # the step that a worker last took part in.
+    # Whether workers may miss rounds and call `listen`: decoding a round must not depend on the
+    # last step that the worker took part in.
     can_listen: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -70,25 +70,25 @@ class Method(Shown):
 
     @property
     def allreducible(self) -> bool:
-        """Whether messages may be summed in flight: then `reduce` gets one for all workers."""
+        """Whether payloads may be summed in flight; then `reduce` gets one for all workers."""
         return self.compressor.allreducible
 
     @property
     def fixed_size(self) -> bool:
-        """Whether the messages of a step are equally long on all ranks."""
+        """Whether the payloads of a step have equal sizes on all ranks."""
         return self.compressor.fixed_size
 
     @property
     def fixed_size_answers(self) -> bool:
-        """Whether the aggregator's answers are equally long in all steps."""
+        """Whether the aggregator's answers have equal sizes in all steps."""
         down = getattr(self, "down", None)
         return not isinstance(down, Compressor) or down.fixed_size
 
     @property
     def sliceable(self) -> bool:
-        """Whether a vector may be cut anywhere, into slices with states of their own.
+        """Whether a vector may be cut anywhere into slices with separate states.
 
-        So it is unless a method asks for the shapes in a vector.
+        True unless a method needs the shapes in a vector.
         """
         return type(self).for_shapes is Method.for_shapes
 
@@ -98,7 +98,7 @@ class Method(Shown):
         return (cls(compressor),)
 
     def compress(self, *_: Any) -> Any:
-        """Not there: raises with the way out where stock Horovod asks for it.
+        """Always raises, for stock Horovod that got a method without an adapter.
 
         Raises:
             UnsupportedError: always.
@@ -110,78 +110,78 @@ class Method(Shown):
     def for_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Method:
         """The method for vectors that hold arrays of these shapes, one after the other in C order.
 
-        Adapters ask before they open a channel; whoever has a bare vector does not.
+        Adapters call it before they open a channel. Callers with a plain vector do not.
         """
         return self
 
     def init(self, x: Array, workers: int = 1) -> tuple[State, State]:
-        """States of a worker and of the aggregator of so many, for vectors like x: float32[d]."""
+        """States of a worker and of the aggregator of `workers`, for vectors like x: float32[d]."""
         raise NotImplementedError
 
     def uncompressed(self) -> Method | None:
-        """What treats parameters that stay uncompressed alike; None if plain averages do."""
+        """The equivalent method for uncompressed parameters; None if plain averages suffice."""
         return None
 
     def message_length(self, d: int, step: int) -> int:
-        """Numbers in a step's messages, and in the mean of them, for gradients of d numbers."""
+        """Numbers in a step's payloads and in their mean, for gradients of d numbers."""
         return d
 
     def skip(self, gradient: Array, key: Key) -> Payload:
-        """A message as long as this step's others that says only: drop the step on all ranks."""
+        """A payload of this step's size with the flag to drop the step on all ranks."""
         return self.compressor.skip(gradient, key)
 
     def push(self, state: State, gradient: Array, key: Key = DEFAULT_KEY) -> tuple[Payload, State]:
-        """Compress what this worker has to say.
+        """Compress this worker's contribution.
 
         Args:
             state: the worker's.
-            gradient: float32[d], overwritten with what the compressor lost.
-            key: what random compressors draw from.
+            gradient: float32[d], overwritten with the compression error.
+            key: determines the draws of random compressors.
 
         Raises:
-            NonFiniteError: the vector to compress has a NaN or an infinity; state is as it was.
+            NonFiniteError: the vector to compress has a NaN or an infinity; state is not changed.
         """
         raise NotImplementedError
 
     def reduce(
         self, server: State, messages: Sequence[Payload], key: Key
     ) -> tuple[Array | Payload, State]:
-        """Mean over workers of what the messages say.
+        """Mean of the payloads over workers.
 
         Args:
             server: the aggregator's state.
-            messages: one for each worker in rank order, or a single one that stands for their sum.
+            messages: one payload per worker in rank order, or a single one with their sum.
             key: the aggregator's, equal on all ranks; `key.workers` is the number of workers.
 
         Returns:
-            What all workers get, and the state: a float32[d], or from methods that compress in
-            both directions the payload that a server would broadcast.
+            The aggregate for all workers, and the state. The aggregate is a float32[d]; in methods
+            that compress both ways it is the payload that a server would broadcast.
         """
         return mean_of(messages, key.workers, out=server.mean), server
 
     def pull(self, state: State, aggregate: Array | Payload) -> tuple[Array, State]:
-        """Turn the aggregate into the direction; commits the worker's state."""
+        """Turn the aggregate into the aggregated gradient; commits the worker's state."""
         return aggregate, state
 
     def listen(self, state: State, aggregate: Array | Payload) -> Array:
-        """The direction of a round in which this worker has said nothing.
+        """The aggregated gradient of a round in which this worker sent nothing.
 
-        What it changes are arrays of the state, in place.
+        It changes arrays of the state in place.
         """
         return self.pull(state, aggregate)[0]
 
     def add_message(self, state: State, message: Payload, dense: Array) -> None:
-        """dense += what a worker's own message says of its gradient, float32[d].
+        """dense += a worker's own payload as a part of its gradient, float32[d].
 
         Args:
-            state: the worker's after the step of the message.
+            state: the worker's after the payload's step.
         """
         message.add_to(dense)
 
     def span(self, field: str, start: int, stop: int, d: int) -> tuple[int, int]:
-        """Where in a vector of the states lies what belongs to elements start to stop of d.
+        """Slice of a state's vector that belongs to the elements start to stop of d.
 
-        Checkpoints keep it under the name of the parameter that those elements are of.
+        Checkpoints save it under the name of the parameter with these elements.
         """
         return start, stop
 
@@ -189,17 +189,16 @@ class Method(Shown):
 def mean_of(
     messages: Sequence[Payload], workers: int, out: Array, plus: Array | None = None
 ) -> Array:
-    """`out`, overwritten with what the messages say in sum, over the number of workers.
+    """`out`, overwritten with the sum of the payloads over the number of workers.
 
     Args:
-        messages: one for each worker in rank order, or a single one that stands for their sum.
-        workers: how many they are from.
+        messages: one payload per worker in rank order, or a single one with their sum.
+        workers: number of workers.
         out: float32[d].
         plus: float32[d] to add to the mean.
 
-    Messages that are shorter than the vector, all together, are decoded in one pass over memory
-    where their compressor can. Each number is made by the same operations in the same order in any
-    case.
+    Payloads that are together shorter than the vector are decoded in one pass over memory if their
+    compressor supports it. The result is bitwise the same in both cases.
     """
     xp = namespace(out)
     if mean_at_once(messages, workers, out, plus):
@@ -214,5 +213,5 @@ def mean_of(
 
 
 def vector_like(x: Array) -> Array:
-    """float32[d] of zeros, like x: float32[d]."""
+    """float32[d] of zeros, like float32[d] x."""
     return namespace(x).zeros(x.shape[0], getattr(x, "device", None))

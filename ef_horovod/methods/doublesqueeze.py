@@ -1,4 +1,4 @@
-"""DoubleSqueeze: compression with error feedback on both ways."""
+"""DoubleSqueeze: compression with error feedback both ways."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class DoubleSqueeze(Method):
     v = mean_i q_i + d; answer q = C_down(v); d = v - q; direction = q.
 
     With a constant learning rate the virtual iterate x - lr (d + mean_i d_i) takes plain SGD
-    steps. With `down=Identity()` it is MEM-SGD, which `ErrorFeedback` is too. Memory: one vector a
-    worker and one at the aggregator; where every rank plays the aggregator's part, both on each.
+    steps. With `down=Identity()` it is MEM-SGD, as is `ErrorFeedback`. State: one vector per worker
+    and one at the aggregator; if every rank aggregates, both on each rank.
 
     Args:
         compressor: of the workers.
         down: of the aggregator.
 
     Raises:
-        ValueError: a compressor whose error can be larger than what it compresses.
-        UnsupportedError: `down` is no compressor.
+        ValueError: a compressor whose error can be larger than its input.
+        UnsupportedError: `down` is not a compressor.
 
     Example:
         >>> import ef_horovod as ef
@@ -60,7 +60,7 @@ class DoubleSqueeze(Method):
 
     down: Compressor = Identity()  # noqa: RUF009 - frozen
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "direction"})
-    reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # memories change places
+    reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # vectors are swapped
     pulled_in_place: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class DoubleSqueeze(Method):
     ) -> tuple[Payload, DoubleSqueezeServer]:
         compensated = mean_of(messages, key.workers, out=server.mean, plus=server.error)
         answer, residual = self.down.compress_with_residual(compensated, key)
-        # The residual took the mean's memory; the old error's is free.
+        # The residual uses the mean's memory, so the old error's is free.
         return answer, DoubleSqueezeServer(error=residual, mean=server.error)
 
     def pull(

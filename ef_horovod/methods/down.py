@@ -1,4 +1,4 @@
-"""The way back: what aggregators send when they compress too."""
+"""Compressed answers of aggregators."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ef_horovod.errors import UnsupportedError
 
 
 def decoded(payload: Payload, out: Array) -> Array:
-    """`out`, overwritten with what the payload says."""
+    """`out`, overwritten with the decoded payload."""
     namespace(out).fill(out, 0.0)
     payload.add_to(out)
     return out
 
 
 def require_down(method: Any, *, optional: bool = True) -> None:
-    """Raise unless `method.down` is a compressor, or None where that is allowed.
+    """Raise unless `method.down` is a compressor, or None if `optional`.
 
     Raises:
         UnsupportedError: it is something else.

@@ -1,4 +1,4 @@
-"""EF21: every worker tracks its gradient by a compressed difference."""
+"""EF21: every worker tracks its gradient by compressed differences."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ef_horovod.methods.registry import register_method
 
 
 class EF21State(NamedTuple):
-    """What a worker tracks."""
+    """A worker's tracked gradient."""
 
-    tracked: Array  # float32[d], h_i: exactly what all other ranks believe of this worker
+    tracked: Array  # float32[d], h_i: bitwise as all other ranks track it
     velocity: Array | None = None  # float32[d], v_i, with momentum
     next_velocity: Array | None = None  # float32[d], becomes v_i when the step commits
     started: bool = False  # whether velocity holds a gradient yet
-    estimate: Array | None = None  # float32[d], with `down`: what the aggregator has announced
+    estimate: Array | None = None  # float32[d], with `down`: G, the sum of all answers
     pending: Payload | None = None  # sent, not yet added to tracked
 
 
 class EF21Server(NamedTuple):
-    """The aggregator's view."""
+    """The aggregator's state."""
 
     total: Array  # float32[d], sum_i h_i: a sum, so that it equals the workers' h_i to the last bit
     mean: Array  # float32[d]
-    estimate: Array | None = None  # float32[d], with `down`: what the workers know of the mean
+    estimate: Array | None = None  # float32[d], with `down`: G, the workers' copy of the mean
 
 
 @register_method
@@ -43,35 +43,36 @@ class EF21Server(NamedTuple):
 class EF21(Method):
     """c_i = C(g_i - h_i); h_i += c_i; direction = H = mean_i h_i, kept as H += mean_i c_i.
 
-    h_i starts at zero, so the first message is C(g_i), as in the paper. The state is in gradient
-    units and free of the learning rate. Options make the variants:
+    h_i starts at zero, so the first payload is C(g_i), as in the paper. The state is in gradient
+    units and independent of the learning rate. Variants:
 
-    - full gradients: EF21; of a batch: EF21-SGD; the estimates of `PAGE`: EF21-PAGE.
+    - Full gradients: EF21. Gradients of a batch: EF21-SGD. The estimates of `PAGE`: EF21-PAGE.
     - `momentum` = eta in (0, 1]: the worker compresses the difference to
-      v_i = (1 - eta) v_i + eta g_i (EF21-SGDM), which takes the noise of small batches out of what
-      is tracked; v_i starts at the first gradient. eta = 1 is EF21-SGD.
-    - `participation` = p in (0, 1]: in each step max(1, floor(p n)) workers, drawn alike on all
-      ranks, send; the others keep h_i, and v_i too, and send a header (EF21-PP).
-    - `down` = C_down: the aggregator announces b = C_down(H - G), G += b, and the direction is G
-      (EF21-BC).
-    - `weights` = smoothness constants L_i, one for each worker: w_i = L_i / sum_j L_j, and
+      v_i = (1 - eta) v_i + eta g_i (EF21-SGDM). This removes the noise of small batches from the
+      tracked gradient. v_i starts at the first gradient. eta = 1 is EF21-SGD.
+    - `participation` = p in (0, 1]: in each step only max(1, floor(p n)) workers send. All ranks
+      draw the same ones. The others keep h_i and v_i, and send a header (EF21-PP).
+    - `down` = C_down: the aggregator answers b = C_down(H - G), G += b, and the aggregated gradient
+      is G (EF21-BC).
+    - `weights` = smoothness constants L_i, one per worker: w_i = L_i / sum_j L_j, and
       c_i = C(g_i / (n w_i) - h_i), H = sum_i w_i h_i (EF21-W).
 
-    Polyak's momentum (EF21-HB) and proximal steps (EF21-Prox) are the optimizer's: SGD with
+    Use the optimizer for Polyak's momentum (EF21-HB) and proximal steps (EF21-Prox): SGD with
     momentum on H is EF21-HB.
 
-    Memory: h_i, their sum and mean; with momentum two vectors more, with `down` two more.
+    State: h_i, their sum and mean; two vectors more with momentum, two more with `down`.
 
     Args:
         compressor: a contraction (`TopK`, `OneBit`, unscaled `RandomK`, `Cast`).
         momentum: eta, or None; smaller averages longer.
-        participation: share of the workers that send in a step, or None for all.
+        participation: share of the workers that send per step, or None for all.
         down: the aggregator's compressor, a contraction, or None.
-        weights: positive numbers, one for each worker in rank order, or None for equal ones.
+        weights: positive numbers, one per worker in rank order, or None for equal ones.
 
     Raises:
         ValueError: a number out of range, or a compressor that is not a contraction.
-        UnsupportedError: `down` is no compressor; at the first step, other than n weights.
+        UnsupportedError: `down` is not a compressor; at the first step, if there are not n
+            weights.
 
     Example:
         >>> import ef_horovod as ef
@@ -107,12 +108,12 @@ class EF21(Method):
 
     @property
     def allreducible(self) -> bool:
-        """Weighted or missing messages cannot be summed in flight."""
+        """Weighted or missing payloads cannot be summed in flight."""
         return super().allreducible and self.weights is None and self.participation is None
 
     @property
     def fixed_size(self) -> bool:
-        """A worker that does not take part sends a header alone."""
+        """A worker that does not take part sends only a header."""
         return super().fixed_size and self.participation is None
 
     @classmethod
@@ -205,7 +206,7 @@ def _checked_weights(weights: Any) -> tuple[float, ...]:
 
 
 def require_contraction(method: str, compressor: Compressor) -> None:
-    """Raise for compressors with which tracked gradients diverge.
+    """Raise unless the compressor is a contraction; otherwise tracked gradients diverge.
 
     Raises:
         ValueError: the compressor is not a contraction.

@@ -1,4 +1,4 @@
-"""EF21+: the better one of tracking by a difference and starting afresh."""
+"""EF21+: each step sends the more accurate of an EF21 update and a fresh C(g)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ef_horovod.methods.registry import register_method
 
 
 class EF21PlusState(NamedTuple):
-    """What a worker tracks."""
+    """A worker's tracked gradient."""
 
     tracked: Array  # float32[d], h_i
     afresh: Array  # float32[d], room for the gradient
-    pending: Payload | None = None  # sent, not yet taken into tracked
+    pending: Payload | None = None  # sent, not yet applied to tracked
 
 
 class EF21PlusServer(NamedTuple):
-    """What the aggregator knows of each worker."""
+    """The aggregator's copies of the tracked gradients."""
 
     tracked: tuple[Array, ...]  # n times float32[d]
     mean: Array  # float32[d]
@@ -34,9 +34,9 @@ class EF21PlusServer(NamedTuple):
 class EF21Plus(Method):
     """b_i = C(g_i), m_i = h_i + C(g_i - h_i); h_i becomes the one nearer to g_i, m_i in a tie.
 
-    The message is C(g_i - h_i), or C(g_i) with a flag in the header that says "in place of what was
-    tracked". So the aggregator keeps every worker's h_i: n vectors, on every rank unless a server
-    does it. Theory asks for a deterministic C; each step compresses twice.
+    The payload is C(g_i - h_i), or C(g_i) with a header flag to replace h_i. So the aggregator
+    keeps every worker's h_i: n vectors, on every rank unless there is a server. The theory requires
+    a deterministic C. Each step compresses twice.
 
     Args:
         compressor: a contraction.
@@ -62,7 +62,7 @@ class EF21Plus(Method):
 
     @property
     def allreducible(self) -> bool:
-        """Each message may replace what was tracked: they are needed one by one."""
+        """No: a payload may replace h_i, so the aggregator needs each one."""
         return False
 
     @classmethod
@@ -88,7 +88,7 @@ class EF21Plus(Method):
         if xp.squared_norm(lost) <= xp.squared_norm(lost_afresh):
             return difference, state._replace(pending=difference)
         message = replacement.as_replacement()
-        xp.assign(gradient, lost_afresh)  # by contract: what was lost
+        xp.assign(gradient, lost_afresh)  # `push` must leave the compression error
         return message, state._replace(pending=message)
 
     def reduce(

@@ -1,4 +1,4 @@
-"""ErrorCompensatedX: the errors of the last two steps, for variance-reduced methods."""
+"""ErrorCompensatedX: error feedback from the last two steps, for variance-reduced methods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ef_horovod.methods.schedules import Schedule, keep_weight, value_at
 
 
 class ECXState(NamedTuple):
-    """A worker's errors and its replica of the direction."""
+    """A worker's errors and its replica of the aggregated gradient."""
 
     last: Array  # float32[d], delta_{t-1}
     before: Array  # float32[d], delta_{t-2}
@@ -27,7 +27,7 @@ class ECXState(NamedTuple):
     answer: Array  # float32[d], room for the aggregator's
     filtered: Array | None = None  # float32[d], e, with beta < 1
     next_filtered: Array | None = None  # float32[d], becomes e when the step commits
-    alpha: float = 1.0  # of the step that is under way
+    alpha: float = 1.0  # of the current step
 
 
 class ECXServer(NamedTuple):
@@ -50,34 +50,34 @@ class ErrorCompensatedX(Method):
                   - (alpha_{t-2}/alpha_t)(1 - alpha_t) delta_{t-2}
         e_t = (1 - beta) e_{t-1} + beta Delta_t;  w = A + e_t;  send C(w);  delta_t = w - C(w)
 
-    at each worker, and at the aggregator with its own errors. What a worker pushes is A_i: the
-    gradient for momentum, and what the estimators `STORM`, `ROOTSGD` and `IGT` make of gradients
-    for the methods of these names. With beta = 1 the errors telescope: the sum of all v differs
-    from its uncompressed value by alpha_t times one error. alpha = 1 is then DoubleSqueeze.
+    at each worker, and at the aggregator with its own errors. A worker pushes A_i: the gradient for
+    momentum, or the estimate of `STORM`, `ROOTSGD` or `IGT` for these methods. With beta = 1 the
+    errors telescope: the sum of all v differs from its uncompressed value by alpha_t times one
+    error. alpha = 1 is then DoubleSqueeze.
 
     2 - alpha exceeds 1, so with beta = 1 a weak compressor makes the errors grow without bound. A
     constant alpha and beta = 1 / (2 - alpha) give e_t = delta_{t-1}: ordinary error feedback.
-    Smaller beta smooth more than that. What we measured (docs/results/ecx.md):
+    A smaller beta smooths more. Measured (docs/results/ecx.md):
 
     - Momentum (A is the gradient) with `OneBit` or half of the entries: beta = 1. With `OneBit` at
-      large steps all smaller beta were unstable, ordinary error feedback among them.
-    - `STORM`, `IGT` and `ROOTSGD` with sparse messages: 0.3, the default. At large steps it stays
-      near the uncompressed method where beta >= 0.5 and ordinary error feedback diverge.
-    - These with `OneBit`: no beta did well at all step sizes; try a smaller step.
+      large learning rates all smaller beta were unstable, including ordinary error feedback.
+    - `STORM`, `IGT` and `ROOTSGD` with sparse payloads: 0.3, the default. At large learning rates
+      it stays near the uncompressed method, where beta >= 0.5 and ordinary error feedback diverge.
+    - These with `OneBit`: no beta did well at all learning rates; try a smaller one.
 
-    Memory: two errors, the direction and room for the answer on each worker, two errors at the
-    aggregator; with beta < 1 two more at both.
+    State: on each worker two errors, the aggregated gradient and room for the answer; at the
+    aggregator two errors; with beta < 1 two vectors more at both.
 
     Args:
         compressor: of the workers.
         down: of the aggregator; `Identity()` for none.
         alpha: weight of the new A in (0, 1]: a number, `Decay(2/3)` for STORM, `Decay(1)` for
             ROOT-SGD.
-        beta: in (0, 1], how much of Delta_t is taken over.
+        beta: weight of Delta_t in (0, 1].
 
     Raises:
         ValueError: a number out of range, or a compressor that amplifies errors.
-        UnsupportedError: `down` is no compressor.
+        UnsupportedError: `down` is not a compressor.
 
     Example:
         >>> import ef_horovod as ef
@@ -93,9 +93,9 @@ class ErrorCompensatedX(Method):
     alpha: Schedule = 0.1
     beta: float = 0.3
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "answer", "next_filtered", "alpha"})
-    reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # memories change places
+    reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # vectors are swapped
     pulled_in_place: ClassVar[frozenset[str]] = frozenset({"direction"})
-    can_listen: ClassVar[bool] = False  # alpha_t weighs answers, and belongs to a worker's own step
+    can_listen: ClassVar[bool] = False  # only `push` sets alpha_t, the weight of an answer
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,14 +157,14 @@ class ErrorCompensatedX(Method):
         return state.direction, state
 
     def _compensate(self, a: Array, state: ECXState | ECXServer, step: int) -> None:
-        """a += e_t; changes no other array but `next_filtered`."""
+        """a += e_t; of the other arrays, changes only `next_filtered`."""
         xp = namespace(a)
         now = value_at(self.alpha, step)
         one, two = (value_at(self.alpha, max(step - back, 0)) / now for back in (1, 2))
         weight_last, weight_before = one * (2 - now), -two * (1 - now)
         if state.filtered is None:
             xp.add(a, state.last, weight_last)
-            if weight_before:  # alpha = 1 is DoubleSqueeze to the last bit, signs of zeros too
+            if weight_before:  # alpha = 1 is bitwise DoubleSqueeze, signs of zeros too
                 xp.add(a, state.before, weight_before)
             return
         xp.average(state.filtered, state.last, self.beta, out=state.next_filtered)

@@ -1,4 +1,4 @@
-"""The classic: what compression lost is added to the next gradient."""
+"""Classic error feedback: the compression error is added to the next gradient."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ class ErrorFeedbackState(NamedTuple):
 class ErrorFeedback(Method):
     """p = g + e; send C(p); e = p - C(p); direction = mean_i C(p_i). Also known as MEM-SGD.
 
-    The error is kept in gradient units, so the sum of all that was sent plus the error is the sum
-    of all gradients, and with a constant learning rate the virtual iterate x - lr mean_i e_i takes
-    plain SGD steps. With `step_inside` = the learning rate (a number or a `Decay`), the step is
-    compressed in place of the gradient: p = lr g + e, direction = mean_i C(p_i) / lr, which keeps
-    the virtual iterate exact while the learning rate changes. The two differ where it changes, and
-    for compressors that are not homogeneous, such as a hard threshold. One vector of memory on each
-    rank.
+    The error is in gradient units, so the sum of all sent values plus the error is the sum of all
+    gradients. With a constant learning rate the virtual iterate x - lr mean_i e_i takes plain SGD
+    steps. With `step_inside` = the learning rate (a number or a `Decay`), the step is compressed
+    instead of the gradient: p = lr g + e, direction = mean_i C(p_i) / lr. This keeps the virtual
+    iterate exact while the learning rate changes. The two variants differ if it changes, and for
+    compressors that are not homogeneous, such as a hard threshold. State: one vector per rank.
 
     Args:
         compressor: a contraction, or another one that `supports_error_feedback`.
-        step_inside: the learning rate that the optimizer uses, or None.
+        step_inside: the optimizer's learning rate, or None.
 
     Raises:
-        ValueError: a compressor of which no bound is known that keeps the memory from growing.
+        ValueError: a compressor without a known bound on the error memory.
 
     Example:
         >>> import ef_horovod as ef
@@ -88,12 +87,12 @@ class ErrorFeedback(Method):
 
 
 def require_no_amplifier(method: str, compressor: Compressor) -> None:
-    """Raise for compressors with which nothing is known to keep an error memory bounded.
+    """Raise for compressors without a known bound on the error memory.
 
-    With QSGD(1), for one, it grows by about a tenth in each step, whatever the gradients are.
+    With QSGD(1), for example, it grows by about a tenth per step for all gradients.
 
     Raises:
-        ValueError: such a one.
+        ValueError: the compressor has no such bound.
     """
     if compressor.supports_error_feedback:
         return

@@ -1,13 +1,13 @@
-"""What a worker says in place of its gradient: variance-reduced estimates, made of gradients.
+"""Variance-reduced estimates that a worker sends instead of its gradient.
 
-An estimator names the points at which it needs gradients on the sample of this step, and combines
-them:
+An estimator lists the points where it needs gradients on this step's sample, and combines them:
 
     A = estimator.combine([gradient(point) for point in estimator.points(x, before, t)], last, t)
 
-All gradients of a step are taken on the SAME sample. `ef.simulate(..., estimator=)` and
-`ef.EstimatedGradient` (torch) do this; the pieces are pure and hold nothing. With alpha they belong
-to `ErrorCompensatedX` with the same alpha, which averages v_t = (1 - alpha_t) v_{t-1} + alpha_t A.
+All gradients of a step must be on the SAME sample. `ef.simulate(..., estimator=)` and
+`ef.EstimatedGradient` (torch) do this. Estimators are pure and keep no state. Use those with an
+alpha with `ErrorCompensatedX` and the same alpha, which averages
+v_t = (1 - alpha_t) v_{t-1} + alpha_t A.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ef_horovod.methods.schedules import Decay, Schedule, keep_weight, value_at
 
 @dataclass(frozen=True)
 class Estimator:
-    """A = the gradient: SGD, and momentum SGD where the method averages. Base of the others.
+    """A = the gradient: SGD, or momentum SGD if the method averages. Base of the others.
 
     Example:
         >>> Estimator().combine([3.0], None, 0)
@@ -37,7 +37,7 @@ class Estimator:
     needs_last: ClassVar[bool] = False
 
     def points(self, x: Array, before: Array, step: int) -> list[Array]:
-        """Where gradients on the sample of this step are needed; x itself comes first, if at all.
+        """Points where gradients on this step's sample are needed; if x is among them, it is first.
 
         Args:
             x: x_t.
@@ -47,20 +47,20 @@ class Estimator:
         return [x]
 
     def combine(self, gradients: Sequence[Array], last: Array | None, step: int) -> Array:
-        """A, which the worker gives to the method.
+        """A, the worker's input to the method.
 
         Args:
             gradients: at `points`, all on one sample.
-            last: what this returned for the worker in the last step, None at the first.
+            last: the worker's result of the last step, None at the first.
             step: t.
         """
         return gradients[0]
 
     def require_fit(self, method: Method) -> None:
-        """Raise unless a method makes of A what the estimator is meant for.
+        """Raise unless the method fits the estimator.
 
         Raises:
-            UnsupportedError: it does not.
+            UnsupportedError: it does not fit.
         """
 
 
@@ -72,7 +72,7 @@ class STORM(Estimator):
     A = g_0.
 
     Args:
-        alpha: the method's.
+        alpha: the same as the method's.
 
     Raises:
         ValueError: alpha out of (0, 1].
@@ -83,7 +83,7 @@ class STORM(Estimator):
 
     References:
         Cutkosky, Orabona: Momentum-Based Variance Reduction in Non-Convex SGD (NeurIPS 2019).
-        Tang, Li, Liu, Yan: ErrorCompensatedX (NeurIPS 2021), for this form of it.
+        Tang, Li, Liu, Yan: ErrorCompensatedX (NeurIPS 2021), for this form.
     """
 
     alpha: Schedule = Decay(2 / 3)  # noqa: RUF009 - frozen
@@ -128,7 +128,7 @@ class IGT(STORM):
     """A = the gradient at x_t + ((1 - alpha_t) / alpha_t) (x_t - x_{t-1}): implicit transport.
 
     Args:
-        alpha: the method's.
+        alpha: the same as the method's.
 
     Raises:
         ValueError: alpha out of (0, 1].
@@ -153,13 +153,13 @@ class IGT(STORM):
 class PAGE(Estimator):
     """v = the full gradient with probability p, else v + g_t - g_{t-1} of one minibatch.
 
-    The coin is tossed once a step for all workers, from seed and step. In a step with `whole(t)`
-    the sample is all of the worker's data: `gradient` asks for it. Step 0 is one. For `EF21`
-    without momentum, this is EF21-PAGE.
+    One random draw per step decides for all workers, from seed and step. In a step with `whole(t)`,
+    such as step 0, the sample must be all of the worker's data. With `EF21` without momentum, this
+    is EF21-PAGE.
 
     Args:
-        probability: in (0, 1], of a full gradient.
-        seed: of the coin.
+        probability: of a full gradient, in (0, 1].
+        seed: of the draws.
 
     Raises:
         ValueError: a probability out of range.
@@ -184,7 +184,7 @@ class PAGE(Estimator):
         keep_seed(self)
 
     def whole(self, step: int) -> bool:
-        """Whether the sample of this step is all of the data, for all workers alike."""
+        """Whether the sample of this step is all of the data; equal for all workers."""
         coin = Key(self.seed, step).apart(4).draw(shared=True) / 2.0**64
         return step == 0 or coin < self.probability
 

@@ -1,4 +1,4 @@
-"""Compressed gradients as they are: what is lost is lost."""
+"""Compressed gradients without error feedback."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ef_horovod.methods.registry import register_method
 
 
 class NoFeedbackState(NamedTuple):
-    """Nothing to remember."""
+    """No state between steps."""
 
-    direction: Array | None = None  # float32[d], with `down`: room for what the server answers
+    direction: Array | None = None  # float32[d], with `down`: room for the server's answer
 
 
 @register_method
@@ -25,13 +25,13 @@ class NoFeedbackState(NamedTuple):
 class NoFeedback(Method):
     """direction = mean_i C(g_i), or with `down` C_down(mean_i C(g_i)).
 
-    Right for unbiased compressors and for `Identity`, which makes it plain data-parallel SGD. A
-    biased compressor without feedback stalls or diverges (Karimireddy et al. 2019, Section 3): with
-    `TopK` it is the baseline "Top-k SGD", with `QSGD` "QSGD" of the DoubleSqueeze paper.
+    For unbiased compressors and for `Identity`, with which it is plain data-parallel SGD. A biased
+    compressor without feedback stalls or diverges (Karimireddy et al. 2019, Section 3). With `TopK`
+    it is the baseline "Top-k SGD" of the DoubleSqueeze paper, with `QSGD` its "QSGD".
 
     Args:
         compressor: of the workers.
-        down: of the aggregator, or None if it answers as it is.
+        down: of the aggregator, or None if answers are not compressed.
 
     Example:
         >>> import ef_horovod as ef

@@ -1,8 +1,7 @@
-"""Methods and compressors as words: from command lines, and from what other ranks write.
+"""Reads and writes methods and compressors as text, for command lines and between ranks.
 
-Understood are what `repr` gives, `EF21(TopK(ratio=0.01), momentum=0.1)`, and short forms,
-`topk:0.01` and `ef21`. Only registered names are called, with numbers and words; nothing else of
-Python is.
+Accepts the form of `repr`, `EF21(TopK(ratio=0.01), momentum=0.1)`, and short forms, `topk:0.01` and
+`ef21`. Only registered names are called, with numbers and strings; no other Python is evaluated.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from ef_horovod.methods.schedules import Decay
 
 
 def read_compressor(text: str) -> Compressor:
-    """The compressor that a text names.
+    """Read a compressor from text.
 
     Raises:
-        ValueError: no such compressor, or arguments that it does not take.
+        ValueError: no such compressor, or invalid arguments.
 
     Example:
         >>> read_compressor("topk:0.01"), read_compressor("OneBit(scale='l2')")
@@ -37,7 +36,7 @@ def read_compressor(text: str) -> Compressor:
 
 
 def write_method(method: Method) -> str:
-    """The method as text that `read_method` reads, with all that `repr` leaves out.
+    """The method as text for `read_method`, with the fields that `repr` omits.
 
     Example:
         >>> import ef_horovod as ef
@@ -55,15 +54,15 @@ def write_method(method: Method) -> str:
 def read_method(
     text: str, compressor: Compressor | None = None, down: Compressor | None = None
 ) -> Method:
-    """The method that a text names.
+    """Read a method from text.
 
     Args:
-        text: a whole method, or the name of one whose compressors are given apart.
-        compressor: of the workers, unless the text says it.
-        down: of the server, unless the text says it.
+        text: a complete method, or a name if the compressors are given separately.
+        compressor: of the workers, unless the text has it.
+        down: of the server, unless the text has it.
 
     Raises:
-        ValueError: no such method, or arguments that it does not take.
+        ValueError: no such method, or invalid arguments.
         UnsupportedError: a combination that the method refuses.
 
     Example:
@@ -85,7 +84,7 @@ def _read(text: str, options: dict[str, Any] | None = None) -> Any:
     head, colon, tail = text.partition(":")
     written = f"{head}({tail})" if colon else text
     try:
-        if "\0" in text:  # for which Pythons up to 3.11.3 have another error
+        if "\0" in text:  # Python up to 3.11.3 raises another error
             raise SyntaxError
         tree = ast.parse(written.strip(), mode="eval").body
         return _call(tree, options) if options else _value(tree)
@@ -96,8 +95,8 @@ def _read(text: str, options: dict[str, Any] | None = None) -> Any:
 
 
 def _value(tree: ast.expr) -> Any:
-    """What an expression stands for; a bare name is called without arguments."""
-    if isinstance(tree, ast.Name) and tree.id == "inf":  # as repr shows it
+    """The value of an expression; a bare name is called without arguments."""
+    if isinstance(tree, ast.Name) and tree.id == "inf":  # as `repr` writes it
         return math.inf
     if isinstance(tree, (ast.Call, ast.Name)):
         return _call(tree)

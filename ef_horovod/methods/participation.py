@@ -1,4 +1,4 @@
-"""Which workers take part in a step: drawn alike on all ranks, without a message."""
+"""Which workers take part in a step: the same draw on all ranks, without communication."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ef_horovod.arrays.keys import Key
 def participates(share: float | None, key: Key) -> bool:
     """Whether the worker with this key sends: one of max(1, floor(share * n)), without replacement.
 
-    The draw depends on seed and step alone, so a worker takes part with all of its buckets or none.
+    The draw depends on seed and step only, so a worker takes part with all of its buckets or none.
 
     Args:
         share: in (0, 1], or None for all.

@@ -1,4 +1,4 @@
-"""Compressed SGD that escapes saddle points: noise, and now and then a clean error memory."""
+"""Compressed SGD that escapes saddle points: noise, and periodic resets of the error memory."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ RESETS = ("flush", "drop")
 class PerturbedCompressedSGD(Method):
     """u = e + g + noise; send C(u); e = u - C(u); direction = mean_i C(u_i); e reset periodically.
 
-    The noise is Gaussian, drawn anew for each worker and step from the key, and goes through the
-    error memory. Every `reset_every` steps the memory is cleared, which bounds the error of
-    compressors that are not linear: "flush" sends u as it is in that step, so nothing is lost;
-    "drop" forgets it. Linear compressors (`RandomK` with shared indices) need no reset. One vector
-    of memory on each rank.
+    The noise is Gaussian, drawn from the key for each worker and step, and passes through the error
+    memory. Every `reset_every` steps the error memory is cleared, which bounds the error of
+    compressors that are not linear. "flush" sends u uncompressed in that step, so nothing is lost;
+    "drop" discards the error. Linear compressors (`RandomK` with shared indices) need no reset.
+    State: one vector per rank.
 
     Args:
-        compressor: one that does not amplify.
+        compressor: one that does not amplify errors.
         noise: standard deviation of each coordinate of each worker's noise; the mean over n workers
             has noise / sqrt(n).
         reset_every: steps between resets, or None.
@@ -103,7 +103,7 @@ class PerturbedCompressedSGD(Method):
 
 
 def normal(length: int, key: Key) -> np.ndarray:
-    """float32[length] of standard normal numbers that follow from the key and its rank."""
-    # A generator of its own from the counter: nothing is kept, no global generator is touched.
+    """float32[length] of standard normal numbers, from the key and its rank."""
+    # A new generator per call: no state is kept, and no global generator is used.
     generator = np.random.Generator(np.random.Philox(key=key.apart(3).draw(shared=False)))
     return generator.standard_normal(length, np.float32)

@@ -1,4 +1,4 @@
-"""PowerSGD: gradients of matrices as products of two narrow ones, of which one is sent a step."""
+"""PowerSGD: matrix gradients as products of two low-rank factors, one sent per step."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _SAFE = 1e28  # products of factors below it overflow nowhere
 
 
 class UnderWay(NamedTuple):
-    """What `pull` needs of `push`."""
+    """Values that `push` leaves for `pull`."""
 
     left: bool  # whether left factors are sent
-    bases: np.ndarray  # float32, orthonormal: the other side's, one after the other
-    spare: Array | None  # float32[d]: the error before, whose memory the direction takes
+    bases: np.ndarray  # float32, orthonormal: of the other side, concatenated
+    spare: Array | None  # float32[d]: the old error, whose memory `pull` reuses
 
 
 class PowerSGDState(NamedTuple):
@@ -43,7 +43,7 @@ class PowerSGDState(NamedTuple):
 
 
 class PowerSGDServer(NamedTuple):
-    """Nothing to remember."""
+    """No state."""
 
 
 @register_method
@@ -51,36 +51,36 @@ class PowerSGDServer(NamedTuple):
 class PowerSGD(Method):
     """M_i = G_i + E_i is projected on r directions that all ranks share; E_i is what is left.
 
-    A gradient of shape a x b is taken for P Q^T with P of a x r and Q of b x r, and in each step
-    one of the two is sent (B is orthonormal and the same on all ranks):
+    A gradient of shape a x b is approximated by P Q^T with P of a x r and Q of b x r. Each step
+    sends one of the two (B is orthonormal and the same on all ranks):
 
     - even steps: B = orth(Q of the last step), P_i = M_i B, P = mean_i P_i, direction = P B^T;
     - odd steps: B = orth(P of the last step), Q_i = M_i^T B, Q = mean_i Q_i, direction = B Q^T.
 
-    E_i = M_i - C(P_i) B^T. On one and the same M this is subspace iteration, which finds the best B
-    of its rank over some steps: hence the warm start. The paper's PowerSGD sends P and Q in each
-    step, two allreduces of which the second waits for the first; here it is one, of half the bytes.
-    Steps are told apart by the number in the key, so they have to be numbered without gaps.
+    E_i = M_i - C(P_i) B^T. On a constant M this is subspace iteration, which finds the best B of
+    its rank over some steps; hence the warm start. The paper's PowerSGD sends P and Q in each step,
+    by two allreduces, and the second waits for the first. Here it is one, of half the bytes. The
+    step number in the key decides between even and odd, so number steps without gaps.
 
-    Traffic: 4 r a bytes in even and 4 r b in odd steps for each matrix, in place of 4 a b. Factors
-    are summed in flight (`exchange="reduce"`), so the cost does not grow with the ranks, and nobody
-    decodes other ranks' messages. Memory: one vector for the error, whose place the next gradient
-    takes in turn, and r max(a, b) numbers for each matrix. Work: r multiplications and additions an
-    entry for each of factor, error and direction.
+    Traffic: 4 r a bytes in even and 4 r b in odd steps for each matrix, instead of 4 a b. Factors
+    are summed in flight (`exchange="reduce"`), so the cost does not grow with the number of ranks,
+    and no rank decodes others' payloads. State: one vector for the error, which swaps its memory
+    with the next gradient's, and r max(a, b) numbers for each matrix. Work: r multiplications and
+    additions per entry for each of factor, error and aggregated gradient.
 
-    Take it where gathers of other compressors would cost too much, that is for many ranks, in
-    networks of large matrices; start with rank 4: higher ranks lose less and send more. Arrays of
-    one dimension, and those with r (a + b) >= a b, are sent as they are.
+    Use it for many ranks, where gathers of other compressors cost too much, and for networks of
+    large matrices. Start with rank 4; higher ranks lose less and send more. Arrays of one
+    dimension, and those with r (a + b) >= a b, are sent uncompressed.
 
-    Which matrix: adapters know the shapes of the parameters (`for_shapes`). A shape is cut in two
-    where a + b is smallest, so (out, in, kh, kw) of torch is out x (in kh kw), (kh, kw, in, out) of
-    Keras is (kh kw in) x out, up to kernels with fewer outputs than kh kw. A vector whose shapes
-    nobody knows (`simulate`) is one matrix, about square.
+    Matrix shapes: adapters know the shapes of the parameters (`for_shapes`). A shape is cut in two
+    where a + b is smallest. So (out, in, kh, kw) of torch is out x (in kh kw), and
+    (kh, kw, in, out) of Keras is (kh kw in) x out, except for kernels with fewer outputs than
+    kh kw. A vector without known shapes (`simulate`) is one matrix, about square.
 
     Args:
         compressor: of the factors: `Identity`, or `Cast` for half the bytes, which are gathered.
         rank: r, at least 1.
-        shapes: of the arrays in the vector, one after the other; adapters fill them in.
+        shapes: of the arrays in the vector, in order; adapters fill them in.
 
     Raises:
         ValueError: a rank below 1, or a compressor that amplifies errors; at `init`, shapes with
@@ -106,7 +106,7 @@ class PowerSGD(Method):
     rank: int = 4
     shapes: tuple[Shape, ...] | None = field(default=None, repr=False)
     scratch: ClassVar[frozenset[str]] = frozenset({"under_way"})
-    # `push` makes a new error; `pull` takes the old one for the result.
+    # `push` makes a new error; `pull` overwrites the old one with the result.
     pulled_in_place: ClassVar[frozenset[str]] = frozenset({"error", "factors"})
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class PowerSGD(Method):
     def reduce(
         self, server: PowerSGDServer, messages: Sequence[Payload], key: Key
     ) -> tuple[Array | Payload, PowerSGDServer]:
-        # On the host, where the next bases are made of it: their bits are the same on all ranks.
+        # On the host, where the next bases are computed: all ranks must get the same bits.
         room = MeanState(np.zeros(messages[0].num_elements, np.float32))
         return super().reduce(room, messages, key)[0], server
 
@@ -183,7 +183,7 @@ class PowerSGD(Method):
 
 
 def _checked_shapes(shapes: Any) -> tuple[Shape, ...]:
-    """Plain numbers: layouts are found by them."""
+    """Shapes as plain numbers, which are keys of the cache of layouts."""
     try:
         return tuple(
             tuple(whole("PowerSGD", "shapes", n, 0, None, "write ((30, 40), (40,))") for n in shape)
@@ -196,26 +196,26 @@ def _checked_shapes(shapes: Any) -> tuple[Shape, ...]:
 
 
 class _Layout(NamedTuple):
-    """What lies where in a vector."""
+    """Positions of matrices and other entries in a vector."""
 
     matrices: tuple[Matrix, ...]
-    plain: tuple[tuple[int, int], ...]  # start and stop of what is sent as it is
+    plain: tuple[tuple[int, int], ...]  # start and stop of entries that are sent uncompressed
 
     def length(self, *, left: bool) -> int:
-        """Numbers in a message."""
+        """Numbers in a payload."""
         return factors_size(self.matrices, left=left) + sum(b - a for a, b in self.plain)
 
     @property
     def room(self) -> list[int]:
-        """Where the matrices' factors are kept, and at last how long that is.
+        """Offsets of the matrices' factors in `PowerSGDState.factors`, and at the end its length.
 
-        Either factor fits there, so that a checkpoint is as long in any step.
+        Either factor fits, so that checkpoints have the same size in all steps.
         """
         sizes = [m.rank * max(m.rows, m.columns) for m in self.matrices]
         return [0, *np.cumsum(sizes, dtype=int).tolist()]
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        """Where the factors of the matrices are kept that begin from start to stop."""
+        """Slice of the factors of the matrices that begin from start to stop."""
         starts, room = [matrix.start for matrix in self.matrices], self.room
         return room[bisect_left(starts, start)], room[bisect_left(starts, stop)]
 
@@ -239,13 +239,13 @@ def _layout(d: int, rank: int, shapes: tuple[Shape, ...] | None) -> _Layout:
 
 
 def _cut(shape: Shape) -> tuple[int, int]:
-    """A shape as that of a matrix with the fewest rows plus columns, the first such one."""
+    """The matrix shape with the fewest rows plus columns; the first one of equals."""
     cuts = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
     return min(cuts, key=sum, default=(math.prod(shape), 1))
 
 
 def _squarest(d: int, rank: int) -> list[tuple[int, int]]:
-    """A matrix that is about square, and a rest that is sent as it is."""
+    """A matrix that is about square, and a rest that is sent uncompressed."""
     root = math.isqrt(d)
     rows = min(
         range(max(1, root - root // 5), root + 1),
@@ -260,7 +260,7 @@ def _sends_left(step: int) -> bool:
 
 
 def _bases(layout: _Layout, kept: Array, key: Key) -> np.ndarray:
-    """Orthonormal bases of what the last step found, of all matrices, one after the other."""
+    """Orthonormal bases of the last step's factors, concatenated for all matrices."""
     from ef_horovod.arrays import kernels_matrices
 
     left, kept = _sends_left(key.step), namespace(kept).to_host(kept)
@@ -274,7 +274,7 @@ def _bases(layout: _Layout, kept: Array, key: Key) -> np.ndarray:
 
 
 def _keep(layout: _Layout, kept: Array, mean: np.ndarray, *, left: bool) -> None:
-    """Put mean factors where the next step looks for them."""
+    """Store the mean factors for the next step."""
     xp, device = namespace(kept), getattr(kept, "device", None)
     given = each_factor(layout.matrices, mean, left=left)
     for (_, factor), start in zip(given, layout.room, strict=False):
@@ -294,7 +294,7 @@ def _add(
 
 
 def _decoded(message: Payload) -> np.ndarray:
-    """What the others will read in a message."""
+    """The numbers that other ranks decode from a payload."""
     sent = np.zeros(message.num_elements, np.float32)
     message.add_to(sent)
     return sent

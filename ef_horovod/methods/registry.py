@@ -1,4 +1,4 @@
-"""Where methods announce themselves: tests, docs and benchmarks look here."""
+"""Registry of methods, used by tests, docs and benchmarks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _M = TypeVar("_M", bound="type[Method]")
 
 
 def register_method(cls: _M) -> _M:
-    """Class decorator that makes an error-feedback method known under its name.
+    """Class decorator that registers an error-feedback method under its name.
 
-    A module that is imported again, as in a notebook, registers its classes anew.
+    A module that is imported again, as in a notebook, registers its classes again.
 
     Raises:
-        ValueError: the name is another class's.
+        ValueError: another class has the name.
     """
     require_free_name(cls)
     METHODS[cls.__name__] = cls

@@ -1,4 +1,4 @@
-"""Numbers that follow from the step: what depends on time, equal on all ranks."""
+"""Schedules: numbers that depend on the step, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Decay:
     Args:
         power: 2/3 for STORM, 1 for ROOT-SGD's 1 / (t + 1), 0 for a constant.
         initial: value at t = 0.
-        offset: steps that it takes to fall to 2 ** -power of it.
+        offset: number of steps until the value is 2 ** -power * initial.
 
     Raises:
         ValueError: a number out of range.
@@ -53,7 +53,7 @@ def keep_schedule(
 ) -> None:
     """Check a field of a frozen dataclass: a number in an interval, or a Decay that starts there.
 
-    It never rises, so its start tells.
+    A Decay never rises, so its start is its largest value.
 
     Raises:
         ValueError: it is something else.

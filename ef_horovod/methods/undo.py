@@ -1,8 +1,8 @@
-"""A method's state as it was before a step that was committed, to go back to it.
+"""Undo of a committed step: restores a method's state from before.
 
-Most methods exchange vectors when they commit and change none in place: then the old state is still
-there. Methods say what they change in place (`Method.reduced_in_place`, `Method.pulled_in_place`),
-and only that is copied.
+Most methods swap vectors when they commit and change none in place, so the old state still exists.
+Methods declare the fields that they change in place (`Method.reduced_in_place`,
+`Method.pulled_in_place`), and only these are copied.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ class Undo(NamedTuple):
     copies: tuple[tuple[Array, Array], ...]  # (vector of the state, its values)
 
     def restore(self) -> Any:
-        """The state as it was; valid until the step after the undone one is pushed or reduced."""
+        """The old state; valid until the step after the undone one is pushed or reduced."""
         for vector, values in self.copies:
             namespace(vector).assign(vector, values)
         return self.state
 
 
 class Undoer:
-    """Makes `Undo`s of one state; the memory of its copies is used again in each step."""
+    """Makes `Undo`s of one state; reuses the memory of its copies in each step."""
 
     def __init__(self) -> None:
         self._room: dict[tuple[int, int], Array] = {}  # by address and length
 
     def before(self, state: Any, scratch: frozenset[str], changed: frozenset[str] | None) -> Undo:
-        """The way back to a state.
+        """An `Undo` that restores this state.
 
         Args:
             state: NamedTuple of a method.
             scratch: its fields that hold nothing between steps.
-            changed: its fields that are changed in place; None if that is not known.
+            changed: its fields that are changed in place; None if unknown.
         """
         copies = []
         for name, vector in vectors_of(state, scratch):
@@ -57,7 +57,7 @@ class Undoer:
 
 
 def vectors_of(state: Any, scratch: frozenset[str]) -> Iterator[tuple[str, Array]]:
-    """The vectors that a state holds between steps, as FIELD or FIELD.INDEX; no numbers."""
+    """The vectors that a state keeps between steps, as FIELD or FIELD.INDEX, without scalars."""
     for field, value in state._asdict().items():
         if field in scratch:
             continue

@@ -1,4 +1,4 @@
-"""Payloads as bytes: the header, padding to size classes, and the code of indices.
+"""Payloads as bytes: header, padding to size classes, index codes.
 
 docs/wire-format.md has the layout of every kind of payload.
 """

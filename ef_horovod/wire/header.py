@@ -1,7 +1,7 @@
-"""Payload bytes: the header that every payload starts with, and how a body is read.
+"""Payload bytes: the header of every payload, and the reader of a body.
 
-The format is documented in docs/wire-format.md and pinned by golden bytes in the tests. Nothing
-read from a payload is trusted: lengths, counts and bounds are checked before memory is touched.
+The format is documented in docs/wire-format.md and pinned by golden bytes in the tests. Payloads
+are not trusted: lengths, counts and bounds are checked before memory is accessed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ef_horovod.errors import PayloadError
 MAGIC = 0xEF
 VERSION = 1
 SKIP = 1  # flag: the sender's gradient was not finite; all ranks drop this step
-ABSENT = 2  # flag: the sender says nothing in this step; the body is empty
-REPLACE = 4  # flag: what is said takes the place of what was said before; see EF21Plus
+ABSENT = 2  # flag: the sender contributes nothing in this step; the body is empty
+REPLACE = 4  # flag: these numbers replace the ones tracked so far; see EF21Plus
 _FLAGS = SKIP | ABSENT | REPLACE
-MAX_ELEMENTS = 2**31 - 1  # collectives count with C ints; larger models travel in several buckets
-MAX_NBYTES = 2**31 - 1  # of a payload, for the same reason
+MAX_ELEMENTS = 2**31 - 1  # collectives count with C ints; larger models take several buckets
+MAX_NBYTES = 2**31 - 1  # of a payload, because of the C ints too
 
 _HEADER = struct.Struct("<BBBBIQ")
 HEADER_NBYTES = _HEADER.size
@@ -45,13 +45,13 @@ class Header(NamedTuple):
 
 
 def read_header(data: np.ndarray) -> Header:
-    """Parse the header at the start of `data`; the body may be followed by other payloads.
+    """Parse the header at the start of `data`; other payloads may follow the body.
 
     Args:
         data: uint8[m].
 
     Raises:
-        PayloadError: too short, another magic or version, or lengths that cannot be.
+        PayloadError: too short, another magic or version, or impossible lengths.
     """
     if data.size < HEADER_NBYTES:
         raise PayloadError(
@@ -81,31 +81,31 @@ def read_header(data: np.ndarray) -> Header:
 
 
 def size_class(nbytes: int) -> int:
-    """The size that a message of data-dependent length travels with: at most 1/32 larger.
+    """The padded size of a payload with a data-dependent length: at most 1/32 larger.
 
-    Horovod remembers a collective by its exact shape and negotiates anew when that changes. Lengths
-    that vary from step to step mostly fall into one class.
+    Horovod caches a collective by its exact shape and negotiates again when the shape changes.
+    Lengths that vary from step to step mostly fall into one class.
     """
     step = max(16, 1 << max(nbytes.bit_length() - 6, 0))
     return -(-nbytes // step) * step
 
 
 def padded(payload: np.ndarray) -> np.ndarray:
-    """A payload's bytes filled up with zeros to their size class."""
+    """A payload's bytes, padded with zeros to their size class."""
     out = np.zeros(size_class(payload.size), np.uint8)
     out[: payload.size] = payload
     return out
 
 
 def padded_values(values: np.ndarray) -> np.ndarray:
-    """float32 numbers followed by zeros to their size class, at least four in all."""
+    """float32 numbers, padded with zeros to their size class, at least four in total."""
     out = np.zeros(size_class(max(values.nbytes, 1)) // 4, np.float32)
     out[: values.size] = values
     return out
 
 
 def payload_nbytes(data: np.ndarray) -> int:
-    """How many bytes the payload at the start of `data` takes.
+    """Number of bytes of the payload at the start of `data`.
 
     Raises:
         PayloadError: there is none.
@@ -114,7 +114,7 @@ def payload_nbytes(data: np.ndarray) -> int:
 
 
 def padded_nbytes(data: np.ndarray) -> int:
-    """How many bytes the padded payload at the start of `data` takes.
+    """Number of bytes of the padded payload at the start of `data`.
 
     Raises:
         PayloadError: there is none.
@@ -123,13 +123,13 @@ def padded_nbytes(data: np.ndarray) -> int:
 
 
 class Fields:
-    """Reads a payload's body from left to right and checks that it ends where it should.
+    """Reads a payload's body from left to right and checks where it ends.
 
     Args:
         body: uint8[m].
-        what: name of the compressor, for messages.
-        require_values: raises unless bytes can be those of k values, which stand at the end of
-            the body: `require_body` of what codes them.
+        what: name of the compressor, for error messages.
+        require_values: raises unless the given bytes, the end of the body, can hold k values:
+            `require_body` of the values' compressor.
     """
 
     def __init__(
@@ -160,11 +160,11 @@ class Fields:
         return layout.unpack(self.array("u1", layout.size).tobytes())
 
     def require_values(self, count: int) -> None:
-        """Raise unless what is left can hold so many values: ask before making room for them."""
+        """Raise unless the unread bytes can hold `count` values; call it before allocating them."""
         self._require_values(self._body[self._position :], count)
 
     def most_values(self, limit: int) -> int:
-        """How many values what is left can hold, up to a limit."""
+        """Number of values that the unread bytes can hold, up to a limit."""
 
         def too_many(count: int) -> bool:
             try:
@@ -176,7 +176,7 @@ class Fields:
         return max(bisect_left(range(limit + 1), True, key=too_many) - 1, 0)
 
     def rest(self) -> np.ndarray:
-        """uint8: all that was not read yet."""
+        """uint8: all unread bytes."""
         return self.array("u1", self._body.size - self._position)
 
     def end(self) -> None:

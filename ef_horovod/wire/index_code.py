@@ -1,8 +1,8 @@
-"""The coding of index sets, as docs/wire-format.md describes it: two codes, the shorter one counts.
+"""Codes of index sets, see docs/wire-format.md: of two codes, the shorter one is used.
 
-How many bytes a set takes follows from its size k and the vector's length d alone, whatever the
-indices are. So a payload's size is known in advance, is equal on all ranks and steps, and keeps
-Horovod's response cache hitting.
+The number of bytes depends only on the set's size k and the vector's length d, not on the indices.
+So a payload's size is known in advance and equal on all ranks and in all steps, and Horovod's
+response cache hits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from ef_horovod.errors import PayloadError
 
 _PRECISION = 12  # kernels_indices.PRECISION, without importing Numba to know a size
-_ONE = 1 << 62  # 1 as a fixed-point number; integers, so that no two machines can differ
-_RAREST_ESCAPE = 128  # its least frequency: rounding would spoil the ratio of smaller ones
-_FRACTION = 1024  # costs are counted in such parts of a bit
+_ONE = 1 << 62  # 1 in fixed point; integers, so that all machines agree
+_RAREST_ESCAPE = 128  # its least frequency: rounding would distort smaller ones
+_FRACTION = 1024  # costs are in 1 / _FRACTION bits
 
 
 def indices_nbytes(k: int, num_elements: int) -> int:
@@ -66,7 +66,7 @@ def decode_indices(code: np.ndarray, k: int, num_elements: int) -> np.ndarray:
     """The k ascending indices in `code`, a uint8[indices_nbytes(k, num_elements)].
 
     Raises:
-        PayloadError: the code is not what `encode_indices` gives for any k ascending indices.
+        PayloadError: no k ascending indices give this code in `encode_indices`.
     """
     if code.size != indices_nbytes(k, num_elements):
         raise PayloadError(
@@ -84,7 +84,7 @@ def decode_indices(code: np.ndarray, k: int, num_elements: int) -> np.ndarray:
 
 
 def _decode_into(indices: np.ndarray, code: np.ndarray, num_elements: int) -> int:
-    """How many are good; more than there is room for if the code goes on."""
+    """Number of valid indices; more than `indices` has room for if the code goes on."""
     from ef_horovod.arrays import kernels_indices as kernels
 
     k = indices.size
@@ -93,19 +93,19 @@ def _decode_into(indices: np.ndarray, code: np.ndarray, num_elements: int) -> in
         low, high = np.split(code, [_low_nbytes(k, bits)])
         return int(kernels.decode_elias_fano(low, high, bits, num_elements, indices))
     plan = _gap_plan(k, num_elements)
-    words = np.frombuffer(code.tobytes(), "<u4")  # aligned, wherever the message lay
+    words = np.frombuffer(code.tobytes(), "<u4")  # an aligned copy
     low, high = words[: plan.low_words], words[plan.low_words :]
     table, escape = _table(plan.ratio), len(_frequencies(plan.ratio)) - 1
     return int(kernels.decode_gaps(low, high, plan.low_bits, table, escape, num_elements, indices))
 
 
-# The gap code: lower bits as they are, upper parts by a range coder (rANS; Duda 2013).
+# The gap code: lower bits verbatim, upper parts by a range coder (rANS; Duda 2013).
 
 
 class GapPlan(NamedTuple):
-    """What k indices below a bound are coded with."""
+    """Parameters of the gap code for k indices below a bound."""
 
-    low_bits: int  # of each gap, sent as they are
+    low_bits: int  # of each gap, sent verbatim
     ratio: int  # an upper part of j + 1 is ratio / 256 times as likely as one of j
     low_words: int  # of 32 bits
     high_words: int
@@ -120,7 +120,7 @@ def _gap_plan(k: int, num_elements: int) -> GapPlan:
     """Gaps of a random set are geometric: each is 1 - k / d times as likely as the next shorter."""
     ratio, bits = ((num_elements - k) * _ONE) // num_elements, 0
     while (squared := ratio * ratio // _ONE) >= _ONE // 256 * 200:
-        # Upper parts with a ratio that close to 1: another lower bit is almost uniform.
+        # With a ratio this close to 1, another lower bit is almost uniform.
         ratio, bits = squared, bits + 1
     ratio = max((512 * ratio // _ONE + 1) // 2, 1)
     high_words = 2 + _upper_nbits(k, (num_elements - k) >> bits, ratio) // 32
@@ -128,7 +128,7 @@ def _gap_plan(k: int, num_elements: int) -> GapPlan:
 
 
 def _upper_nbits(k: int, total: int, ratio: int) -> int:
-    """The most bits that k upper parts take which sum up to `total`."""
+    """Upper bound of the bits for k upper parts whose sum is `total`."""
     escape, offset, escape_cost = _line(ratio)
     return -(-(k * offset + total * escape_cost) // (escape * _FRACTION))
 
@@ -137,8 +137,8 @@ def _upper_nbits(k: int, total: int, ratio: int) -> int:
 def _line(ratio: int) -> tuple[int, int, int]:
     """(escape, a, b): no upper part j costs more than (a + b j) / (escape * _FRACTION) bits.
 
-    For exactly geometric frequencies the cost is a linear function, and all sets cost the same.
-    With frequencies rounded, and the escape's given, this is the lowest line above all symbols.
+    With exactly geometric frequencies the cost is linear, and all sets cost the same. Frequencies
+    are rounded, so this is the lowest line above all symbols, for the given cost of the escape.
     """
     *costs, escape_cost = map(_cost, _frequencies(ratio))
     escape = len(costs)
@@ -147,16 +147,16 @@ def _line(ratio: int) -> tuple[int, int, int]:
 
 
 def _cost(frequency: int) -> int:
-    """Of a symbol, in 1 / _FRACTION bits: log2 of 2**_PRECISION / frequency, rounded up.
+    """Cost of a symbol in 1 / _FRACTION bits: log2 of 2**_PRECISION / frequency, rounded up.
 
-    The 1 that is added pays for the coder's rounding: a symbol grows its state by a factor of up to
+    The added 1 covers the coder's rounding: per symbol, its state grows by an extra factor of up to
     1 + 2**(_PRECISION - 31), which is 3e-6 bits.
     """
     return _PRECISION * _FRACTION - ((frequency**_FRACTION).bit_length() - 1) + 1
 
 
 def _frequencies(ratio: int) -> list[int]:
-    """Of upper parts 0 ... e - 1, and of the escape for e and more, in 1 / 2**_PRECISION."""
+    """For upper parts 0 ... e - 1, and the escape for e and more, in 1 / 2**_PRECISION."""
     escape = 16
     while escape > 1 and _tail(ratio, escape) < _RAREST_ESCAPE:
         escape //= 2
@@ -195,7 +195,7 @@ def _table(ratio: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def low_bits(k: int, num_elements: int) -> int:
-    """How many low bits of each index the Elias-Fano code stores verbatim: the smallest total."""
+    """Low bits of each index that the Elias-Fano code stores verbatim, for the smallest total."""
     return min(range(32), key=lambda bits: k * bits + _unary_nbits(k, num_elements, bits))
 
 
