@@ -98,7 +98,7 @@ class ServerNetwork:
 class RankNetwork:
     """Workers spread evenly over the ranks of an MPI job, in rank order.
 
-    A rank sends the messages of its workers as one.
+    Counts per rank differ by at most 1. A rank sends the messages of its workers as one.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def plan_buckets(
     bucket_bytes: int,
     device_of: Callable[[Parameter], Any],
 ) -> list[BucketPlan]:
-    """Buckets of parameters, last registered first, because backward produces gradients so.
+    """Buckets of parameters, last registered first: the order of gradients in backward.
 
     Args:
         named: (name, parameter) in the order of registration.
