@@ -58,7 +58,7 @@ class Exchange(ABC):
     def open(
         self, name: str, like: Array, method: Method, transport: Transport, *, seed: int = 0
     ) -> Channel:
-        """A channel for one vector; arguments as of `Channel`."""
+        """A channel for one vector; arguments as in `Channel`."""
         return Channel(name, like, method, transport, self, seed=seed)
 
     def start(

@@ -15,7 +15,7 @@ class Traffic(NamedTuple):
 
     sent: float  # by each worker
     received: float  # by each worker
-    busiest: float  # through the busiest node in its busier direction, a server's included
+    busiest: float  # through the busiest machine, server included, in its busier direction
 
 
 def gather_traffic(payload_nbytes: float, n: int) -> Traffic:

@@ -73,7 +73,7 @@ class Workers:
         return Key(1, t, self.tensor, rank, self.count)
 
     def step(self, gradients: Sequence[Array], t: int = 0) -> tuple[list[Payload], np.ndarray]:
-        """One step from one gradient per worker: payloads, and a copy of the aggregated gradient."""
+        """One step with one gradient per worker; payloads and a copy of the aggregated gradient."""
         own = [g * 1 for g in gradients]
         pushed = [
             self.method.push(state, g, self.key(t, i))

@@ -1,7 +1,7 @@
 """Chooses the exchange and the method of a vector.
 
-`exchange=` is the name of an exchange, or "auto", which takes the one with the least predicted
-time. "auto:10gbit" and "auto:100mbit,2ms" name the network; they may leave a vector uncompressed.
+`exchange=` is the name of an exchange, or "auto", which chooses by predicted time. "auto:10gbit"
+and "auto:100mbit,2ms" also name the network; they may leave a vector uncompressed.
 
 Nothing is measured, because measurements would differ between ranks, runs and hosts. The choice
 depends only on the method, the length, the number of ranks and the named network.
