@@ -1,13 +1,13 @@
-"""Error-feedback gradient compression for Horovod and MPI: the core, in NumPy's manner.
+"""Error-feedback gradient compression for Horovod and MPI: the core, on NumPy arrays.
 
     >>> import ef_horovod as ef, numpy
     >>> payload = ef.TopK(ratio=0.01).compress(numpy.random.default_rng(0).normal(size=10_000))
     >>> payload.nbytes < 80_000 / 100
     True
 
-Compressors and methods register themselves, and are attributes of this module by their names.
-Training scripts import `ef_horovod.torch`. This module needs NumPy only; frameworks, MPI and Numba
-are imported when they are first used.
+Compressors and methods register themselves and become attributes of this module. Training scripts
+import `ef_horovod.torch`. This module needs only NumPy. Frameworks, MPI and Numba are imported at
+their first use.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("cost", "theory"):  # which training does not need
+    if name in ("cost", "theory"):  # not needed for training
         return importlib.import_module(f"ef_horovod.{name}")
     registered = COMPRESSORS.get(name) or METHODS.get(name)
     if registered is None:

@@ -1,14 +1,14 @@
-"""Every error of the library, so that callers can catch one base class."""
+"""The library's errors, all with one base class."""
 
 from __future__ import annotations
 
 
 class EFHorovodError(Exception):
-    """Base class of the errors that ef_horovod raises on purpose."""
+    """Base class of ef_horovod's errors."""
 
 
 class PayloadError(EFHorovodError, ValueError):
-    """A payload is malformed: wrong magic, length, counts or an index out of bounds."""
+    """A payload is malformed: wrong magic, length or counts, or an index out of bounds."""
 
 
 class NonFiniteError(EFHorovodError, FloatingPointError):
@@ -20,11 +20,11 @@ class ConfigMismatchError(EFHorovodError, RuntimeError):
 
 
 class UnsupportedError(EFHorovodError, TypeError):
-    """A combination that cannot work; the message names the way out."""
+    """A combination that cannot work; the message says what to use instead."""
 
 
 class CollectiveTimeoutError(EFHorovodError, TimeoutError):
-    """A wait for other ranks went past its limit; the message names the rank and the collective."""
+    """A wait for other ranks timed out; the message names the rank and the collective."""
 
 
 class OutOfSyncError(EFHorovodError, RuntimeError):
@@ -32,10 +32,10 @@ class OutOfSyncError(EFHorovodError, RuntimeError):
 
 
 class ProtocolError(EFHorovodError, RuntimeError):
-    """A message between worker and server that is malformed, late, early or there twice.
+    """A message between worker and server is malformed, late, early or duplicate.
 
     Attributes:
-        worker: who sent it, where the one that was being looked at is innocent; else None.
+        worker: the sender, if it is not the worker whose message was being read; else None.
     """
 
     def __init__(self, message: str, worker: int | None = None) -> None:
@@ -48,11 +48,11 @@ class ServerError(EFHorovodError, RuntimeError):
 
 
 class ClusterError(EFHorovodError, RuntimeError):
-    """A virtual cluster cannot be made here; the message says what is missing."""
+    """A virtual cluster cannot be created here; the message says what is missing."""
 
 
 def without_adapter(compression: object) -> UnsupportedError:
-    """What to raise where stock Horovod was given a method or a compressor as it is."""
+    """The error for a method or a compressor passed directly to stock Horovod."""
     return UnsupportedError(
         f"got {compression!r} as compression= of stock Horovod, expected ef.Compression; write "
         "ef.Compression(method, model.named_parameters()), with model.trainable_variables in "

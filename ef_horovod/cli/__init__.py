@@ -1,1 +1,1 @@
-"""The command `ef-horovod`: one file a subcommand."""
+"""The command `ef-horovod`: one file per subcommand."""

@@ -1,4 +1,4 @@
-"""`ef-horovod advise`: what each choice is predicted to cost a step, and which one to take."""
+"""`ef-horovod advise`: predicts the cost per step of each choice and recommends one."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ USUAL_METHODS = (
     "DoubleSqueeze(TopK(0.01), down=TopK(0.01))",
     "DoubleSqueeze(OneBit(), down=OneBit())",
 )
-_SAVING = 0.9  # a choice has to take less than this of dense to be worth its trouble
-_PLAIN = "Horovod, "  # what rows without this library begin with
+_SAVING = 0.9  # a choice is recommended if it takes less than this part of a dense step
+_PLAIN = "Horovod, "  # prefix of rows without this library
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """The input of `advise`.
 
     Args:
-        parameters: numbers that are compressed.
-        workers: numbers of workers, each on a host of its own.
-        network: between them.
-        methods: what may be taken.
-        compute: seconds of forward and backward; None if that is not known.
-        software: a key of `theory.cost.SOFTWARE`.
-        bucket_bytes: of float32 in a compressed bucket.
-        share: workers for each core.
-        measured: whether this machine's speeds are measured; else those of the reference are taken.
+        parameters: number of compressed parameters.
+        workers: numbers of workers to compare, one worker per host.
+        network: between the hosts.
+        methods: methods to compare.
+        compute: seconds of forward and backward; None if unknown.
+        software: a key of `exchange.network.SOFTWARE`.
+        bucket_bytes: bytes of float32 per compressed bucket.
+        share: workers per core.
+        measured: True to measure this machine's speeds; False for the reference machine's.
     """
 
     parameters: int
@@ -56,12 +56,12 @@ class Question:
 
 
 class Choice(NamedTuple):
-    """A row."""
+    """A row of the table."""
 
     name: str
     method: Method | None  # None: Horovod alone
     cost: Cost
-    versus_dense: float  # the best dense step over this one's
+    versus_dense: float  # time of the best dense step divided by this one's
 
 
 class Answer(NamedTuple):
@@ -72,7 +72,7 @@ class Answer(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """One sentence that says what to take."""
+        """The recommendation in one sentence."""
         dense, best = self.dense, self.choices[0]
         step, of_dense = show_seconds(best.cost.step), show_seconds(dense.cost.step)
         if best.cost.step >= _SAVING * dense.cost.step:
@@ -90,16 +90,16 @@ class Answer(NamedTuple):
 
     @property
     def dense(self) -> Choice:
-        """The best one with dense float32 sums."""
+        """The best choice with a dense float32 allreduce."""
         return next(choice for choice in self.choices if choice.name.startswith(_PLAIN + "dense"))
 
 
 def read_methods(methods: Sequence[str], compressors: Sequence[Any]) -> list[Method]:
-    """Methods from the words of a command line: each of them with each compressor, if there are.
+    """Methods from command-line texts; each with each compressor, if any are given.
 
     Raises:
-        ValueError: words that name none.
-        UnsupportedError: a combination that a method refuses.
+        ValueError: a text does not name a method.
+        UnsupportedError: a method does not accept a compressor.
     """
     if not compressors:
         return [read_method(text) for text in methods or USUAL_METHODS]
@@ -111,11 +111,11 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
     """The choices for each number of workers.
 
     Args:
-        question: see there.
-        probe: measures a method's speeds for vectors of a length.
+        question: see `Question`.
+        probe: measures a method's speeds for a vector length.
 
     Raises:
-        ValueError: a method whose messages have no known size.
+        ValueError: a method whose payloads have no known size.
     """
     lengths = bucket_counts(question.parameters, question.bucket_bytes)
     work = {
@@ -126,7 +126,7 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
 
 
 def bucket_counts(parameters: int, bucket_bytes: int) -> dict[int, int]:
-    """How many buckets of each length so many parameters make, about equal ones.
+    """{length: number of buckets} for parameters split into about equal buckets.
 
     Example:
         >>> bucket_counts(10, 16)
@@ -155,7 +155,7 @@ def _answer(
 
 
 def _plain_costs(question: Question, workers: int, work: Work | None) -> dict[str, Cost]:
-    """Of Horovod without this library."""
+    """Costs of Horovod without this library."""
     d, network, compute = question.parameters, question.network, question.compute or 0.0
     own: dict[str, Any] = {"work": work, "compute": compute, "share": question.share}
     asked = SOFTWARE[question.software]
@@ -180,7 +180,7 @@ def _bucketed(
     exchange: str,
     work: Work,
 ) -> Cost:
-    """The sum over buckets, of which one waits for the other."""
+    """The sum over buckets, which are exchanged one after the other."""
     costs = {
         d: model.step_cost(
             method,
@@ -203,7 +203,7 @@ def _bucketed(
 
 
 def page(question: Question, answers: Sequence[Answer]) -> str:
-    """The table, the verdicts and what they rest on, as text for a terminal."""
+    """The table, the verdicts and the assumptions, as text for a terminal."""
     if len(answers) == 1:
         (answer,) = answers
         text = _table(answer)
@@ -231,7 +231,7 @@ def _table(answer: Answer) -> str:
 
 
 def _many(answers: Sequence[Answer]) -> str:
-    """A row for each number of workers, a column for each method at its best exchange."""
+    """One row per number of workers, one column per method with its best exchange."""
     plain = [c.name for c in answers[0].choices if c.method is None]
     methods = list(dict.fromkeys(c.method for c in answers[0].choices if c.method is not None))
     rows = []
@@ -268,7 +268,7 @@ def _assumptions(question: Question) -> str:
 
 
 def as_json(question: Question, answers: Sequence[Answer]) -> str:
-    """The same for programs: seconds and bytes."""
+    """The answers as JSON, in seconds and bytes."""
     found = {
         "parameters": question.parameters,
         "network": question.network._asdict(),

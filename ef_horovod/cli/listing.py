@@ -1,6 +1,6 @@
-"""Tables of what the registry knows: from the classes' own statements and docstrings.
+"""Tables of all registered compressors and methods, from their attributes and docstrings.
 
-Nothing here names a compressor or a method, so those of other packages are listed alike.
+All rows come from the registries, so compressors and methods of other packages are listed too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STEPS = 20
 
 
 class Table(NamedTuple):
-    """A table, and what its columns mean."""
+    """A table, with an explanation of its columns."""
 
     title: str
     about: str
@@ -43,8 +43,8 @@ def page(what: Sequence[str], d: int, *, markdown: bool = False) -> str:
 
     Args:
         what: "compressors", "methods" or both.
-        d: length of the vectors that sizes are given for.
-        markdown: whether it becomes a page of the documentation.
+        d: vector length for the sizes.
+        markdown: True for a page of the documentation.
 
     Example:
         >>> "TopK(ratio=0.01)" in page(["compressors"], 1000)
@@ -66,7 +66,7 @@ maths in [methods.md](methods.md)."""
 
 
 def compressor_tables(d: int) -> list[Table]:
-    """What compressors guarantee, a row for each example; what they send, a row for each class."""
+    """Guarantees of compressors, one row per example; their payloads, one row per class."""
     kinds = list(COMPRESSORS.values())
     numbers = Table(
         f"Compressors for {d:,} elements",
@@ -92,7 +92,7 @@ def compressor_tables(d: int) -> list[Table]:
 
 
 def method_tables(d: int) -> list[Table]:
-    """What methods cost, a row for each example; what they do, a row for each class."""
+    """Costs of methods, one row per example; their descriptions, one row per class."""
     kinds = list(METHODS.values())
     numbers = Table(
         f"Methods for {d:,} elements",
@@ -144,7 +144,7 @@ def _method_row(method: Method, d: int) -> Row:
 
 
 def _message(method: Method, x: np.ndarray) -> str:
-    """Bytes of a worker's message; some methods send more in every few steps."""
+    """Bytes of a worker's payload; some methods send more in every few steps."""
     nbytes = method.compressor.nbytes(x.size)
     if not method.fixed_size:
         return f"{nbytes:,} or less" if method.compressor.fixed_size else _bytes(nbytes, False)
@@ -153,7 +153,7 @@ def _message(method: Method, x: np.ndarray) -> str:
 
 
 def examples_of(kind: type[Method]) -> Sequence[Method]:
-    """A method's variants with top-k, or with the first compressor that it takes."""
+    """A method's examples with top-k, or with the first compressor that it accepts."""
     compressors = [c for other in COMPRESSORS.values() for c in other.examples()]
     for compressor in (TopK(ratio=0.01), Identity(), *compressors):
         examples = kind.examples(compressor)
@@ -163,7 +163,7 @@ def examples_of(kind: type[Method]) -> Sequence[Method]:
 
 
 def _memory(method: Method, x: np.ndarray, half: int) -> str:
-    """Vectors in a worker's state (half 0) or in the aggregator's (half 1): kept + room."""
+    """Vectors in the state of a worker (half 0) or the aggregator (half 1): kept + scratch."""
     two, three = (_vectors(method, method.init(x, n)[half], x.size) for n in (2, 3))
     return " + ".join(
         _in_workers(at_two, at_three) for at_two, at_three in zip(two, three, strict=True)
@@ -183,7 +183,7 @@ def _vectors(method: Method, state: Any, d: int) -> tuple[float, float]:
 
 
 def _in_workers(at_two: float, at_three: float) -> str:
-    """A number of vectors that grows with the workers by the same for each."""
+    """A number of vectors that is linear in the number of workers n, as text."""
     each = at_three - at_two
     constant = at_two - 2 * each
     if not each:
@@ -197,16 +197,16 @@ def _bytes(nbytes: int, fixed_size: bool) -> str:
 
 
 def _below_one(value: float | None) -> str:
-    """delta, so that only what loses nothing shows as 1."""
+    """delta as text; only a lossless compressor shows 1."""
     if value is not None and value < 1 and float(f"{value:.3g}") == 1:
         return f"1 - {1 - value:.1g}"
     return _NOTHING if value is None else f"{value:.3g}"
 
 
 def _words(kind: type, sections: Iterable[str]) -> Row:
-    """A class's name, the first paragraph of its docstring, and sections of it."""
+    """A class's name, the first paragraph of its docstring, and the given sections."""
     text = inspect.cleandoc(kind.__doc__ or "")
-    if text.startswith(f"{kind.__name__}("):  # what dataclasses write where there is none
+    if text.startswith(f"{kind.__name__}("):  # the default docstring of a dataclass
         text = _NOTHING
     first = " ".join(text.partition("\n\n")[0].split()).rstrip(":")
     return [kind.__name__, first, *(_section(text, name) for name in sections)]

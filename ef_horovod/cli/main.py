@@ -16,7 +16,7 @@ from ef_horovod.horovod_build.build import FRAMEWORKS, BuildError, Options, buil
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse `argv` (default: the process's own) and run one subcommand; returns its exit status."""
+    """Parse `argv` (default: sys.argv) and run one subcommand; returns its exit status."""
     arguments = make_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _version() -> str:
     try:
         return metadata.version("ef_horovod")
-    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH that was never installed
+    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
         return "(not installed)"
 
 
@@ -81,7 +81,7 @@ def _run_build_horovod(arguments: argparse.Namespace) -> None:
     )
 
 
-_MOST = 2**31 - 1  # of what options count
+_MOST = 2**31 - 1  # largest number that an option takes
 
 
 def _positive(text: str, most: int = _MOST) -> int:
@@ -132,7 +132,7 @@ def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _run_list(arguments: argparse.Namespace) -> None:
     from ef_horovod.cli import listing
 
-    sys.path.insert(0, "")  # as `python -m` does, so that a folder's own modules are found
+    sys.path.insert(0, "")  # as `python -m` does, to find modules in the current folder
     load(arguments.modules)
     chosen = (arguments.what,) if arguments.what else ("compressors", "methods")
     print(listing.page(chosen, arguments.elements, markdown=arguments.markdown))
@@ -229,7 +229,7 @@ def _run_advise(arguments: argparse.Namespace) -> None:
 
 
 def _read(name: str) -> Callable[[str], Any]:
-    """A reader of `units` as a type of arguments, with its own words for what is wrong."""
+    """A function of `units` as an argparse type that keeps its error message."""
 
     def read(text: str) -> float:
         from ef_horovod.common import units

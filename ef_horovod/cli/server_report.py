@@ -1,4 +1,4 @@
-"""`ef-horovod report`: a table and a plot of the JSON lines that `--log` makes servers write."""
+"""`ef-horovod report`: a table and a plot of the JSON lines that servers write with `--log`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ef_horovod.errors import EFHorovodError, UnsupportedError
 
 _NUMBER = (int, float)
-# What an entry has to have; `ef_horovod.server.monitor` writes it.
+# Required fields of an entry, written by `ef_horovod.server.monitor`.
 _FIELDS: dict[str, tuple[type, ...]] = {
     "server": (int,),
     "seconds": _NUMBER,
@@ -36,34 +36,34 @@ class LogError(EFHorovodError, ValueError):
 class Log(NamedTuple):
     """The last job of a log."""
 
-    servers: dict[int, list[Entry]]  # a server's entries, in the order of time
-    notes: list[str]  # what was left out
+    servers: dict[int, list[Entry]]  # entries by server, in order of time
+    notes: list[str]  # about entries that were left out
 
 
 class Summary(NamedTuple):
-    """What a server did in a job."""
+    """Sums over a server's entries in a job."""
 
     rounds: int
     seconds: float  # until the last entry
-    bytes_up: float  # of all workers together
+    bytes_up: float  # sum over all workers
     bytes_down: float
-    dense: float | None  # bytes that all workers would have sent as float32, if the log tells
+    dense: float | None  # bytes that all workers would have sent as float32; None if not logged
     waited: dict[int, float]  # seconds that all others waited for a worker, summed over buckets
-    dropped: int  # rounds of a bucket that came to nothing or were taken back
+    dropped: int  # rounds of a bucket without a result, or undone
     refused: int  # messages
 
 
 def report(log: Path, out: Path | None = None, say: Callable[[str], None] = print) -> None:
-    """Say a log's table, and what was left out, then draw it.
+    """Print a log's table and notes, then plot it.
 
     Args:
         log: file that servers wrote with `--log`.
         out: the image; default the log's name with .png.
-        say: gets the text.
+        say: prints a text.
 
     Raises:
-        LogError: the log is not there, is empty or malformed, or `out` would overwrite it, cannot
-            be written or is no image's name.
+        LogError: the log is missing, empty or malformed, or `out` would overwrite it, cannot be
+            written or has no image's suffix.
         UnsupportedError: matplotlib is not installed.
     """
     out = out or log.with_suffix(".png")
@@ -80,10 +80,10 @@ def report(log: Path, out: Path | None = None, say: Callable[[str], None] = prin
 def read_log(file: Path) -> Log:
     """The entries of the last job in a log, by server.
 
-    A last line without an end, which a killed server leaves, is skipped with a note.
+    An incomplete last line, as a killed server leaves it, is skipped with a note.
 
     Raises:
-        LogError: there is no such file, no entry, or a line that is none.
+        LogError: the file is missing, has no entry, or has a line that is not an entry.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -142,7 +142,7 @@ def _entry(line: str, where: str) -> Entry:
 
 
 def _last_job(entries: Sequence[Entry]) -> tuple[dict[int, list[Entry]], int]:
-    """Entries of the last job, and the number of jobs: a server that starts anew counts from 0."""
+    """Entries of the last job, and the number of jobs; in a new job, rounds restart at 0."""
     servers: dict[int, list[Entry]] = {}
     jobs = 1
     for entry in entries:
@@ -154,7 +154,7 @@ def _last_job(entries: Sequence[Entry]) -> tuple[dict[int, list[Entry]], int]:
 
 
 def summarize(entries: Sequence[Entry]) -> Summary:
-    """Sums over a server's entries, each of which tells about the rounds since the one before."""
+    """Sums over a server's entries; each entry covers the rounds since the previous one."""
     rounds, up, down, dense = 0, 0.0, 0.0, 0.0
     waited: dict[int, float] = defaultdict(float)
     for entry in entries:
@@ -174,7 +174,7 @@ def summarize(entries: Sequence[Entry]) -> Summary:
 
 
 def _together(parts: Sequence[Summary]) -> Summary:
-    """All servers of a job: each serves other buckets in the same rounds."""
+    """The sum over a job's servers, which serve different buckets in the same rounds."""
     waited: dict[int, float] = defaultdict(float)
     for part in parts:
         for who, seconds in part.waited.items():
@@ -192,7 +192,7 @@ def _together(parts: Sequence[Summary]) -> Summary:
 
 
 def table(log: Log) -> str:
-    """A row for each server, and one for all if there are several; bytes are of all workers."""
+    """One row per server, and a sum if there are several; bytes are summed over all workers."""
     from tabulate import tabulate
 
     parts = {str(server): summarize(entries) for server, entries in log.servers.items()}
@@ -224,7 +224,7 @@ def _ratio(nbytes: float, dense: float | None) -> str:
 
 
 def plot(log: Log, file: Path) -> None:
-    """Rounds and bytes per second over time by server, and how long each worker was waited for."""
+    """Plot rounds per second and MB per round over time by server, and the waits per worker."""
     try:
         import matplotlib
     except ImportError:

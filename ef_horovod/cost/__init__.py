@@ -1,10 +1,10 @@
-"""What a step costs: bytes of each exchange, and seconds on a network and a core.
+"""Cost of a step: bytes of each exchange, and seconds on a network and a core.
 
     >>> import ef_horovod as ef
     >>> ef.cost.gather_traffic(100, n=5).sent
     400
 
-docs/cost-model.md has the formulas, and what was measured.
+docs/cost-model.md has the formulas and the measurements.
 """
 
 from ef_horovod.cost.model import Cost, half_precision_cost, possible_exchanges, step_cost

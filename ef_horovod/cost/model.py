@@ -1,8 +1,8 @@
-"""Seconds of one training step by each exchange: a model of a network, its software and a core.
+"""Seconds per training step for each exchange: a model of the network, its software and a core.
 
-A step is: forward and backward; compress; the collectives; decode and apply. Nothing overlaps in
-it, so it is an upper bound where buckets are sent during backward, for dense as for compressed
-ones. docs/cost-model.md has the formulas, where the constants come from, and what was measured.
+A step is: forward and backward; compress; the collectives; decode and apply. The model has no
+overlap. So it is an upper bound if buckets are sent during backward, both dense and compressed.
+docs/cost-model.md has the formulas, the sources of the constants, and the measurements.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ef_horovod.methods.no_feedback import NoFeedback
 
 
 def reference_work(method: Method, d: int) -> Work:
-    """Speeds of a core that were not measured: round numbers near those of docs/cost-model.md.
+    """Fixed core speeds: round numbers near the measurements in docs/cost-model.md.
 
-    `exchange="auto"` takes them, for it has to choose alike on all ranks and in all runs. They are
-    those of error feedback with top-k or one bit; a message is decoded in 2 ns a byte, up to
-    2.5 ns an element.
+    `exchange="auto"` uses them, because it has to choose the same on all ranks and in all runs.
+    They hold for error feedback with top-k or one bit. Decoding takes 2 ns per byte, at most 2.5 ns
+    per element.
 
     Example:
         >>> import ef_horovod as ef
@@ -36,7 +36,7 @@ def reference_work(method: Method, d: int) -> Work:
 
 
 class Cost(NamedTuple):
-    """Seconds and bytes of a step; bytes are a worker's."""
+    """Seconds and bytes per step; bytes are per worker."""
 
     exchange: str
     traffic: Traffic
@@ -63,21 +63,21 @@ def step_cost(
     compute: float = 0.0,
     share: float = 1.0,
 ) -> Cost:
-    """What a step of one bucket is predicted to take.
+    """Predicted cost of a step with one bucket.
 
     Args:
-        method: what is compressed how; of no meaning for "dense".
+        method: error-feedback method; ignored for "dense".
         d: number of elements.
-        n: number of workers, each on a host of its own.
-        exchange: name of a registered one, such as "gather" or "dense".
+        n: number of workers, one per host.
+        exchange: name of a registered exchange, such as "gather" or "dense".
         network: between the hosts.
-        software: what carries out the collectives.
+        software: that runs the collectives.
         work: speeds of a core; default `reference_work`.
         compute: seconds of forward and backward.
-        share: workers for each core, if that is more than 1.
+        share: workers per core, if more than 1.
 
     Raises:
-        ValueError, UnsupportedError: as of `method_traffic`.
+        ValueError, UnsupportedError: as in `method_traffic`.
 
     Example:
         >>> import ef_horovod as ef
@@ -100,9 +100,9 @@ def half_precision_cost(
     d: int, n: int, network: Network, *, software: Software = OPEN_MPI,
     work: Work | None = None, compute: float = 0.0, share: float = 1.0,
 ) -> Cost:  # fmt: skip
-    """The same for Horovod's own `Compression.fp16`: an allreduce of 2 d bytes, and two casts.
+    """The same for Horovod's `Compression.fp16`: an allreduce of 2 d bytes, and two casts.
 
-    A cast moves three quarters of what a copy does.
+    A cast moves three quarters of the bytes of a copy.
 
     Raises:
         ValueError: n < 1 or d < 0.
@@ -116,7 +116,7 @@ def half_precision_cost(
 
 
 def possible_exchanges(method: Method) -> list[str]:
-    """The exchanges among workers that a method can take, without "dense"."""
+    """The exchanges without a server that a method can use, except "dense"."""
     if method == NoFeedback(Identity()):
         return []
     among = [e for e in EXCHANGES.values() if e.compresses and not e.needs_server]

@@ -1,4 +1,4 @@
-"""How fast a core of this machine does the parts of a method's step: a probe of a second or so."""
+"""Measures how fast a core of this machine runs the parts of a method's step, in about 1 s."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.exchange.network import Work
 from ef_horovod.methods.base import Method
 
-_LONGEST = 4_000_000  # elements; times of longer vectors follow in proportion
+_LONGEST = 4_000_000  # elements; times of longer vectors are proportional
 _REPETITIONS = 5
 
 
 class _Times(NamedTuple):
-    """Seconds of one step's parts, with so many messages."""
+    """Seconds of one step's parts."""
 
     push: float
     reduce: float
@@ -26,14 +26,14 @@ class _Times(NamedTuple):
 
 
 def measure_work(method: Method, d: int) -> Work:
-    """Seconds for each element of the parts of a method's step, on one core, as NumPy arrays.
+    """Core seconds per element for the parts of a method's step, on NumPy arrays.
 
-    They are medians of some steps: on a busy machine, or on all ranks of a job at once, they tell
-    how fast it is with what else runs there.
+    They are medians over several steps. Other load on the machine, such as other ranks of the job,
+    is included.
 
     Args:
-        method: any.
-        d: number of elements of the vectors; more than 4 million are measured with 4 million.
+        method: any method.
+        d: number of elements; above 4 million, 4 million are measured.
 
     Example:
         >>> import ef_horovod as ef
@@ -55,7 +55,7 @@ def measure_work(method: Method, d: int) -> Work:
 
 
 def _typical(method: Method, gradient: np.ndarray, messages: int) -> _Times:
-    """Median seconds of each part, over steps after the first two, which compile and settle."""
+    """Median seconds of each part, without the first two steps, which compile and warm up."""
     states = method.init(gradient, messages)
     steps = []
     for number in range(2 + _REPETITIONS):

@@ -1,4 +1,4 @@
-"""Bytes of a step by name of the exchange, and where an exchange sends more than dense sums."""
+"""Bytes per step by name of the exchange, and break-even points with a dense allreduce."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def traffic(compressor: Compressor, d: int, n: int, exchange: str) -> Traffic:
     """Traffic of a compressor's real payloads, headers and index codes included.
 
     Args:
-        compressor: for "double_pass" and "server" of both passes. A fixed k stays k in each slice
+        compressor: of both passes for "double_pass" and "server". A fixed k stays k in each slice
             of a double pass.
         d: number of elements.
         n: number of workers.
-        exchange: name of a registered one, such as "gather"; "dense" does not use the compressor.
+        exchange: name of a registered exchange, such as "gather"; "dense" ignores the compressor.
 
     Raises:
-        ValueError: no such exchange, n < 1 or d < 0, or "reduce" with a compressor whose payloads
-            cannot be summed, or one whose payload sizes follow from the data.
+        ValueError: no such exchange, n < 1 or d < 0, "reduce" with a compressor whose payloads
+            cannot be summed, or payload sizes that depend on the data.
 
     Example:
         >>> import ef_horovod as ef
@@ -38,20 +38,20 @@ def traffic(compressor: Compressor, d: int, n: int, exchange: str) -> Traffic:
 
 
 def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
-    """Traffic of a method's messages and answers, as its `stats()` count them.
+    """Traffic of a method's payloads and answers, as counted by `stats()`.
 
-    For methods whose messages differ from step to step the mean over two steps. A server's own
-    headers (40 bytes a message) are not in it.
+    If payload sizes differ between steps, the mean over two steps. A server's headers (40 bytes per
+    message) are not included.
 
     Args:
-        method: with the shapes it asks for, if it does (`Method.for_shapes`).
+        method: with its shapes, if it needs them (`Method.for_shapes`).
         d: number of elements.
         n: number of workers.
-        exchange: name of a registered one, such as "gather" or "dense".
+        exchange: name of a registered exchange, such as "gather" or "dense".
 
     Raises:
-        ValueError: no such exchange, n < 1 or d < 0, an exchange that the method cannot take, or
-            messages whose sizes follow from the data.
+        ValueError: no such exchange, n < 1 or d < 0, an exchange that the method cannot use, or
+            payload sizes that depend on the data.
 
     Example:
         >>> import ef_horovod as ef
@@ -78,16 +78,16 @@ def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
 
 
 def break_even_ranks(compressor: Compressor, d: int) -> float:
-    """A gather sends fewer bytes than a dense ring for fewer workers than this: 8 d / nbytes(d).
+    """Number of workers below which a gather sends less than a dense ring: 8 d / nbytes(d).
 
-    (n - 1) payloads against 2 (n - 1) / n times 4 d bytes.
+    A gather sends (n - 1) payloads, a dense ring 2 (n - 1) / n times 4 d bytes.
 
     Args:
-        compressor: whose payloads are gathered.
+        compressor: of the gathered payloads.
         d: number of elements, at least 1.
 
     Raises:
-        ValueError: d < 1, or the payload's size follows from the data.
+        ValueError: d < 1, or the payload's size depends on the data.
 
     Example:
         >>> import ef_horovod as ef
@@ -106,19 +106,19 @@ def break_even_density(
 ) -> float:
     """The largest density k / d at which a gather sends fewer bytes than a dense ring.
 
-    With 8 bytes an entry it would be 1 / n; the index code of `TopK` allows more.
+    With 8 bytes per entry it would be 1 / n; the index code of `TopK` allows more.
 
     Args:
         d: number of elements, at least 1.
         n: number of workers, at least 2.
-        sparsifier: sparsifier(k) is a compressor that keeps k entries and whose payload grows with
-            k; None for `TopK(k=k)`.
+        sparsifier: sparsifier(k) returns a compressor that keeps k entries and whose payload grows
+            with k; None for `TopK(k=k)`.
 
     Returns:
-        The density, 0 if not even one entry pays.
+        The density; 0 if even one entry sends more.
 
     Raises:
-        ValueError: d < 1 or n < 2, or the payload's size follows from the data.
+        ValueError: d < 1 or n < 2, or the payload's size depends on the data.
 
     Example:
         >>> import ef_horovod as ef

@@ -1,11 +1,11 @@
-"""How the messages of all ranks meet: one file an exchange, and the channel that runs on them.
+"""Exchanges, one per file, and the channel that uses them.
 
-gather       every rank gets every message: for any compressor; the cost grows with the ranks
-reduce       values are summed in flight: for linear compressors; the cost does not grow
-dense        an allreduce of the gradient itself, without payloads
-double_pass  every rank is the server of one slice: messages for slices by an all-to-all, answers
-             by an all-gather; for any compressor, the cost does not grow
-server       one message to a parameter server and one answer, which it has reduced
+gather       all-gather of the payloads; any compressor; the cost grows with the number of ranks
+reduce       allreduce of the payloads' values; linear compressors; the cost does not grow
+dense        allreduce of the gradient itself, without payloads
+double_pass  each rank is the server of one slice: all-to-all of the slices' payloads, then
+             all-gather of the answers; any compressor; the cost does not grow
+server       one payload to a parameter server, and one reduced answer back
 """
 
 from ef_horovod.exchange import gather, reduce, dense, double_pass, server  # noqa: F401, I001 - registers them, in the order in which they are listed

@@ -1,6 +1,6 @@
-"""What an exchange is: how the messages of all ranks meet, what it can carry and what it costs.
+"""Base class of exchanges: how ranks exchange payloads, which methods fit, and the cost.
 
-A new one is one file, here or in a package of yours that is imported on all ranks:
+A new exchange is one file, here or in your own package that all ranks import:
 
     @register_exchange
     class Ring(Exchange):
@@ -9,8 +9,8 @@ A new one is one file, here or in a package of yours that is imported on all ran
         def traffic(self, method, d, n): ...
         def seconds(self, method, d, n, moved, network, software): ...
 
-Users write `exchange="ring"`. What travels by a single collective needs nothing else; others open
-a channel of their own kind.
+Users write `exchange="ring"`. This is enough for an exchange with a single collective. Others
+override `open` to return another kind of channel.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from ef_horovod.transports.base import Transport
 
 
 class Exchange(ABC):
-    """One way to exchange messages, without a state; see the module."""
+    """One way to exchange payloads, without state; see the module."""
 
-    name: ClassVar[str]  # what users write
-    compresses: ClassVar[bool] = True  # False: the gradient itself travels, without payloads
-    sums: ClassVar[bool] = False  # float32 values are summed in flight; otherwise bytes travel
+    name: ClassVar[str]  # as users write it
+    compresses: ClassVar[bool] = True  # False: the gradient itself is sent, without payloads
+    sums: ClassVar[bool] = False  # float32 values are summed in flight; False: bytes are sent
     has_answers: ClassVar[bool] = False  # a second collective brings answers, `Channel.answers`
-    needs_server: ClassVar[bool] = False  # not only peers
+    needs_server: ClassVar[bool] = False
 
     def require_fit(self, method: Method) -> None:  # noqa: B027 - most carry every method
-        """Raise unless a method's messages can travel this way.
+        """Raise if this exchange cannot carry a method's payloads.
 
         Raises:
-            UnsupportedError: always then, with the way out.
+            UnsupportedError: with a way out.
         """
 
     def fits(self, method: Method) -> bool:
-        """Whether a method's messages can travel this way."""
+        """Whether this exchange can carry a method's payloads."""
         try:
             self.require_fit(method)
         except UnsupportedError:
@@ -58,13 +58,13 @@ class Exchange(ABC):
     def open(
         self, name: str, like: Array, method: Method, transport: Transport, *, seed: int = 0
     ) -> Channel:
-        """A channel for one vector; arguments as of `Channel`."""
+        """A channel for one vector; arguments as in `Channel`."""
         return Channel(name, like, method, transport, self, seed=seed)
 
     def start(
         self, transport: Transport, name: str, payload: Payload, *, fixed_size: bool
     ) -> Callable[[], list[Payload]]:
-        """Send a payload on its way.
+        """Start to exchange a payload.
 
         Args:
             transport: to the other ranks.
@@ -73,27 +73,27 @@ class Exchange(ABC):
             fixed_size: whether all ranks' payloads are as long as this one: `Method.fixed_size`.
 
         Returns:
-            A function that waits and gives one payload for each rank in rank order, or a single
-            one that stands for their sum. If any rank asked to drop the step, at least one
-            `is_skip`.
+            A function that waits and returns one payload per rank in rank order, or a single
+            payload that stands for their sum. If any rank asked to drop the step, at least one
+            payload `is_skip`.
         """
         raise NotImplementedError(f"exchange {self.name!r} opens channels of its own kind")
 
     @abstractmethod
     def traffic(self, method: Method, d: int, n: int) -> Traffic:
-        """Bytes of a step.
+        """Bytes per step.
 
         Args:
-            method: that fits, with messages of known sizes.
+            method: one that fits, with payloads of known sizes.
             d: number of elements.
             n: number of workers.
 
         Raises:
-            ValueError: n < 1 or d < 0, or sizes that follow from the data.
+            ValueError: n < 1 or d < 0, or sizes that depend on the data.
         """
 
     def work(self, work: Work, n: int) -> tuple[float, float]:
-        """Seconds of a core for each element before and after the exchange, on the busiest path."""
+        """Core seconds per element before and after the exchange, on the busiest path."""
         return work.push, n * work.decode + work.aggregate + work.pull
 
     @abstractmethod
@@ -103,24 +103,24 @@ class Exchange(ABC):
         """Seconds of a step's collectives among n >= 2 workers.
 
         Args:
-            method, d, n: as of `traffic`.
-            moved: what that gave.
+            method, d, n: as in `traffic`.
+            moved: the result of `traffic`.
             network: between the workers.
-            software: what carries out the collectives.
+            software: that runs the collectives.
         """
 
 
 def checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:
-    """The payload at the start of what a rank sent.
+    """The payload at the start of a rank's received bytes.
 
     Args:
         data: uint8[m].
-        rank: who sent it.
-        own: this rank's, which it has to be like.
+        rank: the sender.
+        own: this rank's payload; the received one must have the same kind and length.
         name: of the collective.
 
     Raises:
-        PayloadError: it is none, or of another kind or length.
+        PayloadError: not a payload, or of another kind or length.
     """
     received = Payload.from_start(data)
     if received.kind is not own.kind or received.num_elements != own.num_elements:

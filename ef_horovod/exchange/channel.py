@@ -1,14 +1,14 @@
-"""One vector's way from gradient to direction, step after step: what every adapter runs on.
+"""State machine of one vector: compress, exchange, aggregate, decode. All adapters use it.
 
-A channel belongs to one bucket or parameter. A step has two halves, so that many channels can be
-under way at once and one bad gradient anywhere drops the whole step everywhere:
+A channel belongs to one bucket or parameter. A step has two halves, so that many channels can run
+at once, and a bad gradient on any rank drops the whole step on all ranks:
 
-    channel.start(step)            compress what lies in channel.gradient and send it
-    channel.arrived()              wait for the others; False: some rank asks to drop the step
-    channel.reply()                if all channels' messages are good: what the others wait for
+    channel.start(step)            compress channel.gradient and send the payload
+    channel.arrived()              wait for all ranks; False: some rank asks to drop the step
+    channel.reply()                if all channels' payloads are good: send the answer, if any
     direction = channel.commit()   or channel.drop(): states are as they were before start
 
-A committed step can still be left out: `channel.undo()`, if `channel.keep_undo()` came before
+A committed step can still be undone by `channel.undo()`, if `channel.keep_undo()` was called before
 `reply`.
 """
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ChannelStats:
-    """What a channel did so far; see `Channel.stats`."""
+    """Counters of a channel; see `Channel.stats`."""
 
     name: str
     num_elements: int
@@ -45,7 +45,7 @@ class ChannelStats:
     exchange: str
     steps: int = 0
     skipped: int = 0  # steps dropped because some rank's gradient was not finite
-    dense_bytes_out: int = 0  # what a float32 ring allreduce would have sent
+    dense_bytes_out: int = 0  # as a float32 ring allreduce would have sent
     bytes_out: int = 0
     bytes_in: int = 0
     seconds_compress: float = 0.0
@@ -55,16 +55,16 @@ class ChannelStats:
 
     @property
     def ratio(self) -> float:
-        """Bytes sent over bytes that dense would have sent; smaller is better."""
+        """Bytes sent divided by the bytes of a dense allreduce; smaller is better."""
         return self.bytes_out / self.dense_bytes_out if self.dense_bytes_out else math.nan
 
 
 class Piece(NamedTuple):
-    """A part of a channel's vector that has states of its own."""
+    """A part of a channel's vector with separate states."""
 
-    name: str  # what the names of its memories start with
-    start: int  # where in the channel's vector it begins
-    channel: Channel  # whose gradient is as long as the piece
+    name: str  # prefix of the names of its states
+    start: int  # offset in the channel's vector
+    channel: Channel  # its gradient is as long as the piece
 
 
 class _Before(NamedTuple):
@@ -72,22 +72,22 @@ class _Before(NamedTuple):
 
     worker: Undo | None
     server: Undo | None
-    gradient: Array  # room for the gradient, which becomes part of the state in some methods
+    gradient: Array  # the gradient's buffer, which becomes part of the state in some methods
 
 
 class Channel:
-    """Compressed exchange of one float32[d]; `Exchange.open` makes the kind that it needs.
+    """Compressed exchange of one float32[d]; `Exchange.open` returns the right kind.
 
     Args:
         name: equal on all ranks, unique among the channels of a transport.
         like: float32[d] whose framework and device the channel's arrays get.
         method: error-feedback method.
         transport: to the other ranks.
-        exchange: how messages meet.
+        exchange: carries the payloads.
         seed: of random compressors; equal on all ranks.
 
     Raises:
-        UnsupportedError: the method's messages cannot travel that way.
+        UnsupportedError: the exchange cannot carry the method's payloads.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class Channel:
         exchange.require_fit(method)
         xp, device = namespace(like), getattr(like, "device", None)
         self.name, self.method, self.exchange = name, method, exchange
-        self.gradient = xp.zeros(like.shape[0], device)  # float32[d]: the caller fills it each step
+        self.gradient = xp.zeros(like.shape[0], device)  # float32[d], filled by the caller per step
         self._xp, self._device, self._transport = xp, device, transport
         self._key = Key(int(seed), 0, tensor_id(name), transport.rank, transport.size)
         self.worker, self.server = self._open(seed)
-        self._lost = self.gradient  # after a step: what its compression lost
+        self._lost = self.gradient  # after a step: its compression error
         self._message: Payload | None = None
         self._pushed: Any = None
         self._finish: Callable[[], Any] | None = None
@@ -117,21 +117,21 @@ class Channel:
         self._stats = ChannelStats(name, like.shape[0], repr(method), exchange.name)
 
     def _open(self, seed: int) -> tuple[Any, Any]:
-        """States of the worker and the aggregator, as far as they are kept in this channel."""
+        """States of the worker and the aggregator, if this channel keeps them."""
         return self.method.init(self.gradient, self._transport.size)
 
     def forget(self) -> None:
-        """Start anew: states as before the first step."""
+        """Reset the states to those before the first step."""
         self.worker, self.server = self._open(self._key.seed)
         self._message = self._undo = None
 
     @property
     def answers(self) -> str:
-        """Name of the collective that answers travel by, where the exchange has them."""
+        """Name of the collective for the answers, if the exchange has them."""
         return f"{self.name}.answers"
 
     def pieces(self) -> list[Piece]:
-        """The parts of the vector that have states of their own, in order: here it is one."""
+        """The parts of the vector with separate states, in order: here a single one."""
         return [Piece("", 0, self)]
 
     def start(self, step: int) -> None:
@@ -154,17 +154,17 @@ class Channel:
         self._undo = None
 
     def _send(self, message: Payload, step: int) -> Callable[[], Any]:
-        """Send this rank's message; a function that waits for what comes of all ranks'."""
+        """Send this rank's payload; returns a function that waits for the result."""
         fixed_size = self.method.fixed_size
         return self.exchange.start(self._transport, self.name, message, fixed_size=fixed_size)
 
     def arrived(self) -> bool:
-        """Wait for all ranks' messages; whether all of them are good."""
+        """Wait for all ranks' payloads; whether all of them are good."""
         self._received = self._wait()
         return not any(message.is_skip for message in self._received)
 
     def _wait(self) -> Any:
-        """What has come of all ranks' messages."""
+        """Wait for the exchange and return its result."""
         assert self._finish is not None, f"{self.name} was not started"
         with self._timed("seconds_wait"), self._counted():
             received = self._finish()
@@ -173,7 +173,7 @@ class Channel:
         return received
 
     def keep_undo(self) -> None:
-        """Keep the way back before this step, until the next one starts."""
+        """Make this step undoable until the next one starts."""
         method = self.method
         halves = (
             (self.worker, method.pulled_in_place),
@@ -191,7 +191,7 @@ class Channel:
         return self._undo is not None
 
     def undo(self) -> None:
-        """Go back before the step that was committed last; its directions are no longer valid."""
+        """Undo the last committed step; its aggregated gradients are no longer valid."""
         assert self._undo is not None, f"{self.name} keeps no way back"
         worker, server, self.gradient = self._undo
         self.worker = None if worker is None else worker.restore()
@@ -201,10 +201,14 @@ class Channel:
         self._stats.skipped += 1
 
     def reply(self) -> None:
-        """Send the answer that other ranks wait for to commit, where the exchange has answers."""
+        """Send the answer that other ranks need to commit, if the exchange has answers."""
 
     def commit(self) -> Array:
-        """Aggregate and take over the new states; the direction, float32[d], to read at once."""
+        """Aggregate and take over the new states.
+
+        Returns:
+            The aggregated gradient, float32[d]; read it at once.
+        """
         with self._timed("seconds_decompress"):
             direction = self._pull(self._aggregate())
         self._received = self._pushed = None
@@ -212,7 +216,7 @@ class Channel:
         return direction
 
     def _aggregate(self) -> Array | Payload:
-        """What is made of all ranks' messages."""
+        """The aggregate of all ranks' payloads."""
         return self.reduce(self._received)
 
     def _pull(self, aggregate: Array | Payload) -> Array:
@@ -222,19 +226,19 @@ class Channel:
         return direction
 
     def reduce(self, messages: Sequence[Payload]) -> Array | Payload:
-        """The aggregator's part of a step, in this channel's own replica of its state."""
+        """The aggregator's part of a step, with this channel's replica of its state."""
         aggregate, self.server = self.method.reduce(self.server, messages, self._key.of_server())
         return aggregate
 
     def drop(self) -> None:
-        """Forget the step: all states stay as they were before `start`."""
+        """Drop the step: all states stay as they were before `start`."""
         self._received = self._pushed = self._message = self._undo = None
         self._stats.skipped += 1
 
     def stats(self) -> ChannelStats:
-        """Counters since the start; computes the error of the last step's compression.
+        """Counters since the start, and the compression error of the last step.
 
-        Call it between steps: the error is found in memory that the next gradient overwrites.
+        Call it between steps, because the next gradient overwrites the buffer with the error.
         """
         norms = self.squared_norms()
         if norms is not None:
@@ -253,9 +257,9 @@ class Channel:
         return xp.squared_norm(lost), xp.squared_norm(whole)
 
     def _spare(self, before: Any) -> None:
-        """If the worker's state took `gradient`'s memory, take over an array that it gave up."""
+        """If the worker's state took over `gradient`'s buffer, reuse an array that it freed."""
         self._lost = self.gradient
-        # Memory is compared, not identity: a residual is mostly a view of what was compressed.
+        # Compare addresses, not identity: a residual is often a view of the compressed vector.
         address = self._xp.address
         assert self.worker is not None
         taken = {address(field) for field in self.worker if hasattr(field, "shape")}
@@ -285,25 +289,25 @@ def finish_step(
     """Wait for all channels, then commit all, or drop all if any rank's gradient was not finite.
 
     Args:
-        channels: that were started.
-        good: False to drop the step whatever arrives; equal on all ranks.
+        channels: the started channels.
+        good: False to drop the step in any case; equal on all ranks.
         undoable: whether `Channel.undo` may be called after it.
 
     Returns:
-        The directions in the order of the channels, or None for a dropped step. All ranks get the
-        same answer, because it follows from what all of them received.
+        The aggregated gradients in the order of the channels, or None for a dropped step. All ranks
+        get the same answer, because all of them received the same data.
     """
     return conclude(channels, good=settle(channels, good=good, undoable=undoable))
 
 
 def settle(channels: list[Channel], *, good: bool = True, undoable: bool = False) -> bool:
-    """The first half of `finish_step`: whether the step is good; if so, what is due is sent."""
-    arrived = [channel.arrived() for channel in channels]  # wait for all, also after a bad one
+    """The first half of `finish_step`: whether the step is good; sends the answers if it is."""
+    arrived = [channel.arrived() for channel in channels]  # wait for all, even after a bad one
     good = good and all(arrived)
     if good and undoable:
         for channel in channels:
             channel.keep_undo()
-    if good:  # only now: a reply changes the aggregator's state
+    if good:  # only now, because a reply changes the aggregator's state
         for channel in channels:
             channel.reply()
     return good

@@ -1,8 +1,8 @@
-"""A check before the first step: do all ranks mean the same thing?
+"""Checks before the first step that all ranks have the same config.
 
-Ranks that disagree about the config, the parameter names or their shapes would hang, or mix their
-data without an error. Each rank describes itself in one line a fact; the digests are compared, and
-if they differ, all ranks find the first difference and name it.
+Ranks with different configs, parameter names or shapes would hang, or mix their data without an
+error. Each rank lists its facts, one per line. The ranks compare digests of these lists. If they
+differ, all ranks find the first difference and name it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _NOTHING = "nothing there"
 
 
 def require_same_config(transport: Transport, facts: Sequence[str], name: str = "guard") -> None:
-    """Compare this rank's facts with all others'; collective.
+    """Compare this rank's facts with those of all other ranks; collective.
 
     Args:
         transport: to the other ranks.
-        facts: one line each, in an order that is equal on all ranks.
+        facts: one line each, in the same order on all ranks.
         name: of the collectives used.
 
     Raises:
-        ConfigMismatchError: on every rank, naming two ranks and what differs between them.
+        ConfigMismatchError: on every rank; names two ranks and their first difference.
     """
     digests = _gather(transport, f"{name}.digest", _digest(facts))
     other = next((rank for rank, d in enumerate(digests) if d != digests[0]), None)
@@ -42,7 +42,7 @@ def require_same_config(transport: Transport, facts: Sequence[str], name: str = 
 
 
 def first_difference(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
-    """Where two lists of facts, one line each, begin to differ: what each of them has there."""
+    """The first pair of lines in which two lists of facts differ."""
     pairs = zip_longest(first, second, fillvalue=_NOTHING)
     return next((here, there) for here, there in pairs if here != there)
 
@@ -52,7 +52,7 @@ def _first_difference(
 ) -> tuple[str, str]:
     """The same for the facts of rank 0 and another one; collective over all ranks.
 
-    Found by bisection, so that what travels does not grow with the model.
+    Bisection keeps the number of bytes independent of the model's size.
     """
     counts = _gather(transport, f"{name}.count", np.array([len(facts)], "<u8").view(np.uint8))
     same, bound = 0, min(int.from_bytes(counts[rank], "little") for rank in (0, other))

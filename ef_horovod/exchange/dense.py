@@ -65,8 +65,8 @@ class DenseChannel(Channel):
     def arrived(self) -> bool:
         total = self._wait()
         with self._timed("seconds_decompress"):
-            # Into `gradient`, because what arrives may be a tensor that cannot be changed; and at
-            # once, because the look at all numbers is free then.
+            # Into `gradient`, because the received tensor may be immutable. In the same pass as the
+            # division, the check for finite numbers is free.
             size, mean = self._transport.size, self.gradient
             return bool(self._xp.divide_checked(total, size, out=mean))
 

@@ -1,13 +1,13 @@
-"""Exchange "double_pass": every rank is the parameter server of one slice of the vector.
+"""Exchange "double_pass": each rank is the parameter server of one slice of the vector.
 
-    start      each slice is compressed by itself and sent to the rank that owns it (all-to-all)
-    reply      the owner makes of its n messages what a server would: a vector, or a payload
-               compressed with an error memory of the slice's own
-    commit     the answer for every slice goes to every rank (all-gather)
+    start      compress each slice separately and send it to its owner (all-to-all)
+    reply      the owner reduces its n payloads as a server would: to a vector, or to a payload
+               compressed with the slice's own error memory
+    commit     all ranks get the answers for all slices (all-gather)
 
-A rank sends and receives about one message and one answer of the whole vector, and decodes as much,
-however many ranks there are. DoubleSqueeze without a server is this: Tang et al. (ICML 2019), in
-the form of DeepSpeed's 1-bit Adam. Numbers are those of servers whose buckets are the slices.
+For any number of ranks, a rank sends, receives and decodes about one payload and one answer of the
+whole vector. This is DoubleSqueeze without a server: Tang et al. (ICML 2019), in the form of
+DeepSpeed's 1-bit Adam. The results equal those of servers whose buckets are the slices.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from ef_horovod.exchange.traffic import (
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Answer, Measure, Transport
 
-_GRAIN = 8  # elements; signs of a slice fill whole bytes
+_GRAIN = 8  # elements; so the sign bits of a slice fill whole bytes
 
 
 @register_exchange
 class DoublePass(Exchange):
-    """Messages for slices by an all-to-all, answers for slices by an all-gather."""
+    """All-to-all of the slices' payloads, then all-gather of the slices' answers."""
 
     name = "double_pass"
     has_answers = True
@@ -66,8 +66,8 @@ class DoublePass(Exchange):
         return double_pass_traffic(message_nbytes(method, part), fixed_nbytes(answer, part), n)
 
     def work(self, work: Work, n: int) -> tuple[float, float]:
-        # A copy into slices and one out of them, of memory that no cache holds: two passes each.
-        # The messages of all ranks for one slice are as long as one message for all slices.
+        # A copy into the slices and one out of them, both uncached: two passes each.
+        # All ranks' payloads for one slice are as long as one payload for all slices.
         before, after = work.push + 2 * work.copy, work.decode + work.aggregate / n
         return before, after + work.pull + 2 * work.copy
 
@@ -80,7 +80,7 @@ class DoublePass(Exchange):
 
 
 def cuts(d: int, ranks: int) -> list[tuple[int, int]]:
-    """Start and stop of each rank's slice of d elements: equally long up to 8 elements.
+    """Start and stop of each rank's slice of d elements; lengths differ by at most 8.
 
     Example:
         >>> cuts(30, 3)
@@ -94,10 +94,10 @@ def cuts(d: int, ranks: int) -> list[tuple[int, int]]:
 
 
 class SlicedChannel(Channel):
-    """A channel whose vector travels in slices, each with a channel and states of its own.
+    """A channel whose vector is sent in slices, each with its own channel and states.
 
-    The channels inside are those of a job with a server, which here is a slice's owner: rank j of
-    slice j. They are named "NAME/j"; what random compressors draw depends on it.
+    The inner channels are those of a job with a server. The server of slice j is rank j, its owner.
+    The channels are named "NAME/j"; the draws of random compressors depend on the name.
     """
 
     def _open(self, seed: int) -> tuple[Any, Any]:
@@ -109,8 +109,8 @@ class SlicedChannel(Channel):
         self._own = own = self._slices[transport.rank].channel
         own.server = self.method.init(own.gradient, transport.size)[1]
         self._sent: list[Payload] = []
-        self._has_numbers = False  # whether answers are vectors and not payloads
-        return None, None  # slices have them
+        self._has_numbers = False  # whether answers are vectors, not payloads
+        return None, None  # the slices have the states
 
     def pieces(self) -> list[Piece]:
         return [Piece(f"slice.{j}.", s.start, s.channel) for j, s in enumerate(self._slices)]
@@ -124,7 +124,7 @@ class SlicedChannel(Channel):
                 part.channel.start(step)
             messages = [Payload(part.loopback.message) for part in self._slices]
             if any(message.is_skip for message in messages):
-                messages = [message.as_skip() for message in messages]  # every owner has to know
+                messages = [message.as_skip() for message in messages]  # tell every owner
             self._sent = messages
         parts, measure = _travelling(messages, self.method.fixed_size)
         with self._counted():
@@ -147,12 +147,12 @@ class SlicedChannel(Channel):
             part.channel.undo()
 
     def reply(self) -> None:
-        """Reduce the slice that this rank owns, and send what came of it to all ranks."""
+        """Reduce the slice that this rank owns, and send the answer to all ranks."""
         with self._timed("seconds_decompress"):
             try:
                 answer = self._own.reduce(self._received)
                 self._has_numbers = not isinstance(answer, Payload)
-            except NonFiniteError:  # finite messages can have a sum that is not: all ranks raise
+            except NonFiniteError:  # the sum of finite payloads can overflow; then all ranks raise
                 answer = Identity().absent(self._own.gradient).as_skip()
         if not isinstance(answer, Payload):
             answer = _as_payload(answer)
@@ -162,10 +162,10 @@ class SlicedChannel(Channel):
             self._finish = self._transport.allgather(self.answers, data, measure)
 
     def commit(self) -> Array:
-        """As of any channel.
+        """As in `Channel`.
 
         Raises:
-            NonFiniteError: on all ranks, if one could not sum what it got.
+            NonFiniteError: on all ranks, if the sum of one slice was not finite.
         """
         assert self._finish is not None, f"{self.name} has not replied"
         with self._timed("seconds_wait"), self._counted():
@@ -174,7 +174,7 @@ class SlicedChannel(Channel):
         with self._timed("seconds_decompress"):
             answers = [self._read_answer(j, data) for j, data in enumerate(arrived)]
             for part, answer in zip(self._slices, answers, strict=True):
-                # `gradient` is free: what was in it has been compressed.
+                # `gradient` is free, because its content has been compressed.
                 self._xp.write(self.gradient, part.start, part.take(answer))
         self._received = None
         self._stats.steps += 1
@@ -211,7 +211,7 @@ class SlicedChannel(Channel):
 
 
 class _Slice(NamedTuple):
-    """A part of the vector and what is known of it here."""
+    """A slice of the vector, with its channel and the stand-in for its server."""
 
     start: int
     stop: int
@@ -220,27 +220,27 @@ class _Slice(NamedTuple):
 
     @classmethod
     def open(cls, name: str, whole: Channel, start: int, stop: int, seed: int) -> _Slice:
-        """A slice of another channel's vector."""
+        """Open a slice of another channel's vector."""
         loopback = _LoopbackServer(whole._transport.rank, whole._transport.size)
         like = whole.gradient[start:stop]
         channel = EXCHANGES["server"].open(name, like, whole.method, loopback, seed=seed)
         return cls(start, stop, channel, loopback)
 
     def take(self, answer: Answer) -> Array:
-        """The slice's direction."""
+        """The slice's aggregated gradient."""
         self.loopback.answer = answer
         self.channel.arrived()
         return self.channel.commit()
 
     def drop(self) -> None:
-        """Leave the slice as it was."""
+        """Drop the step: the slice stays as it was."""
         self.loopback.answer = Answer()
         self.channel.arrived()
         self.channel.drop()
 
 
 class _LoopbackServer(Transport):
-    """What a slice's channel takes for a server: keeps the message, gives the answer."""
+    """In-process stand-in for a server: keeps the payload, returns the given answer."""
 
     message: np.ndarray
     answer = Answer()
@@ -250,7 +250,7 @@ class _LoopbackServer(Transport):
         return True
 
     def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
-        """Nothing: the owner has the same method."""
+        """Does nothing, because the owner has the same method."""
 
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
         self.message = payload
@@ -268,13 +268,13 @@ class _LoopbackServer(Transport):
 def _travelling(
     payloads: list[Payload], fixed_size: bool
 ) -> tuple[list[np.ndarray], Measure | None]:
-    """The bytes of payloads as they travel, and how to tell those of other ranks apart."""
+    """The bytes to send for payloads, and the `measure` to separate those of other ranks."""
     if fixed_size:
         return [payload.data for payload in payloads], None
     return [wire.padded(payload.data) for payload in payloads], wire.padded_nbytes
 
 
 def _as_payload(numbers: Array) -> Payload:
-    """float32[d] as they are, infinities too: a server would send them so."""
+    """float32[d] unchanged, including infinities, as a server would send them."""
     values = np.asarray(namespace(numbers).to_host(numbers), "<f4")
     return Identity()._payload((values,), values.size, namespace(values).like(values))

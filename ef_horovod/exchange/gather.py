@@ -1,6 +1,6 @@
-"""Exchange "gather": every rank gets every message.
+"""Exchange "gather": every rank gets every payload.
 
-It carries the messages of any compressor. Its cost grows with the number of ranks.
+It carries the payloads of any compressor. Its cost grows with the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ef_horovod.transports.base import Transport
 
 @register_exchange
 class Gather(Exchange):
-    """An all-gather of payloads; every rank aggregates all of them itself."""
+    """An all-gather of payloads; every rank aggregates all of them."""
 
     name = "gather"
 

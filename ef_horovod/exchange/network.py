@@ -1,6 +1,6 @@
-"""What carries an exchange: a network, the software of the collectives, and a core.
+"""Cost parameters of an exchange: the network, the software of the collectives, and a core.
 
-docs/cost-model.md has the formulas, where the constants come from, and what was measured.
+docs/cost-model.md has the formulas, the sources of the constants, and the measurements.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 from ef_horovod.common.units import read_rate, read_seconds, show_rate, show_seconds
 
-# Ethernet frames of 1514 bytes carry 1448 of TCP; every second one is acknowledged by 66 bytes.
+# Ethernet frames of 1514 bytes carry 1448 bytes of TCP; 66 bytes acknowledge every second frame.
 _FRAMES = (1514 + 33) / 1448
 
 
 class Network(NamedTuple):
-    """What lies between the hosts; one worker on each.
+    """The network between the hosts, with one worker on each.
 
     Args:
         bandwidth: bits per second of a host's link, each way.
         latency: seconds that a short message takes from host to host.
-        burst: bytes that a link carries at once after a pause, where a token bucket limits it, as
-            on virtual hosts.
+        burst: bytes that a link carries at once after a pause, if a token bucket limits it, as on
+            virtual hosts.
 
     Example:
         >>> Network.read("100mbit,2ms")
@@ -35,15 +35,15 @@ class Network(NamedTuple):
     burst: float = 0
 
     def carry(self, nbytes: float) -> float:
-        """Seconds of so many bytes, after a pause, at the link's full rate."""
+        """Seconds to carry `nbytes` after a pause, at the link's full rate."""
         return 8 * _FRAMES * max(nbytes - self.burst, 0.0) / self.bandwidth
 
     @classmethod
     def read(cls, text: str) -> Network:
-        """A network from text: a rate, and after a comma a latency.
+        """A network from text: a rate, optionally a comma and a latency.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the text is not a network.
         """
         rate, comma, latency = text.partition(",")
         return cls(read_rate(rate), *([read_seconds(latency)] if comma else []))
@@ -53,14 +53,14 @@ class Network(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """How some software makes one kind of collective.
+    """How some software runs one kind of collective.
 
     Args:
-        stretch: seconds of long messages over what their bytes take at the link's full rate.
-        in_turn: messages that wait for each other: "ring" is n - 1 of them, "tree" log2 n.
-        passes: how often that is gone through: a sum is first made, then spread.
-        pair: the stretch between two workers, where it is another one.
-        ramp: bytes a round from which the stretch counts in full; it grows up to there.
+        stretch: time of long messages divided by their time at the link's full rate.
+        in_turn: number of sequential messages: "ring" is n - 1, "tree" is log2 n.
+        passes: number of times these are sent: an allreduce first sums, then distributes.
+        pair: the stretch between two workers, if it differs.
+        ramp: bytes per round from which the stretch counts in full; below, it grows linearly.
     """
 
     stretch: float
@@ -70,7 +70,7 @@ class Collective(NamedTuple):
     passes: int = 1
 
     def seconds(self, sent: float, n: int, network: Network) -> float:
-        """Of a collective in which each of n workers sends so many bytes."""
+        """Seconds of a collective in which each of n workers sends `sent` bytes."""
         stretch = self.pair if n == 2 and self.pair is not None else self.stretch
         rounds = self.passes * (n - 1 if self.in_turn == "ring" else math.ceil(math.log2(n)))
         a_round = sent / max(rounds, 1)
@@ -79,14 +79,14 @@ class Collective(NamedTuple):
 
 
 class Software(NamedTuple):
-    """What carries out the collectives.
+    """The software that runs the collectives.
 
     Args:
-        name: what to call it.
-        start: seconds from asking for a collective to its first byte: Horovod's cycle and
-            negotiation, where each worker has a core.
-        allreduce, allgather, alltoall: how it makes them.
-        core: seconds of a core for each byte that is sent and received: TCP's and copies.
+        name: for reports.
+        start: seconds from the call of a collective to its first byte: Horovod's cycle and
+            negotiation, if each worker has a core.
+        allreduce, allgather, alltoall: cost of each kind.
+        core: core seconds per byte sent or received, for TCP and copies.
     """
 
     name: str
@@ -102,7 +102,7 @@ OPEN_MPI = Software(
     start=2.5e-3,
     allreduce=Collective(1.85, "tree", pair=1.22, ramp=32e3, passes=2),
     allgather=Collective(1.5, "ring", pair=1.0, ramp=100e3),
-    alltoall=Collective(1.5, "ring", pair=1.0),  # all send to one at once: queues overflow
+    alltoall=Collective(1.5, "ring", pair=1.0),  # queues overflow, because all send to one at once
     core=0.36e-9,
 )
 OPEN_MPI_RING = OPEN_MPI._replace(
@@ -110,7 +110,7 @@ OPEN_MPI_RING = OPEN_MPI._replace(
     allreduce=Collective(1.12, "ring", pair=1.15, passes=2),
     allgather=Collective(1.2, "ring", pair=1.0),
 )
-# As NCCL and RDMA come near it. Nothing here was measured but Horovod's start.
+# An approximation of NCCL and RDMA. Only Horovod's start was measured.
 IDEAL = Software(
     "Horovod with rings at the link's full rate that take no core (RDMA; not measured)",
     start=OPEN_MPI.start,
@@ -123,13 +123,13 @@ SOFTWARE = {"default": OPEN_MPI, "ring": OPEN_MPI_RING, "ideal": IDEAL}
 
 
 class Work(NamedTuple):
-    """Seconds of one core for each element of a vector, of a method's parts.
+    """Core seconds per element of a vector, for the parts of a method's step.
 
     Args:
         push: add up, compress, keep the error.
-        decode: add one message to the mean.
-        aggregate: the rest of `reduce`; the second compression, where there is one.
-        pull: from the answer to the direction.
+        decode: add one payload to the mean.
+        aggregate: the rest of `reduce`, with the second compression if there is one.
+        pull: from the answer to the aggregated gradient.
         copy: one pass that reads and writes all numbers.
     """
 

@@ -1,6 +1,6 @@
 """Exchange "reduce": values are summed in flight.
 
-It carries the messages of linear compressors. Its cost does not grow with the number of ranks.
+It carries the payloads of linear compressors. Its cost does not grow with the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ef_horovod.transports.base import Transport
 
 @register_exchange
 class Reduce(Exchange):
-    """An allreduce of the payloads' values; one message arrives that stands for the sum."""
+    """An allreduce of the payloads' values; the result is one payload that stands for the sum."""
 
     name = "reduce"
     sums = True
@@ -39,11 +39,10 @@ class Reduce(Exchange):
     ) -> Callable[[], list[Payload]]:
         summed = Payload(payload.data.copy())
         values = summed.summands()
-        # Where lengths vary from step to step: zeros up to a size class, so that most shapes were
-        # seen before.
+        # If lengths vary between steps, pad with zeros to a size class, so that shapes repeat.
         room = values if fixed_size else wire.padded_values(values)
         if payload.is_skip:
-            room.fill(np.nan)  # there is no room for a flag, but a NaN survives every sum
+            room.fill(np.nan)  # no space for a flag, but a NaN survives every sum
         finish = transport.allreduce(name, room)
 
         def wait() -> list[Payload]:

@@ -1,4 +1,4 @@
-"""Where exchanges announce themselves, by the names that users write."""
+"""The registry of exchanges, by the names that users write."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _E = TypeVar("_E", bound="type[Exchange]")
 
 
 def register_exchange(cls: _E) -> _E:
-    """Class decorator that makes an exchange known under its `name`.
+    """Class decorator that registers an exchange under its `name`.
 
-    A module that is imported again, as in a notebook, registers its class anew.
+    A module that is imported again, as in a notebook, registers its class again.
 
     Raises:
-        ValueError: the name is another class's, or one that `exchange=` gives a meaning.
+        ValueError: the name is taken by another class, or reserved by `exchange=`.
     """
     other = EXCHANGES.get(cls.name)
     here, there = (f"{kind.__module__}.{kind.__qualname__}" for kind in (cls, type(other)))
@@ -33,7 +33,7 @@ def register_exchange(cls: _E) -> _E:
 
 
 def exchange_of(name: str) -> Exchange:
-    """The exchange of a name.
+    """The exchange with a name.
 
     Raises:
         ValueError: there is none.

@@ -1,4 +1,4 @@
-"""Sparse gradients of embeddings, sent as the rows that they touch: one parameter's exchange."""
+"""Exchange of one embedding's sparse gradient: only the touched rows are sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.transports.base import Transport
 from ef_horovod.wire import MAX_NBYTES, size_class
 
-_COUNT = np.dtype("<i8")  # of the rows; first in a message
+_COUNT = np.dtype("<i8")  # number of rows; first in a message
 _INDEX, _VALUE = np.dtype("<i8"), np.dtype("<f4")
 
 
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     values: np.ndarray  # float32[k, width]
 
     def coalesced(self) -> Rows:
-        """The same sum with each row once, in ascending order; added in the order given."""
+        """The same sum with each row once, in ascending order; duplicates are added in order."""
         from ef_horovod.arrays.kernels_rows import add_rows
 
         indices, places = np.unique(self.indices, return_inverse=True)
@@ -38,8 +38,8 @@ class Rows(NamedTuple):
 class RowsChannel(Channel):
     """Exchange of one parameter's rows: uncompressed, each row once per rank.
 
-    It takes the steps of a `Channel`, so that buckets and rows are committed together or not at
-    all. There is no error-feedback state, because nothing is lost.
+    It has the steps of a `Channel`, so that buckets and rows are committed together or not at all.
+    There is no error-feedback state, because nothing is lost.
 
     Args:
         name: of the parameter; equal on all ranks.
@@ -55,7 +55,7 @@ class RowsChannel(Channel):
         self._height, self.width = height, width
         self._stats.num_elements, self._stats.method = height * width, "rows as they are"
         self.rows = Rows(np.zeros(0, np.int64), np.zeros((0, width), np.float32))
-        """What `start` sends: the caller sets it in each step; rows may occur more than once."""
+        """Rows for `start` to send: the caller sets them per step; rows may occur repeatedly."""
 
     def _open(self, seed: int) -> tuple[Any, Any]:
         return None, None
@@ -64,7 +64,7 @@ class RowsChannel(Channel):
         return []
 
     def start(self, step: int) -> None:
-        """Send `rows`, each once."""
+        """Send `rows`, each row once."""
         self._begin()
         with self._timed("seconds_compress"):
             message = self._packed(self.rows.coalesced())
@@ -125,7 +125,7 @@ class RowsChannel(Channel):
         return indices, message[middle:end].view(_VALUE).reshape(count, self.width)
 
     def _nbytes(self, data: np.ndarray) -> int:
-        """How many bytes the message at the start of `data` takes; see `Transport.allgather`."""
+        """Length in bytes of the message at the start of `data`; see `Transport.allgather`."""
         return size_class(self._exact_nbytes(self._count(data)))
 
     def _count(self, data: np.ndarray) -> int:

@@ -1,7 +1,7 @@
-"""Exchange "server": one message to a parameter server and one answer, which it has reduced.
+"""Exchange "server": one payload to a parameter server, and one reduced answer back.
 
-It carries the messages of any compressor. A server may be started with a quorum; then its rounds do
-not wait for all workers, and a step brings the answers of several rounds.
+It carries the payloads of any compressor. If the server was started with a quorum, its rounds do
+not wait for all workers, and a step returns the answers of several rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ef_horovod.transports.base import Answer, Transport
 
 @register_exchange
 class ParameterServer(Exchange):
-    """Workers ask; a server on a node of its own reduces and answers."""
+    """Workers send payloads; a server on a separate machine reduces and answers."""
 
     name = "server"
     needs_server = True
@@ -44,7 +44,7 @@ class ParameterServer(Exchange):
 
 
 class ServerChannel(Channel):
-    """A worker's half of the state; the server has the aggregator's."""
+    """A channel with the worker's state; the server has the aggregator's state."""
 
     def _open(self, seed: int) -> tuple[Any, Any]:
         worker, _ = self.method.init(self.gradient, self._transport.size)
@@ -63,13 +63,13 @@ class ServerChannel(Channel):
         return self._read(answer)
 
     def commit_rounds(self, later: Sequence[Answer] = ()) -> list[Array]:
-        """`commit` where rounds do not wait for all workers: an aggregated gradient for each.
+        """`commit` for a quorum: one aggregated gradient per round.
 
-        A round that came to nothing has zeros. If this rank's gradient was not finite, it said
-        nothing, and its state is as before.
+        A round without a result has zeros. If this rank's gradient was not finite, it sent no
+        gradient, and its state is unchanged.
 
         Args:
-            later: answers of rounds after the one that this rank's own message counted in.
+            later: answers of rounds after the one that includes this rank's payload.
         """
         directions = []
         with self._timed("seconds_decompress"):
@@ -95,10 +95,10 @@ class ServerChannel(Channel):
 
 
 def finish_rounds(channels: Sequence[Channel], transport: Transport) -> list[list[Array]]:
-    """`finish_step` where rounds do not wait for all workers: aggregated gradients of each round.
+    """`finish_step` for a quorum: the aggregated gradients of each round.
 
-    See `ServerChannel.commit_rounds`. Rounds that have gone by in the meantime are among them: so
-    the next gradient is one of a newer model.
+    See `ServerChannel.commit_rounds`. The result includes rounds that ended in the meantime, so
+    that the next gradient is computed at a newer model.
     """
     for channel in channels:
         channel.arrived()

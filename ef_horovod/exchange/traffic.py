@@ -1,4 +1,4 @@
-"""Bytes per worker and step: formulas of each way to exchange messages among n workers."""
+"""Bytes per worker and step: formulas for each exchange among n workers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ef_horovod.methods.base import Method
 
 
 class Traffic(NamedTuple):
-    """Bytes of one step that the algorithms hand to the network, before its own headers."""
+    """Bytes per step, without the network's headers."""
 
     sent: float  # by each worker
     received: float  # by each worker
-    busiest: float  # through the busiest node in its busier direction, a server's included
+    busiest: float  # through the busiest machine, server included, in its busier direction
 
 
 def gather_traffic(payload_nbytes: float, n: int) -> Traffic:
     """Every payload goes to every other worker: (n - 1) payloads sent and received.
 
     Args:
-        payload_nbytes: size of one message, `compressor.nbytes(d)`.
+        payload_nbytes: size of one payload, `compressor.nbytes(d)`.
         n: number of workers.
 
     Raises:
@@ -39,10 +39,10 @@ def gather_traffic(payload_nbytes: float, n: int) -> Traffic:
 
 
 def reduce_traffic(summed_nbytes: float, n: int) -> Traffic:
-    """A ring sums m bytes in flight: 2 (n - 1) / n m sent and received.
+    """A ring allreduce of m bytes: 2 (n - 1) / n m sent and received.
 
     Args:
-        summed_nbytes: size of the numbers that are summed, `payload.summands().nbytes`.
+        summed_nbytes: size of the summed numbers, `payload.summands().nbytes`.
         n: number of workers.
 
     Raises:
@@ -62,12 +62,12 @@ def reduce_traffic(summed_nbytes: float, n: int) -> Traffic:
 
 
 def double_pass_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic:
-    """All-to-all of slices, then an all-gather of the reduced and again compressed slices.
+    """All-to-all of slices, then an all-gather of the reduced slices, compressed again.
 
-    Each worker sends n - 1 slices up and its own slice down to n - 1 others.
+    Each worker sends n - 1 slices up, and its reduced slice down to the n - 1 others.
 
     Args:
-        up_nbytes: size of the message for one slice of ceil(d / n) elements.
+        up_nbytes: size of the payload for one slice of ceil(d / n) elements.
         down_nbytes: the same for the second pass.
         n: number of workers.
 
@@ -80,8 +80,7 @@ def double_pass_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic
         Traffic(sent=60, received=60, busiest=60)
 
     References:
-        Tang et al.: DoubleSqueeze (ICML 2019), in the form without a server of DeepSpeed's 1-bit
-        Adam.
+        Tang et al.: DoubleSqueeze (ICML 2019), without a server, as in DeepSpeed's 1-bit Adam.
     """
     require_sizes(n, up_nbytes, down_nbytes)
     sent = (n - 1) * (up_nbytes + down_nbytes)
@@ -89,11 +88,11 @@ def double_pass_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic
 
 
 def server_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic:
-    """A parameter server on a node of its own: one message up, one down for each worker.
+    """A parameter server on a separate machine: one message up and one down per worker.
 
     Args:
         up_nbytes: size of a worker's message.
-        down_nbytes: size of the server's, 4 d if it does not compress.
+        down_nbytes: size of the server's message; 4 d if it does not compress.
         n: number of workers, without the server.
 
     Raises:
@@ -112,7 +111,7 @@ def server_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic:
 
 
 def dense_traffic(d: int, n: int) -> Traffic:
-    """A ring allreduce of d float32 numbers: what compression has to beat.
+    """A ring allreduce of d float32 numbers, the baseline without compression.
 
     Args:
         d: number of elements.
@@ -133,9 +132,9 @@ def fixed_nbytes(compressor: Compressor, d: int) -> int:
     """Size of a payload of d elements.
 
     Raises:
-        ValueError: it follows from the data.
+        ValueError: the size depends on the data.
     """
-    if not compressor.fixed_size:  # its nbytes() is that of an empty payload
+    if not compressor.fixed_size:  # then nbytes() is the size of an empty payload
         raise ValueError(
             f"got {compressor}, expected a compressor whose payload size follows from d alone; "
             "give the average size that a run sent to gather_traffic and its like"
@@ -144,35 +143,35 @@ def fixed_nbytes(compressor: Compressor, d: int) -> int:
 
 
 def compressor_of_answers(method: Method) -> Compressor | None:
-    """What a method's answers are compressed with."""
+    """The compressor of a method's answers; None if they are not compressed."""
     down = getattr(method, "down", None)
     return down if isinstance(down, Compressor) else None
 
 
 def message_nbytes(method: Method, d: int) -> float:
-    """Size of a worker's message, the mean over two steps."""
+    """Size of a worker's payload, mean over two steps."""
     lengths = [method.message_length(d, step) for step in (0, 1)]
     return sum(fixed_nbytes(method.compressor, length) for length in lengths) / 2
 
 
 def answer_nbytes(method: Method, d: int) -> int:
-    """Of a server: numbers without a payload's header, where it does not compress."""
+    """Size of a server's answer; without compression, numbers without a payload's header."""
     down = compressor_of_answers(method)
     return 4 * d if down is None else fixed_nbytes(down, d)
 
 
 def summed_nbytes(compressor: Compressor, d: int) -> int:
-    """Size of the numbers of a payload that are summed in flight."""
-    fixed_nbytes(compressor, d)  # refuses sizes that are not known
-    # A payload of the real size; x has the right shape and takes no memory.
+    """Size of a payload's numbers that are summed in flight."""
+    fixed_nbytes(compressor, d)  # raises for unknown sizes
+    # A payload of the real size; the broadcast input takes no memory.
     return compressor.skip(np.broadcast_to(np.float32(0), d)).summands().nbytes
 
 
 def require_sizes(n: int, *sizes: float) -> None:
-    """Raise for no workers, or negative sizes.
+    """Check the number of workers and the sizes.
 
     Raises:
-        ValueError: always then.
+        ValueError: n < 1, or a size is negative.
     """
     if n < 1 or any(size < 0 for size in sizes):
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Builds stock Horovod for the frameworks that are installed, and keeps the wheel."""
+"""Builds stock Horovod for the installed frameworks, and caches the wheel."""

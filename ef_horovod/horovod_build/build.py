@@ -1,20 +1,20 @@
-"""Build stock Horovod for current frameworks: the recipe, a cache of wheels, and a check.
+"""Builds stock Horovod for current frameworks: the recipe, a cache of wheels, and a check.
 
-Horovod 0.28.1 does not compile against current torch and TensorFlow as it is. None of the reasons
-needs a patch of Horovod; each is met from outside, by files that `write_recipe` puts in a folder:
+Unmodified, Horovod 0.28.1 does not compile against current torch and TensorFlow. It needs no patch;
+files that `write_recipe` puts in a folder, and the environment of the build, solve each problem:
 
-1. It asks for C++14, torch's headers need C++20: a CMake toolchain file appends the standard to
-   every compile. So does it with two standard headers that Horovod and its Gloo use without
-   including them; up to g++ 12 others bring them along.
-2. TensorFlow's headers include two third-party headers by a short name: their folders go on
+1. Horovod asks for C++14, but torch's headers need C++20. A CMake toolchain file appends the
+   standard to every compile. It also adds two standard headers that Horovod and its Gloo use
+   without including them; up to g++ 12 other headers include them.
+2. TensorFlow's headers include two third-party headers by a short name. Their folders go on
    CPLUS_INCLUDE_PATH.
-3. `xla_builder.h` has moved: a forwarding header of the old name goes on CPLUS_INCLUDE_PATH.
-4. The build must see the installed frameworks and an older setuptools: it runs in a throw-away
-   environment that has its own build tools and sees the user's packages through a .pth file, so
-   the user's own setuptools stays as it is.
+3. `xla_builder.h` has moved. A forwarding header with the old name goes on CPLUS_INCLUDE_PATH.
+4. The build needs the installed frameworks and an older setuptools. It runs in a temporary
+   environment with its own build tools, which sees the user's packages through a .pth file. The
+   user's setuptools stays unchanged.
 
-The wheel finds libmpi and the frameworks relative to its own place ($ORIGIN), so one wheel serves
-every environment with the same versions, wherever it lies.
+The wheel finds libmpi and the frameworks relative to its own folder ($ORIGIN). So one wheel works
+in every environment with the same versions, at any path.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ __all__ = ["FRAMEWORKS", "HOROVOD", "BuildError", "Options", "build_horovod"]
 
 HOROVOD = "0.28.1"
 BUILD_TOOLS = ("setuptools<81", "wheel", "packaging", "cloudpickle", "psutil", "pyyaml", "cffi")
-CMAKE_OLDEST = (3, 21)  # the first that reads CMAKE_TOOLCHAIN_FILE from the environment
-CMAKE_PIN = "cmake<4"  # for a machine without one, or with an older one
+CMAKE_OLDEST = (3, 21)  # the first version that reads CMAKE_TOOLCHAIN_FILE from the environment
+CMAKE_PIN = "cmake<4"  # for a machine without CMake, or with an older version
 BUILD_FLAGS = (
     *("--verbose", "--no-deps", "--no-build-isolation", "--no-cache-dir"),
     *("--no-binary", "horovod"),
 )
-BUILD_DISK_BYTES = 1 * 1000**3  # the object files and the two libraries with debug symbols
+BUILD_DISK_BYTES = 1 * 1000**3  # for the object files and the two libraries with debug symbols
 
 TOOLCHAIN = """\
 set(EF_FLAGS "-std=gnu++20 -include string -include cstdint")
@@ -73,7 +73,7 @@ set(CMAKE_CXX_COMPILE_OBJECT
 set(CMAKE_SHARED_LINKER_FLAGS_INIT "-Wl,--as-needed")
 set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
 """
-# torch's own helper then reports a CPU build, so nothing asks for the CUDA toolkit.
+# Makes torch's own helper report a CPU build, so that nothing asks for the CUDA toolkit.
 HIDE_CUDA = """\
 import sys
 from importlib.machinery import PathFinder
@@ -98,13 +98,13 @@ NO_CUDA_TOOLKIT = (
 )
 XLA_OLD = "tensorflow/compiler/xla/client/xla_builder.h"
 XLA_NEW = "tensorflow/compiler/xla/hlo/builder/xla_builder.h"
-# These two lie in folders of their own, TensorFlow's headers name them without it.
+# TensorFlow's headers include files of these two folders without the folder's name.
 TENSORFLOW_EXTRA_INCLUDES = ("external/highwayhash", "external/farmhash_archive/src")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller of `build_horovod` may choose."""
+    """Options of `build_horovod`."""
 
     frameworks: tuple[str, ...] = ()  # empty: all that are installed
     cache: Path | None = None
@@ -116,7 +116,7 @@ def build_horovod(options: Options, environment: Mapping[str, str] = os.environ)
     """Build (or take from the cache), install and check Horovod; returns the wheel.
 
     Raises:
-        BuildError: something that the build needs is missing, or the result does not work.
+        BuildError: a requirement of the build is missing, or the result does not work.
         CommandFailed: pip or the compiler failed; the message names the log.
     """
     require_pip()
@@ -158,12 +158,12 @@ def require_pip() -> None:
 
 
 def recipe_hash(toolkit: Toolkit, environment: Mapping[str, str]) -> str:
-    """Changes whenever the recipe does, so that no wheel of an older recipe is taken.
+    """A hash of the recipe, so that no wheel of an older recipe is used.
 
-    It is made from all that the build is given: files, pins, flags, variables. Only places are left
-    out that differ between two environments which one wheel serves.
+    It covers all inputs of the build: files, pins, flags, variables. Only paths that may differ
+    between environments with the same wheel are left out.
     """
-    if toolkit.mpi and toolkit.mpi.library_dir:  # its compiler moves together with the libraries
+    if toolkit.mpi and toolkit.mpi.library_dir:  # its compiler moves with the libraries
         toolkit = replace(toolkit, mpi=replace(toolkit.mpi, compiler=Path("mpicxx")))
     chosen = {name: value for name, value in environment.items() if BUILD_VARIABLE.match(name)}
     variables = build_environment(Path("recipe"), toolkit, Path("python"), None, chosen)
@@ -187,7 +187,7 @@ def build_into(
 ) -> Path:
     """Build the wheel in a temporary folder and put it in the cache."""
     log = folder.with_name(folder.name + ".log")
-    log.unlink(missing_ok=True)  # one build, one log
+    log.unlink(missing_ok=True)  # one log per build
     with tempfile.TemporaryDirectory(prefix="ef-horovod-") as name:
         work = Path(name)
         require_disk(work)
@@ -221,7 +221,7 @@ def make_percentage(line: str) -> int | None:
 
 
 def needs_cmake(environment: Mapping[str, str]) -> bool:
-    """Whether the CMake that Horovod would take is absent or too old for a toolchain variable."""
+    """Whether Horovod's CMake is missing or too old for a toolchain variable."""
     name = environment.get("HOROVOD_CMAKE", "cmake")
     path = shutil.which(name, path=environment.get("PATH"))
     if path is None:
@@ -232,12 +232,12 @@ def needs_cmake(environment: Mapping[str, str]) -> bool:
 
 
 def build_tools(environment: Mapping[str, str]) -> list[str]:
-    """What the build environment gets from pip."""
+    """The packages that pip installs into the build environment."""
     return [*BUILD_TOOLS, *([CMAKE_PIN] if needs_cmake(environment) else [])]
 
 
 def make_build_python(folder: Path, toolkit: Toolkit, log: Path, tools: list[str]) -> Path:
-    """A throw-away environment: build tools of its own, the user's packages behind them."""
+    """A temporary environment: its own build tools first, then the user's packages."""
     run_logged(
         [sys.executable, "-m", "venv", "--without-pip", folder], label="build environment", log=log
     )
@@ -263,7 +263,7 @@ def write_recipe(folder: Path, toolkit: Toolkit, environment: Mapping[str, str])
 
 
 def recipe_files(toolkit: Toolkit, environment: Mapping[str, str]) -> dict[str, str]:
-    """Names below the recipe's folder, and what is in these files."""
+    """The recipe's files: {name in the recipe's folder: content}."""
     lines = [TOOLCHAIN, f'set(CMAKE_INSTALL_RPATH "{";".join(rpath(toolkit))}")\n']
     if keeps_link_paths(toolkit, environment):
         lines.append("set(CMAKE_INSTALL_RPATH_USE_LINK_PATH ON)\n")
@@ -276,7 +276,7 @@ def recipe_files(toolkit: Toolkit, environment: Mapping[str, str]) -> dict[str, 
 
 
 def rpath(toolkit: Toolkit) -> list[str]:
-    """Where the extension looks for libraries, relative to its own folder horovod/torch."""
+    """The extension's library paths, relative to its own folder horovod/torch."""
     places = ["$ORIGIN/../../torch/lib", "$ORIGIN/../../tensorflow"]
     if toolkit.mpi and toolkit.mpi.library_dir:
         extension = Path(os.path.realpath(sysconfig.get_path("platlib"))) / "horovod" / "torch"
@@ -286,10 +286,10 @@ def rpath(toolkit: Toolkit) -> list[str]:
 
 
 def keeps_link_paths(toolkit: Toolkit, environment: Mapping[str, str]) -> bool:
-    """Whether libraries outside of the environment are linked (a system's MPI, NCCL, CUDA).
+    """Whether libraries outside the environment are linked (a system's MPI, NCCL, CUDA).
 
-    Only then are their absolute paths recorded too: from a wheel's environment they would point
-    into a place that another user of the cache does not have.
+    Only then are absolute paths recorded. Paths into an environment would not exist for another
+    user of the cache.
     """
     outside_mpi = toolkit.mpi is not None and toolkit.mpi.library_dir is None
     return outside_mpi or any(
@@ -300,7 +300,7 @@ def keeps_link_paths(toolkit: Toolkit, environment: Mapping[str, str]) -> bool:
 def build_environment(
     recipe: Path, toolkit: Toolkit, python: Path, jobs: int | None, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Variables of the build; all that the user has set stays as it is."""
+    """Variables of the build; the user's settings are kept."""
     env = dict(environment)
     first = [str(python.parent), *([str(toolkit.mpi.compiler.parent)] if toolkit.mpi else [])]
     env["PATH"] = os.pathsep.join([*first, env.get("PATH", os.defpath)])
@@ -322,7 +322,7 @@ def build_environment(
 
 
 def horovod_parts(toolkit: Toolkit) -> dict[str, bool]:
-    """Which of Horovod's parts to ask for, so that a missing one is an error and not left out."""
+    """Which parts of Horovod to request, so that a missing part is an error."""
     parts = {HOROVOD_NAME[name]: name in toolkit.frameworks for name in FRAMEWORKS}
     return parts | {"MXNET": False, "MPI": toolkit.mpi is not None, "GLOO": True}
 
@@ -341,7 +341,7 @@ def tensorflow_includes(toolkit: Toolkit) -> list[str]:
 
 
 def install(wheel: Path, log: Path) -> None:
-    """Install the wheel with what it needs at run time, unless this very wheel is in place."""
+    """Install the wheel with its run-time dependencies, unless the same wheel is installed."""
     installed = installed_hash()
     if installed == hashlib.sha256(wheel.read_bytes()).hexdigest():
         return
@@ -352,7 +352,7 @@ def install(wheel: Path, log: Path) -> None:
 
 
 def installed_hash() -> str | None:
-    """SHA-256 of the wheel that Horovod came from: "" if unknown, None without Horovod."""
+    """SHA-256 of the installed Horovod's wheel: "" if unknown, None without Horovod."""
     try:
         text = metadata.distribution("horovod").read_text("direct_url.json") or "{}"
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Does the Horovod in this environment work: import, its own check, an allreduce of two ranks."""
+"""Checks this environment's Horovod: import, `--check-build`, an allreduce of two ranks."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ assert total == [3.0, 3.0, 3.0], f"received {{total}}, expected a sum of 3.0"
 
 
 def check_horovod(toolkit: Toolkit, environment: Mapping[str, str]) -> None:
-    """Raise unless every part that was built also works.
+    """Raise unless every built part works.
 
     Raises:
-        BuildError: an import fails, a part is missing, or the allreduce gives a wrong answer.
+        BuildError: an import fails, a part is missing, or the allreduce gives a wrong result.
     """
     env = run_environment(toolkit, environment)
     for framework in toolkit.frameworks:
@@ -51,7 +51,7 @@ def check_horovod(toolkit: Toolkit, environment: Mapping[str, str]) -> None:
 
 
 def run_environment(toolkit: Toolkit, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables for two small ranks on any machine, root in a container of one core included."""
+    """Variables for two small ranks on any machine, also for root in a one-core container."""
     env = dict(environment)
     first = [sysconfig.get_path("scripts")]
     first += [str(toolkit.mpi.compiler.parent)] if toolkit.mpi else []
@@ -61,12 +61,12 @@ def run_environment(toolkit: Toolkit, environment: Mapping[str, str]) -> dict[st
     env |= {"OMPI_MCA_rmaps_base_oversubscribe": "1"}
     set_prefix(env)
     if not any(shutil.which(name, path=env["PATH"]) for name in ("ssh", "rsh")):
-        env.setdefault("OMPI_MCA_plm", "isolated")  # mpirun wants a login even for this machine
+        env.setdefault("OMPI_MCA_plm", "isolated")  # else mpirun needs ssh even for this machine
     return env
 
 
 def require_parts(report: str, toolkit: Toolkit) -> None:
-    """Every framework and controller that was asked for must have its [X]."""
+    """Raise unless the report has an [X] for every requested framework and controller."""
     wanted = [SHOWN_NAME[name] for name in toolkit.frameworks]
     wanted += ["MPI"] if toolkit.mpi else ["Gloo"]
     missing = [name for name in wanted if f"[X] {name}" not in report]
@@ -103,6 +103,6 @@ def _run(command: Sequence[object], env: Mapping[str, str]) -> str:
 
 
 def _shown(command: Sequence[object]) -> str:
-    """The command without the text of a program given with -c."""
+    """The command, without the program text after -c."""
     words = [str(word) for word in command]
     return " ".join("..." if "\n" in word else word for word in words)

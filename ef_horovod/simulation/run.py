@@ -1,4 +1,4 @@
-"""Methods on workers that live in this process: real payloads, no network."""
+"""Runs methods with all workers in this process: real payloads, no network."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Gradient = Callable[[int, Array, int], Array]
 
 @dataclass
 class Run:
-    """What `simulate` returns.
+    """The result of `simulate`.
 
     Attributes:
         x: the last iterate, in x0's framework, shape and dtype.
-        history: one dict a step: "step", "bytes_sent" and "bytes_received" (so far),
-            "direction_norm", and what `observe` returned, under its names.
-        bytes_sent: by a worker in total, on average over workers: messages to every other worker,
-            as a gather sends them, the ring's share of a sum for linear compressors, or with
-            exchange="server" one message a step.
+        history: one dict per step: "step", "bytes_sent" and "bytes_received" (so far),
+            "direction_norm", and the entries that `observe` returned.
+        bytes_sent: total per worker, mean over workers. A gather sends messages to all other
+            workers, a sum for linear compressors the ring's share, exchange="server" one message
+            per step.
         bytes_received: likewise; with exchange="server" the server's answers.
         states: the workers' states after the last step, for tests and plots.
     """
@@ -63,7 +63,7 @@ def simulate(
     stop: Callable[[dict[str, Any]], bool] | None = None,
     transport: Transport | None = None,
 ) -> Run:
-    """Minimise with `x <- x - step_size * direction`, each worker sending real payloads.
+    """Minimise with `x <- x - step_size * direction`; workers send real payloads.
 
     Args:
         method: error-feedback method with its compressor.
@@ -74,25 +74,25 @@ def simulate(
         steps: number of rounds.
         step_size: a number, a `Decay`, or a function of the step.
         seed: of random compressors.
-        name: of the vector: draws depend on it, as in a job on a bucket's name ("bucket.0").
-        exchange: "auto" (one of the next two), "gather" or "reduce": how workers talk among each
-            other; or "server": one message up, one answer down for each worker, which is a float32
-            vector unless the method compresses both ways. The iterates are the same; what is
-            counted differs. Or "double_pass": slice j of x, named NAME/j, is worker j's to reduce;
-            a compressor sees slices, so the iterates are others.
-        estimator: what workers give to the method in place of their gradients.
-        observe: called with x after every step; its dict joins the history.
+        name: of the vector; random draws depend on it, as on a bucket's name ("bucket.0") in a job.
+        exchange: "gather" or "reduce" between workers, or "auto" for one of the two. "server": one
+            message up and one answer down per worker; the answer is a float32 vector unless the
+            method compresses both ways. These have the same iterates, but different byte counts.
+            "double_pass": worker j reduces slice j of x, named NAME/j. The compressor sees slices,
+            so the iterates differ.
+        estimator: computes the method's input from a worker's gradients.
+        observe: called with x after every step; its dict is added to the history.
         stop: called with the last entry of the history; True ends the run after this step.
-        transport: of an MPI job, whose ranks share the workers among them and all call this with
-            the same arguments; each returns the same x and history, and its own workers' states.
-            The iterates are the same to the last bit if messages are gathered, and to rounding if
+        transport: of an MPI job. Its ranks share the workers, and all call this with the same
+            arguments. Each returns the same x and history, and the states of its own workers. The
+            iterates are bitwise the same if messages are gathered, and the same up to rounding if
             they are summed in flight. None: all workers are in this process.
 
     Raises:
-        UnsupportedError: `method` is not a method, the estimator is not meant for it, or a server
-            or a double pass over a transport.
+        UnsupportedError: `method` is not a method, the estimator does not fit it, or a server or a
+            double pass over a transport.
         NonFiniteError: a gradient was not finite; names the step.
-        ValueError, TypeError: arguments out of range or a gradient of another shape.
+        ValueError, TypeError: arguments out of range, or a gradient of another shape.
 
     Example:
         >>> import ef_horovod as ef, numpy
@@ -110,8 +110,8 @@ def simulate(
     estimator.require_fit(method)
     xp = float_namespace(x0, "x0")
     like = xp.like(x0)
-    x = before = xp.detached(x0) * 1  # a copy, should gradient() change x in place
-    if len(x0.shape) > 1:  # else it is any vector, not a parameter of one dimension
+    x = before = xp.detached(x0) * 1  # a copy, because gradient() may change x in place
+    if len(x0.shape) > 1:  # one dimension: any vector, not a parameter with that shape
         method = method.for_shapes([tuple(x0.shape)])
     group: _Whole | SlicedWorkers
     if exchange in EXCHANGES and EXCHANGES[exchange].has_answers:
@@ -123,7 +123,7 @@ def simulate(
     run = Run(x)
     for step in range(steps):
         direction = group.step([one.estimate(x, before, step) for one in crew], step)
-        # A Python float, for a NumPy one would make a float32 x a float64 one.
+        # A Python float, because a NumPy float would turn a float32 x into float64.
         before, x = x, x - _at(step_size, step) * xp.restore(direction, like)
         entry = {
             "step": step,
@@ -140,7 +140,7 @@ def simulate(
 
 
 def _checked_options(**given: Any) -> int:
-    """Raise for options that would fail later, or be taken for others; the seed."""
+    """Raise for options that would fail later or be misread; returns the seed."""
     check_options("simulate", **given)
     whole("simulate", "workers", given["workers"], 1, None, "2 is the least that shows an exchange")
     whole("simulate", "steps", given["steps"], 0, None, "1 is one round")
@@ -162,14 +162,14 @@ def _checked_options(**given: Any) -> int:
 
 
 class _Worker:
-    """One worker's gradients and, for estimators that build on it, its last estimate."""
+    """One worker's gradients, and its last estimate if the estimator needs it."""
 
     def __init__(self, rank: int, gradient: Gradient, estimator: Estimator) -> None:
         self._rank, self._gradient, self._estimator = rank, gradient, estimator
         self._last: Array | None = None
 
     def estimate(self, x: Array, before: Array, step: int) -> Array:
-        """What it gives to the method at x_t = x: float32[d], which the method may overwrite."""
+        """The method's input at x_t = x: float32[d], which the method may overwrite."""
         points = self._estimator.points(x, before, step)
         gradients = [_gradient(self._gradient, self._rank, point, step, x) for point in points]
         estimate = self._estimator.combine(gradients, self._last, step)
@@ -179,7 +179,7 @@ class _Worker:
 
 
 class _Whole:
-    """Workers whose vectors travel in one piece."""
+    """Workers whose vectors are not sliced."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class _Whole:
         self._server = method.init(x, workers)[1]
 
     def step(self, estimates: Sequence[Array], step: int) -> Array:
-        """The direction, float32[d]."""
+        """The aggregated gradient, float32[d]."""
         keys = [key._replace(step=step) for key in self._keys]
         pushed = [self._push(*parts) for parts in zip(self.states, estimates, keys, strict=True)]
         received = self._network.meet([message for message, _ in pushed])
@@ -212,7 +212,7 @@ class _Whole:
         try:
             return self._method.push(state, own, key)
         except NonFiniteError as error:
-            if self._has_others:  # who wait for a message; with this one all ranks raise
+            if self._has_others:  # they wait for a message; this one makes all ranks raise
                 return self._method.skip(own, key), state
             raise NonFiniteError(f"worker {key.rank}, step {key.step}: {error}") from None
 
@@ -235,7 +235,7 @@ def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:
 def _reduce(
     method: Method, server: Any, messages: Sequence[Payload], key: Key
 ) -> tuple[Array | Payload, Any]:
-    """Finite messages can have a sum that is not."""
+    """`method.reduce`; raises with the step if the sum of finite messages is not finite."""
     problem = "the workers' messages have no finite sum, expected finite numbers; lower step_size"
     if any(message.is_skip for message in messages):
         raise NonFiniteError(f"step {key.step}: {problem}")
@@ -246,7 +246,7 @@ def _reduce(
 
 
 def _gradient(gradient: Gradient, worker: int, point: Array, step: int, like: Array) -> Array:
-    """A worker's gradient, of the right shape."""
+    """A worker's gradient, with framework and shape checked."""
     g = gradient(worker, point, step)
     what = f"gradient({worker}, x, {step})"
     if float_namespace(g, what) is not namespace(like):

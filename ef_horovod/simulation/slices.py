@@ -1,4 +1,4 @@
-"""`ef.simulate(exchange="double_pass")`: the channels that a job has, all in one thread."""
+"""`ef.simulate(exchange="double_pass")`: the channels of a job, all in one thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ef_horovod.transports.local import local_group
 
 
 class SlicedWorkers:
-    """Workers of which each is the aggregator of a slice, on channels as a job has them."""
+    """Workers that each aggregate one slice, on the channels of a job."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class SlicedWorkers:
         ]
 
     def step(self, estimates: Sequence[Array], step: int) -> Array:
-        """The direction, float32[d]."""
+        """The aggregated gradient, float32[d]."""
         for rank, (channel, own) in enumerate(zip(self._channels, estimates, strict=True)):
             xp = namespace(own)
             if not math.isfinite(xp.abs_max(own)):
@@ -68,4 +68,4 @@ class SlicedWorkers:
 
     @property
     def bytes_received(self) -> int:
-        return self.bytes_sent  # on average over workers: who sends, sends to another worker
+        return self.bytes_sent  # mean over workers: every byte sent reaches another worker

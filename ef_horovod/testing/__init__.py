@@ -1,4 +1,4 @@
-"""The contracts of compressors and methods, as checks that a third party can run on its own.
+"""Checks of the contracts of compressors and methods, also for third-party ones.
 
     from ef_horovod.testing import check_compressor, check_method
 
@@ -6,8 +6,8 @@
         check_compressor(MyCompressor(0.1), frameworks=("numpy", "torch"))
         check_method(MyMethod(MyCompressor(0.1)), frameworks=("numpy", "torch"))
 
-Each check is a function that raises AssertionError with a sentence about the clause that was
-broken. `each_check` and `each_method_check` generate those that properties call for.
+Each check is a function that raises AssertionError and names the broken clause. `each_check` and
+`each_method_check` yield the checks that apply to an instance.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def check_compressor(compressor: Compressor, *, frameworks: Sequence[str] = ("nu
 
     Args:
         compressor: instance of a registered class.
-        frameworks: "numpy" and those whose arrays it has to take as well: "torch", "tensorflow",
-            and "torch:cuda" for tensors on a GPU.
+        frameworks: "numpy", and others whose arrays it must accept: "torch", "tensorflow", and
+            "torch:cuda" for tensors on a GPU.
 
     Example:
         >>> import ef_horovod as ef
@@ -66,7 +66,7 @@ def check_compressor(compressor: Compressor, *, frameworks: Sequence[str] = ("nu
 
 
 def each_check(compressor: Compressor, frameworks: Sequence[str] = ("numpy",)) -> Iterator[partial]:
-    """The checks that a compressor's properties call for, each to be called without arguments."""
+    """The checks that apply to a compressor, as functions without arguments."""
     yield partial(check_properties, compressor)
     for d in LENGTHS:
         for x in vectors(d):

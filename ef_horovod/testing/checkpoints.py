@@ -1,4 +1,4 @@
-"""Whether a method's memories survive a checkpoint."""
+"""Checks that a method's error-feedback state survives a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ef_horovod.training.buckets import Slot
 from ef_horovod.training.state import load_memories, save_memories
 
 _RANKS, _SAVED_AT, _STEPS = 3, 5, 14
-# A bucket of two parameters: what is saved is cut into their parts and put together again.
+# A bucket of two parameters: the saved state is split by parameter and joined again.
 _SLOTS = [Slot("a", None, 0, 200), Slot("b", None, 200, D)]
 
 
 def check_checkpoint(method: Method, exchange: str = "auto") -> None:
-    """A run from a checkpoint goes on as the uninterrupted one.
+    """A run from a checkpoint continues like the uninterrupted one.
 
-    Through the state dict, into channels that have been somewhere else.
+    The state dict is loaded into channels that have taken other steps.
     """
     whole, resumed = (channels(method, _RANKS, exchange=exchange) for _ in range(2))
     g = gradients(_RANKS, _STEPS)

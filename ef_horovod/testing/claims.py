@@ -1,4 +1,4 @@
-"""Checks of what a compressor claims: its constants, its linearity and what its draws depend on."""
+"""Checks of a compressor's claims: its constants, its linearity and its random draws."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ef_horovod.compressors.registry import compressor_of
 from ef_horovod.testing.tools import KEY, LENGTHS, ROUNDING, is_deterministic, norm, require
 
 _DRAWS = 2000
-_CONFIDENCE = math.log(2e9)  # a sound claim is refused once in 10**9 checks
+_CONFIDENCE = math.log(2e9)  # a true claim fails in one of 10**9 checks
 
 
 def check_properties(compressor: Compressor) -> None:
-    """Registered, a value among others, and with claims that can be true."""
+    """The compressor is registered, equals itself, and makes possible claims."""
     kind = type(compressor)
     wire_id = getattr(kind, "wire_id", None)
     registered = wire_id is not None and compressor_of(wire_id) is kind
@@ -36,13 +36,13 @@ def check_properties(compressor: Compressor) -> None:
 
 
 def check_keys(compressor: Compressor) -> None:
-    """Draws differ between steps, and between ranks exactly if they are not shared."""
+    """Draws differ between ranks if and only if they are not shared."""
     x = np.random.default_rng(6).normal(size=2000).astype(np.float32)
     if is_deterministic(compressor, x):
         return
     sent = [bytes(compressor.compress(x, KEY._replace(rank=rank))) for rank in range(3)]
     shared = getattr(compressor, "shared", compressor.allreducible)
-    if shared is None:  # it says that this depends on its parts
+    if shared is None:  # depends on the compressor's parts
         return
     if shared:
         require(len(set(sent)) == 1, compressor, "draws differently on ranks though it is shared")
@@ -51,7 +51,7 @@ def check_keys(compressor: Compressor) -> None:
 
 
 def check_contraction(compressor: Compressor) -> None:
-    """E||C(x) - x||^2 <= (1 - delta) ||x||^2, over draws."""
+    """E||C(x) - x||^2 <= (1 - delta) ||x||^2, tested by draws."""
     for d in (9, 64):
         delta = compressor.contraction(d)
         assert delta is not None
@@ -63,11 +63,11 @@ def check_contraction(compressor: Compressor) -> None:
 
 
 def check_unbiased(compressor: Compressor) -> None:
-    """E C(x) = x and E||C(x) - x||^2 <= omega ||x||^2, over draws."""
+    """E C(x) = x and E||C(x) - x||^2 <= omega ||x||^2, tested by draws."""
     for d in (9, 64):
         omega = compressor.variance(d)
         assert omega is not None
-        # Of a smaller rest, what is rare would be missed: 2000 draws show no event in 10,000.
+        # With a smaller rest, 2000 draws would miss rare events (probability 1 in 10,000).
         for x, decoded in _draws(compressor, d, rest=0.1):
             signs = np.random.default_rng(7).choice([-1.0, 1.0], size=d)
             for direction in (x, np.sign(x), signs * np.abs(x)):
@@ -105,12 +105,12 @@ def check_linear(compressor: Compressor) -> None:
 def _draws(compressor: Compressor, d: int, rest: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A few x of length d, each with C(x) for many keys: float64[d] and float64[draws, d].
 
-    `rest` is what stands beside a single large entry in one of them.
+    One of them has a single large entry; all its other entries are `rest`.
     """
     rng = np.random.default_rng(d)
     for x in (rng.normal(size=d), np.ones(d), (np.arange(d) == 2) + rest):
         x = x.astype(np.float32)
-        # An unbiased compressor that seems deterministic draws what is rare.
+        # An unbiased compressor that seems deterministic has rare draws.
         once = not compressor.unbiased and is_deterministic(compressor, x)
         count = 1 if once else _DRAWS
         parts = [compressor.compress(x, Key(9, step)).decompress() for step in range(count)]
@@ -118,7 +118,7 @@ def _draws(compressor: Compressor, d: int, rest: float) -> Iterator[tuple[np.nda
 
 
 def _uncertainty(samples: np.ndarray) -> float:
-    """How far their mean may be from the true one: empirical Bernstein (Maurer, Pontil 2009)."""
+    """Error bound of the samples' mean: empirical Bernstein (Maurer, Pontil 2009)."""
     if len(samples) == 1:
         return 0.0
     spread = math.sqrt(2 * samples.var(ddof=1) * _CONFIDENCE / len(samples))

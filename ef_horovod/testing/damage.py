@@ -1,4 +1,4 @@
-"""Checks of decoding: bytes may be cut or changed on the way."""
+"""Checks that decoding copes with truncated or changed bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ef_horovod.wire import HEADER_NBYTES, Header
 
 
 def check_damage(compressor: Compressor) -> None:
-    """Cut or changed bytes are decoded or refused as PayloadError; nothing is written outside."""
+    """Damaged bytes are decoded or raise PayloadError; nothing is written outside the array."""
     rng = np.random.default_rng(5)
     for d in (0, 1, 9, 300):
         sent = bytes(compressor.compress(rng.normal(size=d).astype(np.float32), KEY))
@@ -20,7 +20,7 @@ def check_damage(compressor: Compressor) -> None:
             error = _decode(compressor, sent[:length], d)
             require(error is not None, compressor, f"decodes {length} of {len(sent)} bytes")
         for length in (*cuts, len(sent) + 1, len(sent) + 8):
-            if length >= HEADER_NBYTES:  # a header that fits, so that the compressor has to notice
+            if length >= HEADER_NBYTES:  # with a fitting header, so that the compressor must notice
                 body = sent[HEADER_NBYTES:length].ljust(length - HEADER_NBYTES, b"\0")
                 header = Header(type(compressor).wire_id, 0, len(body), d)
                 error = length == len(sent) or _decode(compressor, bytes(header.pack()) + body, d)
@@ -33,16 +33,16 @@ def check_damage(compressor: Compressor) -> None:
 def _damaged(sent: bytes, rng: np.random.Generator) -> bytes:
     """A payload with up to three bytes changed."""
     damaged = bytearray(sent)
-    first = 0 if rng.random() < 0.3 else HEADER_NBYTES  # mostly the compressor's own part
+    first = 0 if rng.random() < 0.3 else HEADER_NBYTES  # mostly the compressor's body
     for _ in range(rng.integers(1, 4) if len(sent) > first else 0):
-        # Counts and bounds stand first, so damage is densest there.
+        # Counts and bounds come first, so most damage goes there.
         place = first + int((len(sent) - first) * rng.random() ** 3)
         damaged[place] = rng.integers(256)
     return bytes(damaged)
 
 
 def _decode(compressor: Compressor, data: bytes, d: int) -> PayloadError | None:
-    """Decode bytes between two guards; the PayloadError that this raised, if any."""
+    """Decode bytes into an array between two guards; returns the PayloadError, if any."""
     room = np.full(d + 4096, 7, np.float32)
     dense, taken = room[2048 : 2048 + d], False
     try:

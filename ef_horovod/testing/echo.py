@@ -1,4 +1,4 @@
-"""Ranks that all say the same, in one process: adapters and channels without a network."""
+"""Transport of ranks that all send the same data: adapters and channels without a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ef_horovod.transports.base import Measure, Transport
 
 
 class EchoTransport(Transport):
-    """Rank 0 of `size` ranks that send what it sends.
+    """Rank 0 of `size` ranks that all send the same data.
 
     Args:
         size: number of ranks.

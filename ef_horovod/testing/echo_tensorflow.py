@@ -1,4 +1,4 @@
-"""The same for the TensorFlow adapter, whose collectives are ops of a graph."""
+"""`testing.echo` for the TensorFlow adapter, whose collectives are ops of a graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ef_horovod.transports.timeouts.alarm import Alarm
 
 
 class EchoOps(HorovodTensorFlowTransport):
-    """Rank 0 of `size` ranks that send what it sends.
+    """Rank 0 of `size` ranks that all send the same data.
 
     Args:
         size: number of ranks.
@@ -28,5 +28,5 @@ class EchoOps(HorovodTensorFlowTransport):
         return message * self.size
 
     def carry_slices(self, name: str, message: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-        """As Horovod's op: what each rank has for rank 0."""
+        """As Horovod's op: each rank's part for rank 0."""
         return tf.concat([message[: lengths[0]]] * self.size, 0)

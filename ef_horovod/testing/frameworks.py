@@ -1,8 +1,8 @@
-"""One algorithm, one copy: whether a method sends the same bytes in all frameworks.
+"""Checks that a method sends the same bytes in all frameworks.
 
-Each way takes steps on one sequence of gradients, through what its users run: the channel for
-NumPy and torch, the adapter's ops for TensorFlow. Other ranks say what rank 0 says, so that what
-was received matters too.
+All frameworks run the same sequence of gradients through the users' code: the channel for NumPy and
+torch, the adapter's ops for TensorFlow. The other ranks send the same data as rank 0, so that the
+received data is tested too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ef_horovod.transports.base import Measure
 SHAPE, STEPS, RANKS, NAME = (28, 25), 50, 3, "0.weights"
 LENGTH = SHAPE[0] * SHAPE[1]
 
-Facts = dict[str, Any]  # "sent", "directions", "memories": what was sent and remembered, as bytes
+Facts = dict[str, Any]  # "sent", "directions", "memories": sent data, results and states, as bytes
 
 
 @dataclass
@@ -39,7 +39,7 @@ class OneChannel:
 
 
 class Recorder(EchoTransport):
-    """Notes what is sent."""
+    """Records the sent bytes."""
 
     def __init__(self) -> None:
         super().__init__(RANKS)
@@ -57,7 +57,7 @@ class Recorder(EchoTransport):
 
 
 def check_frameworks(method: Method, frameworks: Sequence[str]) -> None:
-    """All frameworks send the bytes that NumPy sends, and end with its memories."""
+    """All frameworks send the same bytes as NumPy, and end with the same error-feedback state."""
     expected = by_channel(method)
     require_messages(method, expected["sent"])
     for framework in frameworks:
@@ -68,7 +68,7 @@ def check_frameworks(method: Method, frameworks: Sequence[str]) -> None:
 
 
 def _ways(method: Method, framework: str) -> dict[str, Facts]:
-    """What a framework's users run, with the outcome."""
+    """The results of a framework, by the way in which users run it."""
     if framework != "tensorflow":
         return {framework: by_channel(method, framework)}
     in_graphs = importlib.import_module("ef_horovod.testing.frameworks_tensorflow")
@@ -80,14 +80,14 @@ def _ways(method: Method, framework: str) -> dict[str, Facts]:
 
 
 def require_messages(method: Method, sent: list[bytes]) -> None:
-    """Raise unless the steps told something: otherwise there is nothing to compare."""
+    """Raise unless the payloads differ between steps; else there is nothing to compare."""
     said = [data for data in sent if not _says_nothing(data)]
     told = len(set(said)) == len(said) > STEPS // 4
     require(told, method, "sends the same in several steps, though its gradients differ")
 
 
 def _says_nothing(data: bytes) -> bool:
-    """Whether it is a message of a worker that does not take part in a step."""
+    """Whether this is the payload of a worker that does not take part in a step."""
     return len(data) == wire.HEADER_NBYTES and data[3] == wire.ABSENT
 
 
@@ -99,9 +99,9 @@ def gradient_sequence() -> np.ndarray:
 
 
 def by_channel(method: Method, framework: str = "numpy") -> Facts:
-    """Steps by a channel of NumPy arrays or torch tensors."""
+    """Steps with a channel of NumPy arrays or torch tensors."""
     like = array_of(framework, np.zeros(LENGTH, np.float32))
-    slots = one_slot(NAME, like.reshape(SHAPE))  # as a matrix, for methods that look at shapes
+    slots = one_slot(NAME, like.reshape(SHAPE))  # a matrix, for methods that need shapes
     transport, directions = Recorder(), []
     channel = BucketPlan(NAME, slots, method).open(like, transport, seed=3)
     for step, gradient in enumerate(gradient_sequence()):
@@ -114,7 +114,7 @@ def by_channel(method: Method, framework: str = "numpy") -> Facts:
 
 
 def facts(sent: list[bytes], directions: list[bytes], bucket: Any) -> Facts:
-    """What was sent and delivered, and what is remembered at the end, all as bytes."""
+    """Sent data, aggregated gradients and the final error-feedback state, all as bytes."""
     (memories,) = save_memories([bucket]).values() or ({},)
     return {
         "sent": sent,
@@ -124,5 +124,5 @@ def facts(sent: list[bytes], directions: list[bytes], bucket: Any) -> Facts:
 
 
 def _bytes(memory: Any) -> bytes:
-    """Of an array, or of a number."""
+    """The bytes of an array or a number."""
     return bits(memory) if hasattr(memory, "shape") else np.asarray(memory).tobytes()

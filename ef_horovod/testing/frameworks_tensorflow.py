@@ -1,4 +1,4 @@
-"""Steps by the ops of the TensorFlow adapter, without a network."""
+"""Steps with the ops of the TensorFlow adapter, without a network."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from ef_horovod.training.buckets import BucketPlan, one_slot
 
 
 def eager(function: Any) -> Any:
-    """What stands for `tf.function` where there is no graph."""
+    """Stands for `tf.function` in eager mode."""
     return function
 
 
 def by_ops(method: Method, wrap: Callable[[Any], Any] = eager) -> Facts:
-    """Steps by a bucket of one variable; `wrap` is `eager` or `tf.function`."""
+    """Steps with a bucket of one variable; `wrap` is `eager` or `tf.function`."""
     plan = BucketPlan(NAME, one_slot(NAME, tf.Variable(tf.zeros(SHAPE))), method)
     bucket, sent = Bucket(plan, EchoOps(RANKS), exchange="auto", seed=3), []
     collect = bucket._bridge.collect

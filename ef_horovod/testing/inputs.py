@@ -1,4 +1,4 @@
-"""Checks of what goes in and comes out: bytes, residuals, frameworks, shapes and dtypes."""
+"""Checks of a compressor's inputs and outputs: bytes, residuals, frameworks, shapes, dtypes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ef_horovod.testing.tools import (
 
 
 def check_vector(compressor: Compressor, x: np.ndarray, frameworks: Sequence[str]) -> None:
-    """All that must hold for any single float32[d] x, and equal bytes from all frameworks."""
+    """All that must hold for a single float32[d] x, and equal bytes from all frameworks."""
     payload = compressor.compress(x.copy(), KEY)
     announced = compressor.nbytes(x.size)
     exact = payload.nbytes == len(bytes(payload)) and (
@@ -47,7 +47,7 @@ def check_vector(compressor: Compressor, x: np.ndarray, frameworks: Sequence[str
     for framework in frameworks:
         _check_in(framework, compressor, x, bytes(payload), decoded)
     delta = compressor.contraction(x.size)
-    certain = not compressor.unbiased  # otherwise it may draw what is rare: losses are averages
+    certain = not compressor.unbiased  # unbiased: the bound holds on average, not for rare draws
     if x.size and delta is not None and certain and is_deterministic(compressor, x):
         lost, allowed = norm(x - decoded.astype(float)), math.sqrt(1 - delta) * norm(x)
         allowed += ROUNDING * norm(x) + SMALLEST * math.sqrt(x.size)
@@ -62,7 +62,7 @@ def check_vector(compressor: Compressor, x: np.ndarray, frameworks: Sequence[str
 def _check_in(
     framework: str, compressor: Compressor, x: np.ndarray, sent: bytes, decoded: np.ndarray
 ) -> None:
-    """What one framework compresses and decompresses against the bytes and numbers expected."""
+    """Compare one framework's compressed bytes and decompressed numbers with the expected ones."""
     own = array_of(framework, x)
     payload = compressor.compress(own, KEY)
     same = bits(own) == bits(x)
@@ -105,7 +105,7 @@ def check_zero(compressor: Compressor) -> None:
 
 
 def check_skip(compressor: Compressor) -> None:
-    """A payload that asks to drop the step is as large as any other, and is never decoded."""
+    """A payload that asks to drop the step is as large as any other; it is never decoded."""
     for d in LENGTHS:
         payload = compressor.skip(np.zeros(d, np.float32))
         least = compressor.nbytes(d)
@@ -115,7 +115,7 @@ def check_skip(compressor: Compressor) -> None:
 
 
 def check_largest_numbers(compressor: Compressor) -> None:
-    """Entries at the end of float32's range are compressed, or refused if C(x) can be larger."""
+    """The largest float32 entries are compressed, or refused if C(x) can be larger than x."""
     x = np.where(np.arange(1000) % 2, np.float32(LARGEST), np.float32(-LARGEST))
     try:
         decoded = compressor.compress(x, KEY).decompress()
@@ -146,7 +146,7 @@ def check_finite(compressor: Compressor, framework: str) -> None:
 
 
 def check_shapes(compressor: Compressor, framework: str) -> None:
-    """Arrays of any shape and layout give the bytes of their flat copy, and their shape back."""
+    """Arrays of any shape and layout give the bytes of their flat copy and keep their shape."""
     base = array_of(framework, np.random.default_rng(3).normal(size=(6, 10)).astype(np.float32))
     for x in _layouts(base, framework):
         flat = np.ascontiguousarray(host(x)).reshape(-1)
@@ -171,11 +171,11 @@ def _layouts(base: Array, framework: str) -> list[Array]:
 
 
 def check_dtypes(compressor: Compressor, framework: str) -> None:
-    """16-bit and 64-bit floats are compressed as float32 and come back as what they were."""
-    x = np.random.default_rng(4).integers(-100, 100, size=50).astype(np.float32)  # exact in each
+    """16-bit and 64-bit floats are compressed as float32 and decompressed to their dtype."""
+    x = np.random.default_rng(4).integers(-100, 100, size=50).astype(np.float32)  # exact in all
     for dtype in ("float16", "bfloat16", "float64"):
         if framework == "numpy" and dtype == "bfloat16":
-            continue  # NumPy has none
+            continue  # not in NumPy
         own = cast(array_of(framework, x), dtype)
         payload = compressor.compress(own, KEY)
         same = bytes(payload) == bytes(compressor.compress(x, KEY))
@@ -192,7 +192,7 @@ def check_dtypes(compressor: Compressor, framework: str) -> None:
 
 
 def check_generator_untouched(compressor: Compressor, framework: str) -> None:
-    """Random compressors draw from their key, and leave the framework's generator alone."""
+    """Random compressors draw from their key, not from the framework's generator."""
     state = {
         "numpy": lambda: repr(np.random.get_state(legacy=False)),
         "torch": lambda: importlib.import_module("torch").get_rng_state().tolist(),
@@ -210,7 +210,7 @@ def _tensorflow_generator_state() -> list[int]:
 
 
 def check_mean(compressor: Compressor) -> None:
-    """`mean` makes the numbers that decoding one message after the other makes, to the last bit."""
+    """`mean` bitwise equals decoding one payload after the other."""
     for d in (1, 9, 4099):
         rng = np.random.default_rng(d)
         rows = rng.normal(size=(3, d)).astype(np.float32)
@@ -222,7 +222,7 @@ def check_mean(compressor: Compressor) -> None:
         for plus in (None, rng.normal(size=d).astype(np.float32)):
             found = np.full(d, 7, np.float32)
             if not mean_at_once(messages, 3, found, plus):
-                continue  # it cannot, or the messages are longer than the vector
+                continue  # not supported, or the payloads are longer than the vector
             same = found.tobytes() == (expected if plus is None else expected + plus).tobytes()
             require(same, compressor, "has a mean of other numbers than add_to makes")
 

@@ -1,7 +1,7 @@
-"""The contract that every method keeps (methods/base.py), as checks that anybody can run.
+"""Checks of the contract of methods (methods/base.py), also for third-party ones.
 
-Each check is a function that raises AssertionError with a sentence about the clause that was
-broken. Workers, states and messages are real; the network is this process.
+Each check is a function that raises AssertionError and names the broken clause. Workers, states and
+payloads are real; all workers are in this process.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _BAD = (np.nan, np.inf, -np.inf)
 def check_method(method: Method, *, frameworks: Sequence[str] = ("numpy",)) -> None:
     """Raise AssertionError, naming the broken clause, unless a method keeps the contract.
 
-    It runs on three workers, and takes a few seconds.
+    It runs three workers and takes a few seconds.
 
     Args:
         method: instance of a registered class.
-        frameworks: "numpy" and those whose arrays it has to take as well: "torch", and
-            "tensorflow", which needs Horovod built for it.
+        frameworks: "numpy", and others whose arrays it must accept: "torch", and "tensorflow",
+            which needs Horovod built for it.
 
     Example:
         >>> import ef_horovod as ef
@@ -50,7 +50,7 @@ def check_method(method: Method, *, frameworks: Sequence[str] = ("numpy",)) -> N
 
 
 def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) -> Iterator[partial]:
-    """All checks but the comparison of frameworks, each to be called without arguments."""
+    """All checks except the comparison of frameworks, as functions without arguments."""
     yield partial(check_registered, method)
     yield partial(check_messages, method)
     for bad in (None, *_BAD):
@@ -79,7 +79,7 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
 
 
 def check_registered(method: Method) -> None:
-    """Known by its name, a value among others, with examples and states as they should be."""
+    """The method is registered, equals itself, and has valid examples and states."""
     kind = type(method)
     known = METHODS.get(kind.__name__) is kind
     require(known, method, "is not registered; put @register_method before its class")
@@ -94,7 +94,7 @@ def check_registered(method: Method) -> None:
 
 
 def check_dropped_push(method: Method, bad: float | None) -> None:
-    """A push that is thrown away, or refuses a `bad` gradient, leaves no trace in the states."""
+    """A push that is dropped, or refuses a `bad` gradient, does not change the states."""
     kept, control = Workers(method, WORKERS), Workers(method, WORKERS)
     for t, g in enumerate(gradients(WORKERS, 8)):
         rank = _speaker(method, kept, g, t)
@@ -119,7 +119,7 @@ def check_dropped_push(method: Method, bad: float | None) -> None:
 
 
 def check_undone(method: Method, exchange: str = "auto") -> None:
-    """A step that is committed and then left out leaves no trace in the states."""
+    """A step that is committed and then undone does not change the states."""
     kept, control = (channels(method, WORKERS, exchange=exchange) for _ in range(2))
     for t, g in enumerate(gradients(WORKERS, 10)):
         run_channels(kept, list(100 * g[::-1]), t, undoable=True)
@@ -135,9 +135,9 @@ def check_undone(method: Method, exchange: str = "auto") -> None:
 
 
 def check_lost(method: Method) -> None:
-    """push leaves x - C(x) in the gradient, as far as can be seen: a channel's statistics use it.
+    """push leaves x - C(x) in the gradient, for a channel's statistics.
 
-    Seen where the compressor is a deterministic contraction, which bounds it.
+    Only checked for deterministic contractions, which bound it.
     """
     compressor, (one, *_) = method.compressor, gradients(1, 1)[0]
     delta = compressor.contraction(D)
@@ -151,7 +151,7 @@ def check_lost(method: Method) -> None:
         sent = group[0]._message
         if sent is not None and not sent.is_absent:
             errors.append(group[0].stats().relative_error)
-            bounded &= sent.num_elements == D  # or it says something that is made of x
+            bounded &= sent.num_elements == D  # else the payload holds something derived from x
     least = 0.1 * norm(one - compressor.compress(one).decompress()) / norm(one)
     message = (
         f"push leaves {errors} of what it compressed in the gradient, expected what "
@@ -163,7 +163,7 @@ def check_lost(method: Method) -> None:
 
 
 def check_messages(method: Method) -> None:
-    """Messages, that of `skip` too, are what `fixed_size` and `allreducible` say."""
+    """Payloads, including that of `skip`, fit `fixed_size` and `allreducible`."""
     group, lengths, known = Workers(method, WORKERS), set(), False
     for t, g in enumerate(gradients(WORKERS, 8)):
         messages, _ = group.step(g, t)
@@ -197,7 +197,7 @@ def _require_summands(method: Method, message: Payload) -> None:
 
 
 def check_states(method: Method, framework: str) -> None:
-    """Messages, directions and states in a framework equal NumPy's to the last bit."""
+    """A framework's payloads, aggregated gradients and states bitwise equal NumPy's."""
 
     def zeros(d: int) -> Any:
         return array_of(framework, np.zeros(d, np.float32))
@@ -214,9 +214,9 @@ def check_states(method: Method, framework: str) -> None:
 
 
 def check_channels(method: Method, framework: str) -> None:
-    """Channels over a transport take the steps that the method takes: all arrays live on.
+    """Channels over a transport take the same steps as the method alone.
 
-    Catches a channel that hands out memory which a state still needs.
+    Catches a channel that hands out an array that a state still needs.
     """
     like = array_of(framework, np.zeros(D, np.float32))
     ranks, reference = channels(method, WORKERS, like), Workers(method, WORKERS, name="weights")
@@ -234,7 +234,7 @@ def check_channels(method: Method, framework: str) -> None:
 
 
 def check_bad_gradient(method: Method, bad: float, exchange: str = "auto") -> None:
-    """A gradient that is not finite on one rank drops the step on all, and leaves no trace."""
+    """A non-finite gradient on one rank drops the step on all ranks; no state changes."""
     ranks, control = (channels(method, WORKERS, exchange=exchange) for _ in range(2))
     for t, g in enumerate(gradients(WORKERS, 8)):
         if t in (0, 3, 6):  # in step 6 some methods reset
@@ -253,7 +253,7 @@ def check_bad_gradient(method: Method, bad: float, exchange: str = "auto") -> No
 
 
 def check_exchanges(method: Method) -> None:
-    """An `allreducible` method's messages may be summed in flight; of others that is refused."""
+    """exchange="reduce" works for an `allreducible` method, and is refused for others."""
     if not method.allreducible:
         try:
             choose("reduce", method)
@@ -270,7 +270,7 @@ def check_exchanges(method: Method) -> None:
 
 
 def check_refused_slices(method: Method) -> None:
-    """What asks for the shapes in a vector says that it cannot be cut."""
+    """exchange="double_pass" is refused for a method that is not `sliceable`."""
     if not method.sliceable:
         try:
             choose("double_pass", method)
@@ -280,7 +280,7 @@ def check_refused_slices(method: Method) -> None:
 
 
 def check_slices(method: Method, framework: str = "numpy") -> None:
-    """By a double pass each slice goes where workers with a server for it go, to the last bit."""
+    """In a double pass each slice bitwise equals the result of workers with a server for it."""
     ranks = channels(method, WORKERS, array_of(framework, np.zeros(D, np.float32)), "double_pass")
     bounds = cuts(D, WORKERS)
     servers = [
@@ -303,7 +303,7 @@ def check_slices(method: Method, framework: str = "numpy") -> None:
 
 
 def check_simulation(method: Method) -> None:
-    """`simulate` and channels over a transport go to the same place."""
+    """`simulate` and channels over a transport have the same result."""
     g = gradients(WORKERS, 12)
     run = simulate(
         method,
@@ -324,7 +324,7 @@ def check_simulation(method: Method) -> None:
 
 
 def _speaker(method: Method, group: Workers, g: np.ndarray, t: int) -> int:
-    """A worker that sends numbers in step t."""
+    """A worker whose payload in step t is not absent."""
     states = enumerate(zip(group.states, g, strict=True))
     return next(
         rank
@@ -334,7 +334,7 @@ def _speaker(method: Method, group: Workers, g: np.ndarray, t: int) -> int:
 
 
 def _speaking(method: Method, ranks: Sequence[Channel], g: np.ndarray, t: int) -> int:
-    """One of the ranks that send numbers in step t."""
+    """One of the ranks whose payload in step t is not absent."""
     if not ranks[0].exchange.compresses:
         return t % WORKERS
     speakers = []
@@ -348,7 +348,7 @@ def _speaking(method: Method, ranks: Sequence[Channel], g: np.ndarray, t: int) -
 
 
 def _remembered(method: Method, channel: Channel) -> list[dict[str, Any]]:
-    """What both halves of all pieces remember."""
+    """The error-feedback states of all pieces, of worker and server."""
     return [
         memory(method, state)
         for piece in channel.pieces()
@@ -358,14 +358,14 @@ def _remembered(method: Method, channel: Channel) -> list[dict[str, Any]]:
 
 
 def _same(ours: Workers, theirs: Workers) -> bool:
-    """Whether two groups remember the same, bit for bit."""
+    """Whether the states of two groups are bitwise equal."""
     method = ours.method
     pairs = zip([*ours.states, ours.server], [*theirs.states, theirs.server], strict=True)
     return all(memory(method, a) == memory(method, b) for a, b in pairs)
 
 
 def _close(got: np.ndarray | None, expected: np.ndarray | None, exact: bool) -> bool:
-    """Equal to the last bit, or as sums in flight are, which are rounded in another order."""
+    """Bitwise equal, or not `exact`: equal up to the rounding of sums in another order."""
     if got is None or expected is None:
         return False
     if exact:

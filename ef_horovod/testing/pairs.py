@@ -1,4 +1,4 @@
-"""Which methods with which compressors the contract tests try."""
+"""The pairs of methods and compressors for the contract tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def every_compressor() -> list[Compressor]:
 
 
 def every_method() -> list[Method]:
-    """The examples of all registered methods, with every compressor that they take."""
+    """The examples of all registered methods, with every compressor that they accept."""
     return [
         example
         for compressor in every_compressor()
@@ -26,10 +26,10 @@ def every_method() -> list[Method]:
 
 
 def selection() -> list[Method]:
-    """A few dozen of them, for tests that take long: every compressor once, every method twice.
+    """A few dozen of them, for slow tests: every compressor once, every method twice.
 
-    Compressors take part with the first method that takes them; methods with one compressor whose
-    messages are gathered and one whose messages are summed in flight.
+    A compressor comes with the first method that accepts it. A method comes with one compressor
+    whose payloads are gathered, and one whose payloads are summed in flight.
     """
     of_compressors: dict[str, Method] = {}
     for method in every_method():

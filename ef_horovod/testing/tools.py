@@ -1,4 +1,4 @@
-"""What the checks share: inputs, conversions between frameworks, and the way to fail."""
+"""Shared by the checks: inputs, conversions between frameworks, and `require`."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def require(condition: Any, checked: Compressor | Method, message: str) -> None:
 
 
 def vectors(d: int) -> Iterator[np.ndarray]:
-    """float32[d] of the kinds that compressors get wrong: spread, ties, tiny and huge numbers."""
+    """float32[d] with hard cases for compressors: spread, ties, tiny and huge numbers."""
     rng = np.random.default_rng(d)
     yield rng.normal(size=d).astype(np.float32)
     yield (rng.normal(size=d) ** 5).astype(np.float32)  # a few entries hold most of the norm
-    yield rng.integers(-2, 3, size=d).astype(np.float32)  # ties, and zeros of one sign
-    yield np.where(np.arange(d) % 3, np.float32(-0.0), np.float32(1.5))  # zeros of the other
+    yield rng.integers(-2, 3, size=d).astype(np.float32)  # ties, and positive zeros
+    yield np.where(np.arange(d) % 3, np.float32(-0.0), np.float32(1.5))  # negative zeros
     yield (np.arange(d) == d // 2).astype(np.float32)
     yield (rng.normal(size=d) * 1e-43).astype(np.float32)  # denormals
     yield (rng.normal(size=d) * 1e30).astype(np.float32)
 
 
 def is_deterministic(compressor: Compressor, x: np.ndarray) -> bool:
-    """Whether the key matters neither for x, where draws may agree by chance, nor for noise."""
+    """Whether the key changes neither C(x) nor C(noise); for x alone, draws may agree by chance."""
     return not _draws(compressor) and _indifferent(compressor, x)
 
 
@@ -55,7 +55,7 @@ def _indifferent(compressor: Compressor, x: np.ndarray) -> bool:
 
 
 def array_of(framework: str, x: np.ndarray) -> Array:
-    """A framework's array with a copy of x, keeping its shape; "torch:cuda" is one on a GPU."""
+    """A framework's array with a copy of x of the same shape; "torch:cuda" for a GPU."""
     x = np.array(x, order="C")
     name, _, device = framework.partition(":")
     xp = importlib.import_module(f"ef_horovod.arrays.{name}")

@@ -1,4 +1,4 @@
-"""Workers with one aggregator in this process, for the checks and tests of methods."""
+"""Workers with one aggregator in this process, for checks and tests of methods."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def float32_zeros(d: int) -> np.ndarray:
 def gradients(
     workers: int, steps: int, *, integers: bool = False, seed: int = 0, d: int = D
 ) -> np.ndarray:
-    """float32[steps, workers, d]: correlated over steps, as gradients are."""
+    """float32[steps, workers, d], correlated over steps like real gradients."""
     rng = np.random.default_rng(seed)
     base = rng.normal(size=(1, workers, d)) * np.exp(rng.normal(size=d))
     g = base + 0.5 * rng.normal(size=(steps, workers, d))
@@ -35,14 +35,14 @@ def gradients(
 
 
 class Workers:
-    """`count` workers with one aggregator, as a gather exchange runs them.
+    """`count` workers with one aggregator, as in a gather exchange.
 
-    The directions of all workers are required to be equal to the last bit.
+    The aggregated gradients of all workers must be bitwise equal.
 
     Args:
-        method: what they run.
+        method: error-feedback method.
         count: number of workers.
-        zeros: makes float32[d] of zeros of the framework to use; NumPy's by default.
+        zeros: returns a float32[d] of zeros in the framework to use; default NumPy.
         d: length of the vectors.
         name: of the vector, for the keys of random compressors.
 
@@ -69,11 +69,11 @@ class Workers:
         self.server: Any = inits[0][1]
 
     def key(self, t: int, rank: int = 0) -> Key:
-        """The key of a worker's step."""
+        """The key of a worker in a step."""
         return Key(1, t, self.tensor, rank, self.count)
 
     def step(self, gradients: Sequence[Array], t: int = 0) -> tuple[list[Payload], np.ndarray]:
-        """Messages and the direction (a copy) after a step from one gradient for each worker."""
+        """One step with one gradient per worker; payloads and a copy of the aggregated gradient."""
         own = [g * 1 for g in gradients]
         pushed = [
             self.method.push(state, g, self.key(t, i))
@@ -89,17 +89,17 @@ class Workers:
         return messages, directions[0]
 
     def run(self, gradients: Sequence[Sequence[Array]]) -> np.ndarray:
-        """Directions, float32[steps, d], for gradients of float32[steps, count, d]."""
+        """Aggregated gradients, float32[steps, d], for gradients float32[steps, count, d]."""
         return np.array([self.step(g, t)[1] for t, g in enumerate(gradients)])
 
     def mean(self, field: str) -> np.ndarray:
-        """float64[d]: the mean over workers of an array that their states hold."""
+        """float64[d]: the mean over workers of an array in their states."""
         parts = [np.asarray(getattr(state, field), np.float64) for state in self.states]
         return np.asarray(np.mean(parts, axis=0))
 
 
 def memory(method: Method, state: Any) -> dict[str, Any]:
-    """What a state remembers between steps: bytes of its vectors, and its numbers, by name."""
+    """The error-feedback state kept between steps, by name: bytes of vectors, and numbers."""
     held = {}
     for name, value in state._asdict().items():
         if name in method.scratch or value is None:
@@ -113,7 +113,7 @@ def memory(method: Method, state: Any) -> dict[str, Any]:
 def channels(
     method: Method, count: int, like: Array = None, exchange: str = "auto"
 ) -> list[Channel]:
-    """A channel of float32[D], named "weights", on each of `count` ranks."""
+    """One channel of float32[D], named "weights", for each of `count` ranks."""
     like = float32_zeros(D) if like is None else like
     return [
         open_channel("weights", like, method, transport, exchange=exchange, seed=1)
@@ -128,7 +128,7 @@ def run_channels(
     *,
     undoable: bool = False,
 ) -> list[np.ndarray | None]:
-    """One step of all ranks in this thread; their directions, copied, or None if dropped."""
+    """One step of all ranks in this thread; copies of the aggregated gradients, None if dropped."""
     for channel, g in zip(group, gradients, strict=True):
         framework = framework_of(channel.gradient)
         namespace(channel.gradient).assign(channel.gradient, array_of(framework, g))

@@ -1,1 +1,1 @@
-"""What the adapters of all frameworks share: buckets, policy, options, error-feedback state."""
+"""Shared by the adapters of all frameworks: buckets, policy, options, error-feedback state."""

@@ -1,4 +1,4 @@
-"""Parameters that travel together: which ones, in what order, by which channel."""
+"""Buckets: which parameters are sent together, in which order, over which channel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_LIMIT = 1 << 62
 
 
 class Slot(NamedTuple):
-    """Where a parameter's gradient lies in its bucket."""
+    """The place of a parameter's gradient in its bucket."""
 
     name: str
     parameter: Parameter
@@ -26,14 +26,14 @@ class Slot(NamedTuple):
 
 
 class BucketPlan(NamedTuple):
-    """A bucket before it is opened; without a method it travels uncompressed."""
+    """A bucket before it is opened; without a method it is sent uncompressed."""
 
     name: str
     slots: list[Slot]
     method: Method | None
 
     def decide(self, transport: Transport, exchange: str = "auto") -> Choice:
-        """How the bucket travels; see `choice.decide`."""
+        """The bucket's exchange and method; see `choice.decide`."""
         method = self.method
         if method is not None:
             method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
@@ -51,7 +51,7 @@ class BucketPlan(NamedTuple):
         return self.slots[-1].stop
 
     def apart(self) -> list[BucketPlan]:
-        """A bucket for each of the parameters, uncompressed."""
+        """One uncompressed bucket per parameter."""
         return [
             BucketPlan(f"{self.name}.{i}", one_slot(slot.name, slot.parameter), None)
             for i, slot in enumerate(self.slots)
@@ -66,14 +66,14 @@ def plan_buckets(
     bucket_bytes: int,
     device_of: Callable[[Parameter], Any],
 ) -> list[BucketPlan]:
-    """Buckets of parameters, last registered first, as backward produces their gradients.
+    """Buckets of parameters, last registered first: the order of gradients in backward.
 
     Args:
         named: (name, parameter) in the order of registration.
-        method: for what is compressed.
-        dense: says which parameters are not; they share one bucket for each device.
-        bucket_bytes: of float32 in a compressed bucket; a larger parameter has one of its own.
-        device_of: parameters of different devices do not share a bucket.
+        method: for the compressed parameters.
+        dense: selects the uncompressed parameters; they share one bucket per device.
+        bucket_bytes: bytes of float32 per compressed bucket; a larger parameter gets its own.
+        device_of: device of a parameter; a bucket has parameters of one device.
     """
     named = list(named)
     small = [(name, p) for name, p in named if dense(name, p)]
@@ -88,7 +88,7 @@ def plan_buckets(
 
 
 def describe(buckets: Iterable[Any]) -> list[str]:
-    """One line a parameter: what ranks must agree about, for `config_check.require_same_config`."""
+    """One line per parameter that must be equal on all ranks; for `require_same_config`."""
     return [
         f"parameter '{slot.name}' of shape {tuple(slot.parameter.shape)} in "
         f"{bucket.channel.name} by {bucket.channel.method!r} ({bucket.channel.exchange.name})"
@@ -98,7 +98,7 @@ def describe(buckets: Iterable[Any]) -> list[str]:
 
 
 def one_slot(name: str, parameter: Parameter) -> list[Slot]:
-    """The slots of a bucket that holds a single parameter."""
+    """The slots of a bucket with a single parameter."""
     return [Slot(name, parameter, 0, math.prod(parameter.shape))]
 
 

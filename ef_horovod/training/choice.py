@@ -1,11 +1,11 @@
-"""Which exchange a vector gets, and by which method it travels: decided once, here.
+"""Chooses the exchange and the method of a vector.
 
-`exchange=` is the name of an exchange, or "auto": one of them by what they are predicted to take.
-"auto:10gbit" and "auto:100mbit,2ms" say for which network, and may leave a vector uncompressed.
+`exchange=` is the name of an exchange, or "auto", which chooses by predicted time. "auto:10gbit"
+and "auto:100mbit,2ms" also name the network; they may leave a vector uncompressed.
 
-Nothing is measured, because ranks, runs and hosts would measure different things: the choice
-follows from the method, the length, the number of ranks and the network that is named.
-`ef-horovod advise` measures, and tells a person.
+Nothing is measured, because measurements would differ between ranks, runs and hosts. The choice
+depends only on the method, the length, the number of ranks and the named network.
+`ef-horovod advise` measures and reports to the user.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from ef_horovod.exchange.registry import EXCHANGES, exchange_of
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Transport
 
-USUAL_BITS_PER_SECOND = 1e9  # of a network that nobody has named
-_GAIN = 0.8  # a double pass is taken if it is predicted to take less than this of the usual way
-# And compression, on a network that was named, if it takes less than this of dense sums. What is
-# not known here is how fast the core is and who shares it; near the break-even dense is the safer.
+USUAL_BITS_PER_SECOND = 1e9  # if no network is named
+_GAIN = 0.8  # a double pass is used if its predicted time is below this part of the usual exchange
+# On a named network, compression is used if its predicted time is below this part of a dense
+# allreduce. The core's speed and load are unknown here; near the break-even, dense is safer.
 _SAVING = 0.6
 
 
 class Choice(NamedTuple):
-    """What a vector travels by."""
+    """A vector's exchange and method."""
 
     exchange: Exchange
     method: Method
 
     def open(self, name: str, like: Array, transport: Transport, *, seed: int = 0) -> Channel:
-        """The vector's channel; arguments as of `Channel`."""
+        """The vector's channel; arguments as in `Channel`."""
         return self.exchange.open(name, like, self.method, transport, seed=seed)
 
 
@@ -50,48 +50,48 @@ def open_channel(
     exchange: str = "auto",
     seed: int = 0,
 ) -> Channel:
-    """The channel for a vector; other arguments as of `Channel`.
+    """The channel for a vector; other arguments as in `Channel`.
 
     Args:
-        exchange: what users write; with "auto:NETWORK" the channel may not compress. `stats()` of
-            it tells.
+        exchange: as users write it. With "auto:NETWORK" the channel may not compress; see its
+            `stats()`.
     """
     choice = decide(exchange, method, like.shape[0], transport)
     return choice.open(name, like, transport, seed=seed)
 
 
 def is_auto(exchange: str) -> bool:
-    """Whether it is to be found out which exchange is best."""
+    """Whether `exchange` is "auto" or "auto:NETWORK"."""
     return exchange == "auto" or exchange.startswith("auto:")
 
 
 def network_of(exchange: str) -> Network | None:
-    """The network that "auto:NETWORK" names; None for another exchange.
+    """The network in "auto:NETWORK"; None for another exchange.
 
     Raises:
-        ValueError: it is none.
+        ValueError: NETWORK is not a network.
     """
     _, colon, text = exchange.partition(":")
     return Network.read(text) if colon else None
 
 
 def wants_server(exchange: str) -> bool:
-    """Whether a job with parameter servers is asked for, whatever it is that is exchanged."""
+    """Whether the exchange needs a job with parameter servers."""
     return exchange in EXCHANGES and EXCHANGES[exchange].needs_server
 
 
 def choose(exchange: str, method: Method) -> Exchange:
-    """The exchange to use, whatever the length of vectors and the number of ranks.
+    """The usual exchange of a method, for any vector length and number of ranks.
 
     Args:
-        exchange: the name of one, "auto" or "auto:NETWORK"; "auto" takes "dense" for no compression
-            at all, "reduce" for linear compressors and "gather" for the others. All of these have
-            the same numbers, up to the order of additions.
-        method: the method that the messages belong to.
+        exchange: name of an exchange, "auto" or "auto:NETWORK". "auto" takes "dense" without
+            compression, "reduce" for linear compressors and "gather" for the others. All of these
+            give the same numbers, up to the order of additions.
+        method: of the payloads.
 
     Raises:
         ValueError: no such exchange or network.
-        UnsupportedError: the method's messages cannot travel that way.
+        UnsupportedError: the exchange cannot carry the method's payloads.
 
     Example:
         >>> import ef_horovod as ef
@@ -108,16 +108,16 @@ def choose(exchange: str, method: Method) -> Exchange:
 
 
 def decide(exchange: str, method: Method | None, d: int, transport: Transport) -> Choice:
-    """What a vector travels by; by another method than asked for if it stays uncompressed.
+    """The exchange and the method of a vector; another method if it stays uncompressed.
 
     Args:
-        exchange: what users write.
-        method: what the vector is to be compressed by; None to leave it uncompressed.
-        d: its length.
+        exchange: as users write it.
+        method: the requested method; None to leave the vector uncompressed.
+        d: length of the vector.
         transport: to the other ranks.
 
     Raises:
-        ValueError, UnsupportedError: as of `choose`.
+        ValueError, UnsupportedError: as in `choose`.
     """
     if transport.has_server and (is_auto(exchange) or method is None):
         exchange = "server"
@@ -126,7 +126,7 @@ def decide(exchange: str, method: Method | None, d: int, transport: Transport) -
     usual = choose(exchange, method)
     if not is_auto(exchange) or not usual.compresses or transport.size == 1:
         return Choice(usual, method)
-    if not method.fixed_size:  # nobody knows how much it will send
+    if not method.fixed_size:  # bytes are unknown
         return Choice(usual, method)
     slices = type(transport).alltoall is not Transport.alltoall
     slices = slices and EXCHANGES["double_pass"].fits(method)
@@ -147,7 +147,7 @@ def decide(exchange: str, method: Method | None, d: int, transport: Transport) -
 def _best(
     exchange: str, method: Method, d: int, workers: int, usual: Exchange, *, slices: bool
 ) -> tuple[Exchange, bool]:
-    """The cheapest exchange, and whether it beats dense sums, if a network was named."""
+    """The cheapest exchange, and whether to compress: always true without a named network."""
     named = network_of(exchange)
     network = named or Network(USUAL_BITS_PER_SECOND)
 

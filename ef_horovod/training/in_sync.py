@@ -1,4 +1,4 @@
-"""Are all ranks' parameters the same? Compared by hash, so that nothing trains apart unseen."""
+"""Checks by hash that the parameters are equal on all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def require_equal(digests: Sequence[np.ndarray], way_out: str) -> None:
 
     Args:
         digests: of each rank's parameters, in rank order.
-        way_out: what to check, in the words of a framework.
+        way_out: advice for the error message, specific to the framework.
 
     Raises:
         OutOfSyncError: they differ.

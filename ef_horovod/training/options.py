@@ -1,4 +1,4 @@
-"""The options that adapters share, checked in one place before anything is built or sent.
+"""Checks of the options that adapters share, before anything is built or sent.
 
 check_options("Reducer", seed=seed, bucket_bytes=bucket_bytes)
 """
@@ -13,15 +13,15 @@ from ef_horovod.errors import UnsupportedError
 
 
 def check_options(owner: str, **given: Any) -> None:
-    """Raise unless each option is one that its name stands for.
+    """Raise unless each known option has a valid value.
 
     Args:
-        owner: the class or function that the options belong to.
-        given: by their names, such as `locals()`; other names are passed over.
+        owner: the class or function with these options.
+        given: values by name, such as `locals()`; unknown names are ignored.
 
     Raises:
-        ValueError: a number of another type or out of range.
-        UnsupportedError: something that is no function, text or process set.
+        ValueError: a number of the wrong type or out of range.
+        UnsupportedError: another object of the wrong kind, such as a function or a process set.
     """
     for name, value in given.items():
         check = _CHECKS.get(name)
@@ -48,7 +48,7 @@ def _seconds(owner: str, name: str, value: Any) -> None:
 
 
 def _kind(expected: str, way_out: str, fits: Callable[[Any], bool]) -> Callable[..., None]:
-    """A check of what is no number."""
+    """A check of an option that is not a number."""
 
     def check(owner: str, name: str, value: Any) -> None:
         if not fits(value):

@@ -1,4 +1,4 @@
-"""Which parameters are compressed, under which names, by what: facts equal on all ranks."""
+"""Which parameters are compressed, and checks of parameters and methods; equal on all ranks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ MIN_COMPRESSED_ELEMENTS = 1024
 
 
 def small_or_vector(name: str, parameter: Parameter) -> bool:
-    """The default policy: biases, norms and whatever is small stay dense.
+    """The default policy: biases, norms and small parameters stay uncompressed.
 
-    They are a small part of the bytes and a large part of what goes wrong when it is compressed.
-    A policy gets name and parameter and returns whether that one stays dense; it must decide the
-    same on all ranks. `lambda name, parameter: False` compresses everything.
+    They are a small part of the bytes, but compressing them often harms training. A policy gets
+    name and parameter and returns whether the parameter stays uncompressed. It must decide the same
+    on all ranks. `lambda name, parameter: False` compresses everything.
     """
     return len(parameter.shape) <= 1 or math.prod(parameter.shape) < MIN_COMPRESSED_ELEMENTS
 
 
 def require_distinct(named: list[tuple[str, Parameter]]) -> list[tuple[str, Parameter]]:
-    """The argument, if each parameter is real and each name and parameter occurs once.
+    """Return `named` if all parameters are real, and each name and parameter occurs once.
 
     Raises:
-        ValueError: a name stands for two parameters, or a parameter has two names.
+        ValueError: two parameters have the same name, or a parameter has two names.
         UnsupportedError: a parameter is complex.
     """
     for what, items in (("name", [n for n, _ in named]), ("parameter", [id(p) for _, p in named])):
@@ -56,10 +56,10 @@ def require_distinct(named: list[tuple[str, Parameter]]) -> list[tuple[str, Para
 
 
 def require_method(compression: Any) -> Method:
-    """`compression` if it is a method.
+    """Return `compression` if it is a method.
 
     Raises:
-        UnsupportedError: something else, with what to write in its place.
+        UnsupportedError: it is not a method; the message says what to write instead.
     """
     if isinstance(compression, Method):
         return compression
@@ -73,15 +73,15 @@ def require_method(compression: Any) -> Method:
 def warn_of_surprises(
     named: list[tuple[str, Parameter]], method: Method, dense: DensePolicy, rank: int
 ) -> None:
-    """Warn on rank 0 of float64 that is reduced in float32, and of a method without work.
+    """Warn on rank 0 if float64 is reduced in float32, or if nothing is compressed.
 
-    Call it once for each optimizer, from the function that the user calls.
+    Call it once per optimizer, from the function that the user calls.
 
     Args:
-        named: the parameters whose gradients are reduced, with their names.
-        method: for those that `dense` does not keep.
+        named: names and parameters whose gradients are reduced.
+        method: for the compressed parameters.
         dense: the policy.
-        rank: of this process; all others stay silent.
+        rank: of this process; only rank 0 warns.
     """
     if rank != 0 or not named:
         return
@@ -105,10 +105,10 @@ def warn_of_surprises(
 
 
 def refuse_elastic() -> None:
-    """Raise in an elastic job: memories and transports belong to a fixed set of ranks.
+    """Raise in an elastic job, because states and transports need a fixed set of ranks.
 
     Raises:
-        UnsupportedError: always there.
+        UnsupportedError: the job is elastic.
     """
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Error memories as a state dict: by parameter name, for one rank, whatever the buckets are."""
+"""One rank's error-feedback state as a state dict by parameter name, independent of buckets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ef_horovod.transports.base import Transport
 
 
 class Filled(Protocol):
-    """What has memories: a channel and what lies where in its vectors."""
+    """A channel with error-feedback state, and the slots of its vectors."""
 
     channel: Channel
     slots: list[Slot]
@@ -21,7 +21,7 @@ class Filled(Protocol):
 def save_state(
     buckets: Sequence[Filled], step: int, compression: str, transport: Transport
 ) -> dict[str, Any]:
-    """One rank's memories and what they belong to."""
+    """One rank's error-feedback state, with the facts that identify the job."""
     facts = {"compression": compression, "rank": transport.rank, "size": transport.size}
     return {**facts, "step": step, "parameters": save_memories(buckets)}
 
@@ -29,10 +29,10 @@ def save_state(
 def load_state(
     state: dict[str, Any], buckets: Sequence[Filled], compression: str, transport: Transport
 ) -> int:
-    """Take over what `save_state` returned on this rank of an equal job; its step.
+    """Load the result of `save_state` from this rank of an equal job; returns its step.
 
     Raises:
-        ValueError: another rank, number of ranks, method or model; nothing was changed then.
+        ValueError: another rank, number of ranks, method or model; then nothing has changed.
         UnsupportedError: there are servers, and the first step has begun.
     """
     transport.require_not_begun()
@@ -60,10 +60,10 @@ def save_memories(buckets: Sequence[Filled]) -> dict[str, dict[str, Any]]:
 
 
 def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any]]) -> None:
-    """Take over what `save_memories` returned for the same parameters.
+    """Load the result of `save_memories` for the same parameters.
 
     Raises:
-        ValueError: other parameters, sizes or memories; nothing was changed then.
+        ValueError: other parameters, sizes or fields; then nothing has changed.
     """
     mine = save_memories(buckets)
     if _sizes(parameters) != _sizes(mine):
@@ -86,12 +86,12 @@ def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any
 
 
 def remember(buckets: Sequence[Filled]) -> bool:
-    """Whether anything of a gradient is remembered between steps."""
+    """Whether any channel keeps error-feedback state between steps."""
     return any(True for bucket in buckets for _ in _memories(bucket))
 
 
 class _Memory(NamedTuple):
-    """A vector or a number that a piece of a channel's vector remembers between steps."""
+    """A vector or a number in the error-feedback state of a piece."""
 
     piece: Piece
     half: str  # "worker" or "server"
@@ -103,7 +103,7 @@ class _Memory(NamedTuple):
         return f"{self.piece.name}{self.half}.{self.field}"
 
     def places(self, slots: Sequence[Slot]) -> Iterator[tuple[Slot, int, int]]:
-        """The parameters that lie in the piece, and where in the vector their part of it is."""
+        """The parameters in the piece, with start and stop of their part in the value."""
         channel, offset = self.piece.channel, self.piece.start
         d = channel.gradient.shape[0]
         for slot in slots:
@@ -112,14 +112,14 @@ class _Memory(NamedTuple):
                 yield slot, *channel.method.span(self.field, start, stop, d)
 
     def put(self, number: Any) -> None:
-        """Remember another number."""
+        """Replace the number."""
         channel = self.piece.channel
         held = getattr(channel, self.half)
         setattr(channel, self.half, held._replace(**{self.field: number}))
 
 
 def _memories(bucket: Filled) -> Iterator[_Memory]:
-    """All that a bucket's channel remembers between steps."""
+    """The error-feedback state of a bucket's channel."""
     for piece in bucket.channel.pieces():
         for half in ("worker", "server"):
             held = getattr(piece.channel, half)

@@ -1,4 +1,4 @@
-"""What every transport offers, and how bytes are counted."""
+"""The interface of a transport, and how bytes are counted."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ Measure = Callable[[np.ndarray], int]
 
 
 def ring_share(nbytes: int, ranks: int) -> int:
-    """Bytes that each rank sends to sum `nbytes` by a ring, or another bandwidth-optimal way."""
+    """Bytes that each rank sends in a bandwidth-optimal allreduce of `nbytes`, such as a ring."""
     return 2 * (ranks - 1) * nbytes // ranks
 
 
 class Answer(NamedTuple):
-    """What a parameter server makes of the messages of all workers."""
+    """A parameter server's answer to the messages of all workers."""
 
-    payload: np.ndarray | None = None  # uint8[m], of methods that compress both ways
-    numbers: np.ndarray | None = None  # float32[d], of all others; valid until the next step
-    counted: bool = True  # whether this rank's own message is in it
+    payload: np.ndarray | None = None  # uint8[m], if the method compresses both ways
+    numbers: np.ndarray | None = None  # float32[d], otherwise; valid until the next step
+    counted: bool = True  # whether it includes this rank's own message
 
     @property
     def is_skip(self) -> bool:
-        """Whether there is nothing: the step is dropped on all ranks."""
+        """Whether the answer is empty: all ranks drop the step."""
         return self.payload is None and self.numbers is None
 
 
 class Transport(ABC):
-    """Collectives among `size` ranks, started at once and waited for later.
+    """Asynchronous collectives among `size` ranks.
 
-    A collective is matched by its name: equal on all ranks, used for one collective at a time.
-    Each method returns a function that waits for the result. No wait is longer than `timeout`.
+    A collective is matched by its name. The name is equal on all ranks and serves one collective
+    at a time. Each method returns a function that waits for the result. No wait is longer than
+    `timeout`.
 
     Args:
         rank: of this process, from 0.
@@ -47,9 +48,9 @@ class Transport(ABC):
 
     def __init__(self, rank: int, size: int, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
         self.rank, self.size, self.timeout = rank, size, require_limit(timeout)
-        self.bytes_sent = 0  # by this rank, as the algorithms below would put on a network
+        self.bytes_sent = 0  # by this rank, if the algorithms below ran over a network
         self.bytes_received = 0
-        self.quorum: int | None = None  # how many workers make a server's round, if not all do
+        self.quorum: int | None = None  # workers per server round; None: all
 
     @abstractmethod
     def allgather(
@@ -59,12 +60,12 @@ class Transport(ABC):
 
         Args:
             name: of the collective.
-            data: uint8[m], m >= 1; cheapest when m is the same at every step.
-            measure: for buffers whose lengths differ between ranks: tells how many bytes the one
-                at the start of its argument takes. Without it, all are as long as `data`.
+            data: uint8[m], m >= 1; cheapest if m is the same in every step.
+            measure: needed if lengths differ between ranks. It returns the length in bytes of the
+                buffer at the start of its argument. Without it, all are as long as `data`.
 
         Returns:
-            A function that waits and gives uint8 arrays in rank order, to read only.
+            A function that waits and returns read-only uint8 arrays in rank order.
         """
 
     @abstractmethod
@@ -76,30 +77,30 @@ class Transport(ABC):
             values: float32[m] or float64[m]; may be overwritten with the result.
 
         Returns:
-            A function that waits and gives the sum, equal to the last bit on all ranks.
+            A function that waits and returns the sum, bitwise equal on all ranks.
 
         Raises:
-            UnsupportedError: 16-bit or integer values, whose sums overflow or are not defined.
-            ConfigMismatchError: ranks have different lengths (with Horovod an error of its own).
+            UnsupportedError: 16-bit or integer values; their sums overflow or are not defined.
+            ConfigMismatchError: ranks have different lengths (Horovod raises its own error).
         """
 
     def alltoall(
         self, name: str, parts: Sequence[np.ndarray], measure: Measure | None = None
     ) -> Callable[[], list[np.ndarray]]:
-        """Send every rank a buffer of its own.
+        """Send each rank a different buffer.
 
         Args:
             name: of the collective.
             parts: for each rank, in rank order, uint8[m_j] with m_j >= 1.
-            measure: as for `allgather`; without it, what all ranks send to this one is as long as
-                what it has for itself.
+            measure: as for `allgather`. Without it, every received buffer is as long as this
+                rank's own part.
 
         Returns:
-            A function that waits and gives what the ranks sent to this one, uint8 arrays in rank
-            order, to read only.
+            A function that waits and returns the received buffers: read-only uint8 arrays in rank
+            order.
 
         Raises:
-            UnsupportedError: this transport cannot.
+            UnsupportedError: this transport has no all-to-all.
         """
         raise UnsupportedError(
             f"got an all-to-all for {type(self).__name__}, expected a transport that has one, for "
@@ -108,48 +109,48 @@ class Transport(ABC):
 
     @property
     def has_server(self) -> bool:
-        """Whether `open_bucket` and `ask` work: there are parameter servers, not only peers."""
+        """Whether the job has parameter servers, so that `open_bucket` and `ask` work."""
         return False
 
     def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
-        """Announce a vector float32[length] that `ask` will send, before the first `ask`."""
+        """Announce a vector float32[length], before the first `ask` sends it."""
         raise self._without_server()
 
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
         """Send a bucket's payload, uint8[m], to its server.
 
         Returns:
-            A function that waits and gives the server's answer. Where rounds do not wait for all
-            workers, these are the answers of all rounds up to the one in which the payload counts.
+            A function that waits and returns the server's answer. With a quorum, it returns the
+            answers of all rounds up to the one that includes the payload.
 
         Raises:
-            UnsupportedError: this transport knows no server.
+            UnsupportedError: this transport has no server.
         """
         raise self._without_server()
 
-    # Without servers there is nothing to do in these three.
+    # Without servers, these three do nothing.
 
     def handshake(  # noqa: B027
         self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
     ) -> None:
-        """Meet the servers; see `ServerTransport.handshake`."""
+        """Connect to the servers; see `ServerTransport.handshake`."""
 
     def save(self, step: int) -> None:  # noqa: B027
-        """Have the servers write their memories after so many steps; collective."""
+        """Let the servers write their error-feedback state after `step` steps; collective."""
 
     def require_not_begun(self) -> None:  # noqa: B027
-        """Raise if memories of another step come too late: servers read theirs before the first.
+        """Raise if training has begun: servers read their saved state only before the first step.
 
         Raises:
-            UnsupportedError: always there.
+            UnsupportedError: the first step has begun.
         """
 
     def catch_up(self, names: Sequence[str]) -> list[list[Answer]]:
-        """Answers of rounds that went by without this rank; see `ServerTransport.catch_up`."""
+        """Answers of rounds that did not include this rank; see `ServerTransport.catch_up`."""
         raise self._without_server()
 
     def dense_nbytes(self, nbytes: int) -> int:
-        """What this rank would send in place of `nbytes` of float32, without compression."""
+        """Bytes that this rank would send for `nbytes` of float32 without compression."""
         return ring_share(nbytes, self.size)
 
     def _without_server(self) -> UnsupportedError:
@@ -159,17 +160,17 @@ class Transport(ABC):
         )
 
     def barrier(self, name: str) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this."""
         self.allgather(name, np.zeros(1, np.uint8))()
 
     def _count_allgather(self, nbytes_each: list[int]) -> None:
-        """Every rank's buffer has to reach every other rank."""
+        """Count an all-gather: every rank sends its buffer to every other rank."""
         own = nbytes_each[self.rank]
         self.bytes_sent += own * (self.size - 1)
         self.bytes_received += sum(nbytes_each) - own
 
     def _count_alltoall(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
-        """What a rank has for itself stays where it is."""
+        """Count an all-to-all; a rank's part for itself is not sent."""
         self.bytes_sent += sum(part.size for part in sent) - sent[self.rank].size
         self.bytes_received += sum(part.size for part in received) - received[self.rank].size
 
@@ -182,7 +183,7 @@ class Transport(ABC):
 def split(
     name: str, gathered: np.ndarray, own: int, size: int, measure: Measure | None
 ) -> list[np.ndarray]:
-    """Each rank's buffer, uint8, from all of them one behind the other.
+    """Cut concatenated buffers into one uint8 array per rank.
 
     Args:
         name: of the collective, for messages.

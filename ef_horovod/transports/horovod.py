@@ -1,4 +1,4 @@
-"""What the ranks of a Horovod job have in common, whichever framework carries the bytes."""
+"""The part of a Horovod transport that does not depend on the framework."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ef_horovod.transports.base import Transport
 from ef_horovod.transports.timeouts.waiting import limit_of
 
 _instances: dict[tuple[str, int], Iterator[int]] = {}  # by kind and process set
-_MOST_NBYTES = 2**31 - 1  # of a gather: Horovod counts and places them by C's int
+_MOST_NBYTES = 2**31 - 1  # per gather: Horovod's counts and offsets are C ints
 
 
 def next_prefix(kind: str, process_set: Any = None) -> str:
-    """A prefix for the names of one more user of a process set's collectives.
+    """A new prefix for collective names, one for each user of a process set.
 
-    They are counted per set: ranks outside a set may not know of its users.
+    The counter is per set, because ranks outside a set may not know its users.
 
     Args:
         kind: "ef", or "ef.stock" for adapters of Horovod's own optimizers and tapes.
@@ -34,7 +34,7 @@ class HorovodTransport(Transport):
     """The ranks of a Horovod process set; `hvd.init()` must have been called.
 
     Args:
-        prefix: put before every name, so that two users of one job do not meet.
+        prefix: put before every name, so that two users of one job do not collide.
         process_set: a `hvd.ProcessSet`; default all ranks.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
     """
@@ -43,20 +43,20 @@ class HorovodTransport(Transport):
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
     ) -> None:
         self._process_set = process_set or global_process_set
-        # Horovod never asks a rank outside the set to take part, but it may make the object.
+        # A rank outside the set never takes part, but it may create the object.
         rank = self._process_set.rank() if self._process_set.included() else -1
         super().__init__(rank, self._process_set.size(), limit_of(timeout))
         self._prefix = prefix
 
     def named(self, name: str) -> str:
-        """What Horovod knows a collective by."""
+        """The collective's name in Horovod."""
         return f"{self._prefix}.{name}"
 
     def require_countable(self, name: str, nbytes: int) -> None:
-        """Raise if all ranks' buffers of so many bytes are more than Horovod's gather can place.
+        """Raise if `nbytes` from each rank are more than Horovod's gather can place.
 
         Raises:
-            UnsupportedError: on all ranks, where these are equally long on all of them.
+            UnsupportedError: on all ranks, if `nbytes` is equal on all of them.
         """
         if nbytes * self.size > _MOST_NBYTES:
             raise UnsupportedError(

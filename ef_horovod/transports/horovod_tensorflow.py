@@ -1,9 +1,12 @@
-"""Ranks of a Horovod job, by horovod.tensorflow: named ops, in eager mode or inside a graph.
+"""Transport over horovod.tensorflow: named ops, in eager mode or inside a graph.
 
-Horovod's TensorFlow ops have no handles to poll. In a graph the executor starts each one as soon
-as its input exists; the code around it runs in `tf.numpy_function`s. So a collective in a graph
-has three parts: a channel starts it on a `GraphBridge`, which hands the message to the graph,
-`carry` is the op, and the bridge gives what has arrived to the function that the channel waits in.
+Horovod's TensorFlow ops have no handles to poll. In a graph the executor starts each op as soon as
+its input exists. The code around the op runs in `tf.numpy_function`s. So a collective in a graph
+has three parts:
+
+1. A channel starts it on a `GraphBridge`, which hands the message to the graph.
+2. `carry` is the op.
+3. The bridge gives the received data to the function in which the channel waits.
 """
 
 from __future__ import annotations
@@ -31,20 +34,20 @@ _shutting_down = threading.Lock()  # never released
 def open_lasting(
     prefix: str, process_set: Any, timeout: float | None
 ) -> HorovodTensorFlowTransport:
-    """A transport that lives as long as a training: no `hvd.join()` beside it."""
+    """A transport for a whole training; `hvd.join()` is refused while it exists."""
     transport = HorovodTensorFlowTransport(prefix, process_set, timeout)
     watch_over(transport, _shut_down_once)
     return transport
 
 
 def _shut_down_once() -> None:
-    """End Horovod, whichever transport's alarm is first; two threads cannot."""
+    """Shut Horovod down once; only the first transport's alarm does it."""
     if _shutting_down.acquire(blocking=False):
         hvd.shutdown()
 
 
 class HorovodTensorFlowTransport(HorovodTransport):
-    """The ranks of a Horovod process set, at once: each collective blocks where it is started."""
+    """The ranks of a Horovod process set; each collective blocks when it is started."""
 
     def __init__(
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
@@ -77,7 +80,7 @@ class HorovodTensorFlowTransport(HorovodTransport):
         return lambda: total
 
     def broadcast(self, name: str, data: np.ndarray, root_rank: int) -> np.ndarray:
-        """One rank's uint8[m], m >= 1 and equal on all ranks, on all of them."""
+        """Send one rank's uint8[m] to all ranks; m >= 1 is equal on all of them."""
 
         def op() -> tf.Tensor:
             return hvd.broadcast(
@@ -91,7 +94,7 @@ class HorovodTensorFlowTransport(HorovodTransport):
         return self._at_once(name, op)
 
     def carry(self, name: str, message: tf.Tensor) -> tf.Tensor:
-        """The op: gathers uint8[m] from all ranks into uint8[n * m], or sums floats over them."""
+        """The op: gathers uint8[m] from all ranks into uint8[n * m], or sums floats over ranks."""
         with tf.device("/CPU:0"):
             if message.dtype == tf.uint8:
                 return hvd.allgather(
@@ -109,7 +112,7 @@ class HorovodTensorFlowTransport(HorovodTransport):
             )
 
     def carry_slices(self, name: str, message: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-        """The op: uint8[m] is cut into int32[n] lengths, one part for each rank; what arrived."""
+        """The op: cuts uint8[m] by int32[n] lengths, one part per rank; returns received bytes."""
         with tf.device("/CPU:0"):
             arrived, _ = hvd.alltoall(
                 message,
@@ -121,7 +124,7 @@ class HorovodTensorFlowTransport(HorovodTransport):
             return arrived
 
     def bridge(self) -> GraphBridge:
-        """What a channel in a graph sends with."""
+        """The transport for a channel inside a graph."""
         return GraphBridge(self)
 
     def _at_once(self, name: str, op: Callable[[], tf.Tensor]) -> np.ndarray:
@@ -147,10 +150,10 @@ class HorovodTensorFlowTransport(HorovodTransport):
 
 
 class GraphBridge(Transport):
-    """Carries a channel's messages to the ops of a graph and back, inside numpy_functions.
+    """Moves a channel's messages to the ops of a graph and back, inside numpy_functions.
 
     Args:
-        transport: whose ops carry the messages.
+        transport: its ops carry the messages.
     """
 
     def __init__(self, transport: HorovodTensorFlowTransport) -> None:
@@ -201,15 +204,15 @@ class GraphBridge(Transport):
         return finish
 
     def collect(self, name: str) -> np.ndarray:
-        """What is to be carried: uint8[m] to gather or floats to sum."""
+        """The message to carry: uint8[m] to gather or floats to sum."""
         return self._leaving.pop(name)
 
     def collect_slices(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """The same for `carry_slices`: uint8[m], and the lengths of its parts, int32[n]."""
+        """The same for `carry_slices`: uint8[m] and the lengths of its parts, int32[n]."""
         return self._leaving.pop(name), self._lengths.pop(name)
 
     def bring(self, name: str, data: np.ndarray) -> None:
-        """What has arrived."""
+        """Take over the received data."""
         self._transport.alarm.stop(name)
         self._arrived[name] = data
 

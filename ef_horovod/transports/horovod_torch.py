@@ -1,4 +1,4 @@
-"""Ranks of a Horovod job, by horovod.torch: named, asynchronous, in the background."""
+"""Transport over horovod.torch: named collectives that run in the background."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ refuse_join("horovod.torch", "horovod.torch.mpi_ops")
 
 
 class HorovodTorchTransport(HorovodTransport):
-    """The ranks of a Horovod process set; collectives run while the caller goes on."""
+    """The ranks of a Horovod process set; collectives are asynchronous."""
 
     def __init__(
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
@@ -95,7 +95,7 @@ class HorovodTorchTransport(HorovodTransport):
 
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
-        """Say in Horovod's errors which rank failed in what; end it if it does not come back."""
+        """Add rank and collective to Horovod's errors; end the process if Horovod hangs."""
         try:
             with ended_after(self.timeout, self._stuck(name)):
                 yield

@@ -1,4 +1,4 @@
-"""All ranks in one process: for simulations, and for tests of what runs over the others."""
+"""Transport between ranks of one process, for simulations and tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ef_horovod.transports.timeouts.waiting import DEFAULT_TIMEOUT_SECONDS
 
 
 class LocalTransport(Transport):
-    """One of several endpoints that `local_group` makes; usable from one thread or from many.
+    """One endpoint of a `local_group`; usable from one thread or from many.
 
     Example:
         >>> import numpy
@@ -71,7 +71,7 @@ class LocalTransport(Transport):
                     "sum arrays that have one length on all ranks"
                 )
             total = first.copy()
-            with np.errstate(over="ignore"):  # an infinity is the right sum, and seen later
+            with np.errstate(over="ignore"):  # an infinity is the right sum and is found later
                 for part in others:  # in rank order, so that all ranks get the same bits
                     total += part
             return xp.from_host(total, device)
@@ -94,7 +94,7 @@ class LocalTransport(Transport):
 
 
 def local_group(size: int, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> list[LocalTransport]:
-    """`size` endpoints that exchange among each other inside this process."""
+    """`size` connected endpoints inside this process."""
     if size < 1:
         raise ValueError(f"got {size} workers, expected at least 1")
     mailbox = _Mailbox(size)

@@ -1,11 +1,10 @@
-"""Ranks of an MPI job, by mpi4py: point-to-point messages on a communicator of its own.
+"""Transport over mpi4py: point-to-point messages on a duplicated communicator.
 
-Messages are matched by the collective's name, so ranks may start collectives in any order, and a
-rank that is missing can be named, which MPI's own collectives do not allow. A rank numbers the
-names that it uses, tells the others at the first use of each, and takes the number as MPI's tag: so
-no two names share a tag, and tags stay as small as there are names. Sums are computed while they
-are waited for: wait for them in the same order everywhere. Only uint8 buffers and float32/float64
-numbers travel.
+Messages are matched by the collective's name. So ranks may start collectives in any order, and
+errors can name a missing rank; MPI's own collectives allow neither. Each rank numbers the names
+that it uses and sends each name to the others at its first use. The number is the MPI tag, so no
+two names share a tag, and tags stay small. Sums are computed during the wait: wait for them in the
+same order on all ranks. Only uint8 buffers and float32/float64 numbers travel.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ openmpi.set_prefix()  # importing MPI initialises it
 with explained("ef_horovod.transports.mpi"):
     from mpi4py import MPI
 
-_NAMES = 0  # tag of the messages that tell a name; the first one is that of tag 1, and so on
-# Open MPI 4 loses a message of 2^31 bytes and more. Longer buffers travel in pieces, of which the
-# last one is shorter than this, if need be empty.
+_NAMES = 0  # tag of the messages that carry names; the first name gets tag 1, and so on
+# Open MPI 4 loses messages of 2^31 bytes and more. Longer buffers travel in pieces. The last piece
+# is always shorter than this; it may be empty.
 PIECE_NBYTES = 1 << 30
-_given_up: list[Any] = []  # requests that were waited for in vain; MPI may still use their memory
+_given_up: list[Any] = []  # requests that timed out; MPI may still use their memory
 
 
 def largest_tag() -> int:
-    """MPI's, which may be as small as 32,767."""
+    """MPI's largest tag, which may be as small as 32,767."""
     tag: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
     return int(tag)
 
 
 def communicator(comm: Any) -> Any:
-    """The one that was asked for, or COMM_WORLD for None.
+    """`comm`, or COMM_WORLD for None.
 
     Raises:
-        ValueError: it is MPI.COMM_NULL.
+        ValueError: `comm` is MPI.COMM_NULL.
     """
     if comm is None:
         return MPI.COMM_WORLD
@@ -58,11 +57,10 @@ def communicator(comm: Any) -> Any:
 class MPITransport(Transport):
     """All ranks of a communicator.
 
-    Creating it is collective: all ranks of `comm` make theirs at the same point.
+    Creating it is collective over `comm`.
 
     Args:
-        comm: duplicated, so that nobody else's messages can be mistaken for ours; default
-            COMM_WORLD.
+        comm: default COMM_WORLD. It is duplicated, so that other messages cannot interfere.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
     """
 
@@ -70,11 +68,11 @@ class MPITransport(Transport):
         limit = limit_of(timeout)
         self._comm = communicator(comm).Dup()
         super().__init__(self._comm.Get_rank(), self._comm.Get_size(), limit)
-        self._tags: dict[str, int] = {}  # by name, of what this rank sends
-        self._tags_of: list[dict[str, int]] = [{} for _ in range(self.size)]  # the same of others
-        self._told: list[tuple[Any, np.ndarray]] = []  # names on their way
+        self._tags: dict[str, int] = {}  # by name, for this rank's messages
+        self._tags_of: list[dict[str, int]] = [{} for _ in range(self.size)]  # the other ranks'
+        self._told: list[tuple[Any, np.ndarray]] = []  # names still being sent
         self._under_way: set[str] = set()
-        self._late: dict[str, str] = {}  # names that were waited for in vain, and the error's text
+        self._late: dict[str, str] = {}  # names that timed out, with the error's text
 
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
@@ -101,7 +99,7 @@ class MPITransport(Transport):
         return count
 
     def _exchange(self, name: str, outgoing: Sequence[np.ndarray]) -> Callable[[], list[Any]]:
-        """Send each rank its buffer; what comes from all of them, in rank order."""
+        """Send each rank its buffer; the returned function waits for theirs, in rank order."""
         tag = self._begin(name)
         requests = [
             self._comm.Isend([piece, MPI.BYTE], peer, tag)
@@ -120,7 +118,7 @@ class MPITransport(Transport):
         return finish
 
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
-        """As in the base class; the sum is computed while it is waited for, by a ring."""
+        """As in the base class; a ring computes the sum during the wait."""
         require_summable(values)
         self._begin(name)
 
@@ -137,9 +135,9 @@ class MPITransport(Transport):
         return finish
 
     def _ring(self, name: str, values: np.ndarray) -> None:
-        """Reduce-scatter, then allgather, in n - 1 steps each (Patarasu and Yuan 2009).
+        """Reduce-scatter, then allgather, in n - 1 steps each (Patarasuk and Yuan 2009).
 
-        Each slice is summed along the ring once and then copied, so all ranks get the same bits.
+        Each slice is summed once along the ring and then copied, so all ranks get the same bits.
         """
         slices = np.array_split(values, self.size)
         incoming = np.empty_like(slices[0])
@@ -181,10 +179,10 @@ class MPITransport(Transport):
         )
 
     def _receive_from_all(self, name: str, requests: list[Any]) -> dict[int, np.ndarray]:
-        """Every other rank's buffer; the requests that it takes are added to the list."""
+        """Every other rank's buffer; adds its receive requests to `requests`."""
         missing = set(self._peers())
         pieces: dict[int, list[np.ndarray]] = {peer: [] for peer in missing}
-        receives: dict[int, Any] = {}  # of the pieces that are on their way
+        receives: dict[int, Any] = {}  # requests of the pieces being received
 
         def is_here(peer: int) -> bool:
             while True:
@@ -194,7 +192,7 @@ class MPITransport(Transport):
                         return False
                     message, nbytes = found
                     pieces[peer].append(np.empty(nbytes, np.uint8))
-                    # Not at once: a rank that stops in the middle would not be noticed.
+                    # Not blocking: the timeout must notice a rank that stops in the middle.
                     receives[peer] = message.Irecv([pieces[peer][-1], MPI.BYTE])
                     requests.append(receives[peer])
                 if not receives[peer].Test():
@@ -220,7 +218,7 @@ class MPITransport(Transport):
         missing: Callable[[], list[int]],
         requests: Sequence[Any] = (),
     ) -> None:
-        """Wait; past the limit give up this collective, whose messages may still come."""
+        """Wait; after the timeout give up the collective, whose messages may still arrive."""
         try:
             wait_until(done, self.timeout, lambda: self._waited(name, missing()))
         except CollectiveTimeoutError as error:
@@ -245,7 +243,7 @@ class MPITransport(Transport):
         return self._tags[name]
 
     def _tell(self, name: str) -> None:
-        """Give a name the next tag, and tell it to all others."""
+        """Give a name the next tag, and send the name to all other ranks."""
         if len(self._tags) >= largest_tag():
             raise UnsupportedError(
                 f"got '{name}' as name number {len(self._tags) + 1} of a collective, expected at "
@@ -258,13 +256,13 @@ class MPITransport(Transport):
             self._told.append((self._comm.Isend([text, MPI.BYTE], peer, _NAMES), text))
 
     def _probe(self, peer: int, name: str) -> tuple[Any, int] | None:
-        """The next message of a rank under a name, and its bytes; None if none is here."""
+        """A rank's next message under a name, and its length in bytes; None if none is here."""
         tag, status = self._tag_of(peer, name), MPI.Status()
         message = None if tag is None else self._comm.Improbe(peer, tag, status)
         return None if message is None else (message, status.Get_count(MPI.BYTE))
 
     def _tag_of(self, peer: int, name: str) -> int | None:
-        """The tag of what a rank sends under a name; None if it has not used the name so far."""
+        """The tag of a rank's messages under a name; None if the rank has not used it yet."""
         known, status = self._tags_of[peer], MPI.Status()
         while name not in known:
             message = self._comm.Improbe(peer, _NAMES, status)

@@ -1,1 +1,1 @@
-"""Every wait ends: limits of waits, the watchdog, and the end of a process that has failed."""
+"""Timeouts of all waits, the watchdog, and the end of a failed process."""

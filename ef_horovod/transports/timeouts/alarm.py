@@ -1,4 +1,4 @@
-"""A limit for waits that nobody can poll: ops that block until all ranks are there."""
+"""Timeout for ops that block until all ranks take part and cannot be polled."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Callable
 
 from ef_horovod.transports.timeouts import last_words
 
-_GRACE_SECONDS = 20.0  # for the end that `expire` tries before the process is ended
+_GRACE_SECONDS = 20.0  # time for `expire` before the process is ended
 
 
 class Alarm:
-    """Watches over collectives under way; past the limit says which one and calls `expire`.
+    """Watches running collectives; after the timeout it names the late one and calls `expire`.
 
-    If `expire` does not return either, the process ends: a rank that hangs unseen is worse. What
-    is late, but belongs to a call that has ended, is no wait: the call failed elsewhere.
+    If `expire` does not return either, the process ends, because a silent hang is worse. A late
+    collective is ignored if the call that it belongs to has ended: the call failed elsewhere.
 
     Args:
-        timeout: limit in seconds, of each collective.
-        message: what to say, from the names of the collectives that are late.
+        timeout: limit in seconds, per collective.
+        message: makes the error message from the names of the late collectives.
         expire: makes the late ops fail.
     """
 
@@ -38,14 +38,14 @@ class Alarm:
         self._under_way: dict[str, Callable[[], bool]] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self.rung = ""  # the message, once the alarm went off
+        self.rung = ""  # the message, once the alarm has gone off
 
     def start(self, name: str, under_way: Callable[[], bool] = lambda: True) -> None:
-        """A collective begins.
+        """Start to watch a collective.
 
         Args:
             name: of the collective.
-            under_way: asked when it is late: whether the call that it belongs to still runs.
+            under_way: called if it is late; returns whether the call that it belongs to still runs.
         """
         with self._changed:
             self._under_way[name] = under_way
@@ -57,7 +57,7 @@ class Alarm:
                 self._thread.start()
 
     def stop(self, name: str) -> None:
-        """It has ended."""
+        """The collective has ended."""
         with self._changed:
             self._forget(name)
 
@@ -75,14 +75,14 @@ class Alarm:
                 if late:
                     self.rung = self._message(late)
                 else:
-                    # New deadlines are never earlier than the ones that are known.
+                    # New deadlines are never earlier than the known ones.
                     next_one = min(self._deadlines.values(), default=now)
                     self._changed.wait(max(next_one - now, 0.01))
         print(f"ef_horovod: {self.rung}", file=sys.stderr, flush=True)
         last_words.remember(self.rung, whatever_is_raised=True)
         ending = threading.Thread(target=self._expire, daemon=True)
-        # The late op fails before `expire` returns. Then the main thread may exit, where Horovod
-        # shuts down once more, and two shutdowns at the same time hang.
+        # The late op fails before `expire` returns. Then the main thread may exit, and Horovod
+        # shuts down a second time. Two shutdowns at the same time hang.
         atexit.register(_await_or_exit, ending)
         ending.start()
         _await_or_exit(ending)

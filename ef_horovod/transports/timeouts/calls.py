@@ -1,4 +1,4 @@
-"""Which calls into TensorFlow run now, to ask later whether they have ended."""
+"""Finds the TensorFlow calls that run now, so that one can check later if they have ended."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from types import FrameType
 
 from ef_horovod.transports.timeouts.frames import current_frames
 
-_EXECUTE = "tensorflow/python/eager/execute.py"  # calls a graph, and returns or raises at its end
+_EXECUTE = "tensorflow/python/eager/execute.py"  # runs a graph; returns or raises at its end
 _OURS = "ef_horovod/tensorflow/"
-_EAGER = ("reduce", "compress")  # where an eager step runs in its caller's own thread
+_EAGER = ("reduce", "compress")  # an eager step runs in these, in the caller's thread
 
 
 def calls_under_way() -> Callable[[], bool]:
-    """To be asked later: whether a call that runs at this moment still does.
+    """A function that tells later whether any call that runs now is still running.
 
-    To be called by what a step runs: in a thread of TensorFlow's executor while the call of the
-    graph waits in another one, or below the eager call itself. A step that fails elsewhere ends
-    its call, and nothing tells those who wait for its collectives.
+    Call this from inside a step: in a thread of TensorFlow's executor, while the call of the graph
+    waits in another thread, or below the eager call itself. It is needed because a step that fails
+    elsewhere ends its call without notice to those who wait for its collectives.
     """
     this = threading.get_ident()
     calls: list[FrameType] = []
@@ -31,7 +31,7 @@ def calls_under_way() -> Callable[[], bool]:
                 calls.append(frame)
                 break
     if not calls:
-        return lambda: True  # not known
+        return lambda: True  # unknown
 
     def any_left() -> bool:
         running = {id(frame) for top in current_frames().values() for frame in _stack(top)}

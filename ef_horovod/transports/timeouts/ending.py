@@ -1,8 +1,8 @@
-"""The end of a Horovod job: `hvd.join()` is refused, and no shutdown takes for ever.
+"""The end of a Horovod job: `hvd.join()` is refused, and shutdown has a time limit.
 
-A rank that has joined sends no messages, so compressed averages cannot go on without it. Where
-somebody calls it all the same (by a name that was imported before this module), or a rank fails in
-it, Horovod 0.28.1 may wait in its shutdown without an end.
+A rank that has joined sends no messages, so compressed averages cannot continue without it. A
+`join` imported before this module can still be called. After such a call, or if a rank fails in
+`join`, Horovod 0.28.1 may wait in its shutdown forever.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import Any
 
 from ef_horovod.errors import UnsupportedError
 
-_GRACE_SECONDS = 20.0  # for a shutdown after something has failed, and at least for any other
+_GRACE_SECONDS = 20.0  # limit of a shutdown after a failure, and minimum of any other limit
 
 _users: weakref.WeakSet[Any] = weakref.WeakSet()  # transports of wrapped optimizers and the like
-_limits: dict[Callable[[], None], float] = {}  # in seconds, for a framework's shutdown
+_limits: dict[Callable[[], None], float] = {}  # seconds, by the framework's shutdown function
 
 
 def refuse_join(*modules: str) -> None:
-    """Put a guard into the place of `join` in these modules, for as long as anybody is using it."""
+    """Replace `join` in these modules; it raises while a transport of a training exists."""
     original = importlib.import_module(modules[0]).join
 
     @functools.wraps(original)
     def join(*arguments: Any, **options: Any) -> Any:
-        gc.collect()  # of an optimizer that was given up nothing may be left
+        gc.collect()  # remove the transports of deleted optimizers
         if any(transport.size > 1 for transport in _users):
             raise UnsupportedError(
                 "got hvd.join() while gradients are averaged by ef_horovod, expected the same "
@@ -46,11 +46,11 @@ def refuse_join(*modules: str) -> None:
 
 
 def watch_over(transport: Any, shutdown: Callable[[], None]) -> None:
-    """A transport that lives as long as a training: no `join` beside it, and an end with a limit.
+    """Register a training's transport: refuse `join`, and limit the time of the shutdown.
 
     Args:
-        transport: held weakly.
-        shutdown: Horovod's, of the transport's framework; called at the end of the process.
+        transport: held by a weak reference.
+        shutdown: `hvd.shutdown` of the transport's framework; called at the end of the process.
     """
     _users.add(transport)
     if shutdown not in _limits:
@@ -60,7 +60,7 @@ def watch_over(transport: Any, shutdown: Callable[[], None]) -> None:
 
 
 def hurry() -> None:
-    """A collective has failed: the shutdown has no reason to take long."""
+    """Shorten the shutdown's limit, after a collective has failed."""
     for shutdown in _limits:
         _limits[shutdown] = _GRACE_SECONDS
 

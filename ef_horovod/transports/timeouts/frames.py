@@ -1,4 +1,4 @@
-"""Where all threads of this process stand."""
+"""The current stack frames of all threads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _one_at_a_time = threading.Lock()
 def current_frames() -> dict[int, FrameType]:
     """`sys._current_frames()`, without its deadlock.
 
-    In Python 3.11 a garbage collection inside of it can give away Python's lock while it holds the
-    lock of the list of threads (python/cpython#106883, seen on 3.11.7), so none may happen there.
+    In Python 3.11 a garbage collection inside it can release the GIL while it holds the lock of
+    the thread list (python/cpython#106883, seen on 3.11.7). So the collector is off during it.
     """
     with _one_at_a_time:
         collects = gc.isenabled()

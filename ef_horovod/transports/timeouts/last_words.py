@@ -1,7 +1,7 @@
-"""The sentence that matters, once more below a traceback of a hundred lines.
+"""Repeats our error message below a long traceback.
 
-An error inside a graph comes out of TensorFlow as one of its own, with our sentence somewhere in
-the middle of what it prints.
+TensorFlow turns an error inside a graph into an error of another class and prints our message in
+the middle of a long text.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ def remember(sentence: str, *, whatever_is_raised: bool = False) -> None:
     """Print `ef_horovod: SENTENCE` as the last line if the process ends with an error.
 
     Args:
-        sentence: of an error that is about to be raised where another one will quote it.
-        whatever_is_raised: print it even if the error does not quote it: it is the cause.
+        sentence: message of an error that is about to be raised and that another error will quote.
+        whatever_is_raised: print it even if the error does not quote it, because it is the cause.
     """
     global _sentence, _always
     if _sentence and _always:
-        return  # what comes after the end of all collectives follows from it
+        return  # later errors follow from this one
     if not _sentence:
         _print_after(sys.excepthook)
     _sentence, _always = sentence, whatever_is_raised

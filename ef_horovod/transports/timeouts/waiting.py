@@ -1,4 +1,4 @@
-"""Waiting with a limit: every wait of the library ends, and says what for."""
+"""Waiting with a timeout; the error names what was missing."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ef_horovod.errors import CollectiveTimeoutError
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
 _LONGEST_NAP_SECONDS = 1e-3
-_ASLEEP = 0.75  # of a wait, if it takes as long as usual
-_DUE, _DUE_SECONDS = 1.3, 0.01  # until which part of it, and how long at most, nobody naps
+_ASLEEP = 0.75  # part of the usual wait that is spent in one nap
+_DUE, _DUE_SECONDS = 1.3, 0.01  # end of the time without naps: part of the usual wait; at most
 
 
 def wait_until(done: Callable[[], bool], timeout: float, message: Callable[[], str]) -> None:
-    """Poll `done` with growing naps, which leave the core to whoever is being waited for.
+    """Poll `done` with growing naps, which leave the core to other threads and processes.
 
     Args:
-        done: asked again and again.
+        done: called repeatedly, until it returns True.
         timeout: limit in seconds.
-        message: what the error says, made when it is needed.
+        message: makes the error's text.
 
     Raises:
         CollectiveTimeoutError: the limit has passed.
@@ -38,11 +38,11 @@ def wait_until(done: Callable[[], bool], timeout: float, message: Callable[[], s
 
 
 class RecurringWaits:
-    """Waits that come again in each step and take about as long as in the last one.
+    """Waits that recur in each step and take about as long as in the last one.
 
-    Most of such a wait is one nap: who is waited for is not woken up and has the core. When the end
-    is due, polls follow each other with no more than a yield in between, for naps come late. Not
-    for those whose polls are what moves the bytes.
+    Most of such a wait is one nap, which leaves the core to others. Near the expected end, polls
+    follow each other with only a yield in between, because naps end late. Not for transports whose
+    polls move the bytes.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class RecurringWaits:
     def until(
         self, name: str, done: Callable[[], bool], timeout: float, message: Callable[[], str]
     ) -> None:
-        """As `wait_until`, for the wait of a name.
+        """As `wait_until`, for the recurring wait `name`.
 
         Raises:
             CollectiveTimeoutError: the limit has passed.
@@ -66,15 +66,15 @@ class RecurringWaits:
         while not done() and time.monotonic() < begin + due:
             os.sched_yield()
         wait_until(done, begin + timeout - time.monotonic(), message)
-        # One long wait, such as the first one, must not make the next ones long.
+        # A single long wait, such as the first one, must not make the next ones long.
         self._usual[name] = min(time.monotonic() - begin, 1.5 * usual + 5e-4)
 
 
 def limit_of(timeout: float | None) -> float:
-    """The limit of a wait in seconds: `timeout`, or without one $EF_HOROVOD_TIMEOUT, or 300.
+    """The limit of a wait in seconds: `timeout`, else $EF_HOROVOD_TIMEOUT, else 300.
 
     Raises:
-        ValueError: it is not a positive number; infinity is one.
+        ValueError: it is not a positive number; infinity is allowed.
     """
     if timeout is not None:
         return require_limit(timeout)
@@ -83,7 +83,7 @@ def limit_of(timeout: float | None) -> float:
 
 
 def require_limit(seconds: Any, name: str = "timeout") -> float:
-    """A limit as a number, from one or from a text.
+    """A limit as a float, from a number or a text.
 
     Raises:
         ValueError: it is not a positive number.

@@ -1,9 +1,9 @@
-"""A limit for calls that may never give back Python's lock, past which the process ends.
+"""Watchdog: ends the process if a Horovod call holds the GIL longer than the timeout.
 
-`waiting` and `alarm` need that lock to look at the clock. Horovod 0.28.1 can keep a rank from ever
-having it again: its thread, as it ends, drops tensors under the lock of its process sets, for which
-PyTorch needs Python's; and the caller of the next collective has Python's and waits for the other.
-So this is a compiled loop in a thread of its own that needs neither.
+`waiting` and `alarm` need the GIL to check the clock. Horovod 0.28.1 can deadlock on it: when its
+thread ends, it frees tensors while it holds the lock of its process sets, and PyTorch needs the GIL
+for that. The caller of the next collective holds the GIL and waits for the lock. So the watchdog is
+a compiled loop in a separate thread that needs neither.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 _NAP_MICROSECONDS = 20_000
 _LONGEST_SECONDS = 1e9  # 30 years, for a limit of infinity
 _STDERR = 2
-_CALLS = 64  # that are watched at the same time; one more waits for the end of one of them
+_CALLS = 64  # watched at the same time; one more call waits until a row is free
 
-# Read by the loop, a row for each call under way: its number or 0, its limit in naps, its bytes of
-# text.
+# Read by the loop, one row per running call: its number or 0, its limit in naps, length of its
+# text in bytes.
 _calls = np.zeros((_CALLS, 3), np.int64)
 _texts = np.zeros((_CALLS, 4096), np.uint8)
 _free: queue.SimpleQueue[int] = queue.SimpleQueue()  # rows
@@ -37,14 +37,14 @@ _starting = threading.Lock()
 
 @contextmanager
 def ended_after(seconds: float, message: str) -> Iterator[None]:
-    """End the process with status 1 if what is done here takes longer.
+    """End the process with status 1 if the block takes longer.
 
-    Every call is watched by itself, in whichever thread it is. Time in which the process is frozen
-    does not count, for it is counted in naps.
+    Calls of several threads are watched independently. The limit is counted in naps, so time in
+    which the process is frozen does not count.
 
     Args:
         seconds: the limit.
-        message: what to write to standard error, one sentence.
+        message: one sentence to write to standard error.
 
     Examples:
         >>> with ended_after(60, "rank 0 did not come back in 60 s"):
@@ -68,7 +68,7 @@ def ended_after(seconds: float, message: str) -> Iterator[None]:
 
 @functools.cache
 def _start() -> None:
-    """Compile the loop and start it, once a process: 0.6 s, Numba's import included."""
+    """Compile the loop and start it, once per process: 0.6 s with Numba's import."""
     from numba import njit  # at the first use: see `arrays/kernels.py`
 
     libc = ctypes.CDLL(None)
