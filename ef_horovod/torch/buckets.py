@@ -65,7 +65,7 @@ class Bucket:
         self.channel.start(step)
 
     def deliver(self, direction: torch.Tensor | None, factor: float) -> None:
-        """Write direction * factor into the parameters' gradients; NaN if there is no direction."""
+        """Write `direction` * factor into the parameters' gradients; NaN if it is None."""
         for slot in self.slots:
             if slot.parameter.grad is None or slot.parameter.grad.is_sparse:
                 slot.parameter.grad = torch.zeros_like(slot.parameter)

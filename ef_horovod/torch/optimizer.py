@@ -1,4 +1,4 @@
-"""`ef.DistributedOptimizer`: Horovod's, with compression in place of dense allreduces."""
+"""`ef.DistributedOptimizer`: Horovod's, with compression instead of dense allreduces."""
 
 from __future__ import annotations
 
