@@ -1,7 +1,7 @@
-"""A cluster of virtual hosts on one machine, with networks as slow as one likes.
+"""A cluster of virtual hosts on one machine, with networks of any slower rate.
 
     launch/cluster --hosts 2 --rate 100mbit -- horovodrun -np 2 -H node1:1,node2:1 python train.py
 
-A host is a set of Linux namespaces with an interface `eth0`; token buckets limit what goes in and
-out. `docs/cluster.md` tells how it works. Only root can make one.
+A host is a set of Linux namespaces with an interface `eth0`. Token buckets limit its traffic in and
+out. `docs/cluster.md` explains how it works. It needs root.
 """

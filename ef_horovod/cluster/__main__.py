@@ -1,4 +1,4 @@
-"""The command: checks what it needs, starts the cluster's first process, shows the counters."""
+"""The command: checks requirements, starts the cluster's first process, shows the counters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ In the end it shows what went through each host's interface. docs/cluster.md has
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run a command in a cluster; its exit status, or 1 with a sentence if that cannot be."""
+    """Run a command in a cluster; returns its exit status, or 1 with an error message."""
     parser = make_parser(prog)
     try:
         arguments, plan = _read(parser, sys.argv[1:] if argv is None else argv)
@@ -49,15 +49,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def check(words: Sequence[str], prog: str | None = None, more: str = "") -> int | None:
-    """Whether there can be a cluster: None, or the status to end with.
+    """Check whether a cluster is possible; returns None, or the status to end with.
 
-    `launch/cluster` calls it by any Python, so that help, wrong options and a missing tool are
-    answered at once, and `--clean` is done.
+    `launch/cluster` runs it with any Python, so that help, wrong options, a missing tool and
+    `--clean` need no installation.
 
     Args:
         words: of the command line.
-        prog: the name of the command.
-        more: the end of its help.
+        prog: name of the command.
+        more: text appended to the help.
     """
     parser = make_parser(prog, more)
     try:
@@ -71,7 +71,7 @@ def check(words: Sequence[str], prog: str | None = None, more: str = "") -> int 
 def _read(
     parser: argparse.ArgumentParser, words: Sequence[str]
 ) -> tuple[argparse.Namespace, inside.Plan | None]:
-    """The options, and the plan of a cluster that can be; without one, `--clean` was asked for."""
+    """The options, and the plan of a possible cluster; None with `--clean`."""
     cut = list(words).index("--") if "--" in words else len(words)
     arguments = parser.parse_args(words[:cut])
     if arguments.clean:
@@ -155,7 +155,7 @@ def _clean() -> int:
 
 
 def _run(plan: inside.Plan) -> dict[str, Any]:
-    """Start process 1 in a PID namespace of its own and wait for it; what it reported.
+    """Start process 1 in a new PID namespace and wait for it; returns its report.
 
     Raises:
         ClusterError: the cluster could not be made.
@@ -183,7 +183,7 @@ def _run(plan: inside.Plan) -> dict[str, Any]:
 
 
 def _wait(child: int, signals: Signals) -> int:
-    """Until process 1 ends: its status. A signal that was sent goes on to it."""
+    """Wait for process 1, pass signals on to it, and return its status."""
     while True:
         found = signals.next()
         if found is None or found.si_signo == signal.SIGCHLD:
@@ -196,8 +196,8 @@ def _wait(child: int, signals: Signals) -> int:
 
 
 def _show(plan: inside.Plan, report: dict[str, Any], file: Path | None) -> None:
-    """The table goes to stderr: stdout is the command's."""
-    from tabulate import tabulate  # not needed for what `check` answers
+    """Print the table to stderr, because stdout belongs to the command."""
+    from tabulate import tabulate  # `check` does not need it
 
     names = ("bytes out", "packets out", "payload out", "bytes in", "packets in", "payload in")
     rows = [
@@ -241,7 +241,7 @@ def _read_rates(text: str) -> list[int]:
 
 
 def _argument(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """argparse shows the messages of one kind of exception only."""
+    """Convert ValueErrors to the exception type whose message argparse shows."""
 
     def convert(text: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""The one thing of a cluster that the kernel does not remove: a folder of a few small files."""
+"""A cluster's folder of a few small files; the kernel removes everything else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOCK = "lock"
 
 @contextmanager
 def run_folder(hosts: Sequence[Host]) -> Iterator[Path]:
-    """A run's own folder, removed in the end: what hosts need, and room for MPI's files."""
+    """A run's temporary folder, with the hosts' files and a place for MPI's files."""
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     try:
         with open(folder / _LOCK, "w") as lock:
@@ -34,7 +34,7 @@ def run_folder(hosts: Sequence[Host]) -> Iterator[Path]:
 
 
 def remove_leftovers() -> list[Path]:
-    """Remove folders of runs that were killed; which ones."""
+    """Remove folders of killed runs; returns them."""
     candidates = sorted(Path(tempfile.gettempdir()).glob(_PREFIX + "*"))
     found = [folder for folder in candidates if _is_left(folder)]
     for folder in found:
@@ -43,13 +43,13 @@ def remove_leftovers() -> list[Path]:
 
 
 def _is_left(folder: Path) -> bool:
-    """Whether it was made by this user, and the run that made it has ended."""
+    """Whether this user made the folder and its run has ended."""
     try:
         if folder.lstat().st_uid != os.geteuid():
             return False
         with open(folder / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, BlockingIOError):  # it goes just now, begins just now, or runs
+    except (FileNotFoundError, BlockingIOError):  # the run is just ending, just starting, or active
         return False
     return True
 

@@ -1,6 +1,6 @@
-"""The first process of a cluster: makes the hosts, runs the command, and takes all with it.
+"""The first process of a cluster: makes the hosts and runs the command.
 
-It is process 1 of a PID namespace, so the kernel ends everything in the cluster when it ends.
+It is process 1 of a PID namespace. When it ends, the kernel ends all processes of the cluster.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ef_horovod.cluster.signals import Signals, exit_status, was_sent
 from ef_horovod.common.openmpi import set_prefix
 from ef_horovod.errors import ClusterError
 
-_SECONDS_TO_END = 30.0  # for a command that was told to end; servers save their state then
-_SECONDS_TO_LEAVE = 3.0  # for what a command left behind: daemons of mpirun clean up
+_SECONDS_TO_END = 30.0  # for a command that got a signal; servers save their state then
+_SECONDS_TO_LEAVE = 3.0  # for processes that outlive the command: mpirun's daemons clean up
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run: hosts, `read_delay`'s text or None, and what to run on the first host."""
+    """A run: hosts, `read_delay`'s text or None, and the command for the first host."""
 
     hosts: Sequence[Host]
     delay: str | None
@@ -37,7 +37,7 @@ class Plan:
 
 
 def main(plan: Plan, folder: Path, signals: Signals, report: int) -> NoReturn:
-    """Be process 1; what happened is written to the file descriptor `report`, as JSON."""
+    """Run as process 1; writes a report as JSON to the file descriptor `report`."""
     status, found = 1, {}
     try:
         namespaces.end_with_parent()
@@ -74,26 +74,26 @@ def _run(plan: Plan, folder: Path, signals: Signals) -> dict[str, Any]:
 
 
 def login_environment(outside: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Variables of every login on a host, from those of whoever starts the cluster."""
+    """Variables of every login on a host, from those of the cluster's caller."""
     environment = dict(outside)
     agent = str(folder / "bin" / "ssh")
     search = environment.get("PATH", os.defpath)
     environment["PATH"] = os.pathsep.join([str(folder / "bin"), search])
-    # Outside it may be "isolated", for want of an ssh: all ranks would run on the first host then.
+    # Outside it may be "isolated" if there is no ssh; then all ranks would run on the first host.
     environment["OMPI_MCA_plm"] = "rsh"
     environment["OMPI_MCA_plm_rsh_agent"] = agent
     environment["OMPI_MCA_orte_tmpdir_base"] = str(folder / "tmp")
-    # All hosts have the same cores: nobody may bind to them, or hold them while waiting.
+    # All hosts share the cores: ranks must not bind to them, or hold them while waiting.
     environment.setdefault("OMPI_MCA_hwloc_base_binding_policy", "none")
     environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    set_prefix(environment)  # or Open MPI's wheel does not find itself on another host
+    set_prefix(environment)  # otherwise Open MPI's wheel does not find its files on another host
     return environment
 
 
 def _hide_horovod_cache(folder: Path) -> None:
-    """What horovodrun remembers of hosts, by their names, is not true of these."""
+    """Hide horovodrun's cache of host facts by name, which is wrong for these hosts."""
     cache = Path.home() / ".horovod"
     if cache.is_dir():
         (folder / "horovod").mkdir()
@@ -101,7 +101,7 @@ def _hide_horovod_cache(folder: Path) -> None:
 
 
 def _start_host(host: Host, folder: Path, environment: dict[str, str]) -> int:
-    """A process that holds the host's namespaces; its variables are those of a login."""
+    """Start a process that holds the host's namespaces; its variables are those of a login."""
 
     def become() -> None:
         os.setsid()
@@ -109,7 +109,7 @@ def _start_host(host: Host, folder: Path, environment: dict[str, str]) -> int:
         namespaces.unshare(kinds)
         socket.sethostname(host.name)
         namespaces.bind(str(folder / "etc-hosts"), "/etc/hosts")
-        namespaces.mount("sysfs", "/sys", "sysfs")  # whose /sys/class/net is this network's
+        namespaces.mount("sysfs", "/sys", "sysfs")  # its /sys/class/net shows this network
         if os.path.isdir("/dev/shm"):
             namespaces.mount("tmpfs", "/dev/shm", "tmpfs", "mode=1777")
         os.execvpe("sleep", ["sleep", "infinity"], environment)
@@ -139,8 +139,8 @@ def _start_command(
 
 
 def _fork(become: Callable[[], None]) -> tuple[int, str]:
-    """A child that becomes another program: its number, and why it did not ('' if it did)."""
-    answer, tell = os.pipe()  # closed by the kernel when the other program begins
+    """Fork a child that becomes another program; returns its PID and the error ('' if none)."""
+    answer, tell = os.pipe()  # the kernel closes it when the other program starts
     pid = os.fork()
     if pid == 0:
         try:
@@ -155,7 +155,7 @@ def _fork(become: Callable[[], None]) -> tuple[int, str]:
 
 
 def _wait(command: int, hosts: Sequence[int], signals: Signals) -> int:
-    """Until the command ends: its status. A signal that was sent goes on to it."""
+    """Wait for the command, pass signals on to it, and return its status."""
     limit: float | None = None
     while True:
         found = signals.next(None if limit is None else limit - time.monotonic())
@@ -173,7 +173,7 @@ def _wait(command: int, hosts: Sequence[int], signals: Signals) -> int:
 
 
 def _reap() -> dict[int, int]:
-    """Children that ended, orphans among them, with their statuses."""
+    """Children that ended, including orphans, with their statuses."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -186,19 +186,19 @@ def _reap() -> dict[int, int]:
 
 
 def _pass_on(kind: int, command: int, hosts: Sequence[int]) -> None:
-    """To the command; an interrupt to all of its process group, as a terminal does it."""
+    """Send a signal to the command; an interrupt to its whole process group, like a terminal."""
     aims = [command]
     if kind == signal.SIGINT:
         aims += [pid for pid in _others(hosts) if pid != command and os.getpgid(pid) == 0]
     for pid in aims:
         try:
             os.kill(pid, kind)
-        except ProcessLookupError:  # it has just ended
+        except ProcessLookupError:  # just ended
             continue
 
 
 def _let_leave(hosts: Sequence[int]) -> None:
-    """Wait a little for what the command started to end by itself."""
+    """Wait a short time for the command's remaining processes to end."""
     limit = time.monotonic() + _SECONDS_TO_LEAVE
     while _others(hosts) and time.monotonic() < limit:
         time.sleep(0.02)
@@ -206,6 +206,6 @@ def _let_leave(hosts: Sequence[int]) -> None:
 
 
 def _others(hosts: Sequence[int]) -> list[int]:
-    """All processes of the cluster but this one and those that hold the hosts."""
+    """All processes of the cluster except this one and those that hold the hosts."""
     numbers = (int(entry.name) for entry in os.scandir("/proc") if entry.name.isdecimal())
     return [number for number in numbers if number != os.getpid() and number not in hosts]

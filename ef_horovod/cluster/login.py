@@ -1,7 +1,7 @@
-"""Stands in for ssh inside a cluster: runs a command on another host.
+"""Replacement of ssh inside a cluster: runs a command on another host.
 
-The file named `ssh` that is first on the hosts' PATH runs this file by its path, without the
-package: so it starts quickly, and imports the standard library only.
+The file `ssh` that is first on the hosts' PATH runs this file by its path, without the package. So
+it starts quickly; it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 
 PIDS = "hosts"  # in a run's folder: a line "name address pid" for each host
 
-_KINDS = ("net", "uts", "ipc", "mnt")  # mnt last: paths may mean something else then
+_KINDS = ("net", "uts", "ipc", "mnt")  # mnt last, because it changes the meaning of paths
 _WITH_VALUE = set("BbcDEeFIiJLlmOopQRSWw")  # options of ssh that take one
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, *arguments: Any, about: str | None = None) -> None:
-    """Call a function of the C library that returns 0 if all is well.
+    """Call a function of the C library that returns 0 on success.
 
     Args:
         name: of the function.
-        arguments: as ctypes takes them.
-        about: what the error is to name.
+        arguments: passed to ctypes.
+        about: file name for the error.
 
     Raises:
-        OSError: it did not return 0.
+        OSError: the function did not return 0.
     """
     if getattr(_libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
@@ -41,7 +41,7 @@ def join(pid: int, kinds: Sequence[str] = _KINDS) -> None:
     """Enter the namespaces of a process.
 
     Raises:
-        OSError: it is gone, or the kernel does not allow it.
+        OSError: the process has ended, or the kernel does not allow it.
     """
     files = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in kinds]
     for file in files:
@@ -50,7 +50,7 @@ def join(pid: int, kinds: Sequence[str] = _KINDS) -> None:
 
 
 def split(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Host and command of a command line of ssh; options are left out.
+    """Host and command of an ssh command line; options are dropped.
 
     >>> split(["-x", "-o", "StrictHostKeyChecking=no", "root@node2", "-p", "22", "echo", "-n"])
     ('node2', ['echo', '-n'])
@@ -66,21 +66,21 @@ def split(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """The variables that a process was started with."""
+    """The environment that a process was started with."""
     lines = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     pairs = (os.fsdecode(line).partition("=") for line in lines if b"=" in line)
     return {name: value for name, _, value in pairs}
 
 
 def find(text: str, host: str) -> int:
-    """The process that holds a host, which is given by name or by address.
+    """The process that holds a host, given by name or address.
 
     >>> find("node1 10.77.0.1 31\\nnode2 10.77.0.2 32\\n", "10.77.0.2")
     32
 
     Args:
         text: of the file `PIDS`.
-        host: the one to find; if it is unknown, this process ends with a sentence.
+        host: the one to find. If it is unknown, this process ends with an error message.
     """
     hosts = [line.split() for line in text.splitlines()]
     for name, address, pid in hosts:

@@ -1,4 +1,4 @@
-"""Namespaces, mounts and the like: calls of the kernel that Python 3.10 has no functions for."""
+"""Namespaces, mounts and similar kernel calls that Python 3.10 lacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def unshare(kinds: int) -> None:
-    """Leave namespaces of these kinds for new ones; of `PIDS`, only later children do.
+    """Move to new namespaces of these kinds; with `PIDS`, only later children move.
 
     Raises:
         OSError: the kernel does not allow it.
@@ -25,7 +25,7 @@ def unshare(kinds: int) -> None:
 
 
 def refused(error: OSError) -> str:
-    """The sentence for a machine where root may not make namespaces."""
+    """The error message if root may not make namespaces on this machine."""
     return (
         f"this machine does not let root make namespaces ({error}): in a container, start it with "
         "--privileged"
@@ -47,7 +47,7 @@ def bind(source: str, target: str) -> None:
 
 
 def keep_mounts_private() -> None:
-    """What is mounted from now on stays in this mount namespace."""
+    """Keep later mounts in this mount namespace."""
     _mount("none", "/", "", _PRIVATE | _RECURSIVE, "")
 
 
@@ -57,13 +57,13 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
 
 
 def end_with_parent() -> None:
-    """The kernel kills this process when its parent ends, however it ends."""
+    """Make the kernel kill this process when its parent ends in any way."""
     call("prctl", _PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 @contextlib.contextmanager
 def network_of(pid: int) -> Iterator[None]:
-    """Be in another process' network for a while."""
+    """Inside, this process is in another process' network."""
     own = os.open("/proc/self/ns/net", os.O_RDONLY)
     try:
         join(pid, ["net"])

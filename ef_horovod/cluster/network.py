@@ -16,15 +16,15 @@ MOST_HOSTS = 250
 INTERFACE = "eth0"
 _SWITCH = "switch"
 
-_FRAME_NBYTES = 1514  # an Ethernet frame with 1500 bytes in it, as the kernel counts it
+_FRAME_NBYTES = 1514  # an Ethernet frame with 1500 bytes, as the kernel counts it
 _HEADERS_NBYTES = 66  # Ethernet 14, IPv4 20, TCP 20 and its time stamps 12
-# What tc says of a queueing discipline that the kernel does not have; older kernels the second.
+# tc's messages for a queueing discipline that the kernel lacks; older kernels give the second.
 _UNKNOWN = ("qdisc kind is unknown", "No such file or directory")
 
 
 @dataclass(frozen=True)
 class Host:
-    """What is known of a host before it exists.
+    """The settings of a host.
 
     Attributes:
         number: from 1.
@@ -45,7 +45,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Counters:
-    """What went through a host's interface; bytes are of whole Ethernet frames."""
+    """Traffic of a host's interface; bytes count whole Ethernet frames."""
 
     bytes_out: int
     packets_out: int
@@ -54,12 +54,12 @@ class Counters:
 
     @property
     def payload_out(self) -> int:
-        """Bytes sent without the headers, as if all packets were TCP's."""
+        """Bytes sent without headers, as if all packets were TCP."""
         return max(0, self.bytes_out - _HEADERS_NBYTES * self.packets_out)
 
     @property
     def payload_in(self) -> int:
-        """Bytes received without the headers, as if all packets were TCP's."""
+        """Bytes received without headers, as if all packets were TCP."""
         return max(0, self.bytes_in - _HEADERS_NBYTES * self.packets_in)
 
     def as_dict(self) -> dict[str, int]:
@@ -67,13 +67,13 @@ class Counters:
 
 
 def read_delay(text: str) -> str:
-    """A time with its unit, as `tc` takes it.
+    """A time with its unit, in the format of `tc`.
 
     >>> read_delay("10ms")
     '10ms'
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not such a time.
     """
     if not re.fullmatch(r"\d+(\.\d+)?(us|ms|s)", text):
         raise ValueError(f"got the delay {text!r}, expected a time such as 10ms, 500us or 0.1s")
@@ -83,9 +83,9 @@ def read_delay(text: str) -> str:
 def bucket(rate: int) -> tuple[int, int]:
     """Size of a token bucket and of the queue in front of it, in bytes.
 
-    The bucket is what may go at full speed after a pause: 1 ms of the rate, so that short messages
-    take their time, too, but no fewer than ten frames. The queue holds 25 ms of the rate, but no
-    fewer than 32 frames.
+    The bucket's bytes may go at full speed after a pause. It is 1 ms of the rate, so that short
+    messages are slowed down too, but at least ten frames. The queue holds 25 ms of the rate, but at
+    least 32 frames.
 
     >>> bucket(100_000_000)
     (15140, 312500)
@@ -98,15 +98,15 @@ def bucket(rate: int) -> tuple[int, int]:
 
 
 def connect(hosts: Sequence[Host], pids: Sequence[int], delay: str | None) -> None:
-    """Make a switch in this network namespace and plug in hosts, which have namespaces already.
+    """Make a switch in this network namespace and connect hosts that have namespaces already.
 
     Args:
-        hosts: to plug in.
+        hosts: to connect.
         pids: of a process in each host.
-        delay: of every packet that a host sends, as `read_delay` returns it; None for none.
+        delay: of every packet that a host sends, from `read_delay`; None for no delay.
 
     Raises:
-        ClusterError: the kernel lacks something, or refuses.
+        ClusterError: the kernel lacks a feature, or refuses.
     """
     _require_disciplines(hosts, delay)
     _without_ipv6()
@@ -127,13 +127,13 @@ def connect(hosts: Sequence[Host], pids: Sequence[int], delay: str | None) -> No
 
 
 def change_rate(rate: int) -> None:
-    """Change both directions of the link of the host that the caller is on; it has no `--delay`.
+    """Change the rate of the caller's host, both ways; only for clusters without `--delay`.
 
-    For programs inside of a cluster that measure at several rates: the connections stay. Packets
-    that wait in a queue go on at the new rate.
+    For programs inside a cluster that measure at several rates. Connections stay open. Queued
+    packets continue at the new rate.
 
     Args:
-        rate: in bits per second, as `read_rate` returns it.
+        rate: in bits per second, from `read_rate`.
 
     Raises:
         ClusterError: the caller is not on a host of a cluster.
@@ -150,7 +150,7 @@ def change_rate(rate: int) -> None:
 
 
 def _links_of(pid: int) -> set[str]:
-    """Names of the interfaces in the network of a process; none if it cannot be seen."""
+    """Names of the interfaces in a process' network; empty if it is not accessible."""
     try:
         lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()
     except OSError:
@@ -159,7 +159,7 @@ def _links_of(pid: int) -> set[str]:
 
 
 def counters(pid: int | str) -> Counters:
-    """Of the interface of the host that a process is on; "self" is the caller."""
+    """Counters of the host that a process is on; "self" is the caller."""
     for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
         name, _, rest = line.partition(":")
         if name.strip() == INTERFACE:
@@ -169,14 +169,14 @@ def counters(pid: int | str) -> Counters:
 
 
 def _shaping(device: str, rate: int | None, delay: str | None) -> list[str]:
-    """Lines for tc: what leaves by a device is delayed, then let through at its rate."""
+    """Lines for tc: delay the packets that leave a device, then limit their rate."""
     lines, place = [], "root handle 1:"
     if delay:
         lines.append(f"qdisc add dev {device} {place} netem delay {delay} limit 100000")
         place = "parent 1:1 handle 2:"
     if rate:
         burst, queue = bucket(rate)
-        # A packet's way: the queue counts what waits and what the bucket holds.
+        # tc's limit includes waiting packets and the bucket.
         lines.append(
             f"qdisc add dev {device} {place} tbf rate {rate}bit burst {burst} limit {queue + burst}"
         )
@@ -184,7 +184,7 @@ def _shaping(device: str, rate: int | None, delay: str | None) -> list[str]:
 
 
 def _require_disciplines(hosts: Sequence[Host], delay: str | None) -> None:
-    """Try on lo, which nobody uses here, what the kernel may lack."""
+    """Try the queueing disciplines that the kernel may lack, on lo, which is unused here."""
     needs = {"--delay": "netem delay 1ms"} if delay else {}
     if any(host.rate for host in hosts):
         needs["--rate"] = "tbf rate 1mbit burst 10kb limit 10kb"
@@ -202,7 +202,7 @@ def _require_disciplines(hosts: Sequence[Host], delay: str | None) -> None:
 
 
 def _without_ipv6() -> None:
-    """IPv6 would send packets of its own; a machine where it cannot be switched off sends them."""
+    """Switch IPv6 off where possible, because it sends additional packets."""
     for scope in ("all", "default"):
         switch = Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6")
         try:

@@ -1,4 +1,4 @@
-"""Waiting for a child while signals come in: what both processes of a cluster do."""
+"""Waiting for a child while signals arrive, for both processes of a cluster."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Signals:
-    """Signals that are held back, and read one after the other in place of being delivered.
+    """Blocks signals, so that they are read one by one and not delivered.
 
-    Those that the caller's caller ignores (nohup) stay ignored.
+    Signals that the caller of the program ignores (nohup) stay ignored.
     """
 
     def __init__(self) -> None:
@@ -20,22 +20,22 @@ class Signals:
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._watched)
 
     def deliver(self) -> None:
-        """As before: in a child that will be another program."""
+        """Restore the signal mask, in a child that becomes another program."""
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def next(self, seconds: float | None = None) -> signal.struct_siginfo | None:
-        """The next one that came; None after so many seconds."""
+        """The next signal; None after `seconds`."""
         if seconds is None:
             return signal.sigwaitinfo(self._watched)
         return signal.sigtimedwait(self._watched, max(seconds, 0))
 
 
 def was_sent(found: signal.struct_siginfo) -> bool:
-    """Whether a process sent it; the terminal's go to all of its foreground's processes anyway."""
+    """Whether a process sent it. A terminal's signals reach all foreground processes anyway."""
     return found.si_code <= 0
 
 
 def exit_status(status: int) -> int:
-    """Of a process, as a shell shows it, from what `os.waitpid` returns."""
+    """A process' exit status as a shell shows it, from the status of `os.waitpid`."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

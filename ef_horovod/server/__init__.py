@@ -1,4 +1,4 @@
-"""The parameter server on mpi4py: both ways compressed, one server rank or several.
+"""The parameter server on mpi4py: both directions compressed, one or several server ranks.
 
     mpirun -np 1 python -m ef_horovod.server : -np 4 python train.py
 
@@ -9,7 +9,7 @@ In train.py, for gradients in NumPy arrays:
     worker = Worker(parameters, ef.DoubleSqueeze(ef.TopK(ratio=0.01), down=ef.TopK(ratio=0.01)))
     directions = worker.push_pull(gradients)
 
-`ServerTransport` is what other frameworks' adapters send their buckets with.
+The adapters of other frameworks send their buckets through `ServerTransport`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PLACES = {"Server": "server", "ServerTransport": "client", "Worker": "worker"}
 __all__ = ["Server", "ServerTransport", "Worker"]
 
 
-def __getattr__(name: str) -> Any:  # the parts that need MPI are loaded when they are used
+def __getattr__(name: str) -> Any:  # parts that need MPI are loaded on first use
     if name not in _PLACES:
         raise AttributeError(f"module 'ef_horovod.server' has no attribute {name!r}")
     with explained("ef_horovod.server"):

@@ -22,12 +22,12 @@ if TYPE_CHECKING:  # launch/server reads options by a Python that may have no Nu
     from ef_horovod.methods.base import Method
 
 
-_LONGEST_SECONDS = 1e9  # 30 years, for a limit of infinity
-_MOST = 2**31 - 1  # ranks of MPI
+_LONGEST_SECONDS = 1e9  # 30 years; replaces an infinite limit
+_MOST = 2**31 - 1  # MPI's largest number of ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until the workers have ended; the exit status."""
+    """Serve until the workers have ended; returns the exit status."""
     arguments = make_parser().parse_args(argv)
     try:
         method, limit = method_of(arguments), limit_of(arguments.timeout)
@@ -64,26 +64,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             say=say,
             leaves=True,
         )
-        # mpirun ends all ranks so when one of them has died.
+        # mpirun sends SIGTERM to all ranks when one has died.
         why = "the server was told to end (SIGTERM): a rank has died, or the job was stopped"
         stop = server.stop
         signal.signal(signal.SIGTERM, lambda number, frame: stop(why))
         server.run()
     except Exception as error:
-        if server is None:  # or it has said so itself
+        if server is None:  # otherwise the server has reported it
             say(f"error: {type(error).__name__}: {error}")
         if not isinstance(error, EFHorovodError):
             sys.excepthook(*sys.exc_info())
-        MPI.COMM_WORLD.Abort(1)  # workers that hang somewhere else end, too
+        MPI.COMM_WORLD.Abort(1)  # also ends workers that hang elsewhere
     return 0
 
 
 @contextmanager
 def ended_after(seconds: float, say: Callable[[], None]) -> Iterator[None]:
-    """Kill this process if the block takes longer, by a second process.
+    """Kill this process from a second process if the block takes longer.
 
-    MPI's start waits without a limit for ranks that have ended before theirs, and meanwhile no
-    thread and no signal handler of Python runs.
+    MPI's start waits without a limit for ranks that ended before starting MPI. Meanwhile no Python
+    thread or signal handler runs.
     """
     reading, writing = os.pipe()
     watcher = os.fork()
@@ -97,7 +97,7 @@ def ended_after(seconds: float, say: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(writing)  # which ends the watcher, as the end of this process would
+        os.close(writing)  # ends the watcher, as the end of this process would
         os.waitpid(watcher, 0)
 
 
@@ -147,7 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def count(text: str) -> int:
-    """An option's number of ranks or threads."""
+    """Parse an option's number of ranks or threads."""
     number = int(text) if text.isdecimal() else 0
     if not 1 <= number <= _MOST:
         raise argparse.ArgumentTypeError(f"received {text!r}, expected an integer of 1 or more")
@@ -162,10 +162,10 @@ def _seconds(text: str) -> float:
 
 
 def _require_writable(arguments: argparse.Namespace) -> None:
-    """Make the places of --checkpoint and --log, before anybody trains.
+    """Create the folders of --checkpoint and --log before training.
 
     Raises:
-        ValueError: they cannot be written to.
+        ValueError: one is not writable.
     """
     for option, place in (("--checkpoint", arguments.checkpoint), ("--log", arguments.log)):
         if place is None:
@@ -185,10 +185,10 @@ def _require_writable(arguments: argparse.Namespace) -> None:
 
 
 def method_of(arguments: argparse.Namespace) -> Method | None:
-    """The method that the command line asks for.
+    """The method given on the command line.
 
     Raises:
-        ValueError, UnsupportedError: it cannot be read, or is no method.
+        ValueError, UnsupportedError: it cannot be parsed, or is not a method.
     """
     from ef_horovod.methods.parsing import read_compressor, read_method
 

@@ -1,4 +1,4 @@
-"""One bucket at a worker, without any MPI: its buffers, its rounds, what an answer says."""
+"""One bucket at a worker, without MPI: buffers, rounds, and parsing of answers."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from ef_horovod.transports.base import Answer
 
 
 class AskedBucket:
-    """A bucket that a server is asked about.
+    """A worker's side of a bucket that a server aggregates.
 
     Args:
         index: of the bucket, among those of all servers.
-        spec: what it is.
+        spec: of the bucket.
     """
 
     def __init__(self, index: int, spec: BucketSpec) -> None:
         self.index, self.spec, self.server = index, spec, -1
         self._method = spec.make_method()
-        self.round = 0  # answers that were handed on
-        self.backlog: list[Answer] = []  # of later rounds that some other bucket has no answer of
-        self.step = 0  # of the message that is under way
+        self.round = 0  # number of answers passed on
+        self.backlog: list[Answer] = []  # of later rounds, not yet answered for all buckets
+        self.step = 0  # of the message under way
         self.outgoing = self.incoming = np.empty(0, np.uint8)
 
     def open(self, server: int) -> None:
-        """Make room for messages to and from a server."""
+        """Allocate buffers for messages to and from a server."""
         nbytes = longest_message(self.spec)
         self.server = server
         self.outgoing, self.incoming = (np.empty(nbytes, np.uint8) for _ in range(2))
 
     def read(self, data: np.ndarray, fingerprint: int, *, with_quorum: bool) -> Answer:
-        """What a server's message says: uint8[m], which the answer keeps.
+        """Parse a server's answer.
 
         Args:
-            data: the message.
+            data: the message, uint8[m]; the answer refers to it.
             fingerprint: of the config.
-            with_quorum: the server counts the steps then, and this rank may have been late.
+            with_quorum: if True, the server counts the steps, and this rank may have been late.
 
         Raises:
-            ProtocolError: it is not the answer that is due.
+            ProtocolError: it is not the expected answer.
         """
         message, body = unpack(data)
         counted = not message.flags & MISSED
@@ -64,4 +64,4 @@ class AskedBucket:
         )
 
 
-assert HEADER_NBYTES % 8 == 0  # bodies can be read as numbers where they lie
+assert HEADER_NBYTES % 8 == 0  # bodies can be viewed as numbers without a copy

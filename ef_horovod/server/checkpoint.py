@@ -1,9 +1,9 @@
-"""A server's memories on disk: one file a server and step, there in full or not at all.
+"""A server's error-feedback state on disk: one file per server and step, written atomically.
 
     FOLDER/step-000000120/server-0.npz    float32 vectors, named "BUCKET/FIELD"
 
-Nothing in it depends on how many servers there are: each reads the buckets that it serves from
-whichever files of the step have them.
+The files do not depend on the number of servers. Each server reads its buckets from all files of
+the step.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import numpy as np
 
 from ef_horovod.errors import ConfigMismatchError
 
-_KEPT = 3  # steps that a folder has room for; older ones are removed
+_KEPT = 3  # steps kept per folder; older ones are removed
 _FINGERPRINT = "fingerprint"
 
 
 def save(
     folder: Path, step: int, server: int, fingerprint: int, memories: Mapping[str, Any]
 ) -> Path:
-    """Write what `ServedBucket.memories` gave of all buckets; the file.
+    """Write the results of `ServedBucket.memories` of all buckets; returns the file.
 
-    It has its name only once it is complete and on the disk: whoever dies before leaves the last
-    checkpoint as it was.
+    The file gets its name only when it is complete and on disk. If the process dies before, the
+    last checkpoint stays intact.
     """
     place = folder / f"step-{step:09d}"
     place.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def save(
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps that have a checkpoint, or a part of one."""
+    """Steps with a complete or partial checkpoint."""
     places = folder.glob("step-*") if folder.is_dir() else ()
     return sorted(int(place.name[5:]) for place in places if place.name[5:].isdecimal())
 
@@ -55,10 +55,10 @@ def steps_in(folder: Path) -> list[int]:
 def load(
     folder: Path | None, step: int, fingerprint: int, buckets: Iterable[str]
 ) -> dict[str, Any]:
-    """Memories of the named buckets after `step` steps, as `save` got them.
+    """State of the named buckets after `step` steps, as passed to `save`.
 
     Raises:
-        ConfigMismatchError: there is none of this step, of this config, or of these buckets, or a
+        ConfigMismatchError: there is no checkpoint of this step, this config or these buckets, or a
             file is damaged.
     """
     if folder is None or step not in steps_in(folder):

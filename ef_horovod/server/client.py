@@ -36,19 +36,19 @@ from ef_horovod.transports.base import Answer
 from ef_horovod.transports.mpi import MPI, PIECE_NBYTES, MPITransport, communicator, largest_tag
 from ef_horovod.transports.timeouts.waiting import limit_of, wait_until
 
-# A worker's limit is so much later than a server's: the server knows whom everybody waits for.
+# A worker's limit is longer than a server's, because the server can name the missing workers.
 _GRACE = 1.1
 _GRACE_SECONDS = 2.0
 _FAREWELL_SECONDS = 5.0
-# What a server may end the job with; anything else becomes a ServerError.
+# Errors by which a server may end the job; all others become a ServerError.
 _ENDS = {kind.__name__: kind for kind in (ConfigMismatchError, CollectiveTimeoutError)}
 
 
 class ServerTransport(MPITransport):
     """The workers of a job with parameter servers; rank and size count workers only.
 
-    All workers open the same buckets in the same order. The servers hear of them at the first
-    `ask`, or at `handshake`, and compare what all workers say.
+    All workers open the same buckets in the same order. The first `ask`, or `handshake`, sends them
+    to the servers, which compare them between workers.
 
     Args:
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
@@ -56,7 +56,7 @@ class ServerTransport(MPITransport):
 
     Raises:
         CollectiveTimeoutError: some ranks of the job did not start as server or worker.
-        UnsupportedError: there is no server in this job, or this process has one of these already.
+        UnsupportedError: this job has no server, or this process has such a transport already.
     """
 
     def __init__(self, timeout: float | None = None, comm: Any = None) -> None:
@@ -69,17 +69,17 @@ class ServerTransport(MPITransport):
         self._index: dict[str, int] = {}
         self._config: Config | None = None
         self._fingerprint = 0  # of the config
-        self._sends: list[tuple[Any, np.ndarray]] = []  # requests, and what they send
+        self._sends: list[tuple[Any, np.ndarray]] = []  # requests and their data
         self._welcomes: set[int] = set()
         self._saved: set[int] = set()
         self._broken: EFHorovodError | None = None
         self._closed = False
-        self._dismissed = False  # the server knows that this worker has ended
-        self._hopeless = False  # whether servers do not even end the job
-        self._servers_leave = False  # whether their processes end with the job
+        self._dismissed = False  # whether the server has confirmed this worker's end
+        self._hopeless = False  # whether servers do not respond at all
+        self._servers_leave = False  # whether the servers' processes end with the job
         self._watching = watch(communicator(comm), self.rank, limit)
         _opened.append((communicator(comm), self))
-        atexit.register(self._at_exit)  # runs before mpi4py ends MPI, for it was registered later
+        atexit.register(self._at_exit)  # registered after mpi4py's, so it runs before MPI ends
 
     @property
     def has_server(self) -> bool:
@@ -87,7 +87,7 @@ class ServerTransport(MPITransport):
 
     @property
     def servers(self) -> int:
-        """How many servers the job has."""
+        """Number of servers in the job."""
         return len(self._group.servers)
 
     def dense_nbytes(self, nbytes: int) -> int:
@@ -113,16 +113,16 @@ class ServerTransport(MPITransport):
     def handshake(
         self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
     ) -> None:
-        """Compare the config with the servers' and the other workers'; once, before the first step.
+        """Compare the config with the servers and other workers; once, before the first step.
 
         Args:
             facts: one line each, such as names and shapes of parameters.
             step: the number of the first step.
-            several_rounds: whether the caller can use the answers of several rounds in a step.
+            several_rounds: whether the caller can use the answers of several rounds in one step.
 
         Raises:
-            ConfigMismatchError: on all ranks, naming what differs.
-            UnsupportedError: rounds do not wait for all workers, and the caller cannot use that.
+            ConfigMismatchError: on all ranks; the message names the difference.
+            UnsupportedError: rounds do not wait for all workers, and the caller cannot handle that.
         """
         self.require_open()
         if len(self._buckets) >= largest_tag():
@@ -157,7 +157,7 @@ class ServerTransport(MPITransport):
         bucket = self._buckets[index]
         message = Message(Kind.PUSH, self.rank, index, step, bucket.round, self._fingerprint)
         bucket.step = step
-        # MPI may go on reading a message that the server has answered already.
+        # MPI may still read a message that the server has already answered.
         self._wait(lambda: self._has_left(bucket.outgoing), lambda: [bucket.server], f"'{name}'")
         outgoing = pack(message, payload, bucket.outgoing)
         if bucket.backlog:
@@ -177,10 +177,10 @@ class ServerTransport(MPITransport):
         return finish
 
     def catch_up(self, names: Sequence[str]) -> list[list[Answer]]:
-        """Answers of rounds that went by without this rank and are here already.
+        """Answers of rounds that finished without this rank and have arrived; for between steps.
 
         Args:
-            names: of buckets; between two steps.
+            names: of buckets.
 
         Returns:
             For each bucket, the answers of the same rounds.
@@ -200,7 +200,7 @@ class ServerTransport(MPITransport):
         return found
 
     def _receive(self, bucket: AskedBucket) -> Any:
-        """Begin to receive one more answer; those that are here keep their memory."""
+        """Begin to receive another answer into new memory; earlier answers keep theirs."""
         bucket.incoming = np.empty_like(bucket.incoming)
         return self._all.Irecv([bucket.incoming, MPI.BYTE], bucket.server, bucket.index + 1)
 
@@ -215,11 +215,11 @@ class ServerTransport(MPITransport):
         return answer
 
     def save(self, step: int) -> None:
-        """Have all servers write their memories after so many steps; collective over workers.
+        """Make all servers save their state after `step` steps; collective over workers.
 
         Raises:
-            ProtocolError: a server has no folder for checkpoints, or it is not between two steps.
-            UnsupportedError: the servers know of no bucket yet.
+            ProtocolError: a server has no folder for checkpoints, or is not between two steps.
+            UnsupportedError: the servers have no buckets yet.
         """
         self.require_open()
         if self._config is None:
@@ -237,11 +237,11 @@ class ServerTransport(MPITransport):
         )
 
     def require_open(self) -> None:
-        """Raise if the servers do not hear this worker any more.
+        """Raise if this worker no longer takes part in the job.
 
         Raises:
             ServerError, CollectiveTimeoutError, ConfigMismatchError, ProtocolError: the job has
-                ended by this error.
+                ended with this error.
             UnsupportedError: this worker was closed.
         """
         self._raise_broken()
@@ -261,23 +261,23 @@ class ServerTransport(MPITransport):
             )
 
     def close(self, error: str = "") -> None:
-        """Tell the servers that this worker ends; the job ends when all workers have.
+        """Tell the servers that this worker ends; the job ends when all workers have ended.
 
-        Called at the end of the process if it was not before.
+        Otherwise this is called at the end of the process.
 
         Args:
-            error: why it ends early; the servers then end the job.
+            error: reason of an early end; the servers then end the job.
         """
         if self._closed:
             return
         self._closed = True
-        if not self._servers_leave:  # they may well take part from now on
+        if not self._servers_leave:  # servers may now take part in MPI.COMM_WORLD's collectives
             self._watching.set()
             _opened[:] = [(comm, one) for comm, one in _opened if one is not self]
         error = error or in_words(self._broken)
         bye = pack(Message(Kind.BYE, self.rank), text_body(error))
         self._send(bye, self._group.servers, CONTROL_TAG)
-        waits = self.quorum is not None and not error  # for answers that nobody asks for any more
+        waits = self.quorum is not None and not error  # for answers no longer needed
         deadline = time.monotonic() + (self.timeout if waits else _FAREWELL_SECONDS)
         while self._sends or (waits and not self._dismissed and self._broken is None):
             if time.monotonic() > deadline:
@@ -295,7 +295,7 @@ class ServerTransport(MPITransport):
 
     def _at_exit(self) -> None:
         self.close(in_words(what_ends_this_process()))
-        if self._hopeless:  # MPI_Finalize would wait for servers that do not answer
+        if self._hopeless:  # MPI_Finalize would wait for servers that do not respond
             self._all.Abort(1)
 
     def _wait(self, done: Callable[[], bool], missing: Callable[[], list[int]], what: str) -> None:
@@ -322,7 +322,7 @@ class ServerTransport(MPITransport):
             raise
 
     def _move_on(self) -> None:
-        """Let MPI send, and hear what servers say apart from answers."""
+        """Let MPI make progress, and handle the servers' control messages."""
         self._drop_sent()
         status = MPI.Status()
         handle = self._all.Improbe(MPI.ANY_SOURCE, CONTROL_TAG, status)
@@ -357,7 +357,7 @@ class ServerTransport(MPITransport):
         self._sends = [(request, data) for request, data in self._sends if not request.Test()]
 
     def _has_left(self, data: np.ndarray) -> bool:
-        """Whether no message is being sent from this memory."""
+        """Whether no send from this memory is pending."""
         self._drop_sent()
         return not any(sent.base is data for _, sent in self._sends)
 
@@ -367,13 +367,13 @@ class ServerTransport(MPITransport):
 
 
 def require_first(comm: Any = None) -> None:
-    """Raise if this process is a worker of the job already, by another optimizer or the like.
+    """Raise if this process is already a worker of the job, by another optimizer or similar.
 
     Args:
         comm: of servers and workers; default COMM_WORLD.
 
     Raises:
-        UnsupportedError: always there.
+        UnsupportedError: the process is already a worker.
     """
     if any(c == communicator(comm) for c, _ in _opened):
         raise UnsupportedError(
@@ -384,4 +384,4 @@ def require_first(comm: Any = None) -> None:
         )
 
 
-_opened: list[tuple[Any, ServerTransport]] = []  # with their communicators
+_opened: list[tuple[Any, ServerTransport]] = []  # (communicator, transport)

@@ -1,8 +1,8 @@
-"""Messages on their way in and out of a server: non-blocking, into memory that is there before.
+"""Messages to and from a server: non-blocking, received into preallocated memory.
 
-A message is looked at before it is received: a matched probe tells who sent it, about which bucket
-and how long it is. So one that is too long, or that nobody waits for, is refused and not cut off or
-written over another one that is still needed, as a receive that was posted before would do.
+A matched probe shows each message's sender, bucket and length before it is received. So a message
+that is too long or unexpected is refused. A receive posted in advance would cut it off, or write it
+over another message that is still needed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _LONGEST_CONTROL_NBYTES = 1 << 26
 
 
 class Arrived(NamedTuple):
-    """A message in full, or why it is none."""
+    """A complete message, or the problem with it."""
 
     source: int  # rank in the communicator
     tag: int
     message: Message | None
-    body: np.ndarray  # uint8[m], in the buffer that was given for it
-    problem: str  # empty if it is sound
+    body: np.ndarray  # uint8[m], in the buffer provided for it
+    problem: str  # empty if the message is valid
 
 
 class Inbox:
@@ -34,8 +34,8 @@ class Inbox:
 
     Args:
         comm: private communicator.
-        buffer_of: (source, tag, bytes) to uint8 of at least so many bytes for the message, or None
-            if nobody waits for one there.
+        buffer_of: maps (source, tag, bytes) to a uint8 buffer of at least that size, or None if no
+            such message is expected.
     """
 
     def __init__(self, comm: Any, buffer_of: Callable[[int, int, int], np.ndarray | None]) -> None:
@@ -48,7 +48,7 @@ class Inbox:
         self.bytes_sent = 0
 
     def poll(self) -> list[Arrived]:
-        """What has arrived since the last call; also moves on what is being sent."""
+        """Messages that arrived since the last call; also makes progress on sends."""
         while self._probe():
             pass
         arrived = list(self._received())
@@ -63,12 +63,12 @@ class Inbox:
 
     @property
     def sent(self) -> bool:
-        """Whether nothing is on its way out."""
+        """Whether no send is pending."""
         self._drop_sent()
         return not self._sends
 
     def has_left(self, tag: int) -> bool:
-        """Whether nothing with this tag is on its way out."""
+        """Whether no send with this tag is pending."""
         self._drop_sent()
         return all(other != tag for _, _, other in self._sends)
 
@@ -81,7 +81,7 @@ class Inbox:
         room = self._buffer_of(source, tag, nbytes)
         wanted = room is not None and room.size >= nbytes
         if room is None or room.size < nbytes:
-            room = np.empty(nbytes, np.uint8)  # it has to go somewhere
+            room = np.empty(nbytes, np.uint8)  # it must be received anyway
         room = room[:nbytes]
         self._receives.append(handle.Irecv([room, MPI.BYTE]))
         self._expected.append((source, tag, room, wanted))
@@ -101,7 +101,7 @@ class Inbox:
 
 
 def control_buffer(nbytes: int) -> np.ndarray | None:
-    """Room for a message that is not about a bucket."""
+    """A buffer for a message that is not about a bucket."""
     return np.empty(nbytes, np.uint8) if nbytes <= _LONGEST_CONTROL_NBYTES else None
 
 

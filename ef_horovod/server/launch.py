@@ -1,4 +1,4 @@
-"""Writes and runs the mpirun line of a job: servers first, then the workers' program.
+"""Builds and runs a job's mpirun command: servers first, then the workers' program.
 
 python -m ef_horovod.server.launch -s 1 -w 4 -- python train.py
 """
@@ -13,22 +13,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ef_horovod.errors import UnsupportedError  # all imports here do without NumPy: see `read`
+from ef_horovod.errors import UnsupportedError  # no import here needs NumPy: see `read`
 from ef_horovod.server.__main__ import count, method_of
 from ef_horovod.server.__main__ import make_parser as make_server_parser
 from ef_horovod.transports.timeouts.waiting import limit_of
 
-_LIMIT = "EF_HOROVOD_TIMEOUT"  # passed on to other hosts, where ranks have a login's variables
+_LIMIT = "EF_HOROVOD_TIMEOUT"  # passed on, because ranks on other hosts have a login's variables
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-# mpirun ends all ranks when one dies; they have so many seconds then, a server to save its state or
-# only to tell its workers why. mpirun waits that long in any case, twice, and shows nothing of the
-# ranks on its nodes meanwhile.
+# When one rank dies, mpirun ends all others after this many seconds. A server needs them to save
+# its state, or only to tell its workers the reason. mpirun always waits that long, twice, and shows
+# no output of the ranks on its nodes meanwhile.
 _SECONDS_TO_SAVE, _SECONDS_TO_TELL = 10, 3
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Print the line and become it."""
-    from ef_horovod.server.quorum import require_quorum  # needs NumPy, which `read` does not
+    """Print the mpirun command and exec it."""
+    from ef_horovod.server.quorum import require_quorum  # needs NumPy, unlike `read`
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, for_server, program = read(words, prog)
@@ -51,14 +51,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def read(
     words: Sequence[str], prog: str | None = None, more: str = ""
 ) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """The launcher's options, those of the servers, and the workers' program.
+    """The launcher's options, the servers' options, and the workers' program.
 
-    `launch/server` calls it by any Python, so that help and wrong options are answered at once.
+    `launch/server` runs it with any Python, so that help and wrong options need no installation.
 
     Args:
         words: of the command line.
-        prog: the name of the command.
-        more: the end of its help.
+        prog: name of the command.
+        more: text appended to the help.
     """
     parser = make_parser(prog, more)
     cut = words.index("--") if "--" in words else len(words)
@@ -101,10 +101,10 @@ def make_parser(prog: str | None = None, more: str = "") -> argparse.ArgumentPar
 def command(
     arguments: argparse.Namespace, for_server: Sequence[str], program: Sequence[str]
 ) -> list[str]:
-    """The mpirun line.
+    """The mpirun command.
 
     Args:
-        arguments: as `make_parser` reads them.
+        arguments: parsed by `make_parser`.
         for_server: options of the servers.
         program: of the workers, with its arguments.
     """
@@ -113,7 +113,7 @@ def command(
     threads = arguments.threads or (1 if elsewhere else max(1, cores // ranks))
     variables = [word for name in _THREADS for word in ("-x", f"{name}={threads}")]
     options = make_server_parser().parse_args(for_server)
-    if options.timeout is not None:  # workers that waited for less would blame the servers
+    if options.timeout is not None:  # workers with a shorter limit would blame the servers
         variables += ["-x", f"{_LIMIT}={options.timeout:g}"]
     elif _LIMIT in os.environ:
         variables += ["-x", _LIMIT]
@@ -125,24 +125,24 @@ def command(
 
 
 def mpirun(arguments: argparse.Namespace) -> list[str]:
-    """mpirun with the options that hold for all ranks, for `arguments` as `make_parser` reads."""
+    """mpirun with the options of all ranks, from `make_parser`'s arguments."""
     ranks, cores = arguments.servers + arguments.workers, os.cpu_count() or 1
     elsewhere = arguments.host or arguments.hostfile
     line = [_mpirun()]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        line += ["--allow-run-as-root"]  # refused otherwise; in a container root is the usual user
+        line += ["--allow-run-as-root"]  # mpirun refuses root otherwise; containers often use it
     if arguments.host:
         line += ["--host", arguments.host]
     if arguments.hostfile:
         line += ["--hostfile", str(arguments.hostfile)]
     if not elsewhere and ranks > cores:
         line += ["--oversubscribe"]
-    line += ["--bind-to", "none"]  # or ranks with several threads share one core
-    return [*line, "--mca", "mpi_yield_when_idle", "1"]  # who waits leaves the core to others
+    line += ["--bind-to", "none"]  # otherwise ranks with several threads share one core
+    return [*line, "--mca", "mpi_yield_when_idle", "1"]  # waiting ranks yield the core
 
 
 def _mpirun() -> str:
-    """The one beside the running Python, or the first on PATH."""
+    """mpirun beside the running Python, or the first on PATH."""
     beside = Path(sys.executable).parent / "mpirun"
     return str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
 

@@ -1,9 +1,9 @@
-"""Who is who in the job: a communicator of its own for servers and workers.
+"""The roles of ranks in the job, and a private communicator for servers and workers.
 
-`connect` is called once by every rank, in one program or in several (MPMD). Nothing else of
-ef_horovod's server uses MPI.COMM_WORLD, so user code and Horovod can use MPI beside it; the roll
-call that `connect` begins with is over before it returns. A process that loads this module and
-ends without calling it answers the roll call all the same: that it has ended, and why.
+Every rank calls `connect` once, in one program or in several (MPMD). Nothing else of ef_horovod's
+server uses MPI.COMM_WORLD, so user code and Horovod can use MPI too. `connect` begins with a roll
+call, which is over before it returns. If a process loads this module and ends without calling
+`connect`, it still answers the roll call: that it has ended, and why.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ef_horovod.transports.timeouts.waiting import wait_until
 
 SERVER, WORKER = 0, 1
 ROLES = ("server", "worker")
-HINT = (  # for errors about workers that do not come
+HINT = (  # for errors about missing workers
     "a collective on MPI.COMM_WORLD in a worker waits for the servers, too: call "
     "worker.transport.barrier(name) or the like in place of MPI.COMM_WORLD.Barrier()"
 )
-_ROLL_CALL = 31415  # tag on COMM_WORLD, of the roll call alone
-_ENDED = 255  # in place of a role; the reason follows, if it is known
+_ROLL_CALL = 31415  # tag on COMM_WORLD, only for the roll call
+_ENDED = 255  # sent instead of a role; the reason follows, if known
 _ANSWER_NBYTES = 512
 
 
@@ -36,7 +36,7 @@ class Group(NamedTuple):
     peers: Any  # private communicator of the ranks with the same role
     servers: list[int]  # ranks in comm
     workers: list[int]  # ranks in comm
-    number: int  # of this rank among those of its role
+    number: int  # of this rank among ranks of its role
 
 
 def connect(role: int, timeout: float, comm: Any = None) -> Group:
@@ -48,12 +48,12 @@ def connect(role: int, timeout: float, comm: Any = None) -> Group:
         comm: of servers and workers; default COMM_WORLD.
 
     Raises:
-        CollectiveTimeoutError: some ranks did not call it; rank 0 names them.
+        CollectiveTimeoutError: some ranks did not call this; rank 0 names them.
         UnsupportedError: there is no server or no worker.
     """
     from ef_horovod.server.checksum import checksum
 
-    checksum(np.zeros(1, np.uint8))  # Numba takes seconds to load, which nobody should wait for
+    checksum(np.zeros(1, np.uint8))  # load Numba now: it takes seconds, and others would wait
     world = communicator(comm)
     _roll_call(world, role, timeout)
     private = world.Dup()
@@ -71,7 +71,7 @@ def connect(role: int, timeout: float, comm: Any = None) -> Group:
 
 
 def _roll_call(world: Any, role: int, timeout: float) -> None:
-    """Wait until all ranks are here, so that the collectives after it cannot block."""
+    """Wait until all ranks are here, so that later collectives cannot block."""
     atexit.unregister(_say_that_it_ended)
     rank, size = world.Get_rank(), world.Get_size()
     here = np.array([role], np.uint8)
@@ -123,7 +123,7 @@ def _require_running(rank: int, answer: np.ndarray) -> None:
 
 @atexit.register  # runs before mpi4py ends MPI, which waits for all ranks
 def _say_that_it_ended() -> None:
-    """Answer the roll call of the others, who would wait for this rank up to their limit."""
+    """Answer the roll call; other ranks would otherwise wait until their timeout."""
     if not MPI.Is_initialized() or MPI.Is_finalized():
         return
     world = MPI.COMM_WORLD
@@ -134,18 +134,18 @@ def _say_that_it_ended() -> None:
     answer = np.frombuffer(bytes([_ENDED]) + words, np.uint8)
     for peer in range(1, world.Get_size()) if world.Get_rank() == 0 else (0,):
         if peer != world.Get_rank():
-            world.Isend(answer, peer, _ROLL_CALL)  # small: nobody has to take it
+            world.Isend(answer, peer, _ROLL_CALL)  # small, so no receiver is needed
 
 
 def what_ends_this_process() -> BaseException | None:
-    """The exception that nobody has caught, for what runs at the end of the process.
+    """The uncaught exception that ends the process, for exit handlers.
 
-    In an interactive session none ends it: the last one may be hours old.
+    None in an interactive session: there the last exception may be old.
     """
     interactive = hasattr(sys, "ps1") or sys.flags.interactive
     return None if interactive else getattr(sys, "last_value", None)
 
 
 def in_words(error: BaseException | None) -> str:
-    """An error as one text, empty without one."""
+    """An error as text; empty for None."""
     return "" if error is None else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What a server shows of its work: a line for people now and then, JSON lines for `--log`."""
+"""A server's progress reports: readable lines, and JSON lines for `--log`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Totals(NamedTuple):
     """Counters of a server since its start."""
 
     rounds: int  # complete in all buckets
-    bytes_up: int  # that arrived, with all headers
+    bytes_up: int  # received, with all headers
     bytes_down: int
-    dropped: int  # rounds of a bucket that came to nothing or were taken back
+    dropped: int  # rounds of a bucket that were dropped or taken back
     refused: int  # messages
 
 
@@ -27,12 +27,12 @@ class ServerMonitor:
 
     Args:
         totals: reads the counters.
-        dense_nbytes: what all workers would send in a round as float32.
-        say: gets a line for people.
-        log: file that JSON lines are appended to, or None; servers of a job can share it.
+        dense_nbytes: bytes that all workers would send per round as float32.
+        say: gets a readable line.
+        log: file to append JSON lines to, or None; servers of a job can share it.
         server: this server's number.
         every: seconds between two reports.
-        clock: seconds, from anywhere.
+        clock: returns seconds, with any start.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class ServerMonitor:
         self._waited: dict[int, float] = defaultdict(
             float
         )  # seconds that all others waited for a worker
-        self._latest: dict[int, float] = {}  # bucket to the time of its round's latest message
+        self._latest: dict[int, float] = {}  # bucket to time of the latest message of its round
 
     def arrived(self, worker: int, bucket: int, complete: bool) -> None:
-        """A worker's message is in; if it completes its bucket's round, all others waited for it.
+        """Note a worker's message. If it completes the bucket's round, all others waited for it.
 
-        Counted as waiting is the time since the last message but one of the round.
+        The waiting time is that since the previous message of the round.
         """
         now = self._clock()
         if not complete:
@@ -72,12 +72,12 @@ class ServerMonitor:
         self._waited[worker] += now - self._latest.pop(bucket, now)
 
     def look(self) -> None:
-        """Report, if it is time to."""
+        """Report, if a report is due."""
         if self._clock() - self._last >= self._every:
             self.report()
 
     def report(self) -> None:
-        """Report what happened since the last time; nothing if nothing did."""
+        """Report the rounds since the last report, if any."""
         now, totals = self._clock(), self._totals()
         rounds = totals.rounds - self._before.rounds
         if rounds > 0:
@@ -87,7 +87,7 @@ class ServerMonitor:
         self._waited.clear()
 
     def close(self) -> None:
-        """The last report."""
+        """Write the last report and close the log."""
         self.report()
         if self._file is not None:
             self._file.close()
@@ -104,7 +104,7 @@ class ServerMonitor:
             "seconds": round(now - self._begin, 3),
             "round": totals.rounds,
             "rounds_per_second": rounds / max(now - self._last, 1e-9),
-            "bytes_up": up,  # in a round, of all workers together
+            "bytes_up": up,  # per round, of all workers together
             "bytes_down": down,
             "ratio_up": up / self._dense if self._dense else None,
             "ratio_down": down / self._dense if self._dense else None,
@@ -121,7 +121,7 @@ class ServerMonitor:
             try:
                 self._file.write(json.dumps(entry) + "\n")
                 self._file.flush()
-            except OSError as error:  # nobody's training ends for it
+            except OSError as error:  # must not end the training
                 self._say(f"could not write to the log ({error}), and goes on without one")
                 self._file = None
         up, down = (

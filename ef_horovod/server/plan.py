@@ -1,4 +1,4 @@
-"""What workers and servers agree about before the first message, and who serves which bucket."""
+"""The config that workers and servers agree on, and the assignment of buckets to servers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BucketSpec(NamedTuple):
 
     name: str
     length: int  # elements of float32
-    method: str  # as parsing.write_method gives it
+    method: str  # written by `parsing.write_method`
     seed: int
 
     def make_method(self) -> Method:
@@ -29,14 +29,14 @@ class BucketSpec(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What a worker says of itself in its first message."""
+    """The content of a worker's first message."""
 
     buckets: tuple[BucketSpec, ...]
     facts: tuple[str, ...] = ()  # one line each: names and shapes of parameters
     step: int = 0  # of the first exchange
 
     def lines(self) -> list[str]:
-        """All of it as one line a fact: what has to be equal on all workers."""
+        """The config as lines, one per fact; must be equal on all workers."""
         return [
             f"{len(self.buckets)} buckets and the next step {self.step}",
             *(
@@ -49,7 +49,7 @@ class Config(NamedTuple):
 
     @property
     def fingerprint(self) -> int:
-        """64 bits of it, apart from the step."""
+        """64-bit hash of the config without the step."""
         return fingerprint(self._replace(step=0).lines())
 
     def to_json(self) -> str:
@@ -57,10 +57,10 @@ class Config(NamedTuple):
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """What `to_json` wrote.
+        """The inverse of `to_json`.
 
         Raises:
-            PayloadError: it is something else.
+            PayloadError: the text is something else.
         """
         try:
             fields = json.loads(text)
@@ -74,15 +74,14 @@ class Config(NamedTuple):
 
 
 def require_agreement(configs: Sequence[Config], method: Method | None) -> None:
-    """Compare what all workers say with each other, and with the server.
+    """Compare the workers' configs with each other and with the server.
 
     Args:
         configs: of the workers, in their order.
         method: the server's, or None if it takes the workers'.
 
     Raises:
-        ConfigMismatchError: naming two sides and what differs between them, or a method that is
-            not known here.
+        ConfigMismatchError: two sides differ, which the message names; or a method is unknown here.
     """
     for spec in configs[0].buckets:
         _require_known(spec)
@@ -120,9 +119,9 @@ def _mismatch(what: str) -> ConfigMismatchError:
 
 
 def assign(buckets: Sequence[BucketSpec], servers: int) -> list[int]:
-    """The server of each bucket: whole buckets, balanced by the bytes that travel for them.
+    """The server of each bucket, balanced by traffic in bytes.
 
-    Whole ones, so that the numbers do not depend on how many servers there are.
+    Buckets are not split, so that results do not depend on the number of servers.
 
     Example:
         >>> spec = BucketSpec("x", 1000, "EF21(OneBit())", 0)
@@ -139,7 +138,7 @@ def assign(buckets: Sequence[BucketSpec], servers: int) -> list[int]:
 
 
 def _traffic(spec: BucketSpec) -> int:
-    """Bytes up and down for one worker in a round."""
+    """Bytes up and down for one worker per round."""
     method = spec.make_method()
     down: Any = getattr(method, "down", None) or Identity()
     return method.compressor.nbytes(spec.length) + down.nbytes(spec.length)

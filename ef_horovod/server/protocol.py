@@ -1,10 +1,10 @@
-"""Messages between workers and servers: the header in front of each, and what is refused.
+"""Messages between workers and servers: their header and its checks.
 
     0   magic "EFPS"    4 bytes
     4   version         uint8
     5   kind            uint8, see Kind
     6   flags           uint16: 0, or MISSED of an answer, or LEAVES of a WELCOME
-    8   worker          uint32, who sends or is answered
+    8   worker          uint32, the sender or receiver
     12  bucket          uint32
     16  step            uint32, of the random draws; a dropped step's number is used again
     20  round           uint32, counts the exchanges of a bucket, dropped ones too
@@ -12,9 +12,9 @@
     28  checksum        uint32, of these bytes
     32  fingerprint     uint64, of the config: method, seed, buckets, names and shapes
 
-All numbers are little-endian. A payload (docs/wire-format.md) or float32 numbers follow, or for the
-kinds that are not about a bucket a text in UTF-8. Nothing that arrives is trusted: a message is
-checked in full before it changes anything.
+All numbers are little-endian. A payload (docs/wire-format.md) or float32 numbers follow; for kinds
+that are not about a bucket, a text in UTF-8. Received data is not trusted: a message is fully
+checked before it changes any state.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ef_horovod.errors import ProtocolError
 
 MAGIC = b"EFPS"
 VERSION = 1
-CONTROL_TAG = 0  # MPI tag of what is not about a bucket; that of bucket b is b + 1
+CONTROL_TAG = 0  # MPI tag of messages not about a bucket; bucket b has tag b + 1
 MISSED = 1  # flag of an answer: the receiver's own message comes in a later round
-LEAVES = 1  # flag of a welcome: the server's process does nothing else and ends with the job
+LEAVES = 1  # flag of a WELCOME: the server's process does nothing else and ends with the job
 _LAYOUT = struct.Struct("<4sBBHIIIIIIQ")
 HEADER_NBYTES = _LAYOUT.size
 
 
 class Kind(enum.IntEnum):
-    """What a message is about."""
+    """The kind of a message."""
 
     HELLO = 1  # worker: the config in JSON
     WELCOME = 2  # server: the configs agree; JSON
@@ -47,9 +47,9 @@ class Kind(enum.IntEnum):
     PAYLOAD = 4  # server: a bucket's answer as a payload
     NUMBERS = 5  # server: a bucket's answer as float32 numbers
     DROP = 6  # server: some worker's gradient was not finite, the step is dropped
-    REFUSED = 7  # server: what the worker sent was refused; a sentence
+    REFUSED = 7  # server: the worker's message was refused; a sentence
     ABORT = 8  # server: the job ends; a sentence
-    BYE = 9  # worker: it ends; empty, or the sentence of the error; server with a quorum: heard
+    BYE = 9  # worker: it ends; empty or the error's sentence; server with a quorum: confirms it
     SAVE = 10  # worker: write a checkpoint of the state after this step; JSON
     SAVED = 11  # server: done; JSON
 
@@ -72,7 +72,7 @@ def pack(message: Message, body: np.ndarray, out: np.ndarray | None = None) -> n
     Args:
         message: the header's fields.
         body: uint8[m].
-        out: uint8 of at least 40 + m bytes to write to, or None for a new buffer.
+        out: uint8 buffer of at least 40 + m bytes, or None for a new buffer.
 
     Returns:
         uint8[40 + m], the start of `out`.
@@ -102,10 +102,10 @@ def pack(message: Message, body: np.ndarray, out: np.ndarray | None = None) -> n
 
 
 def unpack(data: np.ndarray) -> tuple[Message, np.ndarray]:
-    """Header and body of what arrived: uint8[m].
+    """Header and body of a received message, uint8[m].
 
     Raises:
-        ProtocolError: it is no message, or was cut off or damaged on the way.
+        ProtocolError: it is not a message, or was cut off or damaged on the way.
 
     Example:
         >>> sent = pack(Message(Kind.BYE, worker=3), np.zeros(0, np.uint8))
@@ -153,6 +153,6 @@ def body_text(body: np.ndarray) -> str:
 
 
 def fingerprint(facts: Sequence[str]) -> int:
-    """64 bits of what workers and servers have to agree about, one line a fact."""
+    """64-bit hash of the facts that workers and servers must agree on, one line per fact."""
     digest = hashlib.sha256("\n".join(facts).encode()).digest()
     return int.from_bytes(digest[:8], "little")

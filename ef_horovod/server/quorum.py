@@ -1,8 +1,8 @@
-"""Rounds that do not wait for everyone: m of n workers make a round, late messages the next one.
+"""Rounds that do not wait for all workers: m of n messages complete a round.
 
-A worker that is late in a round gets the round's answer like all others and goes on waiting: its
-message counts in the next round. So nothing that was sent is lost, and all workers apply the same
-answers in the same order, each at its own time.
+A late worker gets the round's answer like all others and keeps waiting. Its message counts in the
+next round. So no message is lost, and all workers apply the same answers in the same order, at
+different times.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from ef_horovod.server.plan import BucketSpec
 from ef_horovod.server.protocol import MISSED, Kind, Message, pack
 from ef_horovod.server.rounds import ServedBucket
 
-FARTHEST_BEHIND = 64  # rounds that a worker may be late; answers for it take memory until it reads
+FARTHEST_BEHIND = 64  # rounds a worker may be late; its unread answers take memory
 
 
 class Participation:
-    """Which workers make which round: the same ones in all buckets.
+    """The workers that take part in each round; the same in all buckets.
 
     Args:
-        quorum: how many make a round.
-        workers: how many there are.
+        quorum: number of workers per round.
+        workers: number of all workers.
     """
 
     def __init__(self, quorum: int, workers: int) -> None:
         self.quorum = quorum
-        self.present = set(range(workers))  # those that have not ended
+        self.present = set(range(workers))  # workers that have not ended
         self._chosen: dict[int, frozenset[int]] = {}
 
     def of(self, turn: int) -> frozenset[int] | None:
-        """The workers of a round, None before it is known."""
+        """The workers of a round; None if not yet chosen."""
         return self._chosen.get(turn)
 
     def choose(self, turn: int, here: set[int], due: dict[int, int]) -> frozenset[int] | None:
-        """The workers of a round, those whose messages of a bucket are here if they suffice.
+        """The workers of a round; chooses those in `here` if they suffice, else None.
 
         Args:
             turn: the round.
-            here: workers whose messages about one bucket wait to be counted.
-            due: the round of each worker's next message; says how late it is.
+            here: workers whose messages about one bucket are waiting.
+            due: the round of each worker's next message; shows how late it is.
         """
         if turn not in self._chosen:
             needed = {w for w in self.present if due[w] <= turn - FARTHEST_BEHIND}
@@ -57,11 +57,11 @@ class Participation:
 
 
 def require_quorum(quorum: int, workers: int, servers: int, methods: Iterable[str]) -> None:
-    """Raise unless so many of the workers can make rounds.
+    """Raise unless this quorum is possible.
 
     Raises:
-        UnsupportedError: there are too few workers, several servers, or methods that must not miss
-            a round.
+        UnsupportedError: there are too few workers, several servers, or a method whose workers must
+            not miss a round.
     """
     if not 1 <= quorum < workers or servers > 1:
         raise UnsupportedError(
@@ -78,9 +78,9 @@ def require_quorum(quorum: int, workers: int, servers: int, methods: Iterable[st
 
 
 class QuorumBucket(ServedBucket):
-    """Rounds of one bucket that some of the workers make.
+    """Rounds of one bucket in which only some workers take part.
 
-    A message that asks to drop the step counts as one that says nothing.
+    A message that asks to drop the step counts as an empty one.
     """
 
     def __init__(
@@ -97,13 +97,13 @@ class QuorumBucket(ServedBucket):
 
     @property
     def missing(self) -> list[int]:
-        """Workers that the round waits for, or may wait for."""
+        """Workers that the round waits for or may wait for."""
         chosen = self._participation.of(self.round) or self._participation.present
         return sorted(set(chosen) - set(self._messages))
 
     def accept(self, worker: int, message: Message, body: np.ndarray) -> bool:
         self._keep(worker, self._checked(worker, message, body))
-        return True  # other buckets may be complete by it
+        return True  # this may complete other buckets
 
     def answers(self) -> Iterator[tuple[np.ndarray, list[int]]]:
         while True:
@@ -122,7 +122,7 @@ class QuorumBucket(ServedBucket):
         self._undo = None
         message = Message(kind, 0, self.index, self.step, self.round, fingerprint=self._fingerprint)
         late = sorted(self._participation.present - chosen)
-        # Buffers of their own: a late worker may read the answer many rounds later.
+        # New buffers, because a late worker may read the answer many rounds later.
         both = [(pack(message, body), sorted(self._participation.present & chosen))]
         if late:
             both.append((pack(message._replace(flags=MISSED), body), late))
@@ -142,6 +142,6 @@ class QuorumBucket(ServedBucket):
                     f"worker {worker} sent '{self.spec.name}' for round {message.round}, expected "
                     f"one from {due} to {self.round}"
                 )
-            message = message._replace(round=self.round, step=self.step)  # late is as good
+            message = message._replace(round=self.round, step=self.step)  # late is allowed
         self._this_step = self.step
         return super()._problem(worker, message)

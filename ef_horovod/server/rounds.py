@@ -1,10 +1,10 @@
-"""One bucket at a server, without any MPI: collects a round's messages, reduces, takes it back.
+"""One bucket at a server, without MPI: collects a round's messages, reduces, can undo the round.
 
 A round is one exchange of a bucket. A server answers a bucket at once, before it knows whether the
-step is good: another bucket of the same step may turn out not to be finite, and then the workers
-drop the step and say so by using its number again. So the server can take its last round back.
-Most methods only swap their memories in `reduce`, which costs nothing here; what a method changes
-in place is copied before.
+step is good. If another bucket of the step is not finite, the workers drop the step and use its
+number again, which tells the server. So the server can undo its last round. Most methods replace
+their state in `reduce`, so that undoing costs nothing. Vectors that a method changes in place are
+copied before.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _NOTHING = np.zeros(0, np.uint8)
 
 
 def longest_message(spec: BucketSpec) -> int:
-    """Bytes that the longest message about a bucket takes, up or down."""
+    """Bytes of the longest message about a bucket, up or down."""
     method, d = spec.make_method(), spec.length
-    # A method may send its vector as it is at times, and a threshold may let all entries pass:
-    # then their places travel too, in less than a byte each.
+    # A method may send its vector uncompressed at times. A threshold may let all entries pass;
+    # their indices are then sent too, in less than a byte each.
     return (
         HEADER_NBYTES + PAYLOAD_HEADER_NBYTES + max(method.compressor.body_nbytes(d), 5 * d + 256)
     )
@@ -48,8 +48,8 @@ class ServedBucket:
 
     Args:
         index: of the bucket, among those of all servers.
-        spec: what it is.
-        workers: how many there are.
+        spec: of the bucket.
+        workers: number of workers.
         fingerprint: of the config.
         step: of the first round.
     """
@@ -58,14 +58,14 @@ class ServedBucket:
         self, index: int, spec: BucketSpec, workers: int, fingerprint: int, step: int = 0
     ) -> None:
         self.index, self.spec, self.workers = index, spec, workers
-        self.round = 0  # the one that is being collected
-        self.step = step  # the number that the round has unless the last step was dropped
-        self.dropped = 0  # rounds that were not applied or taken back
+        self.round = 0  # the round being collected
+        self.step = step  # step of this round, unless the last step was dropped
+        self.dropped = 0  # rounds that were dropped or undone
         self.method = spec.make_method()
         self.state = self.method.init(np.zeros(spec.length, np.float32), workers)[1]
         self._fingerprint = fingerprint
         self._messages: dict[int, Payload] = {}
-        self._arrivals: dict[int, float] = {}  # when each worker's last one came
+        self._arrivals: dict[int, float] = {}  # time of each worker's last message
         self._this_step = step  # of the messages in this round
         self._undo: Undo | None = None
         self._undoer = Undoer()
@@ -73,28 +73,28 @@ class ServedBucket:
 
     @property
     def missing(self) -> list[int]:
-        """Workers whose messages of this round are not here."""
+        """Workers whose messages of this round have not arrived."""
         return [worker for worker in range(self.workers) if worker not in self._messages]
 
     @property
     def begun(self) -> bool:
-        """Whether a message of this round is here."""
+        """Whether a message of this round has arrived."""
         return bool(self._messages)
 
     @property
     def begun_at(self) -> float:
-        """When the first message of this round that is here came, by `time.monotonic`."""
+        """Arrival time of this round's first message, by `time.monotonic`."""
         return min(self._arrivals[worker] for worker in self._messages)
 
     def has(self, worker: int) -> bool:
-        """Whether this worker's message of this round is here; its buffer is in use then."""
+        """Whether this worker's message of this round has arrived; its buffer is then in use."""
         return worker in self._messages
 
     def accept(self, worker: int, message: Message, body: np.ndarray) -> bool:
         """Take a worker's message into the round.
 
         Args:
-            worker: who sent it, as MPI tells.
+            worker: the sender according to MPI.
             message: the header.
             body: uint8[m], not copied.
 
@@ -102,7 +102,7 @@ class ServedBucket:
             Whether the round is complete.
 
         Raises:
-            ProtocolError: it is not the one that is due; nothing was changed.
+            ProtocolError: it is not the expected message; no state was changed.
         """
         payload = self._checked(worker, message, body)
         if not self._messages:
@@ -111,16 +111,16 @@ class ServedBucket:
         return len(self._messages) == self.workers
 
     def answers(self) -> Iterator[tuple[np.ndarray, list[int]]]:
-        """Messages that are due now, and the workers that they are for; see `answer`."""
+        """Messages due now, and their receivers; see `answer`."""
         if len(self._messages) == self.workers:
             yield self.answer(), list(range(self.workers))
 
     def answer(self) -> np.ndarray:
-        """Reduce the complete round: the message for all workers, valid until the next round's.
+        """Reduce the complete round; returns the message to all workers, valid for one round.
 
         Raises:
-            ProtocolError: a message is malformed inside, and its sender named. The state is as
-                before, and the round waits for another message from that worker.
+            ProtocolError: a message has a malformed body; the error names its sender. The state is
+                unchanged, and the round waits for another message from that worker.
             ServerError: the method failed for another reason.
         """
         payloads = [self._messages[worker] for worker in range(self.workers)]
@@ -138,10 +138,10 @@ class ServedBucket:
         return pack(message, body, self._outgoing)
 
     def memories(self, step: int) -> dict[str, np.ndarray]:
-        """What is remembered after so many steps, by "BUCKET/FIELD": this one, or the one before.
+        """The state after `step` steps by "BUCKET/FIELD", for the current or previous step.
 
         Raises:
-            ValueError: of another step nothing is known.
+            ValueError: it is another step.
         """
         if step == self.step:
             held = dict(self._fields(self.state))
@@ -153,14 +153,14 @@ class ServedBucket:
             raise ValueError(
                 f"got step {step} for '{self.spec.name}', expected {self.step} or the one before"
             )
-        # A bucket that remembers nothing is there all the same: loading can tell that none lacks.
+        # A bucket without state has an entry too, so that loading detects missing buckets.
         return {
             f"{self.spec.name}/": np.zeros(0, np.float32),
             **{f"{self.spec.name}/{name}": vector for name, vector in held.items()},
         }
 
     def load(self, memories: Mapping[str, np.ndarray], step: int) -> None:
-        """Take over what `memories` gave after so many steps, before the first round."""
+        """Load the result of `memories` after `step` steps, before the first round."""
         for name, vector in self._fields(self.state):
             np.copyto(vector, memories[f"{self.spec.name}/{name}"])
         self.step = self._this_step = step
@@ -191,7 +191,7 @@ class ServedBucket:
         return payload
 
     def _problem(self, worker: int, message: Message) -> str:
-        """What is wrong about a header, or nothing."""
+        """The problem with a header, or ""."""
         what = f"worker {worker} sent '{self.spec.name}'"
         if message.fingerprint != self._fingerprint:
             return f"{what} with another config's fingerprint, expected that of the handshake"
@@ -220,7 +220,7 @@ class ServedBucket:
         self._undo = self._undoer.before(self.state, method.scratch, method.reduced_in_place)
         try:
             aggregate, self.state = method.reduce(self.state, payloads, key)
-        except NonFiniteError:  # finite messages can have a sum that is not
+        except NonFiniteError:  # the sum of finite messages can overflow
             self._restore()
             return Kind.DROP, _NOTHING
         except Exception as error:
@@ -235,13 +235,13 @@ class ServedBucket:
         self.state, self._undo = self._undo.restore(), None
 
     def _take_back(self) -> None:
-        """The workers dropped the last step."""
+        """Undo the last step, which the workers dropped."""
         self._restore()
         self.step -= 1
         self.dropped += 1
 
     def _blame(self, error: Exception) -> EFHorovodError:
-        """Find whose message cannot be decoded, and wait for another one from there."""
+        """Find the worker whose message cannot be decoded; drop it to wait for another."""
         length = self.method.message_length(self.spec.length, self._this_step)
         room = np.zeros(length, np.float32)
         for worker, payload in list(self._messages.items()):

@@ -1,4 +1,4 @@
-"""When a server writes its memories: once all workers have asked, or when the job ends early."""
+"""When a server saves its state: once all workers have asked, or when the job ends early."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Saves:
     """The checkpoints of one server.
 
     Args:
-        folder: for them, or None.
+        folder: for checkpoints, or None.
         server: this server's number.
-        workers: how many there are.
-        say: gets a line for people.
+        workers: number of workers.
+        say: gets a readable line.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class Saves:
     ) -> None:
         self._folder, self._server, self._workers, self._say = folder, server, workers, say
         self._last = 0  # step of the last checkpoint
-        self.asked: dict[int, int] = {}  # worker to the step that it wants saved
-        self.asked_at = 0.0  # when the first one of them did
+        self.asked: dict[int, int] = {}  # worker to the step it wants saved
+        self.asked_at = 0.0  # time of the first request
 
     def load(self, buckets: Collection[ServedBucket], step: int, fingerprint: int) -> None:
-        """Give the buckets what they remembered after so many steps.
+        """Restore the buckets' state after `step` steps.
 
         Raises:
             ConfigMismatchError: there is no such checkpoint.
@@ -45,13 +45,13 @@ class Saves:
     def ask(
         self, worker: int, step: int, buckets: Collection[ServedBucket], fingerprint: int
     ) -> bool:
-        """A worker asks for a checkpoint after so many steps; the last one of them makes it.
+        """Note a worker's request for a checkpoint after `step` steps; the last request saves it.
 
         Returns:
-            Whether it was made.
+            Whether it was saved.
 
         Raises:
-            ProtocolError: there is no folder, or it is not between two steps.
+            ProtocolError: there is no folder, or the request is not between two steps.
             ServerError: workers asked for different steps.
         """
         if self._folder is None:
@@ -84,7 +84,7 @@ class Saves:
         return True
 
     def save_what_is_complete(self, buckets: Collection[ServedBucket], fingerprint: int) -> None:
-        """When the job ends early: the last step that all buckets have, taken back where needed."""
+        """When the job ends early, save the last step complete in all buckets."""
         step = min((bucket.step for bucket in buckets), default=0)
         if self._folder is None or step in (0, self._last):
             return

@@ -1,4 +1,4 @@
-"""The server's side of the job: meets the workers, then serves rounds until they have ended."""
+"""The server's side of the job: the handshake, then rounds until the workers have ended."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ from ef_horovod.server.rounds import ServedBucket, longest_message
 from ef_horovod.server.saves import Saves
 from ef_horovod.transports.timeouts.waiting import limit_of, wait_until
 
-_FAREWELL_SECONDS = 5.0  # for workers to take the reason of the end
+_FAREWELL_SECONDS = 5.0  # for workers to receive the reason of the end
 _REFUSED_SHOWN = 20
 
 
 class _Begun(NamedTuple):
-    """Something that some workers have begun, and so wait for others to do."""
+    """An action that some workers have begun, so that they wait for the others."""
 
     since: float  # by time.monotonic
     missing: list[int]  # workers
-    what: str  # they have not done
+    what: str  # the action that the missing workers have not done
 
 
 class Server:
     """One server rank.
 
     Args:
-        method: that the workers have to have, or None to take theirs.
-        checkpoint: folder for this server's memories, or None. Workers ask for checkpoints; when
-            the job ends with an error, the last complete step is written as well.
-        quorum: how many workers make a round, or None for all; see `quorum.py`.
-        log: file for JSON lines about the work, or None.
+        method: the workers must have this one; None accepts theirs.
+        checkpoint: folder for this server's state, or None. Workers ask for checkpoints. If the job
+            ends with an error, the last complete step is saved as well.
+        quorum: number of workers per round, or None for all; see `quorum.py`.
+        log: file for JSON lines of progress, or None.
         timeout: limit of a round, in seconds, from its first message to its last; default
-            $EF_HOROVOD_TIMEOUT or 300. Likewise of a meeting or checkpoint that some have begun.
-        say: gets a line for people now and then.
-        leaves: whether this process ends with the job, so that workers need not expect it in
-            collectives of MPI.COMM_WORLD afterwards either.
+            $EF_HOROVOD_TIMEOUT or 300. Also limits a handshake or checkpoint that some have begun.
+        say: gets readable progress lines.
+        leaves: whether this process ends with the job. If so, it takes no part in later collectives
+            of MPI.COMM_WORLD either.
         comm: of servers and workers; default COMM_WORLD.
     """
 
@@ -79,15 +79,15 @@ class Server:
         self._present = set(self._worker_of.values())
         self._saves = Saves(checkpoint, self._group.number, self.workers, say)
         self._configs: dict[int, Config] = {}
-        self._met_at = 0.0  # when the first of them came
+        self._met_at = 0.0  # time of the first config
         self._quorum, self._log, self._leaves = quorum, log, leaves
         self._watch: ServerMonitor | None = None
         self._participation: Participation | None = None
         self._stop = ""
         self._fingerprint = 0
-        self.buckets: dict[int, ServedBucket] = {}  # by index, those of this server
+        self.buckets: dict[int, ServedBucket] = {}  # this server's buckets by index
         self._buffers: dict[tuple[int, int], np.ndarray] = {}  # by (worker, bucket)
-        self._receiving: set[tuple[int, int]] = set()  # buffers that are being written to
+        self._receiving: set[tuple[int, int]] = set()  # buffers of pending receives
         self.refused = 0  # messages
 
     def run(self) -> None:
@@ -95,7 +95,7 @@ class Server:
 
         Raises:
             ConfigMismatchError: workers disagree, with each other or with this server.
-            CollectiveTimeoutError: workers stayed silent; names them.
+            CollectiveTimeoutError: workers sent nothing in time; the message names them.
             ServerError: a worker failed, or ended before the others.
         """
         try:
@@ -110,8 +110,8 @@ class Server:
                 self.timeout,
                 lambda: self._waited(list(range(self.workers)), "take the last answers"),
             )
-        except Exception as error:  # of whatever kind: the memories are saved
-            # At once, for another server may abort the job in the next moment.
+        except Exception as error:  # save the state after any error
+            # Report at once, because another server may abort the job.
             self._say(f"error: {type(error).__name__}: {error}")
             self._tell(Kind.ABORT, f"{type(error).__name__}: {error}")
             self._saves.save_what_is_complete(self.buckets.values(), self._fingerprint)
@@ -120,12 +120,12 @@ class Server:
             raise
 
     def stop(self, reason: str) -> None:
-        """End the job with an error as soon as nothing is half done; for signal handlers."""
+        """End the job with an error at the next safe point; for signal handlers."""
         self._stop = reason
 
     @property
     def workers(self) -> int:
-        """How many workers the job has."""
+        """Number of workers in the job."""
         return len(self._group.workers)
 
     @property
@@ -190,7 +190,7 @@ class Server:
         place = worker, bucket.index
         if nbytes > self._buffers[place].size:
             return None
-        if bucket.has(worker) or place in self._receiving:  # what comes now is early or twice
+        if bucket.has(worker) or place in self._receiving:  # the message is early or a duplicate
             return np.empty(nbytes, np.uint8)
         self._receiving.add(place)
         return self._buffers[place]
@@ -252,7 +252,7 @@ class Server:
         if self._participation is not None:
             self._answer(self.buckets.values())
             return
-        # All workers have the last answer, but MPI may still hold its memory, which is used again.
+        # All workers have the last answer, but MPI may still use its memory, which is reused now.
         wait_until(
             lambda: self._inbox.has_left(bucket.index + 1),
             self.timeout,
@@ -294,7 +294,7 @@ class Server:
         )
 
     def _refuse(self, worker: int | None, problem: str) -> None:
-        """Say no to a message and go on: nothing was changed by it."""
+        """Refuse a message, which has changed no state, and continue."""
         self.refused += 1
         if self.refused <= _REFUSED_SHOWN:
             self._say(f"refused a message: {problem}")
@@ -309,7 +309,7 @@ class Server:
     # --- waiting -------------------------------------------------------------------------------
 
     def _progress(self) -> bool:
-        """Whether anything has happened."""
+        """Handle messages; whether any arrived."""
         if self._stop:
             raise ServerError(self._stop)
         arrived = self._inbox.poll()
@@ -320,7 +320,7 @@ class Server:
         return bool(arrived)
 
     def _wait_for_anything(self) -> None:
-        """Until something happens; with a limit if workers wait for other ones."""
+        """Wait for a message, with a limit if workers wait for others."""
         begun = self._begun()
         if begun is None:
             self._wait_without_limit()
@@ -332,7 +332,7 @@ class Server:
             self._require_all_present()
 
     def _wait_without_limit(self) -> None:
-        """All workers do something else, which may take long; it is said once."""
+        """Wait while all workers do something else, which may take long; reported once."""
         deadline = time.monotonic() + self.timeout
 
         def look() -> bool:
@@ -351,7 +351,7 @@ class Server:
         wait_until(look, math.inf, lambda: "")
 
     def _begun(self) -> _Begun | None:
-        """What some workers have begun and others have not."""
+        """The action that some workers have begun and others have not, or None."""
         if not self._fingerprint:
             if not self._configs:
                 return None
@@ -376,7 +376,7 @@ class Server:
         )
 
     def _farewell(self) -> None:
-        """Give all workers a moment to hear why the job ends."""
+        """Give all workers time to receive the reason of the end."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
         while time.monotonic() < deadline and not (self._inbox.sent and not self._present):
             for arrived in self._inbox.poll():

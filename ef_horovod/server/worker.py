@@ -31,27 +31,27 @@ Listed = Sequence[np.ndarray]
 class Worker:
     """One worker rank of a job with parameter servers.
 
-    All workers make theirs with the same arguments, after servers and workers have started.
+    Make it on all workers with the same arguments, after servers and workers have started.
 
     Args:
-        parameters: {name: array}, or a list of arrays that are called "0", "1", ...; only their
-            shapes matter.
+        parameters: {name: array}, or a list of arrays, named "0", "1", ...; only their shapes
+            matter.
         compression: error-feedback method with its compressor.
         dense: `dense(name, array)` says which parameters stay uncompressed; default biases and
-            whatever has less than 1024 elements.
+            parameters with fewer than 1024 elements.
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32, last
-            one first; a bucket is compressed as one vector and belongs to one server.
+            one first. A bucket is compressed as one vector and belongs to one server.
         seed: of random compressors.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
-        state: what `checkpoint` returned on this rank of an equal job, to continue there; the
-            servers continue from their own files of the same step.
-        transport: to the servers, if there is one already.
+        state: result of `checkpoint` on this rank of an equal job, to continue there. The servers
+            continue from their files of the same step.
+        transport: an existing one to the servers.
 
     Raises:
         ConfigMismatchError: workers or servers have another model or compression.
-        CollectiveTimeoutError: ranks are missing; names them.
-        UnsupportedError: no method, or no server in the job.
-        ValueError: no parameters, or one of them twice.
+        CollectiveTimeoutError: ranks are missing; the message names them.
+        UnsupportedError: `compression` is not a method, or the job has no server.
+        ValueError: there are no parameters, or one occurs twice.
 
     Example:
         worker = Worker({"w": w}, ef.EF21(ef.TopK(ratio=0.01)))
@@ -105,21 +105,22 @@ class Worker:
         return self.transport.size
 
     def push_pull(self, gradients: Named | Listed) -> Any:
-        """Send this worker's gradients, wait for what the servers make of all workers'.
+        """Send this worker's gradients and wait for the aggregated gradient.
 
         Args:
             gradients: of all parameters, in the form of `parameters`, any float dtype.
 
         Returns:
-            Directions as float32 arrays in the same form, to use in place of the mean gradient:
-            read-only, and valid until the next call. None if some worker's gradient had a NaN or
-            an infinity: the step is dropped on all ranks, and all memories are as before.
+            The aggregated gradient as float32 arrays in the same form, to use instead of the mean
+            gradient. Read-only, and valid until the next call. None if some worker's gradient had a
+            NaN or an infinity: the step is then dropped on all ranks, and all error-feedback state
+            is unchanged.
 
         Raises:
-            ServerError, CollectiveTimeoutError: the job has ended; says why.
+            ServerError, CollectiveTimeoutError: the job has ended; the message says why.
             UnsupportedError: this worker is closed, or the server's rounds do not wait for all
-                workers; take `rounds` there.
-            ValueError: other names or shapes than those of the parameters.
+                workers; use `rounds` then.
+            ValueError: names or shapes are not those of the parameters.
         """
         self.transport.require_open()
         if self.transport.quorum is not None:
@@ -132,12 +133,12 @@ class Worker:
         return self.pull()
 
     def rounds(self, gradients: Named | Listed) -> list[Any]:
-        """`push_pull` for servers with a quorum: the directions of one round or several.
+        """`push_pull` for servers with a quorum: aggregated gradients of one or several rounds.
 
-        Rounds that this worker was late for are among them; in one its gradients count. All
-        workers apply the same rounds in the same order, each at its own time; `step` counts them,
-        so `while worker.step < steps` ends all workers at about the same one. A gradient that is
-        not finite is left out, bucket by bucket, and memories are as before.
+        They include rounds that this worker was late for; its gradients count in one round. All
+        workers apply the same rounds in the same order, at different times. `step` counts rounds,
+        so `while worker.step < steps` ends all workers at about the same round. A gradient that is
+        not finite is left out, per bucket, and the error-feedback state is unchanged.
         """
         self.transport.require_open()
         if self.transport.quorum is None:
@@ -151,11 +152,12 @@ class Worker:
         return [self._in_form(directions) for directions in found]
 
     def push(self, name: str, gradient: np.ndarray) -> None:
-        """Hand in one gradient; its bucket is sent as soon as it is full.
+        """Add one gradient; its bucket is sent as soon as it is full.
 
         Raises:
-            ValueError: no such parameter, another shape, or twice in a step.
-            TypeError: numbers that would be lost: complex ones, or masked ones.
+            ValueError: there is no such parameter, the shape differs, or it is a duplicate in this
+                step.
+            TypeError: the gradient is complex or masked.
         """
         self.transport.require_open()
         bucket, slot = self._place.get(name, (None, None))
@@ -178,7 +180,7 @@ class Worker:
             bucket.channel.start(self.step)
 
     def pull(self) -> Any:
-        """Wait for the directions of all gradients that were handed in; see `push_pull`."""
+        """Wait for the aggregated gradient of all pushed gradients; see `push_pull`."""
         self._begin_pull()
         directions = finish_step([bucket.channel for bucket in self._buckets])
         if directions is None:
@@ -198,22 +200,22 @@ class Worker:
             bucket.filled.clear()
 
     def _in_form(self, directions: list[np.ndarray]) -> Any:
-        """Directions of the buckets as those of the parameters."""
+        """Split the buckets' aggregated gradients by parameter."""
         parts = {}
         for bucket, direction in zip(self._buckets, directions, strict=True):
             for slot in bucket.slots:
                 part = direction[slot.start : slot.stop].reshape(slot.parameter.shape)
-                part.flags.writeable = False  # it may be a view of an error memory
+                part.flags.writeable = False  # it may be a view of error-feedback state
                 parts[slot.name] = part
         ordered = {name: parts[name] for name in self._order}
         return ordered if self._named else list(ordered.values())
 
     def checkpoint(self) -> dict[str, Any]:
-        """Have the servers write their memories, and return this worker's; all workers call it.
+        """Make the servers save their state, and return this worker's; all workers call it.
 
-        Call it between two steps, after the same one on all workers, and store the result with the
-        model, one file a worker. Started again with `Worker(state=)` and the same `--checkpoint`
-        folder, workers and servers go on to the same bits as if they had not been interrupted.
+        Call it between two steps, after the same step on all workers. Store the result with the
+        model, one file per worker. A job restarted with `Worker(state=)` and the same
+        `--checkpoint` folder continues bitwise as if it had not been interrupted.
 
         Raises:
             ProtocolError: the servers were started without --checkpoint.
@@ -222,17 +224,16 @@ class Worker:
         return self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """This worker's memories and the number of its next step, without asking the servers."""
+        """This worker's error-feedback state and next step, without asking the servers."""
         return save_state(self._buckets, self.step, repr(self._method), self.transport)
 
     def stats(self) -> list[ChannelStats]:
-        """One row for each bucket and a last one with the total; call it between steps."""
+        """One row per bucket, then the total; call it between steps."""
         rows = [bucket.channel.stats() for bucket in self._buckets]
         return [*rows, total_stats(rows)]
 
     def close(self) -> None:
-        """End this worker's part, after which no step follows; at the end of the process it happens
-        by itself."""
+        """End this worker, after its last step; done automatically at the end of the process."""
         self.transport.close()
 
     def __enter__(self) -> Worker:
@@ -243,7 +244,7 @@ class Worker:
 
 
 class _Bucket:
-    """Parameters that travel together, and their channel."""
+    """Parameters that are sent together, and their channel."""
 
     def __init__(self, plan: BucketPlan, transport: ServerTransport, seed: int) -> None:
         like = np.empty(plan.length, np.float32)

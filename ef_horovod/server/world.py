@@ -1,8 +1,9 @@
-"""A limit for a worker's wait in a collective of MPI.COMM_WORLD, in which servers take no part.
+"""Watchdog for a worker that waits in a collective of MPI.COMM_WORLD without the servers.
 
-Such a wait never ends, MPI cannot be asked about it, and to the servers it looks like a long
-validation. So a thread looks now and then where the process's other threads stand: one that has
-stood for the whole limit in a line that calls such a collective ends the process with a sentence.
+Servers take no part in such collectives, so the wait never ends. MPI cannot report it, and to the
+servers it looks like a long validation. So a thread regularly checks the current lines of all other
+threads. If one stays for the whole limit in a line that calls such a collective, the watchdog ends
+the process with an error message.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CALL = re.compile(
 
 
 def watch(world: Any, rank: int, limit: float) -> threading.Event:
-    """Begin to look for waits in collectives of a communicator.
+    """Start a watchdog for waits in collectives of a communicator.
 
     Args:
         world: communicator of servers and workers.
@@ -36,7 +37,7 @@ def watch(world: Any, rank: int, limit: float) -> threading.Event:
         limit: of such a wait, in seconds.
 
     Returns:
-        An event that ends it.
+        An event that ends the watchdog.
     """
     ended = threading.Event()
     threading.Thread(
@@ -46,7 +47,7 @@ def watch(world: Any, rank: int, limit: float) -> threading.Event:
 
 
 def _watch(world: Any, rank: int, limit: float, ended: threading.Event) -> None:
-    since: dict[tuple[int, int, int], float] = {}  # when a thread came to where it stands
+    since: dict[tuple[int, int, int], float] = {}  # when each thread reached its current place
     while not ended.wait(min(1.0, limit / 10)):
         now = time.monotonic()
         frames = {(i, id(f), f.f_lasti): f for i, f in current_frames().items()}
@@ -58,13 +59,13 @@ def _watch(world: Any, rank: int, limit: float, ended: threading.Event) -> None:
 
 
 def collective_in(frame: FrameType, world: Any) -> str:
-    """The call of a collective of `world` in the line where a frame stands, or nothing."""
+    """The call of a collective of `world` in a frame's current line, or ""."""
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     for names, method in _CALL.findall(line):
         first, *rest = names.split(".")
         found = frame.f_locals.get(first, frame.f_globals.get(first))
         for name in rest:
-            found = inspect.getattr_static(found, name, None)  # which runs nothing
+            found = inspect.getattr_static(found, name, None)  # runs no code
         if isinstance(found, MPI.Comm) and found == world:
             return f"{names}.{method}"
     return ""
@@ -78,4 +79,4 @@ def _end(rank: int, limit: float, frame: FrameType, call: str) -> None:
         "call worker.transport.barrier(name), or allgather or allreduce of worker.transport\n"
     )
     sys.stderr.flush()
-    os._exit(1)  # the thread that waits cannot be woken up
+    os._exit(1)  # the waiting thread cannot be interrupted

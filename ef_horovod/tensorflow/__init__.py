@@ -7,7 +7,7 @@
     optimizer = ef.DistributedOptimizer(keras.optimizers.SGD(0.1),
                                         compression=ef.EF21(ef.TopK(ratio=0.01)))
 
-All of the core (`ef.TopK`, `ef.EF21`, `ef.simulate`, ...) is reachable from here too.
+The whole core (`ef.TopK`, `ef.EF21`, `ef.simulate`, ...) is available here too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ with explained("ef_horovod.tensorflow"):
     from ef_horovod.tensorflow.sync import require_in_sync
     from ef_horovod.tensorflow.tape import DistributedGradientTape
 
-openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
+openmpi.set_prefix()  # before hvd.init(): without mpirun it would not find Open MPI's files
 
 __all__ = [
     "Compression", "DistributedGradientTape", "DistributedOptimizer", "Reducer",

@@ -1,4 +1,4 @@
-"""What a wrapped optimizer does first: gradients are added up, averaged, and applied if good."""
+"""Gradients in a wrapped optimizer: accumulated, averaged, and applied if the step is good."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ef_horovod.tensorflow.reducer import Reducer
 from ef_horovod.tensorflow.variables import path_of
 
 Apply = Callable[[list[Any]], None]
-Step = Callable[[list[Any]], tf.Tensor]  # averages and applies gradients; whether it was good
+Step = Callable[[list[Any]], tf.Tensor]  # averages and applies gradients; True if good
 
 
 class Averaging(tf.Module):
-    """The reducers of an optimizer, and what comes between a call and a step.
+    """The reducers of an optimizer, and the accumulation between a call and a step.
 
-    There is one reducer of all variables that the optimizer is built for. The variables of the
-    first call are those that it averages; calls with other ones get a reducer for each such set.
+    The main reducer is made for all variables that the optimizer is built for. It averages the
+    variables of the first call. Each other set of variables gets another reducer.
 
     Args:
-        make_reducer: from variables.
-        passes: calls that make a step.
-        mean: whether a step gets the mean or the sum of its passes' gradients.
+        make_reducer: makes a reducer from variables.
+        passes: calls per step.
+        mean: whether a step gets the mean (False: the sum) of its passes' gradients.
         handles_nan: whether the optimizer itself leaves out steps with NaNs.
     """
 
@@ -44,13 +44,13 @@ class Averaging(tf.Module):
         self.accumulation = Accumulation(passes, mean)
         self.reducer: Reducer | None = None
         self.others: dict[str, Reducer] = {}  # by places; tracked, so that checkpoints find them
-        # A function, so that no checkpoint takes them for this module's: they are the model's.
+        # A function, so that checkpoints do not track the model's variables here.
         self._built_for: Callable[[], list[Any]] = list
         self._first: frozenset[int] = frozenset()  # places of the variables of the first call
-        self._loaded: dict[str, Any] = {}  # states of sets that were not seen yet
+        self._loaded: dict[str, Any] = {}  # states of sets not seen yet
 
     def build(self, variables: list[Any]) -> Memories | None:
-        """Make the reducer of all variables, once; its memories then, if it has some."""
+        """Make the reducer of all variables, once; returns its error-feedback state, if any."""
         if self.reducer is not None:
             return None
         self.reducer, self._built_for = self._make_reducer(variables), lambda: variables
@@ -71,8 +71,8 @@ class Averaging(tf.Module):
         """Ops that average the gradients and apply them, if the step is good.
 
         Raises:
-            UnsupportedError: variables that the optimizer was not built for, or another set of
-                them where that cannot work.
+            UnsupportedError: the optimizer was not built for these variables, or this is another
+                set of variables where only one is supported.
         """
         part = self._part(variables)
 
@@ -96,14 +96,14 @@ class Averaging(tf.Module):
         return [*rows, total_stats(rows)] if rows else []
 
     def state_dict(self) -> dict[str, Any]:
-        """Memories of the first set, and under "others" those of the other ones."""
+        """Error-feedback state of the first set; that of the other sets under "others"."""
         if self.reducer is None:
             return {}
         others = {key: one.compression_state_dict() for key, one in self.others.items()}
         return self.reducer.compression_state_dict() | ({"others": others} if others else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse, at once or when a set is seen; the optimizer must be built."""
+        """Load it, now or when a set is first seen; the optimizer must be built."""
         assert self.reducer is not None
         self._loaded = dict(state.get("others", {}))
         self.reducer.load_compression_state_dict(
@@ -116,7 +116,7 @@ class Averaging(tf.Module):
         return [one for one in (self.reducer, *self.others.values()) if one is not None]
 
     def _part(self, variables: list[Any]) -> _Part:
-        """The reducer of these variables, and where they are in it."""
+        """The reducer of these variables, and their places in it."""
         assert self.reducer is not None
         known = self._built_for()
         place_of = {id(v): i for i, v in enumerate(known)}
@@ -143,7 +143,7 @@ class Averaging(tf.Module):
         return _Part(self.others[key], [ordered.index(i) for i in places], len(ordered))
 
     def _require_many_sets(self, variables: list[Any]) -> None:
-        """Raise where one reducer must do."""
+        """Raise where only one reducer is supported."""
         assert self.reducer is not None
         transport = self.reducer.transport
         if self.accumulation.passes > 1 or (transport is not None and transport.has_server):
@@ -155,14 +155,14 @@ class Averaging(tf.Module):
 
 
 class _Part(NamedTuple):
-    """A reducer, and which of its variables are given."""
+    """A reducer, and the places of the given variables in it."""
 
     reducer: Reducer
     places: list[int]
-    out_of: int  # so many
+    out_of: int  # number of the reducer's variables
 
     def reduce(self, gradients: list[Any], loss_scale: Any) -> tuple[list[Any], tf.Tensor]:
-        """As `Reducer.reduce_scaled`, in the order of the places."""
+        """`Reducer.reduce_scaled`, in the order of the places."""
         everyones: list[Any] = [None] * self.out_of
         for place, gradient in zip(self.places, gradients, strict=True):
             everyones[place] = gradient
@@ -171,11 +171,11 @@ class _Part(NamedTuple):
 
 
 class Accumulation(tf.Module):
-    """Calls a step once in `passes` calls, with the sum or mean of the gradients so far.
+    """Calls a step once in `passes` calls, with the sum or mean of their gradients.
 
     Args:
-        passes: calls that make a step.
-        mean: whether the step gets means, or sums.
+        passes: calls per step.
+        mean: whether the step gets means (False: sums).
     """
 
     def __init__(self, passes: int, mean: bool) -> None:
@@ -187,19 +187,19 @@ class Accumulation(tf.Module):
             self.count = tf.Variable(0, trainable=False, dtype=tf.int64)
 
     def run(self, gradients: list[Any], variables: list[Any], step: Step) -> tf.Tensor:
-        """Ops that add the gradients, and at the last pass take the step.
+        """Ops that add the gradients, and take the step at the last pass.
 
         Args:
-            gradients: tensors, `tf.IndexedSlices` (which become dense) or None: zeros, if there was
-                a gradient at the first call.
-            variables: whose they are.
+            gradients: tensors, `tf.IndexedSlices` (which become dense) or None. None counts as
+                zeros if there was a gradient at the first call.
+            variables: of the gradients.
             step: gets gradients in the same order.
 
         Returns:
-            Whether the step was good; True for a pass without one.
+            Whether the step was good; True for a pass without a step.
 
         Raises:
-            UnsupportedError: a gradient that was None at the first call.
+            UnsupportedError: a gradient was None at the first call and is not now.
         """
         if self.passes == 1:
             return step(gradients)
@@ -232,11 +232,11 @@ class Accumulation(tf.Module):
         return tf.cond(tf.equal(count % self.passes, 0), last, keep)
 
     def _open(self, gradients: list[Any]) -> None:
-        """At the first call make a sum for each gradient that is there."""
+        """At the first call, make a sum for each gradient that is not None."""
         if self.sums:
             return
         self._places = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         with tf.init_scope():
-            for i in self._places:  # appended, not assigned: so a checkpoint finds them late
+            for i in self._places:  # appended, not assigned: restored checkpoints find them later
                 zeros = tf.zeros(gradients[i].shape, gradients[i].dtype)
                 self.sums.append(tf.Variable(zeros, trainable=False))

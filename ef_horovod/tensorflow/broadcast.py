@@ -1,4 +1,4 @@
-"""One rank's values for all of them. Stock Horovod goes by names; here places count."""
+"""Broadcast of one rank's values. Stock Horovod matches variables by name; this one by place."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 def broadcast_variables(
     variables: Iterable[Any], root_rank: int = 0, timeout: float | None = None
 ) -> None:
-    """Give all ranks the values of one rank; for tf.Variables and Keras variables of any kind.
+    """Give all ranks the values of one rank, for tf.Variables and all Keras variables.
 
-    Ranks first compare what they have: names (without Keras' counters, which depend on what else a
-    rank has built), shapes, dtypes and number. Only values that differ are sent. Where they do, the
-    error-feedback state of what trains these variables starts anew on all ranks, for it holds
-    gradients at values that no longer exist.
+    Ranks first compare the number of variables, shapes, dtypes and names. Names are compared
+    without Keras' counters, which depend on the rank's other layers. Only values that differ are
+    sent. If a value differs, the error-feedback state of its optimizer, tape or reducer is reset on
+    all ranks, because that state holds gradients at the old values.
 
     Args:
         variables: model.variables, optimizer.variables; in the same order on all ranks.
-        root_rank: whose values are taken.
+        root_rank: the rank whose values are taken.
         timeout: seconds to wait for other ranks; default $EF_HOROVOD_TIMEOUT or 300.
 
     Raises:
-        ConfigMismatchError: ranks have other variables; names two ranks and what differs.
-        UnsupportedError: Horovod is not initialised, as in a job with parameter servers; or a model
-            in place of its variables.
+        ConfigMismatchError: ranks have different variables; the message names two ranks and the
+            difference.
+        UnsupportedError: Horovod is not initialised, as in a job with parameter servers; or the
+            argument is a model, not its variables.
         ValueError: there is no such rank.
 
     Example:
@@ -77,14 +78,14 @@ def broadcast_variables(
 def _places_that_differ(
     transport: HorovodTensorFlowTransport, values: Sequence[np.ndarray]
 ) -> list[int]:
-    """Places of the values that are not the same bits on all ranks; the same list on all ranks."""
+    """Places of the values that differ bitwise between ranks; the same list on all ranks."""
     mine = np.concatenate([digest_of([value]) for value in values])
     everyones = np.stack(transport.allgather("digests", mine)()).reshape(transport.size, -1, 32)
     return [int(i) for i in np.flatnonzero((everyones != everyones[0]).any(axis=(0, 2)))]
 
 
 def _packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Places in groups of at most `limit` bytes, larger ones alone."""
+    """Places in groups of at most `limit` bytes; a larger one is alone."""
     groups: list[list[int]] = []
     room = 0
     for place, size in enumerate(sizes):
@@ -97,25 +98,25 @@ def _packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 class Follower(Protocol):
-    """What has error-feedback state of variables."""
+    """An object with error-feedback state of variables."""
 
     @property
     def followed(self) -> list[Any]:
-        """Whose gradients it averages."""
+        """The variables whose gradients it averages."""
 
     def forget(self) -> None:
-        """Start anew, with states as before the first step."""
+        """Reset the error-feedback state to that before the first step."""
 
 
 def follow(follower: Follower) -> None:
-    """Have it told when `broadcast_variables` changes its variables; it may die all the same."""
+    """Notify it when `broadcast_variables` changes its variables; holds a weak reference."""
     _followers.add(follower)
 
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
-_PACK_NBYTES = 64 * 2**20  # of a broadcast, if it has several variables
+_PACK_NBYTES = 64 * 2**20  # limit of a broadcast of several variables
 
 
 def _bytes_of(array: np.ndarray) -> np.ndarray:
-    """uint8[m]: its bits."""
+    """uint8[m]: the array's bytes."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

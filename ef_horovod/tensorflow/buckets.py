@@ -1,7 +1,7 @@
-"""A bucket of TensorFlow variables, and a step of several of them as ops of a graph.
+"""A bucket of TensorFlow variables, and one step of several buckets as graph ops.
 
-Each op here is a `tf.numpy_function`: Python that runs when the executor gets there, on views of
-the tensors' memory. On a GPU it is a `tf.py_function` with tensors that stay on the device.
+Each op here is a `tf.numpy_function`: Python code that the executor runs on views of the tensors'
+memory. On a GPU it is a `tf.py_function`, and tensors stay on the device.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.tensorflow.variables import native, on_gpu
 from ef_horovod.training.buckets import BucketPlan, Slot
 
-_ALIGNMENT = 64  # bytes; TensorFlow takes over such arrays without a copy
+_ALIGNMENT = 64  # bytes; TensorFlow uses such arrays without a copy
 
 
 class Bucket:
-    """Variables that travel together, and their channel.
+    """Variables that are sent together, and their channel.
 
     Args:
-        plan: its variables and how they travel.
+        plan: the variables and their method.
         transport: to the other ranks, or to servers.
         exchange: "auto", "auto:NETWORK", "gather", "reduce", "double_pass" or "server".
         seed: of random compressors.
@@ -45,9 +45,9 @@ class Bucket:
         self.whole = WholeSteps(self.channel.name)
 
     def send(self, step: tf.Tensor, loss_scale: tf.Tensor, gradients: list[tf.Tensor]) -> tf.Tensor:
-        """Ops that compress the gradients and exchange them; what has arrived.
+        """Ops that compress the gradients and exchange them; returns the received data.
 
-        From servers nothing has by then; `receive` waits for them.
+        With servers it is still empty; `receive` waits for it.
         """
         inputs, name = [step, loss_scale, *gradients], self.channel.name
         if self.sliced:
@@ -60,22 +60,22 @@ class Bucket:
 
     def _now(self, function: Callable[..., Any], inputs: list[Any], kinds: Any) -> Any:
         """An op that runs a function as soon as its inputs exist."""
-        # Stateless, so that no control dependency makes one bucket wait for another; that a step
-        # comes after the last one follows from the step counter among its inputs.
+        # Stateless, so that no control dependency makes one bucket wait for another. The step
+        # counter among the inputs keeps the order of steps.
         return python_op(function, inputs, kinds, on_gpu=self.on_gpu, stateful=False)
 
     def bring(self, arrived: Array) -> None:
-        """Hand over what `send`'s op has brought."""
+        """Pass on the data received by `send`'s op."""
         received = np.asarray(arrived) if self.channel.exchange.compresses else arrived
         self._bridge.bring(self.channel.name, received)
 
     @property
     def sliced(self) -> bool:
-        """Whether ranks answer for a slice each, between the two halves of a step."""
+        """Whether each rank answers for a slice between the two halves of a step."""
         return self.channel.exchange.has_answers
 
     def collect_answer(self) -> np.ndarray:
-        """What this rank answers."""
+        """This rank's answer."""
         return self._bridge.collect(self.channel.answers)
 
     def carry_answer(self, answer: tf.Tensor) -> tf.Tensor:
@@ -83,7 +83,7 @@ class Bucket:
         return self._transport.carry(self.channel.answers, tf.ensure_shape(answer, [None]))
 
     def bring_answers(self, arrived: Array) -> None:
-        """Hand over what that op has brought."""
+        """Pass on the data received by that op."""
         self._bridge.bring(self.channel.answers, np.asarray(arrived))
 
     def _push(self, step: Any, loss_scale: Any, *gradients: Array) -> Array:
@@ -118,22 +118,22 @@ def receive(
     """Ops that finish a step: all buckets commit, or none.
 
     Args:
-        buckets: that were sent.
-        arrived: what each one's `send` gave.
+        buckets: all sent buckets.
+        arrived: the result of each one's `send`.
         step: its number.
-        factor: directions are multiplied by it.
-        rows_good: whether what travelled beside the buckets was finite.
-        undoable: whether channels keep the way back before the step.
+        factor: aggregated gradients are multiplied by it.
+        rows_good: whether gradients sent as rows were finite.
+        undoable: whether channels keep their earlier state, to undo the step.
 
     Returns:
-        float32 directions in the order of all slots (NaN for a dropped step), whether the step is
-        good, and the number of the next step.
+        float32 aggregated gradients in the order of all slots (NaN for a dropped step), whether the
+        step is good, and the number of the next step.
     """
     slots = [slot for bucket in buckets for slot in bucket.slots]
     gpu = any(bucket.on_gpu for bucket in buckets)
     sliced = [bucket for bucket in buckets if bucket.sliced]
     channels = [bucket.channel for bucket in buckets]
-    if sliced:  # what is bad is known before the answers travel, and `arrived` has been used up
+    if sliced:  # bad steps are known before the answers are sent; `arrived` is consumed here
         rows_good, arrived = _answers(buckets, arrived, rows_good, undoable)
 
     def finish(step: Any, factor: Any, good: Any, *arrived: Array) -> list[Any]:
@@ -167,10 +167,10 @@ def receive(
 def _answers(
     buckets: Sequence[Bucket], arrived: list[tf.Tensor], rows_good: tf.Tensor, undoable: bool
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Ops between the halves of a step for buckets in slices: each rank answers for its own.
+    """Ops between the halves of a step for sliced buckets: each rank answers for its slice.
 
     Returns:
-        Whether the step is good, and what has come of all ranks' answers for each such bucket.
+        Whether the step is good, and all ranks' answers for each such bucket.
     """
     sliced = [bucket for bucket in buckets if bucket.sliced]
 
@@ -178,13 +178,13 @@ def _answers(
         _bring(buckets, arrived)
         channels = [bucket.channel for bucket in buckets]
         good = settle(channels, good=bool(rows_good), undoable=undoable)
-        nothing = np.zeros(1, np.uint8)  # the op is there, whether the step is dropped or not
+        nothing = np.zeros(1, np.uint8)  # the op also runs in a dropped step
         answers = [bucket.collect_answer() if good else nothing for bucket in sliced]
         return [np.bool_(good), *answers]
 
     inputs, kinds = [rows_good, *arrived], [tf.bool] + [tf.uint8] * len(sliced)
     gpu = any(bucket.on_gpu for bucket in buckets)
-    # Stateless, as `push` is: with Horovod's tape each variable has one of these.
+    # Stateless like `_push`: with Horovod's tape, each variable has one of these.
     good, *answers = python_op(answer, inputs, kinds, on_gpu=gpu, stateful=False)
     good = tf.ensure_shape(good, [])
     pairs = zip(sliced, answers, strict=True)
@@ -197,7 +197,7 @@ def _bring(buckets: Sequence[Bucket], arrived: Sequence[Array]) -> None:
 
 
 def _part(direction: Array | None, slot: Slot, factor: float) -> Array:
-    """A variable's part of a direction, in memory of its own; NaN if there is none."""
+    """A copy of a variable's part of the aggregated gradient; NaN if there is none."""
     shape = tuple(slot.parameter.shape)
     if direction is not None and not isinstance(direction, np.ndarray):  # on a GPU
         part = tf.reshape(direction[slot.start : slot.stop], shape)
@@ -211,7 +211,7 @@ def _part(direction: Array | None, slot: Slot, factor: float) -> Array:
 
 
 def _aligned(length: int) -> np.ndarray:
-    """float32[length] that TensorFlow takes over as it is; nothing else may refer to it."""
+    """float32[length] that TensorFlow uses without a copy; nothing else may refer to it."""
     raw = np.empty(4 * length + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + 4 * length].view(np.float32)

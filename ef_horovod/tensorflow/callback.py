@@ -1,4 +1,4 @@
-"""`ef.TrainingCallback`: what `model.fit` on several ranks needs beside the optimizer."""
+"""`ef.TrainingCallback`: broadcast, checks and logs for `model.fit` on several ranks."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 
 
 class TrainingCallback(keras.callbacks.Callback):
-    """Equal start on all ranks, a check that they stay equal, means of metrics, and logs.
+    """Broadcasts the start values, checks that ranks stay equal, averages metrics, adds logs.
 
-    At the start, weights and the variables of all optimizers that the model holds are broadcast
-    from one rank. A model that is built by its first batch (without `Input`, or subclassed) is
-    built before that one: its `train_step` is traced once more. With `run_eagerly=True` it gets
-    them after the first batch, as with Horovod's callback; if ranks differed, error-feedback state
-    starts anew then. After the first
-    batch, parameters are compared by hash: an optimizer that is not wrapped raises. At the end of
-    an epoch, metrics become means over ranks, so that callbacks which stop training or change the
-    learning rate decide the same everywhere, and these are added to the logs, for the history,
-    TensorBoard and all callbacks after this one in the list:
+    At the start, the weights and the variables of all the model's optimizers are broadcast from one
+    rank. A model that its first batch would build (without `Input`, or subclassed) is built before
+    it, by tracing its `train_step` once more. With `run_eagerly=True` such a model gets the values
+    after the first batch, as with Horovod's callback. If ranks differed, this resets the
+    error-feedback state. After the first batch, parameters are compared by hash, which detects an
+    optimizer that is not wrapped.
 
-        ef_bytes    bytes that this rank sent in a step
-        ef_ratio    the same over what dense float32 would have sent
+    At the end of an epoch, metrics become means over ranks. Callbacks that stop training or change
+    the learning rate then decide the same on all ranks. These logs are added, for the history,
+    TensorBoard and all later callbacks in the list:
+
+        ef_bytes    bytes that this rank sent per step
+        ef_ratio    these bytes over those of uncompressed float32
         ef_error    ||x - C(x)|| / ||x|| of the last step's compression
-        ef_skipped  steps left out in this epoch, for a NaN or an infinity on some rank
+        ef_skipped  steps dropped in this epoch because of a NaN or an infinity on some rank
 
     For Keras 3 and tf_keras. Put it first in the list, on all ranks.
 
     Args:
-        root_rank: whose values all ranks start from.
+        root_rank: the rank whose values all ranks start from.
         average_metrics: whether logs become means over ranks.
         check_sync: whether parameters are compared after the first batch.
 
     Raises:
-        ConfigMismatchError: ranks have other weights or optimizer variables.
+        ConfigMismatchError: ranks have different weights or optimizer variables.
         OutOfSyncError: parameters differ after the first batch.
         UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
 
@@ -82,13 +83,13 @@ class TrainingCallback(keras.callbacks.Callback):
         self._checked = True
 
     def _build_in_first_step(self) -> None:
-        """Have `fit` trace a step alone before its first one, which makes all variables."""
+        """Make `fit` trace one step before its first one; tracing creates all variables."""
         model, train = self.model, self.model.train_function
 
         def first(iterator: Any) -> Any:
             model.train_function = train
             if not model.run_eagerly:
-                # As Keras does: only tf_keras converts a train_step of the user's by AutoGraph.
+                # As in Keras: only tf_keras applies AutoGraph to the user's train_step.
                 step = tf.function(model.train_step, autograph=not isinstance(model, keras.Model))
                 step.get_concrete_function(iterator.element_spec)
                 self._start()
@@ -100,14 +101,14 @@ class TrainingCallback(keras.callbacks.Callback):
         if self._started:
             return
         self._started = True
-        # Weights, not all variables: the seeds of random layers may differ between ranks.
+        # Weights only: the seeds of random layers may differ between ranks.
         variables = [*self.model.weights]
         for optimizer in self._optimizers():
             variables += optimizer.variables
         broadcast_variables(variables, self._root_rank)
 
     def _optimizers(self) -> list[Any]:
-        """The model's, in `compile`'s place or in attributes, as a GAN has them; each once."""
+        """The model's optimizers, each once: from `compile` or in attributes (GANs)."""
         held = [self.model.optimizer, *vars(self.model).values()]
         return list({id(one): one for one in held if is_optimizer(one)}.values())
 
@@ -123,7 +124,7 @@ class TrainingCallback(keras.callbacks.Callback):
         if rows:
             logs.update(self._compression_logs(total_stats(rows)))
 
-    # tf_keras asks these of its callbacks, and Keras 3's base class does not have them.
+    # tf_keras calls these; Keras 3's base class lacks them.
     def _implements_train_batch_hooks(self) -> bool:
         return True
 
@@ -154,7 +155,7 @@ class TrainingCallback(keras.callbacks.Callback):
         sent = total.bytes_out - before.bytes_out
         dense = total.dense_bytes_out - before.dense_bytes_out
         skipped = total.skipped - before.skipped
-        sends = steps + skipped  # what is skipped was sent all the same
+        sends = steps + skipped  # skipped steps were sent too
         self._before = total
         return {
             "ef_bytes": sent / sends if sends else 0.0,

@@ -1,8 +1,8 @@
-"""Error memories in TensorFlow's and Keras' checkpoints.
+"""Error-feedback state in TensorFlow's and Keras' checkpoints.
 
-They belong to a rank, and a checkpoint is mostly rank 0's. So what fits is taken over, and what
-does not (another rank's, another number of ranks, another method) is set aside: at the first step
-all ranks compare, and if one of them has found a stranger's, all of them start from zero.
+The state belongs to a rank, and a checkpoint usually comes from rank 0. State that fits is loaded.
+State of another rank, number of ranks or method is ignored. At the first step all ranks compare
+this. If the state did not fit one rank, all ranks start from zero.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import tensorflow as tf
 
 
 class Memories(tf.train.experimental.PythonState):
-    """Tracked by `tf.train.Checkpoint`; one string with all of a rank's memories.
+    """All error-feedback state of a rank as one string, tracked by `tf.train.Checkpoint`.
 
     Args:
-        save: gives a state dict, as `state.save_state` does, of NumPy arrays.
-        load: takes one over.
+        save: returns a state dict of NumPy arrays, as `save_state` does.
+        load: loads such a state dict.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Memories(tf.train.experimental.PythonState):
 
 
 class MemoriesInKeras(keras.layers.Layer):
-    """The same in `.keras` and `.weights.h5` files, where only layers and the like are saved.
+    """The same in `.keras` and `.weights.h5` files, which save only layers and similar objects.
 
-    It is a group of its own in the file: a plain optimizer loads the rest without a warning.
+    It is a separate group in the file, so a plain optimizer loads the rest without a warning.
     """
 
     def __init__(self, memories: Memories) -> None:
@@ -60,7 +60,7 @@ class MemoriesInKeras(keras.layers.Layer):
 
 
 def pack_state(state: dict[str, Any]) -> bytes:
-    """A state dict as bytes: NumPy's npz, the facts as JSON inside; nothing is pickled."""
+    """A state dict as bytes: NumPy's npz with the facts as JSON; no pickle."""
     parameters = state["parameters"]
     arrays: dict[str, Any] = {}
     plain: dict[str, Any] = {}

@@ -1,9 +1,9 @@
 """`ef.Compression`: any compressor and method through stock `hvd.DistributedGradientTape`.
 
-Horovod hands each gradient to `compress`, allreduces what comes back and hands the result to
-`decompress`. Here `compress` sends the real message by an op of its own and gives Horovod a single
-number to reduce. Its price against `ef.DistributedGradientTape` is one collective and one such
-allreduce for each variable, no buckets.
+Horovod passes each gradient to `compress`, allreduces the returned tensor, and passes the result to
+`decompress`. Our `compress` sends the real payload by a separate op. Horovod gets a single number
+to reduce. The cost against `ef.DistributedGradientTape`: no buckets, so one collective and one
+small allreduce per variable.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class _UnderWay(NamedTuple):
 class Compression(tf.Module):
     """An instance for `compression=` of Horovod's tape, and of its optimizer for tf_keras.
 
-    Horovod names no gradient: they are told apart by their order. So all variables need a dense
-    gradient at every step, in the order given here; a missing or sparse one is refused. If any
-    rank's gradient of a variable is not finite, that variable's memory stays as it was on all ranks
-    and its average is NaN, as with plain Horovod;
+    Horovod passes no names, so gradients are identified by their order. All variables need a dense
+    gradient at every step, in the order given here. A missing or sparse gradient raises. If any
+    rank's gradient of a variable is not finite, that variable's error-feedback state stays
+    unchanged on all ranks and its average is NaN, as with plain Horovod. By contrast,
     `ef.DistributedGradientTape` drops whole steps. `op=hvd.Adasum` is not supported.
 
     Args:
@@ -59,12 +59,12 @@ class Compression(tf.Module):
         dense: `dense(path, variable)` says which variables stay uncompressed.
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
-        process_set: the one given to Horovod.
+        process_set: as passed to Horovod.
         timeout: seconds that a wait may take; default $EF_HOROVOD_TIMEOUT or 300.
 
     Raises:
         UnsupportedError: `method` is not a method, or the job is elastic, with the way out.
-        ValueError: no variables, or one of them twice.
+        ValueError: there are no variables, or one occurs twice.
 
     Example:
         compression = ef.Compression(ef.EF21(ef.TopK(0.01)), model.trainable_variables)
@@ -106,7 +106,7 @@ class Compression(tf.Module):
             )
             for name, variable in named
         )
-        # Of each variable, so that no gradient has to wait for another one.
+        # One per variable, so that no gradient waits for another.
         self.steps = [tf.Variable(0, trainable=False, dtype=tf.int64) for _ in self._buckets]
         self.memories = Memories(self.state_dict, self.load_state_dict)
         self._next_place, self._trace = 0, None
@@ -116,7 +116,7 @@ class Compression(tf.Module):
 
     @tf.autograph.experimental.do_not_convert
     def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, _UnderWay]:
-        """Called by Horovod for each gradient; the ops that send it."""
+        """Called by Horovod for each gradient; makes the ops that send it."""
         refuse_xla()
         if not self._config_checked and self._transport.size > 1:
             with tf.init_scope():
@@ -125,12 +125,12 @@ class Compression(tf.Module):
         place = self._place_of(tensor)
         step = self.steps[place].read_value()
         arrived = self._buckets[place].send(step, tf.constant(1.0), [tensor])
-        # Horovod wants one tensor to allreduce: a 1, which comes back as 1 for Average, n for Sum.
+        # Horovod needs a tensor to allreduce: a 1, which returns as 1 for Average, n for Sum.
         return tf.ones([1]), _UnderWay(place, step, arrived, tensor.dtype)
 
     @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: _UnderWay) -> tf.Tensor:
-        """Called by Horovod after `compress`; the ops that finish the exchange."""
+        """Called by Horovod after `compress`; makes the ops that finish the exchange."""
         factor = tf.round(tensor)[0]
         bucket = self._buckets[ctx.place]
         (direction,), _, _ = receive([bucket], [ctx.arrived], ctx.step, factor, tf.constant(True))
@@ -139,30 +139,30 @@ class Compression(tf.Module):
         return tf.cast(direction, ctx.dtype)
 
     def stats(self) -> list[ChannelStats]:
-        """One row for each variable and a last one with the total; call it between steps."""
+        """One row per variable, then the total; call it between steps."""
         rows = [bucket.channel.stats() for bucket in self._buckets]
         return [*rows, total_stats(rows)]
 
     @property
     def followed(self) -> list[Any]:
-        """Whose gradients are averaged."""
+        """The variables whose gradients are averaged."""
         return [bucket.slots[0].parameter for bucket in self._buckets]
 
     def forget(self) -> None:
-        """Start anew, with states as before the first step; on all ranks alike."""
+        """Reset the error-feedback state to that before the first step; call it on all ranks."""
         for bucket in self._buckets:
             bucket.channel.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's error memories by variable, as NumPy arrays; save one file a rank."""
+        """This rank's error-feedback state by variable, as NumPy arrays; one file per rank."""
         step = int(self.steps[0].numpy())
         return save_state(self._buckets, step, repr(self._method), self._transport)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned on this rank of an equal job.
+        """Load the result of `state_dict`, from the same rank of an equal job.
 
         Raises:
-            ValueError: another rank, number of ranks, method or model.
+            ValueError: the rank, number of ranks, method or model differs.
         """
         step = load_state(state, self._buckets, repr(self._method), self._transport)
         for counter in self.steps:
@@ -187,7 +187,7 @@ class Compression(tf.Module):
         return place
 
     def _require_all_dense(self) -> None:
-        """Raise if Horovod has a gradient that it does not hand over: it would shift the places."""
+        """Raise if Horovod holds back a gradient, because that would shift the places."""
         for i, gradient in enumerate(_horovods_gradients()):
             if not isinstance(gradient, tf.Tensor):
                 what = "no gradient" if gradient is None else f"a {type(gradient).__name__}"
@@ -200,7 +200,7 @@ class Compression(tf.Module):
 
 
 def _horovods_gradients() -> Iterable[Any]:
-    """The gradients of the call of Horovod's tape or optimizer that is under way."""
+    """The gradients of the current call of Horovod's tape or optimizer."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name.endswith("allreduce_grads") and "grads" in frame.f_locals:
@@ -210,7 +210,7 @@ def _horovods_gradients() -> Iterable[Any]:
 
 
 def _outermost_graph() -> Any:
-    """The function that is being traced, whatever branches are in it; None in eager mode."""
+    """The function being traced, outside of its branches; None in eager mode."""
     graph: Any = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     while hasattr(getattr(graph, "outer_graph", None), "captures"):
         graph = graph.outer_graph

@@ -1,4 +1,4 @@
-"""From local gradients to averaged ones: the ops of a step, and what they work on."""
+"""From local gradients to averaged ones: the ops of a step, and their state."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Options:
 
 
 class Engine:
-    """The buckets of a model and the steps that they go through.
+    """The buckets of a model and their steps.
 
-    Buckets are made at the first call, when it is known which gradients are sparse or missing.
+    Buckets are made at the first call, when sparse and missing gradients are known.
 
     Args:
         named: variables with names that are equal on all ranks.
-        options: see there.
+        options: see `Options`.
         transport: to the other ranks, or to servers.
     """
 
@@ -65,27 +65,27 @@ class Engine:
         self._kinds: list[str] = []  # of the gradients at the first call
         self._buckets: list[Bucket] = []
         self._rows: dict[int, Rows] = {}  # by the variable's place
-        self._loaded: dict[str, Any] | None = None  # memories for buckets that are not made yet
+        self._loaded: dict[str, Any] | None = None  # state for buckets not made yet
         self._must_fit = False
         self._opened = False
         follow(self)
         with tf.init_scope():
-            # The number of the next step; also what makes a step wait for the one before it.
+            # The number of the next step. It also makes a step wait for the previous one.
             self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="ef_step")
             self._calls = tf.Variable(0, trainable=False, dtype=tf.int64, name="ef_calls")
 
     def reduce(
         self, gradients: Sequence[Gradient], loss_scale: tf.Tensor
     ) -> tuple[list[Gradient], tf.Tensor]:
-        """Ops that average gradients over ranks; the averages and whether the step is good."""
+        """Ops that average gradients over ranks; returns averages and whether the step is good."""
         refuse_xla()
         refuse_replicas()
         for gradient, (_, variable) in zip(gradients, self._named, strict=True):
             require_gradient_of(variable, gradient)
         gradients = self._begin([self._densified(g) for g in gradients])
         in_sync = self._compare_in_second_call() if self.options.check_sync else tf.constant(True)
-        # No bucket leaves before the ranks were compared: if that raises on all of them, one rank
-        # might have sent a bucket that another one has not, and would wait for it to its limit.
+        # Send no bucket before the ranks were compared. If the comparison raises on all ranks, one
+        # might have sent a bucket that another has not, and would wait until its timeout.
         with tf.control_dependencies([in_sync]):
             step = tf.identity(self.step.read_value())
         place_of = {name: i for i, (name, _) in enumerate(self._named)}
@@ -109,32 +109,32 @@ class Engine:
         return reduced, good
 
     def stats(self) -> list[ChannelStats]:
-        """One row a bucket and a total; call it between steps."""
+        """One row per bucket, then the total; call it between steps."""
         rows = [b.channel.stats() for b in self._buckets] + [r.stats for r in self._rows.values()]
         return [*rows, total_stats(rows)]
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memories, as `state.save_state` gives them."""
+        """This rank's error-feedback state; see `save_state`."""
         step = int(self.step.numpy())
         return save_state(self._buckets, step, repr(self.options.method), self.transport)
 
     def checkpoint(self) -> dict[str, Any]:
-        """The same after the servers, if there are any, have written theirs; collective."""
+        """`state_dict` after the servers, if any, have saved their state; collective."""
         self.transport.save(int(self.step.numpy()))
         return self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], *, must_fit: bool = True) -> None:
-        """Take them over, now or as soon as the buckets are made.
+        """Load error-feedback state, now or as soon as the buckets are made.
 
         Args:
-            state: what `state_dict` gave.
-            must_fit: False for a checkpoint that may be another rank's: if it does not fit any
-                rank, all of them start from zero with a warning, unless it comes after step 1.
+            state: the result of `state_dict`.
+            must_fit: False for a checkpoint that may be another rank's. If it then does not fit
+                some rank, all ranks start from zero with a warning, unless it comes after step 1.
 
         Raises:
-            UnsupportedError: with servers, after the first step: they read theirs before it.
-            ValueError: another rank, number of ranks, method or model; at the first step, on all
-                ranks, if it comes before that.
+            UnsupportedError: with servers, after the first step; servers load their state before.
+            ValueError: the rank, number of ranks, method or model differs. If loaded before the
+                first step, that step raises it on all ranks.
         """
         self._loaded, self._must_fit = state, must_fit
         if self._opened:
@@ -148,17 +148,17 @@ class Engine:
 
     @property
     def followed(self) -> list[Any]:
-        """Whose gradients are averaged."""
+        """The variables whose gradients are averaged."""
         return [variable for _, variable in self._named]
 
     def forget(self) -> None:
-        """Start anew, with states as before the first step; on all ranks alike."""
+        """Reset the error-feedback state to that before the first step; call it on all ranks."""
         if not self.transport.has_server:
             for bucket in self._buckets:
                 bucket.channel.forget()
 
     def discard(self) -> None:
-        """Leave out the last step, if it is neither dropped nor left out already."""
+        """Leave out the last step, unless it was dropped or left out already."""
         channels = [bucket.channel for bucket in self._buckets]
         if channels and all(channel.undoable for channel in channels):
             for channel in channels:
@@ -166,10 +166,10 @@ class Engine:
             self.step.assign_sub(1)
 
     def _begin(self, gradients: list[Gradient]) -> list[Gradient]:
-        """At the first call make the buckets and compare what the ranks have.
+        """At the first call, make the buckets and compare the ranks' variables and options.
 
         Returns:
-            The gradients in the form that all ranks send: what one of them lacks is zeros there.
+            The gradients in the form that all ranks send; gradients missing here become zeros.
         """
         if not self._opened:
             with tf.init_scope():
@@ -189,13 +189,13 @@ class Engine:
         ]
 
     def _agree(self, kinds: list[str]) -> None:
-        """What travels: a gradient that any rank has, and dense if it is so on any rank."""
+        """Decide what to send: each gradient that any rank has, dense if dense on any rank."""
         codes = np.array([_KINDS.index(kind) for kind in kinds], np.uint8)
         everyones = np.stack(self.transport.allgather("kinds", codes)())
         self._kinds = [_KINDS[code] for code in everyones.max(axis=0)]
 
     def _load_everywhere(self) -> None:
-        """Take over what was loaded if all ranks can, else start from zero on all of them."""
+        """Use the loaded state if all ranks can, else start from zero on all ranks."""
         had, problem = self._loaded is not None, ""
         try:
             self._load()
@@ -206,7 +206,7 @@ class Engine:
         if everyones in ({0}, {1}):
             return
         problem = problem or "other ranks could not load theirs"
-        if self._must_fit or self.transport.has_server:  # which knows each bucket once
+        if self._must_fit or self.transport.has_server:  # servers open each bucket only once
             raise ValueError(problem)
         warnings.warn(
             f"error memories start from zero on rank {self.transport.rank}: {problem}; to keep "
@@ -258,9 +258,9 @@ class Engine:
         ]
 
     def _compare_in_second_call(self) -> tf.Tensor:
-        """Ops that compare all ranks' variables once, when the first update has been made.
+        """Ops that compare all ranks' variables once, after the first update.
 
-        What comes of them is True; they raise otherwise.
+        They return True, or raise.
         """
         calls = self._calls.read_value()
         self._calls.assign_add(1)
@@ -293,7 +293,7 @@ def _kind(gradient: Gradient) -> str:
 
 
 def _as_kind(kind: str, gradient: Gradient, variable: Any) -> Gradient:
-    """A gradient in the form that was agreed on at the first call."""
+    """A gradient in the form agreed on at the first call."""
     mine, shape, dtype = _kind(gradient), tuple(variable.shape), native(variable).dtype
     if mine == kind:
         return gradient
@@ -306,7 +306,7 @@ def _as_kind(kind: str, gradient: Gradient, variable: Any) -> Gradient:
 
 
 def appeared(variable: Any) -> UnsupportedError:
-    """What to say of a gradient that comes too late to be sent by all ranks alike."""
+    """Error for a gradient that was missing on all ranks at the first call."""
     return UnsupportedError(
         f"got a gradient of '{path_of(variable)}', which had none at the first call, expected "
         "none, as all ranks send the same; pass unconnected_gradients="

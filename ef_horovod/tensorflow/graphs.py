@@ -1,4 +1,4 @@
-"""What kind of graph is being traced, and which kinds cannot work."""
+"""Python ops in graphs, and checks that reject unsupported kinds of graph."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def python_op(
 ) -> Any:
     """An op that runs a function when its inputs exist; see `tf.numpy_function`.
 
-    An error of this library raised in it becomes TensorFlow's; its sentence is said again at the
-    end of what that one prints.
+    TensorFlow wraps an error of this library into one of its errors. The original message is then
+    repeated at the end of the output.
 
     Args:
-        function: gets arrays, or tensors where `on_gpu`.
+        function: gets arrays, or tensors if `on_gpu`.
         inputs: tensors.
-        kinds: dtype of the result, or of each of them.
+        kinds: dtype of the result, or of each result.
         on_gpu: whether tensors stay on the device.
-        stateful: False for ops that no control dependency is to chain (on the CPU).
+        stateful: False for ops without automatic control dependencies (on the CPU).
     """
 
     @functools.wraps(function)
@@ -49,10 +49,10 @@ def python_op(
 
 
 class WholeSteps:
-    """Refuses a step after one that began and did not end: it failed in between, anywhere.
+    """Rejects a step if the previous one began but did not end, because it failed in between.
 
     Args:
-        name: of what takes the steps.
+        name: used in the error message.
     """
 
     def __init__(self, name: str) -> None:
@@ -60,10 +60,10 @@ class WholeSteps:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """A step has begun if what is done here succeeds: until then nothing was sent.
+        """Marks a step as begun if the body succeeds; until then nothing was sent.
 
         Raises:
-            UnsupportedError: the last one has not ended.
+            UnsupportedError: the previous step has not ended.
         """
         if self._begun:
             raise UnsupportedError(
@@ -76,15 +76,15 @@ class WholeSteps:
         self._begun = True
 
     def end(self) -> None:
-        """It has ended well, or was dropped on all ranks."""
+        """Mark the step as ended: it succeeded, or was dropped on all ranks."""
         self._begun = False
 
 
 def refuse_xla() -> None:
-    """Raise while a function with `jit_compile=True` is traced: XLA knows no gather of Horovod.
+    """Raise while a function with `jit_compile=True` is traced: XLA lacks Horovod's gather.
 
     Raises:
-        UnsupportedError: always there.
+        UnsupportedError: such a function is being traced.
     """
     graph = tf.compat.v1.get_default_graph() if not tf.executing_eagerly() else None
     if graph is not None and control_flow_util.GraphOrParentsInXlaContext(graph):
@@ -96,10 +96,10 @@ def refuse_xla() -> None:
 
 
 def refuse_replicas() -> None:
-    """Raise inside a `tf.distribute` strategy of several replicas: each rank is one.
+    """Raise inside a `tf.distribute` strategy of several replicas: each rank is one replica.
 
     Raises:
-        UnsupportedError: always there.
+        UnsupportedError: the current strategy has several replicas.
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     if replicas > 1:

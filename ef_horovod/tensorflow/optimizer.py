@@ -32,33 +32,33 @@ def DistributedOptimizer(
 ) -> Any:
     """Wrap a Keras optimizer so that it applies gradients averaged over all ranks, compressed.
 
-    For `keras.optimizers` (Keras 3) and `tf_keras.optimizers`, in `model.fit` and in loops of your
-    own, eager and inside `tf.function`. The result is an instance of the optimizer's class with the
-    same settings and variables; with a single rank it does what the plain one does. Clipping,
-    weight decay and learning rate schedules work on the averages. New are `stats()`,
-    `compression_state_dict()` / `load_compression_state_dict()` and `checkpoint()`, which has
-    servers save their memories too; `tf.train.Checkpoint` and Keras' own files hold the error
-    memories, which belong to a rank: every rank saves its own.
+    For `keras.optimizers` (Keras 3) and `tf_keras.optimizers`, in `model.fit` and in custom loops,
+    eager and inside `tf.function`. The result is an instance of the optimizer's class with the same
+    settings and variables. With a single rank it behaves like the plain optimizer. Clipping, weight
+    decay and learning rate schedules work on the averages. New are `stats()`,
+    `compression_state_dict()`, `load_compression_state_dict()` and `checkpoint()`, which also makes
+    servers save their state. `tf.train.Checkpoint` and Keras' files contain the error-feedback
+    state. It belongs to a rank, so every rank saves its own.
 
-    If any rank's gradient has a NaN or an infinity, the step is left out on all ranks: variables,
-    memories and the iteration counter stay as they were.
+    If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks: variables,
+    error-feedback state and the iteration counter stay unchanged.
 
-    Keras' `gradient_accumulation_steps` is obeyed: gradients are exchanged once in so many steps.
-    For mixed precision wrap the outermost optimizer:
+    With Keras' `gradient_accumulation_steps`, gradients are exchanged once per that many steps.
+    For mixed precision, wrap the outermost optimizer:
     `ef.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...)`.
 
     Args:
         optimizer: of Keras 3 or tf_keras (not its legacy ones).
         compression: error-feedback method with its compressor, such as EF21(TopK(ratio=0.01)).
-        backward_passes_per_step: as in Horovod: gradients of so many calls are added up before
+        backward_passes_per_step: as in Horovod: number of calls whose gradients are summed before
             they are exchanged and applied.
         average_aggregated_gradients: take their mean, not their sum.
         options: `op`, `dense`, `exchange`, `bucket_bytes`, `seed`, `sparse_as_dense`, `check_sync`,
             `process_set`, `timeout`; see `ef.Reducer`.
 
     Raises:
-        UnsupportedError: a combination that cannot work, with the way out.
-        ValueError: a number out of range.
+        UnsupportedError: the combination cannot work; the message names an alternative.
+        ValueError: a number is out of range.
 
     Example:
         optimizer = ef.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9),
@@ -82,7 +82,7 @@ def DistributedOptimizer(
         )
     if wants_server(
         options.get("exchange", "auto")
-    ):  # here, so that a second optimizer is refused here too
+    ):  # now, so that a second optimizer is refused now too
         options["transport"] = options.get("transport") or open_servers(options.get("timeout"))
     wrapped._ef_transport = options.get("transport")
     wrapped._ef_own_accumulation = own
@@ -98,23 +98,23 @@ def DistributedOptimizer(
 
 
 class _Distributed:
-    """What a wrapped optimizer can do beside its class, in both families."""
+    """Methods that a wrapped optimizer has in addition, in both families."""
 
     _ef: Averaging
     _ef_own_accumulation: int
     _ef_transport: GraphTransport | None
 
     def build(self, variables: Any) -> None:
-        """As in Keras; makes the error memories too."""
-        # Keras' accumulators are never used here, but belong into files: the plain optimizer that a
-        # file is loaded into has some, and would refuse all variables if their number differed.
+        """As in Keras; makes the error-feedback state too."""
+        # Keras' accumulators are unused here, but files need them: a plain optimizer that loads the
+        # file has them, and would reject all variables if their number differed.
         _put_accumulation(self, self._ef_own_accumulation)
         super().build(variables)  # type: ignore[misc]
         _put_accumulation(self, 1)
         self._ef_build(variables)
 
     def get_config(self) -> dict[str, Any]:
-        """As in Keras: of the plain optimizer, so that saved models load without this package."""
+        """The plain optimizer's config, so that saved models load without this package."""
         config = super().get_config()  # type: ignore[misc]
         if self._ef_own_accumulation > 1:
             of = config["inner_optimizer"]["config"] if "inner_optimizer" in config else config
@@ -141,7 +141,7 @@ class _Distributed:
         if reducer is not None:
             return reducer.checkpoint() | self._ef.state_dict()
         if self._ef_transport is not None:
-            self._ef_transport.save(0)  # which says that it is too early
+            self._ef_transport.save(0)  # raises: it is too early
         return {}
 
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,7 +196,7 @@ class _TFKeras(_Distributed):
         return self.iterations  # type: ignore[attr-defined]
 
     def aggregate_gradients(self, grads_and_vars: Any) -> list[tuple[Any, Any]]:
-        """As in tf_keras, which calls it when a loss scaler is wrapped around this optimizer."""
+        """As in tf_keras, which calls it if a loss scaler wraps this optimizer."""
         gradients, variables = self._ef_unzip(grads_and_vars)
         return list(zip(self._ef.average(gradients, variables), variables, strict=True))
 
@@ -240,9 +240,9 @@ def _is_from(package: str, optimizer: Any) -> bool:
 
 
 def _rebuild(optimizer: Any, family: type[_Distributed]) -> Any:
-    """The optimizer under a class of its own; settings and variables are shared with it.
+    """The optimizer under a new class; settings and variables are shared with it.
 
-    The class has the base's name and module: so a saved model names a class that everybody has.
+    The class has the base's name and module, so that a saved model names a standard class.
     """
     base = type(optimizer)
     members = {"__module__": base.__module__, "__doc__": base.__doc__}
@@ -254,7 +254,7 @@ def _rebuild(optimizer: Any, family: type[_Distributed]) -> Any:
 
 
 def _take_accumulation(wrapped: Any) -> int:
-    """Keras' number of accumulated steps, taken over from it so that it does not count too."""
+    """Keras' number of accumulated steps; sets Keras' to 1, so that only we accumulate."""
     holder = getattr(wrapped, "inner_optimizer", wrapped)
     steps = getattr(holder, "gradient_accumulation_steps", None) or 1
     _put_accumulation(wrapped, 1)
@@ -268,7 +268,7 @@ def _put_accumulation(wrapped: Any, steps: int) -> None:
 
 
 def _is_loss_scaler(optimizer: Any) -> bool:
-    """Whether it looks for NaNs itself, and has to see them."""
+    """Whether it checks for NaNs itself, and so must see them."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return True
     if not _is_from("tf_keras", optimizer):
@@ -279,14 +279,14 @@ def _is_loss_scaler(optimizer: Any) -> bool:
 
 
 def _loss_scale(optimizer: Any) -> Any:
-    """What gradients come multiplied by."""
+    """The factor that gradients contain."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer.dynamic_scale.value
     return optimizer.loss_scale_factor or 1.0
 
 
 def _refuse_inside_loss_scaler(optimizer: Any) -> None:
-    """Raise if a Keras 3 LossScaleOptimizer is calling: it does so on ranks without NaN alone."""
+    """Raise if the caller is a Keras 3 LossScaleOptimizer: it calls only on ranks without NaN."""
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")

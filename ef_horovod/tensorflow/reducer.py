@@ -1,4 +1,4 @@
-"""`ef.Reducer`: averages gradients over ranks, compressed; what tape and optimizer work with."""
+"""`ef.Reducer`: averages gradients over ranks, compressed; used by tape and optimizer."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ from ef_horovod.transports.horovod_tensorflow import open_lasting
 class Reducer(tf.Module):
     """Averages the gradients of some variables over all ranks, compressed.
 
-    It holds this rank's error memories, and so has to live as long as the training:
-    `tf.train.Checkpoint(model=model, reducer=reducer)` saves them. With a single rank it returns
-    the gradients as they are. It works in eager mode and inside `tf.function`, but not inside one
-    with `jit_compile=True`.
+    It holds this rank's error-feedback state, so keep it for the whole training.
+    `tf.train.Checkpoint(model=model, reducer=reducer)` saves the state. With a single rank it
+    returns the gradients unchanged. It works in eager mode and inside `tf.function`, but not with
+    `jit_compile=True`.
 
-    If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks: memories stay
-    as they were and all ranks get NaNs. `ef.DistributedOptimizer` leaves such steps out.
+    If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks: the
+    error-feedback state stays unchanged and all ranks get NaNs. `ef.DistributedOptimizer` leaves
+    such steps out.
 
     Args:
         variables: tf.Variables or Keras variables, the same on all ranks.
@@ -50,28 +51,28 @@ class Reducer(tf.Module):
         op: `hvd.Average` or `hvd.Sum`.
         dense: `dense(path, variable)` says which variables stay uncompressed (they share one
             allreduce); default `small_or_vector`.
-        exchange: "auto", the cheapest one by the cost model, or with a network as in "auto:10gbit"
-            and "auto:1gbit,2ms" the cheapest one there, dense sums included; "gather" (any
-            compressor), "reduce" (linear ones) or "double_pass" (any compressor, in slices that
-            ranks reduce for each other: cost does not grow with them) among Horovod's ranks; or
-            "server" in a job that `launch/server` started, which needs no `hvd.init()`, and where
-            sparse gradients need `sparse_as_dense`.
-        bucket_bytes: variables are packed into buckets of about this many bytes of float32; each
+        exchange: "auto" takes the cheapest exchange by the cost model. "auto:NETWORK", such as
+            "auto:10gbit" or "auto:1gbit,2ms", takes the cheapest on that network, dense allreduce
+            included. "gather" works with any compressor, "reduce" with linear ones. "double_pass"
+            works with any compressor; each rank reduces one slice, so the cost does not grow with
+            the number of ranks. "server" is for a job started by `launch/server`, without
+            `hvd.init()`; sparse gradients need `sparse_as_dense` there.
+        bucket_bytes: variables are packed into buckets of about this many bytes of float32. Each
             is compressed as one vector and sent in one collective as soon as its gradients exist.
         seed: of random compressors.
-        sparse_as_dense: compress `tf.IndexedSlices` like all others; otherwise their rows are sent
-            as they are, each once.
+        sparse_as_dense: compress `tf.IndexedSlices` like all others. Otherwise their rows are sent
+            uncompressed, each once.
         check_sync: after the first step, compare the ranks' variables by hash and raise if they
             differ.
-        discardable: keep the way back before each step, for `discard`; costs a copy of the vectors
-            that a method changes in place (two for EF21, none for ErrorFeedback).
+        discardable: keep the state from before each step, for `discard`. Costs a copy of the
+            vectors that a method changes in place (two for EF21, none for ErrorFeedback).
         process_set: Horovod process set to average over; default all ranks.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
-        transport: to the servers or the other ranks, if there is one already.
+        transport: an existing one to the servers or the other ranks.
 
     Raises:
-        UnsupportedError: a combination that cannot work, with the way out.
-        ValueError: no variables, or one of them twice.
+        UnsupportedError: the combination cannot work; the message names an alternative.
+        ValueError: there are no variables, or one occurs twice.
 
     Example:
         reducer = ef.Reducer(model.trainable_variables, ef.EF21(ef.TopK(ratio=0.01)))
@@ -118,7 +119,7 @@ class Reducer(tf.Module):
             by_path = [(path_of(variable), variable) for _, variable in named]
             warn_of_surprises(by_path, compression, dense, transport.rank)
             self._engine = Engine(named, options, transport)
-            # Tracked by checkpoints; the model's variables are not, for they are the model's.
+            # Tracked by checkpoints, unlike the model's variables.
             self.step = self._engine.step
             self.memories = Memories(
                 self._engine.state_dict, partial(self._engine.load_state_dict, must_fit=False)
@@ -131,40 +132,40 @@ class Reducer(tf.Module):
 
     @property
     def transport(self) -> GraphTransport | None:
-        """To the other workers, whose `rank` and `size` it knows; None with a single rank."""
+        """Transport to the other workers, with `rank` and `size`; None with a single rank."""
         return self._engine.transport if self._engine is not None else None
 
     def reduce(self, gradients: Sequence[Gradient]) -> list[Gradient]:
         """Average gradients over all ranks.
 
         Args:
-            gradients: of the variables, in their order: tensors, `tf.IndexedSlices` or None. What
-                no rank has at the first call stays None; what a rank lacks besides counts as
-                zeros there, as in PyTorch.
+            gradients: of the variables, in their order: tensors, `tf.IndexedSlices` or None. A
+                gradient that no rank has at the first call stays None. Any other missing gradient
+                counts as zeros, as in PyTorch.
 
         Returns:
-            The averages, `tf.IndexedSlices` where all ranks had those at the first call; NaN if
-            some rank's gradients were not finite.
+            The averages; `tf.IndexedSlices` if all ranks had those at the first call; NaN if some
+            rank's gradients were not finite.
 
         Raises:
-            ConfigMismatchError: ranks have other options or variables; at the first call.
+            ConfigMismatchError: at the first call, if options or variables differ between ranks.
             OutOfSyncError: the ranks' variables differ after the first step (inside a
-                `tf.function`, TensorFlow wraps it into one of its own errors).
-            UnsupportedError: called where it cannot work, such as inside `jit_compile=True`; a
-                gradient of a variable that had none on any rank at the first call.
-            ValueError: another number of gradients.
+                `tf.function`, TensorFlow wraps it into one of its errors).
+            UnsupportedError: the call cannot work here, such as inside `jit_compile=True`; or a
+                variable has a gradient that had none on any rank at the first call.
+            ValueError: the number of gradients is wrong.
         """
         return self.reduce_scaled(gradients, 1.0)[0]
 
-    @tf.autograph.experimental.do_not_convert  # of no use here, and costs time at every step
+    @tf.autograph.experimental.do_not_convert  # AutoGraph is useless here and costs time per step
     def reduce_scaled(
         self, gradients: Sequence[Gradient], loss_scale: Any
     ) -> tuple[list[Gradient], tf.Tensor]:
-        """The same for gradients that are multiplied by a loss scale; memories are not.
+        """The same for gradients multiplied by a loss scale; error-feedback state is unscaled.
 
         Returns:
-            The averages, as scaled as the gradients were, and a bool tensor: whether the step is
-            good, or was dropped on all ranks.
+            The averages, scaled like the gradients, and a bool tensor: True if the step is good,
+            False if it was dropped on all ranks.
         """
         gradients = list(gradients)
         if len(gradients) != self._count:
@@ -177,15 +178,16 @@ class Reducer(tf.Module):
         return self._engine.reduce(gradients, tf.cast(loss_scale, tf.float32))
 
     def discard(self) -> None:
-        """Leave out the step whose averages `reduce` returned last and nobody applied.
+        """Leave out the last step of `reduce`, whose averages were not applied.
 
-        Error-feedback state is as before it; otherwise what the averages lacked would come back in
-        the next ones. Call it on all ranks alike, between steps. Averages are the same everywhere,
-        so decide by them. It does nothing after a step that was dropped or discarded already.
+        Restores the error-feedback state from before that step. Otherwise the step's compression
+        error would come back in the next averages. Call it on all ranks, between steps. Averages
+        are equal on all ranks, so decide by them. It does nothing after a step that was dropped or
+        discarded already.
 
         Raises:
             UnsupportedError: the reducer is not `discardable`; or a function is being traced, where
-                this would happen once and not in each step.
+                it would run only once, not in each step.
 
         Example:
             reducer = ef.Reducer(variables, ef.EF21(ef.TopK(ratio=0.01)), discardable=True)
@@ -209,23 +211,24 @@ class Reducer(tf.Module):
             self._engine.discard()
 
     def stats(self) -> list[ChannelStats]:
-        """One row for each bucket and a last one with the total; empty with a single rank.
+        """One row per bucket, then the total; empty with a single rank.
 
-        Bytes, relative compression error of the last step, and seconds spent compressing and
-        decompressing (TensorFlow's executor does the waiting). Call it between steps.
+        A row has bytes, the relative compression error of the last step, and seconds spent
+        compressing and decompressing (TensorFlow's executor does the waiting). Call it between
+        steps.
         """
         return self._engine.stats() if self._engine is not None else []
 
     def compression_state_dict(self) -> dict[str, Any]:
-        """This rank's error memories by variable, as NumPy arrays; save one file a rank."""
+        """This rank's error-feedback state by variable, as NumPy arrays; one file per rank."""
         return self._engine.state_dict() if self._engine is not None else {}
 
     def checkpoint(self) -> dict[str, Any]:
-        """Have the servers write their memories; this rank's, as `compression_state_dict` has them.
+        """Make the servers save their state; return this rank's `compression_state_dict()`.
 
-        All workers call it after the same step, and save the result with the variables, or a
-        checkpoint of TensorFlow's or Keras' own, one file a worker. Without servers there is nobody
-        to ask.
+        All workers call it after the same step. Each saves the result with the variables, or a
+        checkpoint of TensorFlow or Keras, one file per worker. Without servers it only returns the
+        state.
 
         Raises:
             ProtocolError: the servers were started without --checkpoint.
@@ -234,12 +237,12 @@ class Reducer(tf.Module):
         return self._engine.checkpoint() if self._engine is not None else {}
 
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `compression_state_dict` or `checkpoint` returned on this rank.
+        """Load the result of `compression_state_dict` or `checkpoint` of this rank.
 
         Raises:
-            UnsupportedError: with servers, after the first step: they read theirs before it.
-            ValueError: another rank, number of ranks, method or model; before the first step, that
-                one raises it.
+            UnsupportedError: with servers, after the first step; servers load their state before.
+            ValueError: the rank, number of ranks, method or model differs. If called before the
+                first step, that step raises it.
         """
         if self._engine is not None:
             self._engine.load_state_dict(state)
@@ -248,7 +251,7 @@ class Reducer(tf.Module):
 def _open_transport(
     exchange: str, process_set: Any, timeout: float | None
 ) -> GraphTransport | None:
-    """To the other ranks or to the servers; None if there is nobody to average with."""
+    """Transport to the other ranks or the servers; None with a single rank."""
     if wants_server(exchange):
         return open_servers(timeout)
     process_set = process_set or hvd.global_process_set
@@ -259,7 +262,7 @@ def _open_transport(
 
 
 def open_servers(timeout: float | None) -> ServerBridge:
-    """To the servers; see `ServerTransport`."""
+    """Transport to the servers; see `ServerTransport`."""
     from ef_horovod.server.client import ServerTransport
 
     return ServerBridge(ServerTransport(timeout))
@@ -273,12 +276,12 @@ def require_options(
     process_set: Any = None,
     **others: Any,
 ) -> None:
-    """Raise for what `ef.Reducer` refuses, before there are variables to make one for.
+    """Reject options that `ef.Reducer` would reject, before the variables exist.
 
     Raises:
-        UnsupportedError: a combination that cannot work, with the way out.
+        UnsupportedError: the combination cannot work; the message names an alternative.
         TypeError: there is no such option.
-        ValueError: no such exchange.
+        ValueError: there is no such exchange.
     """
     refuse_elastic()
     check_options("Reducer", exchange=exchange, process_set=process_set, **others)
@@ -299,13 +302,12 @@ def require_options(
 
 
 def meaning_of(variables: list[Any], compression: Method, **options: Any) -> dict[str, Any]:
-    """What a reducer's arguments come to: equal for two reducers that would do the same.
+    """A reducer's arguments in a normal form: equal for two reducers that would do the same.
 
     Args:
         variables: in the reducer's order.
         compression: see `Reducer`.
-        options: likewise; those that are left out have their defaults. Of `dense` its decisions
-            count, not the function.
+        options: see `Reducer`; defaults are filled in. `dense` is replaced by its decisions.
     """
     bound = inspect.signature(Reducer).bind(variables, compression, **options)
     bound.apply_defaults()

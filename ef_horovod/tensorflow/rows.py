@@ -1,4 +1,4 @@
-"""Sparse gradients of embeddings, sent as the rows that they touch."""
+"""Sparse gradients of embeddings, sent as rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Rows:
 
     @property
     def stats(self) -> ChannelStats:
-        """What was sent so far."""
+        """Statistics of all sends so far."""
         return self._channel.stats()
 
     def exchange(
@@ -41,10 +41,10 @@ class Rows:
 
         Args:
             gradient: this rank's; a row may occur more than once.
-            step: the step's number; that a step comes after the last one follows from it.
+            step: the step's number; this input keeps the order of steps.
 
         Returns:
-            Each row once, in float32, and whether all of them are finite.
+            Each row once, in float32, and whether all rows are finite.
         """
         values = tf.cast(gradient.values, tf.float32)
         inputs = [step, tf.cast(gradient.indices, tf.int64), values]

@@ -1,7 +1,7 @@
-"""The way to parameter servers from inside TensorFlow's graphs: without an op, messages just leave.
+"""Transport to parameter servers from inside TensorFlow's graphs, without a communication op.
 
-A channel's two halves run in `tf.numpy_function`s, `ask` in the first and the wait for the answer
-in the second. Between them the graph carries an empty tensor, so that the second comes later.
+A channel's two halves run in `tf.numpy_function`s: the first calls `ask`, the second waits for the
+answer. Between them the graph passes an empty tensor, so that the second runs later.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ T = TypeVar("T")
 
 
 class ServerBridge(Transport):
-    """Stands in for `HorovodTensorFlowTransport` and its `GraphBridge` where there are servers.
+    """Replaces `HorovodTensorFlowTransport` and its `GraphBridge` with servers.
 
-    TensorFlow's executor may run several buckets at once, and neither `ServerTransport` nor all of
-    MPI's thread levels allow that. So one goes at a time: a start is short, and the waits come in
-    the same order on all ranks. Bytes are counted for each bridge, as one is a bucket's.
+    TensorFlow's executor may run several buckets at once. Neither `ServerTransport` nor all of
+    MPI's thread levels allow that. So a lock runs one at a time: a start is short, and the waits
+    come in the same order on all ranks. Each bucket has a bridge, which counts its bytes.
 
     Args:
-        servers: what sends and receives.
-        lock: of that; default a new one.
+        servers: sends and receives.
+        lock: for `servers`; default a new one.
     """
 
     def __init__(self, servers: ServerTransport, lock: threading.Lock | None = None) -> None:
@@ -44,7 +44,7 @@ class ServerBridge(Transport):
         return True
 
     def bridge(self) -> ServerBridge:
-        """One more, with a count of bytes of its own."""
+        """Another bridge, with a separate count of bytes."""
         return ServerBridge(self._servers, self._lock)
 
     def handshake(
@@ -85,23 +85,23 @@ class ServerBridge(Transport):
         return self._servers.dense_nbytes(nbytes)
 
     def collect(self, name: str) -> np.ndarray:
-        """What the graph is to carry: nothing, for the message has left."""
+        """Empty, because the message was already sent."""
         return np.empty(0, np.uint8)
 
     def carry(self, name: str, message: tf.Tensor) -> tf.Tensor:
-        """No op at all."""
+        """Return the message; no op is needed."""
         return message
 
     def collect_slices(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Likewise."""
+        """Empty, as in `collect`."""
         return np.empty(0, np.uint8), np.empty(0, np.int32)
 
     def carry_slices(self, name: str, message: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-        """No op at all."""
+        """Return the message; no op is needed."""
         return message
 
     def bring(self, name: str, data: np.ndarray) -> None:
-        """Nothing: the answer comes from the servers."""
+        """Do nothing: the answer comes from the servers."""
 
     def _start(self, start: Callable[[], Callable[[], T]]) -> Callable[[], T]:
         finish = self._alone(start)

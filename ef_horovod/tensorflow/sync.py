@@ -1,4 +1,4 @@
-"""Are all ranks' parameters the same? Compared by hash, so that nothing trains apart unseen."""
+"""Compares all ranks' parameters by hash, so that no rank diverges unnoticed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 
 
 def require_in_sync(variables: Iterable[Any], timeout: float | None = None) -> None:
-    """Raise on all ranks unless the variables hold the same bits everywhere; collective.
+    """Raise on all ranks unless the variables are bitwise equal on all of them; collective.
 
     `ef.DistributedOptimizer`, `ef.Reducer` and `ef.TrainingCallback` call it after the first step.
 
@@ -27,7 +27,7 @@ def require_in_sync(variables: Iterable[Any], timeout: float | None = None) -> N
         timeout: seconds to wait for other ranks; default $EF_HOROVOD_TIMEOUT or 300.
 
     Raises:
-        OutOfSyncError: they differ; names two ranks and the likely reasons.
+        OutOfSyncError: variables differ; the message names two ranks and likely reasons.
         UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
 
     Example:
@@ -42,7 +42,7 @@ def require_in_sync(variables: Iterable[Any], timeout: float | None = None) -> N
 
 
 def require_horovod(what: str) -> None:
-    """Raise unless `hvd.init()` was called, which a job with parameter servers does without."""
+    """Raise unless `hvd.init()` was called; a job with parameter servers does not call it."""
     if not hvd.is_initialized():
         raise UnsupportedError(
             f"got {what} without an initialised Horovod, expected hvd.init() before it; in a job "
@@ -52,7 +52,7 @@ def require_horovod(what: str) -> None:
 
 
 def in_sync_op(variables: Sequence[tf.Variable], transport: GraphTransport) -> tf.Tensor:
-    """The same as an op of a graph, whose Python parts run when the executor gets there."""
+    """`require_in_sync` as a graph op; the executor runs its Python parts."""
     bridge = transport.bridge()
     finish: list[Callable[[], list[np.ndarray]]] = []
 

@@ -19,19 +19,19 @@ from ef_horovod.training.choice import wants_server
 class DistributedGradientTape(tf.GradientTape):
     """Wrap a `tf.GradientTape` so that `gradient` returns averages over all ranks, compressed.
 
-    A tape lives for one step, error memories for the whole training. They belong to a `Reducer`:
-    give one, to save it with checkpoints and to read its `stats()`; or give a method, and one is
-    made for the variables and kept as long as they are, one for each set of variables, in whatever
-    order they come. Method and options must mean the same at each step.
+    A tape lives for one step, error-feedback state for the whole training. The state belongs to a
+    `Reducer`. Pass a reducer if you want to save it with checkpoints or to read its `stats()`. If
+    you pass a method, a reducer is made for each set of variables, in any order, and kept as long
+    as the variables. Method and options must mean the same at each step.
 
     Args:
         tape: a `tf.GradientTape` that recorded the loss.
         compression: an `ef.Reducer`, or a method such as EF21(TopK(ratio=0.01)).
-        options: of `ef.Reducer`, if a method is given.
+        options: of `ef.Reducer`, if you pass a method.
 
     Raises:
-        UnsupportedError: options beside a reducer; an optimizer or reducer, beside which a tape
-            with a method cannot be in a job with parameter servers.
+        UnsupportedError: options were passed with a reducer. In a job with parameter servers: a
+            method was passed, but an optimizer or reducer exists already.
 
     Example:
         with tf.GradientTape() as tape:
@@ -67,8 +67,8 @@ class DistributedGradientTape(tf.GradientTape):
             sources: variables, or a structure of them; those of the reducer in its order.
 
         Raises:
-            UnsupportedError: a source is no variable; or method and options are not those of an
-                earlier step, which would start with empty error-feedback state. See also
+            UnsupportedError: a source is not a variable; or method and options differ from those of
+                an earlier step, which would start with empty error-feedback state. See also
                 `ef.Reducer.reduce`.
         """
         flat_sources = tf.nest.flatten(sources)
@@ -101,20 +101,20 @@ class _Kept(NamedTuple):
 def _kept_reducer(
     variables: list[Any], method: Method, options: dict[str, Any]
 ) -> tuple[Reducer, list[int]]:
-    """The reducer of these variables, made at the first call and kept with one of them.
+    """The reducer of these variables, made at the first call and stored in one of them.
 
-    A tape is made anew in every eager step and every trace; with a reducer of its own, each would
-    start with empty memories.
+    Every eager step and every trace makes a new tape. If each tape had a new reducer, each would
+    start with empty error-feedback state.
 
     Returns:
-        It, and the places of its variables among those given.
+        The reducer, and the places of its variables among the given ones.
 
     Raises:
         UnsupportedError: it was made with another method or other options.
     """
     place_of = {id(native(v)): i for i, v in enumerate(variables)}
     if len(place_of) < len(variables):
-        name_variables(variables)  # which says which one is there twice
+        name_variables(variables)  # raises, and names the duplicate
     owner = native(min(variables, key=lambda v: id(native(v))))
     all_kept = owner.__dict__.setdefault("_ef_reducers", {})
     kept = all_kept.get(frozenset(place_of))

@@ -1,4 +1,4 @@
-"""What a variable is called and where it lies, for tf.Variable, Keras 3 and tf_keras alike."""
+"""Names and devices of variables, for tf.Variable, Keras 3 and tf_keras."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def is_variable(what: Any) -> bool:
 
 
 def path_of(variable: Any) -> str:
-    """Its full name; Keras counts layers in it, so it may differ between ranks."""
+    """Its full name. It contains Keras' layer counters, so it may differ between ranks."""
     return str(getattr(variable, "path", variable.name))
 
 
 def own_name(variable: Any) -> str:
-    """The last part of its name, without Keras' counters: equal on ranks that count differently.
+    """The last part of its name, without Keras' counters, which may differ between ranks.
 
     Example:
         >>> own_name(tf.Variable(0.0, name="net/dense_3/kernel_1"))
@@ -41,7 +41,7 @@ def require_variables(variables: Any) -> list[Any]:
     """The argument as a list, if it holds variables.
 
     Raises:
-        UnsupportedError: a model, a single variable, or something else in place of variables.
+        UnsupportedError: the argument is a model, a single variable, or something else.
     """
     way_out = "pass a list of them, such as model.trainable_variables"
     if hasattr(type(variables), "trainable_variables"):
@@ -63,11 +63,11 @@ def require_variables(variables: Any) -> list[Any]:
 
 
 def name_variables(variables: Any) -> list[tuple[str, Any]]:
-    """(name, variable): place and the last part of the name, which are equal on all ranks.
+    """(name, variable) pairs; a name is the place and `own_name`, equal on all ranks.
 
     Raises:
-        ValueError: no variable at all, or one that occurs twice.
-        UnsupportedError: one is no variable, or complex.
+        ValueError: there is no variable, or one occurs twice.
+        UnsupportedError: one is not a variable, or complex.
     """
     listed = require_variables(variables)
     if not listed:
@@ -79,7 +79,7 @@ def name_variables(variables: Any) -> list[tuple[str, Any]]:
 
 
 def on_gpu(variable: Any) -> bool:
-    """Whether a variable's memory is a GPU's."""
+    """Whether a variable lies on a GPU."""
     return "GPU" in native(variable).device.upper()
 
 
@@ -87,12 +87,12 @@ def require_gradient_of(variable: Any, gradient: Any) -> None:
     """Raise unless a gradient is None, or of the variable's shape and of a floating type.
 
     Raises:
-        ValueError: another shape or type, with the variable's name.
+        ValueError: shape or type is wrong; the message names the variable.
     """
     if gradient is None:
         return
     shape = tf.TensorShape(variable.shape)
-    if isinstance(gradient, tf.IndexedSlices):  # rows: any number of them
+    if isinstance(gradient, tf.IndexedSlices):  # any number of rows
         shape, gradient = tf.TensorShape([None, *shape[1:]]), gradient.values
     got = getattr(gradient, "shape", None), getattr(gradient, "dtype", type(gradient).__name__)
     if (

@@ -1,4 +1,4 @@
-"""What the papers say in numbers: smoothness, step sizes, thresholds, bytes. NumPy only.
+"""The papers' theory in numbers: smoothness, step sizes, thresholds, bytes. NumPy only.
 
     >>> import ef_horovod as ef, numpy
     >>> A, y = numpy.array([[1.0, 0.0], [0.0, 2.0]]), numpy.array([1.0, -1.0])
@@ -9,8 +9,8 @@
     >>> bool(numpy.linalg.norm(problem.mean_gradient(run.x)) < 1e-2)
     True
 
-What a docstring calls "recalled" was written down from memory of a paper and not checked against
-its text; what it calls "derived here" follows from an argument that is given in the docstring.
+"Recalled" in a docstring: written from memory of a paper, not checked against its text. "Derived
+here": the docstring gives the argument.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The step size of EF21 with compression on both ways."""
+"""The step size of EF21 with compression in both directions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ def ef21_bc_step(constants: Smoothness, alpha: float, alpha_down: float) -> floa
     """EF21-BC, nonconvex: 1 / (L + L_QM ((1 + xi(alpha)) (1 + xi(alpha_down)) - 1)).
 
     Derived here, for compressors with ||C(x) - x||^2 <= (1 - alpha) ||x||^2 and ||C(x)|| <= ||x||
-    in every draw, as Top-k; the paper's own constants were not at hand. Let q = sqrt(1 - alpha), so
-    that xi = q / (1 - q), likewise r and alpha_down, D_t = ||x^{t+1} - x^t||, a_t = sqrt(mean ||h_i
-    - grad f_i||^2) for what the workers track, and e_t = ||G - mean h_i|| for what is announced:
+    in every draw, such as Top-k. The paper's constants were not available. Let q = sqrt(1 - alpha),
+    so that xi = q / (1 - q), and likewise r for alpha_down. Let D_t = ||x^{t+1} - x^t||. The error
+    of the workers' tracking is a_t = sqrt(mean ||h_i - grad f_i||^2). The error of the server's
+    broadcast is e_t = ||G - mean h_i||. Then:
 
         a_{t+1} <= q (a_t + L_QM D_t),    e_{t+1} <= r (e_t + a_t + L_QM D_t).
 
-    Summed over t, as norms of sequences and but for the start, a <= xi L_QM D and e <= xi_down (a
-    + L_QM D), so ||G - grad f|| <= a + e <= ((1 + xi) (1 + xi_down) - 1) L_QM D. With c for that
-    factor, f falls as long as step^2 c^2 + step L <= 1, and 1 / (L + c) is such a step.
+    Take norms of the sequences over t, up to terms of the start. Then a <= xi L_QM D and e <=
+    xi_down (a + L_QM D), so ||G - grad f|| <= a + e <= ((1 + xi) (1 + xi_down) - 1) L_QM D. With c
+    for that factor, f decreases if step^2 c^2 + step L <= 1. The step 1 / (L + c) satisfies this.
 
     Args:
         constants: of the problem.
@@ -26,7 +27,7 @@ def ef21_bc_step(constants: Smoothness, alpha: float, alpha_down: float) -> floa
         alpha_down: contraction of `down`; 1 gives `ef21_step`.
 
     Raises:
-        ValueError: alpha or alpha_down outside (0, 1].
+        ValueError: alpha or alpha_down is outside (0, 1].
 
     Example:
         >>> import ef_horovod as ef

@@ -1,4 +1,4 @@
-"""Hard thresholds for a budget: how many entries a worker may send on average."""
+"""Hard thresholds for a budget: the average number of entries that a worker sends."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class Calibration(NamedTuple):
 
     threshold: float
     average: float  # what run(threshold) returned
-    runs: int  # how often it was called
+    runs: int  # number of calls
 
 
 def threshold_from_budget(k: float) -> float:
-    """lambda = 1 / (2 sqrt(k)) for about k entries a step: a rule of thumb for deep networks.
+    """lambda = 1 / (2 sqrt(k)) for about k entries per step: a rule of thumb for deep networks.
 
-    It does not depend on the gradient's size, so it fits the scale of the networks that it comes
-    from (error feedback on raw gradients, learning rate outside) and nothing else. Use `calibrate`
-    for other losses.
+    It does not depend on the gradient's size. So it fits only the scale of the networks that it
+    comes from (error feedback on raw gradients, learning rate outside). Use `calibrate` for other
+    losses.
 
     Args:
-        k: wished entries a worker and step, positive.
+        k: desired entries per worker and step, positive.
 
     Returns:
         The threshold, in gradient units.
@@ -56,23 +56,23 @@ def calibrate(
     tolerance: float = 0.02,
     max_runs: int = 100,
 ) -> Calibration:
-    """Find the threshold at which a whole run sends `target` entries a worker and step on average.
+    """Find the threshold at which a run sends on average `target` entries per worker and step.
 
-    Goes from `start` by factors of 10 until the target lies between two runs, then bisects the
-    logarithm of the threshold.
+    The search moves from `start` by factors of 10 until the target lies between two runs. Then it
+    bisects the logarithm of the threshold.
 
     Args:
-        run: run(threshold) trains and returns the average; it must not grow with the threshold,
+        run: run(threshold) trains and returns the average, which must not grow with the threshold,
             up to noise within the tolerance.
-        target: wished average, positive.
-        start: first threshold to try, in the units of what is compressed.
+        target: desired average, positive.
+        start: first threshold to try, in the units of the compressed vector.
         limits: smallest and largest threshold to try.
-        tolerance: how far the average may be from the target, as a fraction of it.
-        max_runs: give up after so many calls.
+        tolerance: allowed distance of the average from the target, as a fraction of the target.
+        max_runs: largest number of calls.
 
     Raises:
-        ValueError: arguments out of range, an average that is negative or not finite, a target that
-            lies outside the averages at the limits, or one that the average jumps over.
+        ValueError: arguments are out of range, an average is negative or not finite, the target
+            lies outside the averages at the limits, or the average jumps over the target.
 
     Example:
         >>> import ef_horovod as ef, numpy
@@ -97,7 +97,7 @@ def calibrate(
 
 
 class _Search:
-    """One calibration: counts the runs and knows when the target is met."""
+    """One calibration: counts the runs and checks whether the target is met."""
 
     def __init__(
         self, run: Callable[[float], float], target: float, tolerance: float, max_runs: int
@@ -109,7 +109,7 @@ class _Search:
     def bracket(self, start: float, low: float, high: float) -> tuple[float, float]:
         """Two thresholds, at most a factor 10 apart, with the target between their averages."""
         threshold = start
-        down = self._average(start) < self._target  # too few are sent
+        down = self._average(start) < self._target  # too few entries are sent
         while not self._met(threshold):
             beyond = max(threshold / 10, low) if down else min(threshold * 10, high)
             if beyond == threshold:
@@ -166,9 +166,9 @@ class _Search:
 def optimal_threshold(vectors: Sequence[np.ndarray] | np.ndarray, total: int) -> float:
     """The K-th largest magnitude of all entries of all vectors.
 
-    For a fixed sequence x_1, ..., x_T, a hard threshold there has the smallest total error
-    sum_t ||x_t - C(x_t)||^2 among all ways to send K entries overall. Entries that tie with it
-    are all kept, so more than K may be sent then.
+    For a fixed sequence x_1, ..., x_T, a hard threshold at this value has the smallest total error
+    sum_t ||x_t - C(x_t)||^2 among all ways to send K entries overall. Ties are all kept, so more
+    than K entries may be sent.
 
     Args:
         vectors: arrays of any shape, for example float32[T, d].
@@ -178,7 +178,7 @@ def optimal_threshold(vectors: Sequence[np.ndarray] | np.ndarray, total: int) ->
         The threshold, in the units of the vectors; keep |x| >= threshold.
 
     Raises:
-        ValueError: K out of range, or a magnitude that is not finite.
+        ValueError: K is out of range, or a magnitude is not finite.
 
     Example:
         >>> import ef_horovod as ef, numpy
@@ -201,7 +201,7 @@ def optimal_threshold(vectors: Sequence[np.ndarray] | np.ndarray, total: int) ->
 
 
 def dropped_error(vectors: Sequence[np.ndarray] | np.ndarray, threshold: float) -> float:
-    """Total error sum_t ||x_t - C(x_t)||^2 of a hard threshold: all squares below it.
+    """Total error sum_t ||x_t - C(x_t)||^2 of a hard threshold: the sum of all squares below it.
 
     Args:
         vectors: arrays of any shape.

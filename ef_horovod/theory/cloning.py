@@ -1,4 +1,4 @@
-"""Cloning: split the workers that are hard to follow, in thought or in fact."""
+"""Cloning: split workers with large smoothness constants, in the analysis or in the job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ef_horovod.theory.smoothness import Smoothness
 
 
 class Cloning(NamedTuple):
-    """How often each worker is copied, and what that does to the constants."""
+    """The number of copies of each worker, and the resulting constants."""
 
     copies: np.ndarray  # int64[n], N_i = ceil(L_i / L_AM)
     total: int  # N = sum N_i, from n to 2 n
@@ -23,14 +23,14 @@ class Cloning(NamedTuple):
 def clone(L_i: Sequence[float]) -> Cloning:
     """N_i = ceil(L_i / L_AM) clones of worker i, each with the loss (N / (n N_i)) f_i.
 
-    The mean over the clones is f again. EF21 over the clones may take 1 / (L + L_QM xi) with their
-    L_QM; the weights of EF21-W reach L_AM without any clones.
+    The mean over the clones is f again. EF21 over the clones may use 1 / (L + L_QM xi) with their
+    L_QM. The weights of EF21-W reach L_AM without clones.
 
     Args:
         L_i: smoothness constants of the n workers, finite and positive.
 
     Raises:
-        ValueError: no constants, or one out of range.
+        ValueError: there are no constants, or one is out of range.
 
     Example:
         >>> import ef_horovod as ef
@@ -43,7 +43,7 @@ def clone(L_i: Sequence[float]) -> Cloning:
         sqrt(2), from its reviews; the formulas were derived again.
     """
     each, mean = _constants(L_i)
-    # A little less than the ratio, so that equal L_i, whose mean is rounded, are not all doubled.
+    # Slightly below the ratio: otherwise rounding of the mean could double all of equal L_i.
     copies = np.maximum(np.ceil(each / mean * (1 - 1e-12)), 1).astype(np.int64)
     total = int(copies.sum())
     scale = total / (each.size * copies)
@@ -52,14 +52,14 @@ def clone(L_i: Sequence[float]) -> Cloning:
 
 
 def cloned_L_QM(L_i: Sequence[float], copies: Sequence[int] | np.ndarray) -> float:
-    """L_QM of any numbers of clones: sqrt((N / n^2) sum_i L_i^2 / N_i).
+    """L_QM for any numbers of clones: sqrt((N / n^2) sum_i L_i^2 / N_i).
 
     Args:
         L_i: smoothness constants of the n workers, finite and positive.
         copies: N_i >= 1 of each.
 
     Raises:
-        ValueError: constants or numbers out of range, or not equally many.
+        ValueError: constants or numbers are out of range, or differ in length.
 
     Example:
         >>> import ef_horovod as ef
@@ -80,5 +80,5 @@ def cloned_L_QM(L_i: Sequence[float], copies: Sequence[int] | np.ndarray) -> flo
 
 
 def _constants(L_i: Sequence[float]) -> tuple[np.ndarray, float]:
-    checked = Smoothness(max(L_i, default=1.0), L_i)  # L is not used, and the largest L_i bounds it
+    checked = Smoothness(max(L_i, default=1.0), L_i)  # L is unused; the largest L_i bounds it
     return np.array(checked.L_i), checked.L_AM

@@ -1,4 +1,4 @@
-"""The papers' test problems, for `ef_horovod.simulate`, and the files that they are read from."""
+"""The papers' test problems, for `ef_horovod.simulate`, and a reader for their data files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shard(NamedTuple):
 class Problem:
     """f = (1/n) sum_i f_i, with f_i the mean loss over worker i's rows plus a regulariser.
 
-    `gradient` is what `simulate` wants. All numbers are float64.
+    Pass `gradient` to `simulate`. All numbers are float64.
 
     Args:
         shards: each worker's rows.
@@ -42,8 +42,8 @@ class Problem:
         lam: its weight, at least 0.
 
     Raises:
-        ValueError: names or lam as for `smoothness_constants`, shapes that do not fit, or labels
-            other than -1 and +1 with the logistic loss.
+        ValueError: names or lam as for `smoothness_constants`, shapes do not fit, or labels are not
+            -1 and +1 with the logistic loss.
 
     Example:
         >>> import ef_horovod as ef, numpy
@@ -98,17 +98,17 @@ class Problem:
         features, labels = self.shards[worker]
         scores = features @ x
         if self.loss == "logistic":
-            losses = np.logaddexp(0, -labels * scores)  # log(1 + exp(.)) that does not overflow
+            losses = np.logaddexp(0, -labels * scores)  # log(1 + exp(.)) without overflow
         else:
             losses = (scores - labels) ** 2 / 2
         return float(losses.mean() + self._penalty(x))
 
     def gradient(self, worker: int, x: np.ndarray, step: int = 0) -> np.ndarray:
-        """grad f_worker(x), float64[d]; the step makes no difference."""
+        """grad f_worker(x), float64[d]; the step is ignored."""
         return self._gradient(*self.shards[worker], x)
 
     def batch_gradient(self, worker: int, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The gradient over some of the worker's rows, with all of the regulariser: float64[d]."""
+        """The gradient over some of the worker's rows, with the full regulariser: float64[d]."""
         features, labels = self.shards[worker]
         return self._gradient(features[rows], labels[rows], x)
 
@@ -123,7 +123,7 @@ class Problem:
     def _gradient(self, features: np.ndarray, labels: np.ndarray, x: np.ndarray) -> np.ndarray:
         scores = features @ x
         if self.loss == "logistic":
-            # -y / (1 + exp(y s)), by a function that does not overflow
+            # -y / (1 + exp(y s)) without overflow
             slopes = -labels * (1 - np.tanh(labels * scores / 2)) / 2
         else:
             slopes = scores - labels
@@ -156,7 +156,7 @@ def contiguous_shards(features: np.ndarray, labels: np.ndarray, n: int) -> list[
         n shards that are views of the data.
 
     Raises:
-        ValueError: n out of range, or not one label for each row.
+        ValueError: n is out of range, or there is not one label for each row.
 
     Example:
         >>> import ef_horovod as ef, numpy
@@ -184,15 +184,16 @@ def load_libsvm(
     """Read a LIBSVM text file of two classes, plain or .gz.
 
     Args:
-        path: lines of "label index:value ...", with indices from 1 on.
-        num_features: d, for files whose last features do not occur; None for the largest index.
+        path: lines of "label index:value ...", with indices from 1.
+        num_features: d, for files in which the last features do not occur; None for the largest
+            index.
 
     Returns:
         Features float64[N, d] and labels float64[N], the smaller label as -1, the larger as +1.
 
     Raises:
-        FileNotFoundError: there is no such file; says where to get it.
-        ValueError: a line that is not in the format, or not exactly two classes.
+        FileNotFoundError: there is no such file; the message says where to get it.
+        ValueError: a line is not in the format, or there are not exactly two classes.
 
     Example:
         >>> import ef_horovod as ef, pathlib, tempfile

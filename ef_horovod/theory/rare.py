@@ -1,4 +1,4 @@
-"""Rare features: who owns which coordinate, and the step sizes that this allows."""
+"""Rare features: which worker owns which coordinate, and the step sizes that this allows."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ef_horovod.theory.steps import require_fraction, xi
 
 
 class RareFeatures(NamedTuple):
-    """How thinly features are spread over n workers."""
+    """How sparsely features are spread over n workers."""
 
-    c: int  # most workers that own one feature, 1 to n
-    r: int  # most features that one worker owns, 1 to d
+    c: int  # largest number of workers that own one feature, 1 to n
+    r: int  # largest number of features that one worker owns, 1 to d
     W: float  # largest total weight of the owners of one feature, in (0, 1]
 
 
 def supports(features: Sequence[np.ndarray]) -> np.ndarray:
-    """Which worker owns which feature: bool[n, d], whether a column of A_i has an entry but zero.
+    """Which worker owns which feature: bool[n, d], True if a column of A_i has a nonzero entry.
 
     Args:
         features: float64[N_i, d] of each worker.
 
     Raises:
-        ValueError: no matrices, or of different widths.
+        ValueError: there are no matrices, or their widths differ.
 
     Example:
         >>> import ef_horovod as ef, numpy
@@ -47,15 +47,16 @@ def supports(features: Sequence[np.ndarray]) -> np.ndarray:
 def rare_features(owned: np.ndarray, L_i: Sequence[float] | None = None) -> RareFeatures:
     """c, r and W of a support matrix.
 
-    c counts the owners of the most common feature, r the features of the largest owner, and W =
-    max_j sum_{i owns j} w_i with w_i = L_i / sum L.
+    c counts the owners of the most common feature, r the features of the largest owner. W = max_j
+    sum_{i owns j} w_i with w_i = L_i / sum L.
 
     Args:
-        owned: bool[n, d], as `supports` gives it.
-        L_i: smoothness constants of the n workers, positive; None for equal ones, and then W = c/n.
+        owned: bool[n, d], from `supports`.
+        L_i: smoothness constants of the n workers, positive; None for equal ones, so that W = c/n.
 
     Raises:
-        ValueError: not a matrix, nobody owns anything, or not one L_i for each worker.
+        ValueError: `owned` is not a matrix or has no True entry, or there is not one L_i for each
+            worker.
 
     Example:
         >>> import ef_horovod as ef, numpy
@@ -84,19 +85,19 @@ def rare_features(owned: np.ndarray, L_i: Sequence[float] | None = None) -> Rare
 
 
 def rare_features_step(constants: Smoothness, alpha: float, c: int) -> float:
-    """EF21 where each feature has at most c owners, unweighted: 1 / (L + sqrt(c / n) L_QM xi).
+    """EF21 if each feature has at most c owners, unweighted: 1 / (L + sqrt(c / n) L_QM xi).
 
     Derived here: the a_i = g_i - grad f_i vanish outside worker i's features, so at most c of them
-    meet in a coordinate and ||mean a_i||^2 <= (c / n) mean ||a_i||^2. That needs gradients that
-    vanish there too: a regulariser on all coordinates makes every worker own every feature.
+    overlap in a coordinate and ||mean a_i||^2 <= (c / n) mean ||a_i||^2. The gradients must vanish
+    there too: a regulariser on all coordinates makes every worker own every feature.
 
     Args:
         constants: of the problem.
-        alpha: contraction on a worker's own features, k / r for Top-k, in (0, 1].
-        c: most owners of a feature, 1 to n; see `rare_features`.
+        alpha: contraction on a worker's features, k / r for Top-k, in (0, 1].
+        c: largest number of owners of a feature, 1 to n; see `rare_features`.
 
     Raises:
-        ValueError: alpha or c out of range.
+        ValueError: alpha or c is out of range.
 
     Example:
         >>> import ef_horovod as ef
@@ -119,17 +120,17 @@ def rare_features_w_step(constants: Smoothness, alpha: float, W: float) -> float
     """EF21 with rare features and weights: 1 / (L + sqrt(W) L_AM xi).
 
     Derived here, under the condition of `rare_features_step`: W = max_j sum_{i owns j} w_i, and
-    Jensen within each coordinate gives ||mean a_i||^2 <= W sum ||a_i||^2 / (n^2 w_i). The form
-    with c / n in place of W that Error Feedback Reloaded is said to have is recalled only, and is
-    not what this computes.
+    Jensen within each coordinate gives ||mean a_i||^2 <= W sum ||a_i||^2 / (n^2 w_i). Error
+    Feedback Reloaded may have a form with c / n instead of W. That form is only recalled, and this
+    function does not compute it.
 
     Args:
         constants: of the problem.
-        alpha: contraction on a worker's own features, in (0, 1].
-        W: largest weight that owns one feature, in (0, 1]; see `rare_features`.
+        alpha: contraction on a worker's features, in (0, 1].
+        W: largest total weight of a feature's owners, in (0, 1]; see `rare_features`.
 
     Raises:
-        ValueError: alpha or W outside (0, 1].
+        ValueError: alpha or W is outside (0, 1].
 
     Example:
         >>> import ef_horovod as ef

@@ -11,7 +11,7 @@ import numpy as np
 Loss = Literal["logistic", "squares"]
 Regulariser = Literal["none", "l2", "nonconvex"]
 
-# Largest second derivative of a row's loss in a^T x: of log(1 + exp(-z)), and of z^2 / 2.
+# Largest second derivative of a row's loss by a^T x: of log(1 + exp(-z)), and of z^2 / 2.
 _CURVATURE = {"logistic": 0.25, "squares": 1.0}
 # Largest second derivative of the regulariser by each x_j: of x^2 / 2, and of x^2 / (1 + x^2).
 _PENALTY = {"none": 0.0, "l2": 1.0, "nonconvex": 2.0}
@@ -34,7 +34,7 @@ class Smoothness:
         weights: float64[n], w_i = L_i / sum_j L_j.
 
     Raises:
-        ValueError: no worker, or a constant that is not a finite positive number.
+        ValueError: there is no worker, or a constant is not a finite positive number.
 
     Example:
         >>> import ef_horovod as ef
@@ -76,9 +76,7 @@ class Smoothness:
 
     @property
     def L_var(self) -> float:
-        return float(
-            np.var(self.L_i)
-        )  # the same as the difference of squares, without its rounding
+        return float(np.var(self.L_i))  # L_QM^2 - L_AM^2 with less rounding
 
     @property
     def weights(self) -> np.ndarray:
@@ -95,8 +93,8 @@ def smoothness_constants(
 ) -> Smoothness:
     """L and L_i of the mean loss over each worker's rows.
 
-    With N_i rows on worker i, c = 1/4 for `logistic` and 1 for `squares`, and s = 0, 1 or 2 for no,
-    the l2 or the nonconvex regulariser: L_i = c lambda_max(A_i^T A_i) / N_i + s lam. The losses
+    L_i = c lambda_max(A_i^T A_i) / N_i + s lam, with N_i rows on worker i, c = 1/4 for `logistic`
+    and 1 for `squares`, and s = 0, 1 or 2 for no, the l2 or the nonconvex regulariser. The losses
     are those of `Problem`.
 
     Args:
@@ -104,12 +102,12 @@ def smoothness_constants(
         loss: "logistic" is log(1 + exp(-y a^T x)), "squares" is (a^T x - y)^2 / 2.
         regulariser: "l2" is (lam / 2) ||x||^2, "nonconvex" is lam sum_j x_j^2 / (1 + x_j^2).
         lam: its weight, at least 0.
-        pooled: L from all rows with equal weight, as in the reference code; False gives each
-            worker the same weight, which is what (1/n) sum_i f_i does. They are the same where
-            all workers have equally many rows.
+        pooled: L from all rows with equal weight, as in the reference code. False gives each worker
+            the same weight, as in (1/n) sum_i f_i. Both are equal if all workers have the same
+            number of rows.
 
     Raises:
-        ValueError: an unknown name, a negative lam, or matrices that are empty, not finite or of
+        ValueError: a name is unknown, lam is negative, or matrices are empty, not finite or of
             different widths.
 
     Example:
@@ -142,14 +140,14 @@ def gram_norm(
         weights: w_i, at least 0; None for ones.
 
     Raises:
-        ValueError: matrices that are empty, not finite or of different widths.
+        ValueError: matrices are empty, not finite or of different widths.
 
     Example:
         >>> import ef_horovod as ef, numpy
         >>> round(ef.theory.gram_norm([numpy.array([[3.0, 4.0]])]), 9)
         25.0
     """
-    return max(float(_gram_eigenvalues(features, weights)[-1]), 0.0)  # rounding can go below zero
+    return max(float(_gram_eigenvalues(features, weights)[-1]), 0.0)  # rounding can give < 0
 
 
 def pl_constant(
@@ -158,10 +156,10 @@ def pl_constant(
     regulariser: Regulariser = "none",
     lam: float = 0.0,
 ) -> float:
-    """mu with ||grad f(x)||^2 >= 2 mu (f(x) - f*), where it follows from the data.
+    """mu with ||grad f(x)||^2 >= 2 mu (f(x) - f*), if it follows from the data.
 
-    For `squares` alone the smallest eigenvalue of (1/n) sum_i A_i^T A_i / N_i that is not zero,
-    whatever the rank; with l2 its smallest eigenvalue plus lam; for `logistic` with l2, lam.
+    Let M = (1/n) sum_i A_i^T A_i / N_i. `squares` alone: the smallest nonzero eigenvalue of M, for
+    any rank. `squares` with l2: the smallest eigenvalue of M plus lam. `logistic` with l2: lam.
 
     Args:
         features: float64[N_i, d] of each worker.
@@ -196,11 +194,11 @@ def pl_constant(
 
 
 def _smallest_eigenvalue(features: Sequence[np.ndarray], *, or_nonzero: bool) -> float:
-    """Of (1/n) sum_i A_i^T A_i / N_i; the smallest that is not zero if asked."""
+    """Smallest eigenvalue of (1/n) sum_i A_i^T A_i / N_i; the smallest nonzero one if asked."""
     rows = np.array([len(A) for A in features])
     size = max(int(rows.sum()), features[0].shape[1])
     eigenvalues = _gram_eigenvalues(features, 1 / (len(rows) * rows))
-    tiny = eigenvalues[-1] * size * np.finfo(float).eps  # what rounding makes of a zero
+    tiny = eigenvalues[-1] * size * np.finfo(float).eps  # a zero after rounding
     nonzero = eigenvalues[eigenvalues > tiny]
     if or_nonzero:
         return float(nonzero.min(initial=np.inf)) if nonzero.size else 0.0
@@ -226,7 +224,7 @@ def _gram_eigenvalues(
     _require_matrices(features)
     w = np.ones(len(features)) if weights is None else np.asarray(weights, float)
     width = features[0].shape[1]
-    if sum(len(A) for A in features) >= width:  # and without a stacked copy of the data
+    if sum(len(A) for A in features) >= width:  # avoids a stacked copy of the data
         gram = np.zeros((width, width))
         for A, weight in zip(features, w, strict=True):
             gram += weight * (A.T @ A)

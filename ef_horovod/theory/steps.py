@@ -1,4 +1,4 @@
-"""Step sizes that the theorems allow. alpha is `compressor.contraction(d)`."""
+"""Step sizes allowed by the theorems. alpha is `compressor.contraction(d)`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def beta(alpha: float) -> float:
 
 
 def xi(alpha: float) -> float:
-    """xi = sqrt(beta / theta) = (1 + sqrt(1 - alpha)) / alpha - 1: what compression costs.
+    """xi = sqrt(beta / theta) = (1 + sqrt(1 - alpha)) / alpha - 1: the cost of compression.
 
     It is 0 for alpha = 1 and about 2 / alpha for small alpha.
 
@@ -68,7 +68,7 @@ def xi(alpha: float) -> float:
         EF21 (NeurIPS 2021), Theorem 2 of the authors' poster; named xi in Error
         Feedback Reloaded (ICLR 2024).
     """
-    require_fraction("alpha", alpha)  # before the root is taken
+    require_fraction("alpha", alpha)  # before the square root
     return math.sqrt(1 - alpha) / theta(alpha)
 
 
@@ -121,10 +121,10 @@ def ef21_step(constants: Smoothness, alpha: float) -> float:
 def ef21_am_step(constants: Smoothness, alpha: float) -> float:
     """EF21, nonconvex, with the arithmetic mean: 1 / (L + L_AM xi), never below `ef21_step`.
 
-    Derived here, as two secondary sources on Theorem 3 of the paper say it: with w_i = L_i /
-    sum_j L_j, Jensen gives ||mean a_i||^2 <= sum ||a_i||^2 / (n^2 w_i), and sum L_i^2 / (n^2 w_i)
-    = L_AM^2, so the proof of `ef21_step` goes through with G = sum ||g_i - grad f_i||^2 / (n^2
-    w_i) in place of the mean.
+    Derived here; two secondary sources on Theorem 3 of the paper agree. With w_i = L_i / sum_j L_j,
+    Jensen gives ||mean a_i||^2 <= sum ||a_i||^2 / (n^2 w_i), and sum L_i^2 / (n^2 w_i) = L_AM^2. So
+    the proof of `ef21_step` holds with G = sum ||g_i - grad f_i||^2 / (n^2 w_i) instead of the
+    mean.
 
     Args:
         constants: of the problem.
@@ -171,7 +171,7 @@ def ef21_w_step(constants: Smoothness, alpha: float) -> float:
 def ef21_pl_step(constants: Smoothness, alpha: float, mu: float) -> float:
     """EF21 under the PL condition: min{1 / (L + sqrt(2) L_QM xi), theta / (2 mu)}.
 
-    Psi = f - f* + (step / theta) mean ||g_i - grad f_i||^2 then shrinks by 1 - step mu a round.
+    Psi = f - f* + (step / theta) mean ||g_i - grad f_i||^2 then shrinks by 1 - step mu per round.
 
     Args:
         constants: of the problem.
@@ -193,10 +193,9 @@ def ef21_pl_step(constants: Smoothness, alpha: float, mu: float) -> float:
 
 
 def ef21_am_pl_step(constants: Smoothness, alpha: float, mu: float) -> float:
-    """EF21 under the PL condition, with L_AM in place of L_QM.
+    """EF21 under the PL condition, with L_AM instead of L_QM.
 
-    Derived here: the proof of `ef21_pl_step` with the weighted G of `ef21_am_step`, which is then
-    also in Psi.
+    Derived here: the proof of `ef21_pl_step` with the weighted G of `ef21_am_step`, also in Psi.
 
     Args:
         constants: of the problem.
@@ -247,9 +246,9 @@ def ef21_pp_step(
     """EF21-PP, workers join with probability p each: 1 / (L + sqrt(B / theta_p)).
 
     theta = 1 - (1 + s)(1 - alpha), beta = (1 + 1/s)(1 - alpha), theta_p = p theta - (1 - p) rho,
-    B = (p beta + (1 + 1/rho)(1 - p)) L_QM^2. Any s, rho > 0 with theta_p > 0 are allowed; the
-    default is the reference code's and far from the best. `pp_best_s` gives the best for both,
-    and with it the step is 1 / (L + L_QM xi(p alpha)) (derived here).
+    B = (p beta + (1 + 1/rho)(1 - p)) L_QM^2. Any s, rho > 0 with theta_p > 0 are allowed. The
+    default is that of the reference code and far from the best. `pp_best_s` gives the best value
+    for both. The step is then 1 / (L + L_QM xi(p alpha)) (derived here).
 
     Args:
         constants: of the problem.
@@ -258,7 +257,7 @@ def ef21_pp_step(
         s, rho: free constants of Young's inequality, positive.
 
     Raises:
-        ValueError: alpha, p, s or rho out of range, or theta_p <= 0.
+        ValueError: alpha, p, s or rho is out of range, or theta_p <= 0.
 
     Example:
         >>> import ef_horovod as ef
@@ -279,10 +278,10 @@ def ef21_pp_step(
 def ef21_w_pp_step(
     constants: Smoothness, alpha: float, p: float, *, s: float = 1e-3, rho: float = 1e-3
 ) -> float:
-    """EF21-W-PP: `ef21_pp_step` with L_AM in place of L_QM.
+    """EF21-W-PP: `ef21_pp_step` with L_AM instead of L_QM.
 
-    Derived here from the lemma of EF21-PP with the weights of `ef21_w_step`. The paper's own
-    constants were not at hand.
+    Derived here from the lemma of EF21-PP with the weights of `ef21_w_step`. The paper's constants
+    were not available.
 
     Args:
         constants: of the problem.
@@ -305,11 +304,11 @@ def ef21_w_pp_step(
 
 
 def pp_best_s(alpha: float, p: float) -> float:
-    """s = rho = 1 / sqrt(1 - p alpha) - 1: where `ef21_pp_step` is largest. Derived here.
+    """s = rho = 1 / sqrt(1 - p alpha) - 1, which maximise `ef21_pp_step`. Derived here.
 
-    A worker that stays away sends C'(x) = 0, so C' is a contraction with p alpha, and EF21-PP is
-    EF21 with C'. These s and rho give exactly xi(p alpha). For p alpha = 1 both are infinite and
-    any finite number serves; 1.0 is returned.
+    An absent worker sends C'(x) = 0, so C' is a contraction with p alpha, and EF21-PP is EF21 with
+    C'. These s and rho give exactly xi(p alpha). For p alpha = 1 both are infinite, and any finite
+    number works; 1.0 is returned.
 
     Args:
         alpha: contraction in (0, 1].
@@ -332,7 +331,7 @@ def pp_best_s(alpha: float, p: float) -> float:
 def ef21_sgdm_recalled_step(constants: Smoothness, alpha: float, eta: float) -> float:
     """EF21-SGDM: min{alpha / (20 L_QM), eta / (7 L)}. Recalled: the constants are not verified.
 
-    Take it as a first guess and tune from there.
+    Use it as a first guess, then tune.
 
     Args:
         constants: of the problem.

@@ -7,7 +7,7 @@
     optimizer = ef.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(),
                                         compression=ef.EF21(ef.TopK(ratio=0.01)))
 
-All of the core (`ef.TopK`, `ef.EF21`, `ef.simulate`, ...) is reachable from here too.
+The whole core (`ef.TopK`, `ef.EF21`, `ef.simulate`, ...) is available here too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ with explained("ef_horovod.torch"):
     from ef_horovod.torch.optimizer import DistributedOptimizer
     from ef_horovod.torch.sync import require_in_sync
 
-openmpi.set_prefix()  # hvd.init() comes later; without mpirun it would not find Open MPI's files
+openmpi.set_prefix()  # before hvd.init(): without mpirun it would not find Open MPI's files
 
 __all__ = [
     "Compression",

@@ -1,4 +1,4 @@
-"""Averages that were delivered by `synchronize()`: are they applied, kept or thrown away?"""
+"""Tracks whether averages from `synchronize()` were applied, kept or discarded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ef_horovod.torch.buckets import Taken
 
 
 class Averages:
-    """What is in `p.grad` after `synchronize()`, until `step()`.
+    """The averages in `p.grad` between `synchronize()` and `step()`.
 
     Args:
-        parameters: whose gradients are averages now.
+        parameters: their gradients are averages now.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -21,20 +21,20 @@ class Averages:
         self._gradients = {p: Taken.of(p.grad, sampled=False) for p in self._before}
 
     def were_applied(self) -> bool:
-        """Whether parameters were changed since: by hand, or by an optimizer inside (SAM)."""
+        """Whether parameters have changed since: by hand, or by an inner optimizer (SAM)."""
         return any(not taken.is_unchanged(p) for p, taken in self._before.items())
 
     def were_kept(self, parameter: torch.Tensor) -> bool:
-        """Whether the gradient that a backward pass has brought contains the average.
+        """Whether the gradient after another backward pass still contains the average.
 
         Raises:
-            RuntimeError: it cannot be told.
+            RuntimeError: this cannot be determined.
         """
         average, now = self._gradients[parameter], parameter.grad
         if now is not average.gradient or self.were_applied():
             return False
         if now is not None and now._version == average.version + 1:
-            return True  # the pass has added to it
+            return True  # the pass added to it
         raise RuntimeError(
             "got a backward pass after synchronize() without step(), and averaged gradients that "
             "were changed, expected step(), or zero_grad() or discard() to leave the step out; "

@@ -1,4 +1,4 @@
-"""A bucket of torch parameters: how it is filled, sent and given back."""
+"""A bucket of torch parameters: filling, sending, delivering."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ef_horovod.training.buckets import BucketPlan, Slot
 from ef_horovod.training.choice import Choice
 from ef_horovod.transports.base import Transport
 
-_SAMPLE = 32  # numbers of each gradient by which changes are noticed
+_SAMPLE = 32  # sampled entries per gradient, to detect changes
 
 
 class Bucket:
-    """Parameters that travel together, and their channel.
+    """Parameters that are sent together, and their channel.
 
-    A gradient that is alone in its bucket and stays uncompressed is summed where it lies.
+    A single uncompressed gradient is summed in place, without a copy.
     """
 
     def __init__(self, channel: Channel, slots: list[Slot]) -> None:
@@ -30,7 +30,7 @@ class Bucket:
 
     @classmethod
     def open(cls, plan: BucketPlan, choice: Choice, transport: Transport, *, seed: int) -> Bucket:
-        """A bucket that travels as chosen."""
+        """A bucket that is sent by the given choice."""
         like = torch.empty(plan.length, device=plan.slots[0].parameter.device)
         return cls(choice.open(plan.name, like, transport, seed=seed), plan.slots)
 
@@ -38,18 +38,18 @@ class Bucket:
         """Copy a parameter's gradient (zeros if it has none) into the bucket, unscaled.
 
         Args:
-            slot: the parameter's.
-            loss_scale: what the gradient is multiplied by.
-            in_place: whether it may be summed where it lies.
+            slot: of the parameter.
+            loss_scale: factor that the gradient contains.
+            in_place: whether the gradient may be summed in place.
         """
         gradient = slot.parameter.grad
         if self._alone and in_place and loss_scale == 1.0 and _is_plain(gradient):
             self.filled[slot.parameter] = Taken.of(gradient, sampled=False)
-            # `data`: the sum in it must not count as a change by the user.
+            # `.data`: the in-place allreduce must not count as a change by the user.
             self.channel.gradient = gradient.data.view(-1)
             return
         if self._alone:
-            self.channel.gradient = self._own  # and not a gradient that was taken before
+            self.channel.gradient = self._own  # drop the gradient of an earlier step
         self.filled[slot.parameter] = Taken.of(gradient)
         target = self.channel.gradient[slot.start : slot.stop].view(slot.parameter.shape)
         if gradient is None:
@@ -65,7 +65,7 @@ class Bucket:
         self.channel.start(step)
 
     def deliver(self, direction: torch.Tensor | None, factor: float) -> None:
-        """Give each parameter its part of direction * factor as gradient, NaN if there is none."""
+        """Write `direction` * factor into the parameters' gradients; NaN if it is None."""
         for slot in self.slots:
             if slot.parameter.grad is None or slot.parameter.grad.is_sparse:
                 slot.parameter.grad = torch.zeros_like(slot.parameter)
@@ -75,27 +75,27 @@ class Bucket:
                 continue
             part = direction[slot.start : slot.stop].view(slot.parameter.shape)
             if factor != 1.0:
-                part = part * factor  # scaled before it is rounded
+                part = part * factor  # scale before rounding
             if part.data_ptr() != gradient.data_ptr():
                 gradient.copy_(part)
         if self._alone:
-            self.channel.gradient = self._own  # and not what the user may free
+            self.channel.gradient = self._own  # the user may free the gradient
 
     def release(self) -> None:
-        """Give up what `fill` has taken, before the next step."""
+        """Forget the filled gradients before the next step."""
         self.filled, self.started = {}, False
 
 
 class Taken(NamedTuple):
-    """A gradient as of when it was copied into a bucket."""
+    """Snapshot of a gradient at the time it was copied into a bucket."""
 
     gradient: torch.Tensor | None
-    version: int  # how often it was changed in place
-    sample: torch.Tensor | None  # some of its numbers: not all changes raise the version
+    version: int  # torch's count of in-place changes
+    sample: torch.Tensor | None  # some entries, because not all changes raise the version
 
     @classmethod
     def of(cls, gradient: torch.Tensor | None, *, sampled: bool = True) -> Taken:
-        """The gradient as it is now."""
+        """Take a snapshot of the gradient."""
         if gradient is None:
             return cls(None, 0, None)
         dense = sampled and not gradient.is_sparse
@@ -106,23 +106,23 @@ class Taken(NamedTuple):
         if gradient is None or self.gradient is None:
             return self.gradient is gradient
         if gradient.is_sparse and gradient.dtype == torch.float16:
-            return True  # a GradScaler has others put in their place
+            return True  # a GradScaler replaces these tensors
         if gradient._is_view():
-            return self.gradient is gradient  # views of one buffer have one version: samples tell
+            return self.gradient is gradient  # views share one version; rely on samples
         return self.gradient is gradient and gradient._version == self.version
 
     def is_unchanged(self, now: torch.Tensor) -> bool:
-        """Whether the sample is the same, too, which was taken."""
+        """Whether tensor, version and sample are the same; needs a sample."""
         assert self.sample is not None
         return self.is_current(now) and _are_same(self.sample, _sample_of(now).contiguous())
 
 
 def require_untouched(buckets: Iterable[Bucket], factor: float | None = None) -> None:
-    """Raise if a gradient was changed after it had been taken: the change would be lost.
+    """Raise if a gradient was changed after it was taken, because the change would be lost.
 
     Args:
-        buckets: whose gradients are compared, as far as they were taken.
-        factor: what a GradScaler has multiplied all of them by since, if one has.
+        buckets: their taken gradients are checked.
+        factor: by which a GradScaler has multiplied all of them since, if any.
 
     Raises:
         RuntimeError: names the parameter.
@@ -141,8 +141,7 @@ def require_untouched(buckets: Iterable[Bucket], factor: float | None = None) ->
 def _changed_gradient(buckets: Iterable[Bucket], factor: float | None) -> str:
     """Name of a parameter whose gradient was replaced or changed after it was taken, or "".
 
-    Changes that do not raise a tensor's version, such as those of `p.grad.data` or of a GradScaler,
-    are noticed by samples.
+    Some changes do not raise a tensor's version (`p.grad.data`, a GradScaler). Samples detect them.
     """
     samples: dict[tuple[torch.device, torch.dtype], list[_Sample]] = {}
     for bucket in buckets:
@@ -155,7 +154,7 @@ def _changed_gradient(buckets: Iterable[Bucket], factor: float | None) -> str:
             if taken.sample is not None and now is not None:
                 sample = _Sample(slot.name, taken.sample, _sample_of(now))
                 samples.setdefault((now.device, now.dtype), []).append(sample)
-    for alike in samples.values():  # one comparison for all of them: it waits for a GPU
+    for alike in samples.values():  # one comparison for all: it synchronizes with the GPU
         before = torch.cat([sample.before for sample in alike])
         if not _are_same(before, torch.cat([sample.now for sample in alike]), factor):
             return next(
@@ -171,7 +170,7 @@ class _Sample(NamedTuple):
 
 
 def _are_same(before: torch.Tensor, now: torch.Tensor, factor: float | None = None) -> bool:
-    """Whether `now` is `before`, to the bit, or about `before` * factor (1: another NaN)."""
+    """Whether `now` is bitwise `before`, or about `before` * factor (1: NaNs may differ)."""
     if factor is None:
         return torch.equal(before.view(torch.uint8), now.view(torch.uint8))
     tolerance = 0.0 if factor == 1.0 else 1e-2
@@ -179,16 +178,16 @@ def _are_same(before: torch.Tensor, now: torch.Tensor, factor: float | None = No
 
 
 def _sample_of(gradient: torch.Tensor) -> torch.Tensor:
-    """At most 32 numbers that lie evenly in a gradient, where they are."""
+    """At most 32 evenly spaced entries of a gradient; a view where possible."""
     gradient = gradient.detach()
     step = max(1, -(-gradient.numel() // _SAMPLE))
     if gradient.is_contiguous():
         return gradient.as_strided((-(-gradient.numel() // step),), (step,))
-    # In the order of memory no dense tensor has to be copied.
+    # In memory order, dense tensors need no copy.
     order = sorted(range(gradient.dim()), key=gradient.stride, reverse=True)
     return gradient.permute(order).reshape(-1)[::step]
 
 
 def _is_plain(gradient: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
-    """Whether a gradient's memory is a float32 vector."""
+    """Whether a gradient is contiguous float32."""
     return gradient is not None and gradient.dtype == torch.float32 and gradient.is_contiguous()

@@ -1,9 +1,10 @@
 """`ef.Compression`: any compressor and method through stock `hvd.DistributedOptimizer`.
 
-Horovod hands each gradient to `compress`, allreduces what comes back and hands the result to
-`decompress`. Here `compress` starts the real exchange under the parameter's name, from the hook, so
-it overlaps with backward, and gives Horovod a single number to reduce. Its price against
-`ef.DistributedOptimizer` is one collective and one such allreduce for each parameter, no buckets.
+Horovod passes each gradient to `compress`, allreduces the returned tensor, and passes the result to
+`decompress`. Our `compress` starts the real exchange under the parameter's name. It runs in the
+hook, so the exchange overlaps with backward. Horovod gets a single number to reduce. The cost
+against `ef.DistributedOptimizer`: no buckets, so one collective and one small allreduce per
+parameter.
 """
 
 from __future__ import annotations
@@ -46,29 +47,28 @@ from ef_horovod.transports.timeouts.ending import watch_over
 class Compression:
     """An instance for the `compression=` argument of `hvd.DistributedOptimizer`.
 
-    Making one is collective: ranks compare their options. Parameters that the policy keeps dense
-    travel in a named allreduce each, which Horovod fuses. If any rank's gradient is not finite, all
-    ranks keep their memories, and the optimizer's next step changes nothing. Rows of sparse
-    gradients are gathered by Horovod itself, uncompressed. `op=hvd.Adasum` and
+    The constructor is collective: ranks compare their options. Each parameter that the policy keeps
+    dense has a named allreduce, which Horovod fuses. If any rank's gradient is not finite, all
+    ranks keep their error-feedback state, and the optimizer's next step changes nothing. Horovod
+    itself gathers the rows of sparse gradients, uncompressed. `op=hvd.Adasum` and
     `sparse_as_dense=True` are not supported.
 
     Args:
         method: error-feedback method with its compressor.
-        named_parameters: `model.named_parameters()`, as given to Horovod.
+        named_parameters: `model.named_parameters()`, as passed to Horovod.
         dense: `dense(name, parameter)` says which parameters stay uncompressed.
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
-        process_set: the one given to Horovod.
-        grad_scaler: the scaler, if one is used, so that error-feedback state is kept in unscaled
-            units.
+        process_set: as passed to Horovod.
+        grad_scaler: the scaler, if one is used. It keeps error-feedback state in unscaled units.
         check_sync: compare the ranks' parameters by hash before the first step changes them, and
-            in the steps 2, 4, 8 and so on; they raise `OutOfSyncError` if ranks differ.
-        timeout: seconds that a wait of ours may take; default $EF_HOROVOD_TIMEOUT or 300. In a
-            step Horovod itself waits before it asks us, without a limit unless
+            in steps 2, 4, 8 and so on. All ranks raise `OutOfSyncError` if they differ.
+        timeout: seconds that each of our waits may take; default $EF_HOROVOD_TIMEOUT or 300. In a
+            step Horovod waits first. That wait has no limit unless
             HOROVOD_STALL_SHUTDOWN_TIME_SECONDS is set.
 
     Raises:
-        ConfigMismatchError: ranks have other options or parameters; on all of them.
+        ConfigMismatchError: on all ranks, if their options or parameters differ.
         UnsupportedError: `method` is not a method, or the job is elastic, with the way out.
         ValueError: a name or parameter occurs twice.
 
@@ -101,7 +101,7 @@ class Compression:
         self._step = 0
         self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None
-        self._dropped = False  # the last step was, and no optimizer has asked for it yet
+        self._dropped = False  # the last step was dropped, and no optimizer has stepped since
         self._unused = False  # averages were delivered, and no optimizer has stepped since
         self._grad_scaler, self._loss_scale = grad_scaler, 1.0
         self._stop_watching: Callable[[], Any] = lambda: None
@@ -123,7 +123,7 @@ class Compression:
             for plan in plans
         }
         if self._transport.rank >= 0:  # not outside of the process set
-            # Here and not in a hook: ranks run hooks in their own order.
+            # Not in a hook: the order of hooks differs between ranks.
             options = f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}"
             require_same_config(self._transport, [options, *describe(self._buckets.values())])
 
@@ -137,7 +137,7 @@ class Compression:
         bucket.fill(bucket.slots[0], self._loss_scale, in_place=self._grad_scaler is None)
         bucket.channel.start(self._step)
         self._under_way[name] = bucket
-        # Horovod wants one tensor to allreduce: a 1, which comes back as 1 for Average, n for Sum.
+        # Horovod needs a tensor to allreduce: a 1, which returns as 1 for Average, n for Sum.
         return torch.ones(1, device=tensor.device), (name, tensor)
 
     @uncompiled
@@ -145,7 +145,7 @@ class Compression:
         self, tensor: torch.Tensor, ctx: tuple[str, torch.Tensor] | None
     ) -> torch.Tensor:
         """Called by Horovod for each parameter once all of them have been compressed."""
-        if ctx is None:  # a sparse gradient, whose rows Horovod has gathered itself
+        if ctx is None:  # a sparse gradient: Horovod has gathered its rows
             return tensor
         name, gradient = ctx
         if self._directions is None:
@@ -158,21 +158,21 @@ class Compression:
         return gradient.copy_(direction.view(gradient.shape)).mul_(factor)
 
     def stats(self) -> list[ChannelStats]:
-        """One row for each parameter and a last one with the total; call it between steps."""
+        """One row per parameter, then the total; call it between steps."""
         rows = [bucket.channel.stats() for bucket in self._buckets.values()]
         return [*rows, total_stats(rows)]
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's error memories by parameter name; save one file a rank."""
+        """This rank's error-feedback state by parameter name; save one file per rank."""
         return save_state(
             list(self._buckets.values()), self._step, repr(self._method), self._transport
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned on this rank of an equal job.
+        """Load the result of `state_dict`, from the same rank of an equal job.
 
         Raises:
-            ValueError: another rank, number of ranks, method or model.
+            ValueError: the rank, number of ranks, method or model differs.
         """
         buckets = list(self._buckets.values())
         self._step = load_state(state, buckets, repr(self._method), self._transport)
@@ -207,7 +207,7 @@ class Compression:
         self._under_way = {}
 
     def _watch(self, hook: Any) -> None:
-        """Keep a hook that torch calls when an optimizer steps, until the next step is finished."""
+        """Keep a hook on optimizer steps until the next step is finished."""
         self._stop_watching = weakref.finalize(self, hook.remove)
 
     @uncompiled
@@ -219,11 +219,11 @@ class Compression:
 
     @uncompiled
     def _before_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Take the gradients of a dropped step away from the optimizer that would use them.
+        """Remove the gradients of a dropped step before the optimizer would use them.
 
-        Optimizers leave parameters without gradient alone, their momentum and weight decay too.
-        Horovod's own `step` comes by here as well, before it synchronizes: then gradients of the
-        next step are under way, and there is nothing to do.
+        Optimizers skip parameters without a gradient, with their momentum and weight decay.
+        Horovod's own `step` also calls this hook, before it synchronizes. Gradients of the next
+        step are then under way, and there is nothing to do.
         """
         if not self._dropped or self._under_way:
             return
@@ -236,7 +236,7 @@ class Compression:
         return ours.intersection(p for group in optimizer.param_groups for p in group["params"])
 
     def _name_of(self, tensor: torch.Tensor) -> str:
-        # Gradients come in much the same order each step: look behind the last one first.
+        # Gradients come in nearly the same order each step: search from the last one on.
         for offset in range(len(self._order)):
             place = (self._next_place + offset) % len(self._order)
             name = self._order[place]

@@ -1,4 +1,4 @@
-"""`ef.EstimatedGradient`: variance-reduced estimates in place of gradients, in a training loop."""
+"""`ef.EstimatedGradient`: variance-reduced gradient estimates in a training loop."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _KINDS = ("now", "before", "newest", "last")
 
 
 class EstimatedGradient:
-    """Takes the place of `loss.backward()`: leaves an estimator's A in `p.grad`.
+    """Replaces `loss.backward()`: puts an estimator's A into `p.grad`.
 
-    `backward(closure)` calls the closure once for each point at which the estimator needs a
-    gradient, with the parameters moved there, and the same random numbers (dropout) each time; the
-    sample must be the same too. Then it runs one backward pass that delivers A, from which
-    `ef.DistributedOptimizer` takes it. The exchange cannot overlap with the computation. Buffers,
-    such as batch normalisation's averages, see every call. Two copies of the parameters are kept.
+    `backward(closure)` calls the closure once per point at which the estimator needs a gradient.
+    Each call has the parameters moved to that point, and the same random numbers (dropout). The
+    sample must be the same too. Then one backward pass delivers A to `ef.DistributedOptimizer`.
+    The exchange cannot overlap with the computation. Buffers, such as batch normalisation's
+    averages, are updated by every call. Two copies of the parameters are kept.
 
     Args:
         estimator: such as STORM(alpha), with the alpha of the optimizer's `ErrorCompensatedX`.
-        optimizer: what `ef.DistributedOptimizer` returned, on at least two ranks.
+        optimizer: the result of `ef.DistributedOptimizer`, on at least two ranks.
 
     Raises:
-        UnsupportedError: the optimizer is not one, its method is not made for the estimator, or
-            one that builds on its last estimate (PAGE) meets accumulated or scaled gradients.
+        UnsupportedError: the optimizer is not wrapped, its method does not fit the estimator, or
+            an estimator that builds on its last estimate (PAGE) gets accumulated or scaled
+            gradients.
 
     Example:
         alpha = ef.Decay(2 / 3)
@@ -73,14 +74,15 @@ class EstimatedGradient:
         self._now: Vectors | None = None  # x as of the last call
         self._before: Vectors | None = None  # x one step earlier
         self._newest: Vectors | None = None  # the estimate of the last call
-        self._last: Vectors | None = None  # and of the step before
+        self._last: Vectors | None = None  # the estimate of the step before
 
     def backward(self, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Estimate the gradient of what the closure computes; returns the loss, without a graph.
+        """Estimate the gradient of the closure's loss; returns the loss, without a graph.
+
+        As with `loss.backward()`, call this backward_passes_per_step times per step.
 
         Args:
-            closure: computes the loss of this step's sample, multiplied by the loss scale if there
-                is one. Like `loss.backward()`, call this as often as backward_passes_per_step says.
+            closure: computes the loss of this step's sample, multiplied by the loss scale if any.
         """
         if not callable(closure):
             raise UnsupportedError(
@@ -88,7 +90,7 @@ class EstimatedGradient:
                 "loss, for it is called at several points; write backward(lambda: loss_of(batch))"
             )
         step = self._reducer.step
-        if step != self._step:  # a dropped step is taken again, with the same points
+        if step != self._step:  # a dropped step is repeated, with the same points
             self._step, self._before, self._last = step, self._now, self._newest
             with torch.no_grad():
                 self._now = [p.clone() for p in self._parameters]
@@ -96,13 +98,13 @@ class EstimatedGradient:
         estimates = self._combine(gradients, step)
         if self.estimator.needs_last:
             self._newest = estimates
-            estimates = [estimate.clone() for estimate in estimates]  # which p.grad may take over
-        # A leaf's own backward accumulates what it is given, and runs the hooks.
+            estimates = [estimate.clone() for estimate in estimates]  # p.grad may alias them
+        # backward() of a leaf accumulates the given gradient and runs the hooks.
         torch.autograd.backward(self._parameters, estimates)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step needs of the last one; save it with the optimizer's memories."""
+        """State for the next step; save it with the optimizer's error-feedback state."""
         held = {kind: getattr(self, f"_{kind}") for kind in _KINDS}
         vectors = {
             kind: dict(zip(self._names, values, strict=True))
@@ -112,7 +114,7 @@ class EstimatedGradient:
         return {"step": self._step, **vectors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned between two steps on this rank of an equal job."""
+        """Load the result of `state_dict`, from between two steps on this rank of an equal job."""
         self._step = state["step"]
         for kind in _KINDS:
             vectors = state.get(kind)
@@ -157,7 +159,7 @@ class EstimatedGradient:
 
     @contextmanager
     def _moved_to(self, point: tuple[torch.Tensor, ...]) -> Iterator[None]:
-        """The parameters at another point, inside."""
+        """Inside, the parameters are at another point."""
         assert self._now is not None
         try:
             self._write(point)
@@ -173,7 +175,7 @@ class EstimatedGradient:
 
 @contextmanager
 def _same_draws() -> Iterator[Callable[[], None]]:
-    """A function that sets torch's generators back to where they were on entry."""
+    """Yields a function that resets torch's random generators to their state on entry."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     cpu, gpus = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in devices]
 

@@ -1,4 +1,4 @@
-"""Hooks that are called when a parameter's gradient exists, and are not for `torch.compile`."""
+"""Hooks that run when a parameter's gradient is ready; `torch.compile` skips them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ef_horovod.errors import UnsupportedError
 class GradientHooks:
     """Calls a bound method for each gradient that backward has accumulated.
 
-    They hold the method's object weakly: a model must not keep the reducer of a forgotten optimizer
-    at work.
+    The hooks hold the method's object weakly, so that a model does not keep the reducer of a
+    deleted optimizer alive.
 
     Args:
         names: of the parameters.
         call: bound method that takes the parameter.
 
     Raises:
-        UnsupportedError: a parameter has such a hook already.
+        UnsupportedError: a parameter already has such a hook.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class GradientHooks:
         _live.add(self)
 
     def remove(self) -> None:
-        """Leave the parameters alone from now on."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         _live.discard(self)
@@ -51,7 +51,7 @@ _live: weakref.WeakSet[GradientHooks] = weakref.WeakSet()
 
 
 def weak(method: Callable[..., None]) -> Callable[..., None]:
-    """A function that calls a bound method for as long as its object lives."""
+    """A function that calls a bound method while its object is alive."""
     reference = weakref.WeakMethod(method)
 
     def call(*arguments: Any) -> None:
@@ -63,10 +63,10 @@ def weak(method: Callable[..., None]) -> Callable[..., None]:
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which graphs of `torch.compile` and compiled autograd leave out.
+    """The function, excluded from `torch.compile` and compiled autograd.
 
-    It talks to other ranks, and much of it is NumPy's. The compiler is imported at the first call:
-    that takes seconds, and torch's optimizers import it anyway.
+    It communicates with other ranks, and much of it is NumPy. The compiler is imported at the first
+    call, because the import takes seconds. Torch's optimizers import it anyway.
     """
 
     @functools.wraps(function)

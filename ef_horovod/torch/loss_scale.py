@@ -1,9 +1,9 @@
-"""What a `torch.amp.GradScaler` and a wrapped optimizer tell each other.
+"""The protocol between a `torch.amp.GradScaler` and a wrapped optimizer.
 
-A scaler calls `step()` of an optimizer that says `_step_supports_amp_scaling` in every step on
-every rank, and leaves two attributes in it: `grad_scale`, the scale that gradients still have, or
-None after `scaler.unscale_`, and `found_inf`. Other optimizers are not called on a rank whose own
-gradients are not finite, and the other ranks would wait for it.
+If an optimizer has `_step_supports_amp_scaling`, a scaler calls its `step()` in every step on every
+rank. The scaler sets two attributes in it: `found_inf`, and `grad_scale`, the scale that gradients
+still have (None after `scaler.unscale_`). For other optimizers, the scaler skips `step()` on a rank
+whose own gradients are not finite; the other ranks would then wait for it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class ScalerCall(NamedTuple):
     """A call of `optimizer.step()` by a scaler.
 
     Args:
-        scaler: who calls; None if it is not found.
-        scale: what gradients are multiplied by; None if `unscale_` was called.
-        found_inf: whether a gradient is not finite; on this rank alone, before an exchange.
+        scaler: the caller; None if not found.
+        scale: factor that gradients contain; None if `unscale_` was called.
+        found_inf: whether a gradient is not finite, on this rank alone, before an exchange.
     """
 
     scaler: torch.amp.GradScaler | None
@@ -35,7 +35,7 @@ class ScalerCall(NamedTuple):
 
 
 def take_call(optimizer: Any) -> ScalerCall | None:
-    """The scaler's call that `step()` runs in, None without one; `step()` of the base sees none."""
+    """The scaler's call of `step()`, or None; clears it, so that the base's `step()` sees none."""
     if getattr(optimizer, "found_inf", None) is None:
         return None
     scale, found_inf = optimizer.grad_scale, bool(optimizer.found_inf)
@@ -44,12 +44,15 @@ def take_call(optimizer: Any) -> ScalerCall | None:
 
 
 def average_unscaled(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool:
-    """`reducer.finish` in a scaler's `step()`: averages come unscaled; whether the step is good.
+    """`reducer.finish` in a scaler's `step()`: delivers unscaled averages.
+
+    Returns:
+        Whether the step is good.
 
     Raises:
-        RuntimeError: a scaler that was not used before, with gradients under way, or a gradient
-            that was changed under way by more than `unscale_`.
-        UnsupportedError: a scaler that is not found.
+        RuntimeError: the scaler is new while gradients are under way, or a gradient under way was
+            changed by more than `unscale_`.
+        UnsupportedError: the scaler is not found.
     """
     if call.scaler is None and reducer.scaler is None:
         raise UnsupportedError(
@@ -65,7 +68,7 @@ def average_unscaled(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool
         reducer.use_scaler(scaler, now)
     good = reducer.finish(scale=now)
     if not good and call.scaler is not None:
-        # It sees the NaNs of a step that is dropped on all ranks, so that scales stay equal.
+        # The scaler sees the NaNs of a step dropped on all ranks, so that scales stay equal.
         call.scaler._check_inf_per_device(optimizer)
     return good
 
@@ -74,7 +77,7 @@ def unscale_averages(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool
     """The same after `synchronize()`: averages have the scale, unless `unscale_` was called.
 
     Raises:
-        UnsupportedError: error-feedback state was made of scaled gradients.
+        UnsupportedError: the error-feedback state contains scaled gradients.
     """
     if reducer.scaler is None and reducer.has_memory:
         raise UnsupportedError(
@@ -94,7 +97,7 @@ def unscale_averages(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool
 
 
 def require_scaler_call(reducer: Reducer) -> None:
-    """Raise if `step()` is called directly although gradients have a loss scale."""
+    """Raise if `step()` is called directly while gradients have a loss scale."""
     if reducer.scaler is not None:
         raise RuntimeError(
             "step() would use gradients that are multiplied by the loss scale, expected it to be "

@@ -1,4 +1,4 @@
-"""`ef.DistributedOptimizer`: Horovod's, with compression in place of dense allreduces."""
+"""`ef.DistributedOptimizer`: Horovod's, with compression instead of dense allreduces."""
 
 from __future__ import annotations
 
@@ -67,53 +67,52 @@ def DistributedOptimizer(
     """Wrap an optimizer so that its gradients are averaged over all ranks, compressed.
 
     The first ten keywords are those of `hvd.DistributedOptimizer`. The result is an instance of
-    the wrapped optimizer's class with the same state and parameter groups; with a single rank it
-    is the plain optimizer. `synchronize()`, `skip_synchronize()` and
-    `set_backward_passes_per_step()` work as in Horovod, `zero_grad(set_to_none=...)` too. New are
-    `stats()`, `step_skipped`, `compression_state_dict()` / `load_compression_state_dict()` (error
-    memories belong to a rank, so every rank saves and loads its own) and `checkpoint()`, which has
-    servers save theirs too.
+    the wrapped optimizer's class with the same state and parameter groups. With a single rank it
+    is the plain optimizer. `synchronize()`, `skip_synchronize()`, `set_backward_passes_per_step()`
+    and `zero_grad(set_to_none=...)` work as in Horovod. New are `stats()`, `step_skipped`,
+    `compression_state_dict()`, `load_compression_state_dict()` and `checkpoint()`. Every rank saves
+    and loads its own error-feedback state. `checkpoint()` also makes servers save theirs.
 
-    `rounds` counts the steps of the wrapped optimizer. A parameter server with a quorum makes
-    rounds of some workers' gradients: `step()` then takes a step of the wrapped optimizer for each
-    round that went by, so that all workers have the same model after the same round. What belongs
-    to each of them, such as `scheduler.step()`, goes into `optimizer.register_step_post_hook`.
+    `rounds` counts the steps of the wrapped optimizer. With a quorum, a parameter server forms each
+    round from some workers' gradients. `step()` then takes one step of the wrapped optimizer per
+    finished round, so that all workers have the same model after the same round. Put per-round
+    work, such as `scheduler.step()`, into `optimizer.register_step_post_hook`.
 
-    If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks: parameters
-    and memories stay as they were, gradients become NaN, `step_skipped` is True.
+    If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks. Parameters
+    and error-feedback state stay unchanged, gradients become NaN, `step_skipped` is True.
 
     Args:
-        optimizer: any torch optimizer that needs one gradient a step.
+        optimizer: any torch optimizer that needs one gradient per step.
         named_parameters: `model.named_parameters()`; names must be equal on all ranks.
         compression: error-feedback method with its compressor, such as EF21(TopK(ratio=0.01)).
         backward_passes_per_step: micro-batches whose gradients are summed before an exchange.
         op: `hvd.Average` or `hvd.Sum`.
-        gradient_predivide_factor: 1.0; sums are float32 here and need no help.
-        num_groups, groups: not needed, buckets take their place.
-        sparse_as_dense: compress sparse gradients like all others; otherwise their rows are sent
-            as they are, each once, and stay sparse.
+        gradient_predivide_factor: must be 1.0; sums are float32, which do not overflow.
+        num_groups, groups: not supported; buckets replace them.
+        sparse_as_dense: compress sparse gradients like all others. Otherwise their rows are sent
+            uncompressed, each once, and stay sparse.
         process_set: Horovod process set to average over; default all ranks.
         dense: `dense(name, parameter)` says which parameters stay uncompressed (they share one
             allreduce); default `small_or_vector`.
-        exchange: "auto", the cheapest one by the cost model, or with a network as in "auto:10gbit"
-            and "auto:1gbit,2ms" the cheapest one there, dense sums included; "gather" (any
-            compressor), "reduce" (linear ones) or "double_pass" (any compressor, in slices that
-            ranks reduce for each other: cost does not grow with them) among Horovod's ranks; or
-            "server" in a job that `launch/server` started, which needs no `hvd.init()`.
-        bucket_bytes: parameters are packed into buckets of about this many bytes of float32; each
+        exchange: "auto" takes the cheapest exchange by the cost model. "auto:NETWORK", such as
+            "auto:10gbit" or "auto:1gbit,2ms", takes the cheapest on that network, dense allreduce
+            included. "gather" works with any compressor, "reduce" with linear ones. "double_pass"
+            works with any compressor; each rank reduces one slice, so the cost does not grow with
+            the number of ranks. "server" is for a job started by `launch/server`, without
+            `hvd.init()`.
+        bucket_bytes: parameters are packed into buckets of about this many bytes of float32. Each
             is compressed as one vector and sent in one collective, during backward.
         seed: of random compressors.
-        grad_scaler: the scaler; needed only by those who call `synchronize()`, before which the
-            optimizer must know it.
+        grad_scaler: the scaler. Needed only if you call `synchronize()` yourself.
         overlap: send buckets during backward (False: all of them in `synchronize`).
         check_sync: compare the ranks' parameters by hash (frozen ones too, once) before the first
-            step changes them, and in the steps 2, 4, 8 and so on (with a quorum in the first one
-            alone); they raise `OutOfSyncError` if ranks differ.
+            step changes them, and in steps 2, 4, 8 and so on (with a quorum only in the first).
+            All ranks raise `OutOfSyncError` if they differ.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
 
     Raises:
-        UnsupportedError: a combination that cannot work, with the way out.
-        ValueError: names missing or doubled, or a number out of range.
+        UnsupportedError: the combination cannot work; the message names an alternative.
+        ValueError: names are missing or doubled, or a number is out of range.
 
     Example:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -147,7 +146,7 @@ def DistributedOptimizer(
 
 
 def _open_transport(exchange: str, process_set: Any, timeout: float | None) -> Transport | None:
-    """To the other ranks or to the servers; None if there is nobody to average with."""
+    """Transport to the other ranks or the servers; None with a single rank."""
     if wants_server(exchange):
         from ef_horovod.server.client import ServerTransport
 
@@ -163,11 +162,11 @@ def _open_transport(exchange: str, process_set: Any, timeout: float | None) -> T
 
 
 class _Distributed:
-    """The methods that a wrapped optimizer's class gets on top of the user's class `_base`.
+    """Methods that a wrapped optimizer's class gets in addition to the user's class `_base`.
 
-    They go into the class itself and not into a base of it, under Horovod's module name, because
-    `hvd.broadcast_optimizer_state` takes `super(type(optimizer), optimizer).step` for the plain
-    step of such an optimizer.
+    They go into the class itself, not into a base class, under Horovod's module name. Reason:
+    `hvd.broadcast_optimizer_state` uses `super(type(optimizer), optimizer).step` as the plain step
+    of such an optimizer.
     """
 
     _base: type[torch.optim.Optimizer]
@@ -182,8 +181,8 @@ class _Distributed:
     def synchronize(self) -> None:
         """Finish the exchange: `p.grad` becomes the average, ready to be clipped.
 
-        `zero_grad()` or `discard()` in place of `step()` leaves the step out: error-feedback state
-        is as before it then. Averages that have changed parameters otherwise count as applied.
+        `zero_grad()` or `discard()` instead of `step()` leaves the step out and restores the
+        error-feedback state. If parameters have changed meanwhile, the averages count as applied.
         """
         if self._reducer is not None and (self._reducer.under_way or not self._synchronized):
             self.step_skipped = not self._reducer.finish(undoable=True)
@@ -191,7 +190,7 @@ class _Distributed:
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
-        """`step()` inside does not synchronize, for code that called `synchronize()` itself."""
+        """`step()` inside does not synchronize; use it after your own `synchronize()`."""
         self._should_synchronize = False
         try:
             yield
@@ -199,10 +198,10 @@ class _Distributed:
             self._should_synchronize = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Synchronize unless that was done, then step; not if the step was dropped.
+        """Synchronize unless already done, then step unless the step was dropped.
 
-        With servers that have a quorum: a step for each round that went by, the same ones in the
-        same order on all workers.
+        With servers that have a quorum: one step per finished round. All workers take the same
+        rounds in the same order.
         """
         loss = None
         if closure is not None:
@@ -239,7 +238,7 @@ class _Distributed:
         return loss if closure is not None else stepped
 
     def _step_by_rounds(self, reducer: Reducer) -> None:
-        """A step for each round that went by, with the same settings on all workers."""
+        """One step per finished round, with the same settings on all workers."""
         for place, value in _settings_of(self.param_groups).items():
             if self._settings.get(place, value) != value:
                 raise UnsupportedError(
@@ -265,13 +264,13 @@ class _Distributed:
         self._clear(set_to_none)
 
     def discard(self) -> None:
-        """Leave this step out on all ranks: as `zero_grad()` after `synchronize()`, or before it.
+        """Leave this step out on all ranks, before or after `synchronize()`.
 
-        Error-feedback state is as before `backward()`, gradients are cleared. Call it on all ranks:
-        gradients under way have to arrive. They were sent, so `stats()` counts their bytes.
+        Restores the error-feedback state from before `backward()` and clears gradients. Call it on
+        all ranks, because gradients under way must arrive. `stats()` counts their bytes.
 
         Raises:
-            UnsupportedError: with a parameter server that has a quorum.
+            UnsupportedError: the parameter server has a quorum.
 
         Example:
             loss.backward()
@@ -285,7 +284,7 @@ class _Distributed:
         self._clear(set_to_none=True)
 
     def _clear(self, set_to_none: bool) -> None:
-        """Clear gradients; averages among them with which nothing was done are a step left out."""
+        """Clear gradients; unused averages make this a step left out."""
         self._synchronized = False
         if self._reducer is not None:
             self._reducer.clear()
@@ -294,7 +293,7 @@ class _Distributed:
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler calls `step()` in every step: see `loss_scale`."""
+        """Whether a GradScaler calls `step()` in every step; see `loss_scale`."""
         return self._reducer is not None or self.__dict__.get("_step_supports_amp_scaling", False)
 
     @_step_supports_amp_scaling.setter
@@ -309,7 +308,7 @@ class _Distributed:
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch: learning rates, momenta and the like, which are equal on all ranks."""
+        """As in torch: learning rates, momenta and similar state, equal on all ranks."""
         self._synchronized = False
         if self._reducer is not None:
             self._reducer.reset_passes()
@@ -323,10 +322,10 @@ class _Distributed:
             self._reducer.set_passes(passes)
 
     def unwrap(self) -> None:
-        """Be the plain optimizer again: hooks and memories are gone, and so are these methods.
+        """Turn into the plain optimizer: remove hooks, error-feedback state and these methods.
 
         State and parameter groups stay. It can be wrapped again, for instance after layers were
-        frozen, and so can a copy, which has no exchange with other ranks before that.
+        frozen. A copy has no exchange with other ranks; unwrap and wrap it as well.
         """
         if self._reducer is not None:
             self._reducer.close()
@@ -337,30 +336,30 @@ class _Distributed:
 
     @property
     def transport(self) -> Transport | None:
-        """To the other workers, whose `rank` and `size` it knows; None with a single rank."""
+        """Transport to the other workers, with `rank` and `size`; None with a single rank."""
         return self._reducer.transport if self._reducer is not None else None
 
     def stats(self) -> list[ChannelStats]:
-        """One row for each bucket and a last one with the total; empty with a single rank.
+        """One row per bucket, then the total; empty with a single rank.
 
-        Bytes, relative compression error of the last step, and seconds spent compressing, waiting
-        and decompressing. Call it between steps.
+        A row has bytes, the relative compression error of the last step, and seconds spent
+        compressing, waiting and decompressing. Call it between steps.
         """
         return self._reducer.stats() if self._reducer is not None else []
 
     def compression_state_dict(self) -> dict[str, Any]:
-        """This rank's error memories by parameter name; save one file a rank."""
+        """This rank's error-feedback state by parameter name; save one file per rank."""
         return self._reducer.state_dict() if self._reducer is not None else {}
 
     def checkpoint(self) -> dict[str, Any]:
-        """Have the servers write their memories; this rank's, as `compression_state_dict` has them.
+        """Make the servers save their state; return this rank's `compression_state_dict()`.
 
-        All workers call it after the same step, and save the result with the model and the inner
-        optimizer's `state_dict()`, one file a worker. Without servers there is nobody to ask.
+        All workers call it after the same step. Each saves the result with the model and the inner
+        optimizer's `state_dict()`, one file per worker. Without servers it only returns the state.
 
         Raises:
             ProtocolError: the servers were started without --checkpoint, or with --quorum.
-            RuntimeError: called between backward() and step().
+            RuntimeError: it was called between backward() and step().
         """
         reducer = self._reducer
         if reducer is None:
@@ -373,23 +372,23 @@ class _Distributed:
         return reducer.checkpoint()
 
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `compression_state_dict` or `checkpoint` returned on this rank.
+        """Load the result of `compression_state_dict` or `checkpoint` of this rank.
 
         Raises:
-            UnsupportedError: with servers, after the first step: they read theirs before it.
-            ValueError: another rank, number of ranks, method or model.
+            UnsupportedError: with servers, after the first step; servers load their state before.
+            ValueError: the rank, number of ranks, method or model differs.
         """
         if self._reducer is not None:
             self._reducer.load_state_dict(state)
             self.rounds = self._reducer.step
 
 
-# The base's step runs the hooks that users registered; ours must not be wrapped to run them again.
+# The base's step runs the users' hooks. `hooked` keeps torch from running them in ours again.
 _Distributed.step.hooked = True  # type: ignore[attr-defined]
 
 
 def _settings_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
-    """Learning rates and all else that parameter groups say, by group and name."""
+    """Learning rates and all other settings of parameter groups, by group and name."""
     return {
         (i, name): float(value) if isinstance(value, torch.Tensor) else value
         for i, group in enumerate(groups)

@@ -19,15 +19,15 @@ class Options:
 
     Args:
         method: for the compressed buckets.
-        dense: policy that says which parameters stay uncompressed; they share one allreduce.
+        dense: policy that selects the parameters that stay uncompressed; they share one allreduce.
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         bucket_bytes: size of a compressed bucket in bytes of float32.
-        passes: backward passes that are accumulated before an exchange.
+        passes: backward passes accumulated before an exchange.
         seed: of random compressors.
-        average: deliver means over ranks, or sums.
-        sparse_as_dense: whether sparse gradients are densified; they travel as rows otherwise.
-        overlap: start exchanges during backward, or all of them in `finish`; the first step's are
-            never started before `finish`, where the config is checked.
+        average: deliver means over ranks (False: sums).
+        sparse_as_dense: whether sparse gradients are densified; otherwise they are sent as rows.
+        overlap: start exchanges during backward (False: all in `finish`). The first step's always
+            start in `finish`, which checks the config first.
         check_sync: whether ranks' parameters are compared; see `SyncCheck`.
     """
 
@@ -46,10 +46,10 @@ class Options:
 def refuse_unsupported(
     optimizer: Any, op: Any, gradient_predivide_factor: float, num_groups: int, groups: Any
 ) -> None:
-    """Raise for what cannot work with compression.
+    """Reject options that cannot work with compression.
 
     Raises:
-        UnsupportedError: always there, with the way out.
+        UnsupportedError: an option is not supported; the message names an alternative.
     """
     if op not in (hvd.Average, hvd.Sum):
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""The parameters of an optimizer with their names, from all that people pass for them."""
+"""An optimizer's parameters with their names, from the forms that users pass."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Named = list[tuple[str, torch.Tensor]]
 def name_parameters(
     named_parameters: Any, param_groups: Sequence[dict[str, Any]]
 ) -> tuple[Named, list[torch.Tensor]]:
-    """The parameters of an optimizer with their names, in the order of the names given.
+    """The optimizer's parameters with their names, in the given order.
 
-    And the frozen ones (such as a backbone) that are named and not the optimizer's.
+    The second result has the named frozen parameters (such as a backbone) outside the optimizer.
 
     Args:
-        named_parameters: as of `pairs_of`; None to number them.
+        named_parameters: as for `pairs_of`; None to number them.
         param_groups: of the optimizer.
 
     Raises:
-        ValueError: a parameter of the optimizer has no name, or see `require_distinct`.
+        ValueError: a parameter of the optimizer has no name; see also `require_distinct`.
         UnsupportedError: see `pairs_of` and `require_distinct`.
     """
     owned = [p for group in param_groups for p in group["params"]]
@@ -47,10 +47,10 @@ def name_parameters(
 
 
 def pairs_of(named_parameters: Any) -> Named:
-    """(name, parameter) of `model.named_parameters()`, of a dict of them, or of the model.
+    """(name, parameter) pairs of `model.named_parameters()`, of such a dict, or of a model.
 
     Raises:
-        UnsupportedError: it is something else, such as `model.parameters()` or a method.
+        UnsupportedError: the argument is something else, such as `model.parameters()` or a method.
     """
     pairs = _items(named_parameters)
     for pair in pairs:
@@ -68,7 +68,7 @@ def tensors_of(parameters: Any) -> list[torch.Tensor]:
     """The tensors of a model, a dict, or an iterable of tensors or of pairs with a name.
 
     Raises:
-        UnsupportedError: there is something else among them.
+        UnsupportedError: an element is not a tensor.
     """
     found = [parameters] if isinstance(parameters, torch.Tensor) else _items(parameters)
     tensors: list[Any] = [
@@ -84,7 +84,7 @@ def tensors_of(parameters: Any) -> list[torch.Tensor]:
 
 
 def _items(given: Any) -> list[Any]:
-    """What is in it, as pairs where there are names; itself if it has nothing in it."""
+    """The elements as a list, as pairs if they have names; [given] if it is not iterable."""
     if isinstance(given, torch.nn.Module):
         return list(given.named_parameters())
     if isinstance(given, Mapping):
@@ -96,7 +96,7 @@ def _items(given: Any) -> list[Any]:
 
 
 def _shown(given: Any) -> str:
-    """Short: a method as it is written, all else by type."""
+    """Short form: the repr of a method or compressor, the type of anything else."""
     return (
         repr(given)
         if isinstance(given, Method | Compressor)

@@ -1,8 +1,8 @@
 """From gradient hooks to averaged gradients: one step of all buckets.
 
-A bucket's exchange starts as soon as the last of its gradients exists, while backward goes on.
-Nothing of a step is committed before all buckets have arrived, so that a NaN on any rank drops the
-whole step on all of them.
+A bucket's exchange starts when the last of its gradients is ready, while backward continues.
+A step is committed only after all buckets have arrived, so that a NaN on any rank drops the whole
+step on all ranks.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ Named = list[tuple[str, torch.Tensor]]
 
 
 class Reducer:
-    """Averages gradients over ranks, compressed; hooks itself to the parameters.
+    """Averages gradients over ranks, compressed; installs hooks on the parameters.
 
     Args:
         trainable: parameters with their names, equal on all ranks.
         frozen: parameters that must not start to require a gradient.
-        options: see there.
+        options: see `Options`.
         transport: to the other ranks.
-        scaler: of the loss that gradients come from, so that error-feedback state is kept in
-            unscaled units.
-        others: frozen parameters that are not the optimizer's, for `SyncCheck`.
+        scaler: of the loss, so that error-feedback state is kept in unscaled units.
+        others: frozen parameters outside the optimizer, for `SyncCheck`.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Reducer:
         self._in_sync = SyncCheck(parameters, transport, options.check_sync, others)
         self._sparse: set[torch.Tensor] = set()  # densified in this step
         self._trainable = trainable
-        # Which parameters travel as rows is known when all ranks have their first gradients.
+        # Parameters sent as rows are known only when all ranks have their first gradients.
         self._rows_known = options.sparse_as_dense or transport.has_server
         self._use(self._make_buckets({}), {})
         self.reset_passes()
@@ -70,7 +69,7 @@ class Reducer:
 
     @property
     def under_way(self) -> bool:
-        """Whether gradients of a step have been taken that `finish` has not delivered."""
+        """Whether gradients were taken that `finish` has not delivered."""
         return any(bucket.filled for bucket in self.buckets)
 
     def named_parameters(self) -> list[tuple[torch.Tensor, str]]:
@@ -79,11 +78,11 @@ class Reducer:
 
     @property
     def has_memory(self) -> bool:
-        """Whether anything of a gradient is remembered between steps."""
+        """Whether error-feedback state is kept between steps."""
         return remember(self.buckets)
 
     def reset_passes(self) -> None:
-        """Count backward passes from the start."""
+        """Restart the count of backward passes."""
         self._passes_left = dict.fromkeys(self._place, self.options.passes)
 
     def set_passes(self, passes: int) -> None:
@@ -101,9 +100,9 @@ class Reducer:
         self.reset_passes()
 
     def begin(self) -> None:
-        """Before the first exchange: see that all ranks mean the same, and servers too; collective.
+        """Before the first exchange: compare the ranks' and servers' options; collective.
 
-        Not in a hook, for ranks run hooks in their own order.
+        Do not call it in a hook, because the order of hooks differs between ranks.
         """
         if not self._config_checked:
             require_same_config(self.transport, self._describe())
@@ -112,19 +111,20 @@ class Reducer:
             self._config_checked = True
 
     def finish(self, *, undoable: bool = False, scale: float | None = None) -> bool:
-        """Send what is not yet under way, wait, and put the averages into `p.grad`.
+        """Send the remaining buckets, wait, and put the averages into `p.grad`.
 
         Args:
-            undoable: whether the step may still be left out: `undo`, or `keep`.
-            scale: where a GradScaler calls: what it has left gradients multiplied by. Averages come
-                without a loss scale then.
+            undoable: whether the step may still be left out, by `undo`; `keep` ends this.
+            scale: if a GradScaler calls: the factor that gradients still contain. Averages are
+                then delivered without a loss scale.
 
         Returns:
             Whether the step is good. If some rank's gradient was not finite, all ranks return
-            False, memories are as before, and all gradients are NaN so that nobody uses them.
+            False, error-feedback state is unchanged, and all gradients are NaN to prevent their
+            use.
 
         Raises:
-            UnsupportedError: a server's rounds do not wait for all workers; take `rounds`.
+            UnsupportedError: a server's rounds do not wait for all workers; use `rounds`.
         """
         self._require_unchanged()
         self.begin()
@@ -157,30 +157,30 @@ class Reducer:
 
     @property
     def undoable(self) -> bool:
-        """Whether averages were delivered that were neither applied nor left out."""
+        """Whether delivered averages were neither applied nor left out yet."""
         return self._averages is not None
 
     def keep(self) -> None:
-        """The averages were applied, or went into the next gradient."""
+        """Note that the averages were applied, or went into the next gradient."""
         self._averages = None
 
     def clear(self) -> None:
-        """Averages are cleared: that leaves the step out, unless parameters were changed by them.
+        """Averages are cleared: leave the step out, unless they have changed parameters.
 
-        It is so with an update by hand, or by the optimizer inside of another one.
+        Parameters change by an update by hand, or by an optimizer inside another one.
         """
         if self._averages is not None:
             self.keep() if self._averages.were_applied() else self.undo()
 
     def undo(self) -> None:
-        """Leave out the step whose averages were delivered: states are as before it."""
+        """Leave out the delivered step: restore the error-feedback state from before it."""
         for bucket in self.buckets:
             bucket.channel.undo()
         self.step -= 1
         self._averages = None
 
     def leave_out(self) -> None:
-        """Leave out the step that was delivered, or one that is under way; then collective.
+        """Leave out the step that was delivered or is under way; collective if under way.
 
         Raises:
             UnsupportedError: a server's rounds do not wait for all workers.
@@ -195,7 +195,7 @@ class Reducer:
                 "step(): the gradients may be in a round already; start the server without "
                 "--quorum"
             )
-        if self._config_checked and self._rows_known:  # otherwise nothing was sent
+        if self._config_checked and self._rows_known:  # else nothing was sent
             self._start_rest()
             finish_step([bucket.channel for bucket in self.buckets], good=False)
         self._sparse.clear()
@@ -208,7 +208,7 @@ class Reducer:
             scaled: whether a GradScaler calls.
 
         Raises:
-            UnsupportedError: they do not, and there is a loss scale.
+            UnsupportedError: rounds do not wait, and there is a loss scale.
         """
         self.begin()
         if self.transport.quorum is not None and (scaled or self.scaler is not None):
@@ -220,12 +220,12 @@ class Reducer:
         return self.transport.quorum is not None
 
     def rounds(self) -> Iterator[None]:
-        """`finish` for servers with a quorum: the directions of one round after the other.
+        """`finish` for servers with a quorum: delivers one finished round per iteration.
 
-        Each of them is in `p.grad` until the next one is asked for; ask for all of them.
+        A round's aggregated gradient is in `p.grad` until the next iteration. Iterate to the end.
         """
         self._require_unchanged()
-        self._in_sync.check(again=False)  # later on workers are in different rounds
+        self._in_sync.check(again=False)  # later, workers are in different rounds
         self._start_rest()
         require_untouched(self.buckets)
         found = finish_rounds([bucket.channel for bucket in self.buckets], self.transport)
@@ -237,27 +237,27 @@ class Reducer:
         self._sparse.clear()
 
     def close(self) -> None:
-        """Leave the parameters alone from now on."""
+        """Remove the hooks from the parameters."""
         self._hooks.remove()
 
     def stats(self) -> list[ChannelStats]:
-        """One row a bucket and a total; call it between steps."""
+        """One row per bucket, then the total; call it between steps."""
         rows = [bucket.channel.stats() for bucket in self.buckets]
         return [*rows, total_stats(rows)]
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memories."""
+        """This rank's error-feedback state."""
         state = save_state(self.buckets, self.step, repr(self.options.method), self.transport)
         return {**state, "rows": dict(self._rows)}
 
     def checkpoint(self) -> dict[str, Any]:
-        """The same after the servers, if there are any, have written theirs; collective."""
+        """`state_dict` after the servers, if any, have saved their state; collective."""
         self.begin()
         self.transport.save(self.step)
         return self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned on this rank of an equal job."""
+        """Load the result of `state_dict`, from the same rank of an equal job."""
         rows, buckets = self._rows, self.buckets
         if not self._rows_known and state.get("rows"):
             rows = {n: state["rows"][n] for n, _ in self._trainable if n in state["rows"]}
@@ -270,9 +270,10 @@ class Reducer:
         self._place = {slot.parameter: (b, slot) for b in buckets for slot in b.slots}
 
     def _agree_on_rows(self) -> None:
-        """Before the first exchange: rows for what has a sparse gradient on any rank; collective.
+        """Before the first exchange, find the gradients to send as rows; collective.
 
-        What was taken already goes into the new buckets; error memories of the rest stay.
+        These are sparse on at least one rank. Gradients already taken go into the new buckets.
+        Other parameters keep their state.
         """
         if self._rows_known:
             return
@@ -285,17 +286,17 @@ class Reducer:
             for parameter, state in taken.items():
                 bucket, slot = self._place[parameter]
                 self._take(bucket, slot)
-                bucket.filled[parameter] = state  # with which `require_untouched` compares
+                bucket.filled[parameter] = state  # for `require_untouched`
 
     def _make_buckets(self, rows: dict[str, int]) -> list[Bucket]:
         return make_buckets(self._trainable, rows, self.options, self.transport)
 
     def use_scaler(self, scaler: torch.amp.GradScaler, scale: float) -> None:
-        """Take gradients as multiplied by its scale from now on, those taken already too.
+        """From now on, gradients contain this scaler's scale; those already taken too.
 
         Args:
-            scaler: that was not known before.
-            scale: what is in `p.grad` is multiplied by it now.
+            scaler: one that was unknown before.
+            scale: the factor that `p.grad` contains now.
 
         Raises:
             RuntimeError: gradients are under way to other ranks, with another scale.
@@ -332,7 +333,7 @@ class Reducer:
             bucket.start(self.step)
 
     def _start_rest(self) -> None:
-        """Send what is not yet under way."""
+        """Send the buckets that are not yet under way."""
         for bucket in self.buckets:
             if not bucket.started:
                 self._fill_rest(bucket)
@@ -355,7 +356,7 @@ class Reducer:
             parameter.grad = parameter.grad.to_sparse() if parameter.grad is not None else None
 
     def _fill_rest(self, bucket: Bucket) -> None:
-        """What no hook has brought: parameters without a gradient, or with fewer passes."""
+        """Fill in parameters without a complete hook: no gradient, or fewer passes."""
         for slot in bucket.slots:
             if slot.parameter not in bucket.filled:
                 self._take(bucket, slot)
@@ -364,7 +365,7 @@ class Reducer:
         return self.scaler.get_scale() if self.scaler is not None else 1.0
 
     def _take(self, bucket: Bucket, slot: Slot) -> None:
-        gradient, in_place = slot.parameter.grad, self.scaler is None  # which writes to gradients
+        gradient, in_place = slot.parameter.grad, self.scaler is None  # scalers write to gradients
         if gradient is None or not gradient.is_sparse or isinstance(bucket, RowsBucket):
             bucket.fill(slot, self._loss_scale, in_place=in_place)
         elif self.options.sparse_as_dense:

@@ -1,4 +1,4 @@
-"""Sparse gradients in PyTorch: which parameters have them, and a bucket for each of these."""
+"""Sparse gradients in PyTorch: agree on the parameters that have them; one bucket for each."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ef_horovod.torch.options import Options
 from ef_horovod.training.buckets import BucketPlan, Slot, one_slot, plan_buckets
 from ef_horovod.transports.base import Transport
 
-_MISSING, _DENSE = 0, 1  # kinds of gradients; _DENSE + s: sparse in the first s dimensions
+_MISSING, _DENSE = 0, 1  # kinds of gradient; _DENSE + s: sparse in the first s dimensions
 
 
 class RowsBucket(Bucket):
-    """A parameter with sparse gradients, which travel as rows.
+    """A parameter whose sparse gradients are sent as rows.
 
     Args:
         name: of the parameter.
-        parameter: whose gradients are sparse in the first `sparse_dims` dimensions.
+        parameter: its gradients are sparse in the first `sparse_dims` dimensions.
         sparse_dims: 1 for embeddings.
         transport: to the other ranks.
     """
@@ -43,7 +43,7 @@ class RowsBucket(Bucket):
         """Take a parameter's rows (none if it has no gradient), unscaled.
 
         Raises:
-            UnsupportedError: its gradient is not sparse, or in other dimensions.
+            UnsupportedError: the gradient is not sparse, or sparse in other dimensions.
         """
         gradient = slot.parameter.grad
         kind = kind_of(gradient)
@@ -60,7 +60,7 @@ class RowsBucket(Bucket):
         self.channel.rows = Rows(places, values.reshape(len(places), self.channel.width).numpy())
 
     def deliver(self, direction: Any, factor: float) -> None:  # Rows or None
-        """Give the parameter rows * factor as sparse gradient; a row of NaNs if there are none."""
+        """Set the sparse gradient to rows * factor; one row of NaNs if direction is None."""
         (slot,) = self.slots
         if direction is None:
             nan = np.full((1, self.channel.width), np.nan, np.float32)
@@ -73,7 +73,7 @@ class RowsBucket(Bucket):
             tuple(slot.parameter.shape),
             device=slot.parameter.device,
             is_coalesced=True,
-            check_invariants=False,  # the channel has looked at the indices
+            check_invariants=False,  # the channel has checked the indices
         )
 
 
@@ -83,11 +83,11 @@ def make_buckets(
     options: Options,
     transport: Transport,
 ) -> list[Bucket]:
-    """All buckets; parameters that travel as rows have one each.
+    """All buckets; each parameter sent as rows has a bucket.
 
     Args:
         trainable: parameters with their names.
-        rows: names of those that travel as rows, with the number of their sparse dimensions.
+        rows: names of those sent as rows, with their number of sparse dimensions.
         options: of the reducer.
         transport: to the other ranks.
     """
@@ -104,9 +104,9 @@ def make_buckets(
 
 
 def _open(plan: BucketPlan, options: Options, transport: Transport) -> list[Bucket]:
-    """A bucket; one for each parameter where nothing is compressed, so that none is copied.
+    """One bucket, or one per parameter if nothing is compressed, which avoids copies.
 
-    Small parameters have one allreduce all the same.
+    Small parameters always share one allreduce.
     """
     choice = plan.decide(transport, options.exchange)
     plans = [plan] if plan.method is None or choice.exchange.compresses else plan.apart()
@@ -120,15 +120,15 @@ def agree(
 
     Args:
         named: all parameters with their names, in an order that is equal on all ranks.
-        known: what is certain already, from a checkpoint; equal on all ranks.
+        known: known results, from a checkpoint; equal on all ranks.
         transport: to the other ranks.
 
     Returns:
-        Their names with the number of sparse dimensions, and whether there was any gradient.
+        Their names with the number of sparse dimensions, and whether any rank had a gradient.
 
     Raises:
         UnsupportedError: on all ranks, if a parameter's gradient is sparse on one rank and dense
-            on another one.
+            on another.
     """
     mine = np.array([kind_of(parameter.grad) for _, parameter in named], np.uint8)
     everyones = np.stack(transport.allgather("kinds", mine)())  # [ranks, parameters]
@@ -144,14 +144,14 @@ def agree(
 
 
 def kind_of(gradient: torch.Tensor | None) -> int:
-    """What a gradient is: missing, dense, or sparse in so many dimensions."""
+    """Kind of a gradient: _MISSING, _DENSE, or _DENSE + number of sparse dimensions."""
     if gradient is None or (gradient.is_sparse and gradient._nnz() == 0):
         return _MISSING
     return _DENSE + (gradient.sparse_dim() if gradient.is_sparse else 0)
 
 
 def no_rows(name: str, gradient: torch.Tensor, transport: Transport) -> UnsupportedError:
-    """For a sparse gradient of a parameter that does not travel as rows."""
+    """Error for a sparse gradient of a parameter that is not sent as rows."""
     if not transport.has_server:
         return changed(name, "dense", kind_of(gradient))
     return UnsupportedError(
@@ -161,7 +161,7 @@ def no_rows(name: str, gradient: torch.Tensor, transport: Transport) -> Unsuppor
 
 
 def changed(name: str, expected: str, kind: int) -> UnsupportedError:
-    """For a gradient that is of one kind here and of another one there, or in another step."""
+    """Error for a gradient whose kind differs between ranks or steps."""
     return UnsupportedError(
         f"the gradient of '{name}' is {_words(kind)}, expected it {expected} as in the first "
         "step and on all ranks; build the embedding with sparse=False, or pass "

@@ -1,4 +1,4 @@
-"""Are all ranks' parameters the same? Asked before the first update and now and then after it."""
+"""Checks that all ranks' parameters are equal: before the first update, and later ever rarer."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _BY_SEED = (
 def require_in_sync(
     parameters: Any, timeout: float | None = None, *, process_set: Any = None
 ) -> None:
-    """Raise on all ranks unless the parameters hold the same bits everywhere; collective.
+    """Raise on all ranks unless the parameters are bitwise equal on all of them; collective.
 
-    `ef.DistributedOptimizer` and `ef.Compression` ask this by themselves, see `check_sync`.
+    `ef.DistributedOptimizer` and `ef.Compression` do this themselves; see `check_sync`.
 
     Args:
         parameters: `model.parameters()`, `model.state_dict()`, the model, or any tensors, in the
@@ -41,7 +41,7 @@ def require_in_sync(
         process_set: Horovod process set to compare within; default all ranks.
 
     Raises:
-        OutOfSyncError: they differ; names two ranks and the likely reasons.
+        OutOfSyncError: parameters differ; the message names two ranks and likely reasons.
         UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
 
     Example:
@@ -61,14 +61,14 @@ def require_in_sync(
 class SyncCheck:
     """Compares ranks' parameters before the first update, then in calls 2, 4, 8 and so on.
 
-    The second call shows ranks that began with other learning rates or another optimizer state.
-    Later ones show what comes later, such as a warm-up from 0, and cost less and less.
+    The second call detects ranks that began with different learning rates or optimizer states.
+    Later calls detect later differences, such as after a warm-up from 0, at falling cost.
 
     Args:
         parameters: in the same order on all ranks.
         transport: to the other ranks.
         enabled: False to do nothing.
-        constant: parameters that no step changes; compared in the first call alone.
+        constant: parameters that no step changes; compared only in the first call.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class SyncCheck:
         self._calls = 0
 
     def check(self, *, again: bool = True) -> None:
-        """Compare if it is time to; collective. Without `again` in the first call alone.
+        """Compare if a check is due; collective. Without `again`, only the first call compares.
 
         Raises:
-            OutOfSyncError: on all ranks: parameters differ.
+            OutOfSyncError: on all ranks, if parameters differ.
         """
         self._calls += 1
         due = self._calls & (self._calls - 1) == 0 if again else self._calls == 1
@@ -102,5 +102,5 @@ def _compare(parameters: Iterable[torch.Tensor], transport: Transport, name: str
 
 
 def _bits(tensor: torch.Tensor) -> Any:
-    """uint8[m]: NumPy has not all of torch's dtypes."""
+    """uint8[m], because NumPy lacks some of torch's dtypes."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,6 +1,7 @@
-"""What type checkers take the result of `ef.DistributedOptimizer` for; nobody makes one of these.
+"""Static type of the result of `ef.DistributedOptimizer`; never instantiated.
 
-At run time it is of a subclass of the wrapped optimizer's class that has the same methods.
+At run time, the result's class is a subclass of the wrapped optimizer's class with the same
+methods.
 """
 
 from __future__ import annotations
@@ -11,4 +12,4 @@ from ef_horovod.torch.optimizer import _Distributed
 
 
 class WrappedOptimizer(_Distributed, torch.optim.Optimizer):
-    """A torch optimizer with the methods that the wrapping adds: `synchronize`, `stats`, ..."""
+    """A torch optimizer with the added methods: `synchronize`, `stats`, ..."""

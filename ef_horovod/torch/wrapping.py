@@ -1,4 +1,4 @@
-"""An optimizer under a class that has more methods, and what plain optimizers do: load, copy."""
+"""Gives an optimizer a class with more methods; supports loading, copying and pickling."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _NOT_MEMBERS = ("__dict__", "__weakref__", "__annotations__", "__module__", "__d
 
 
 def wrap(optimizer: torch.optim.Optimizer, methods: type) -> Any:
-    """The optimizer under a class of its own with these methods; state and groups are shared.
+    """The optimizer under a new class with these methods; state and groups are shared.
 
     Args:
-        optimizer: stays as it is.
-        methods: a class whose members go into the new one; `unwrap` takes them away again, and
-            what instances keep under the same names.
+        optimizer: stays unchanged.
+        methods: a class whose members go into the new class. `unwrap` removes them again, and
+            instance attributes of the same names.
     """
     wrapped: Any = object.__new__(_class_of(type(optimizer), methods))
     wrapped.__dict__.update(optimizer.__dict__)
-    # A scheduler made earlier has put a wrapped `step` into the instance: it would hide ours.
+    # An earlier scheduler has put a wrapped `step` into the instance, which would hide ours.
     wrapped.__dict__.pop("step", None)
     return wrapped
 
@@ -40,27 +40,27 @@ def unwrap(wrapped: Any, methods: type) -> None:
 
 @contextmanager
 def same_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """What is loaded inside ends in the dicts of parameter groups that are there now.
+    """State loaded inside goes into the existing dicts of parameter groups.
 
-    Schedulers made before the wrapping hold on to these, and so do optimizers that the optimizer
-    holds (SAM, Lookahead): who has shared a dict before shares it afterwards.
+    Schedulers made before the wrapping hold these dicts, and so do inner optimizers (SAM,
+    Lookahead). Shared dicts stay shared.
     """
     before = [(one, list(one.param_groups)) for one in _all_held_by(optimizer)]
     yield
     for one, groups in before:
         loaded = one.param_groups
         if len(loaded) != len(groups):
-            continue  # the optimizer's own way of loading, which knows better
+            continue  # the optimizer has its own way of loading
         for group, new in zip(groups, loaded, strict=True):
             if group is not new:
                 contents = dict(new)
                 group.clear()
                 group.update(contents)
-        loaded[:] = groups  # in the same list, which an optimizer inside may share
+        loaded[:] = groups  # the same list: an inner optimizer may share it
 
 
 def copied(wrapped: Any, methods: type, protocol: Any) -> tuple[Any, ...]:
-    """How to copy or pickle a wrapped optimizer: with its state, without its exchange."""
+    """Copy or pickle a wrapped optimizer with its state, without its exchange."""
     _, _, *rest = wrapped._base.__reduce_ex__(wrapped, protocol)
     if rest and isinstance(rest[0], dict):
         rest[0] = {name: value for name, value in rest[0].items() if name not in _own(methods)}
@@ -68,13 +68,13 @@ def copied(wrapped: Any, methods: type, protocol: Any) -> tuple[Any, ...]:
 
 
 class NoExchange:
-    """In the place of a copy's reducer: whatever would average gradients raises."""
+    """Stands for a copy's reducer; all methods that would average gradients raise."""
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing."""
 
     def reset_passes(self) -> None:
-        """There is nothing to count, so that a copy can load a state."""
+        """Do nothing, so that a copy can load a state."""
 
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedError(
@@ -84,7 +84,7 @@ class NoExchange:
 
 
 def _names_of(methods: type) -> list[str]:
-    """What is ours in an instance: all but what properties look after, which is the base's too."""
+    """Our names in an instance: all but properties, which the base uses too."""
     return [name for name, member in vars(methods).items() if not isinstance(member, property)]
 
 
@@ -95,9 +95,9 @@ def _make_copy(base: type, methods: type) -> Any:
 
 
 def _own(methods: type) -> set[str]:
-    """Names under which instances keep what only these methods use.
+    """Names of instance attributes that only these methods use.
 
-    What is a property there belongs to the base in the instance (`_step_supports_amp_scaling`).
+    Properties such as `_step_supports_amp_scaling` are the base's attributes in the instance.
     """
     return {name for name, member in vars(methods).items() if not isinstance(member, property)}
 
@@ -113,9 +113,9 @@ def _class_of(base: type, methods: type) -> type:
 
 
 def _all_held_by(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """The optimizer, and all that it holds in attributes, or in lists and tuples there."""
+    """The optimizer, and all optimizers in its attributes, or in lists and tuples there."""
     found = [optimizer]
-    for one in found:  # grows on the way
+    for one in found:  # grows during the loop
         for value in vars(one).values():
             for inner in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(inner, torch.optim.Optimizer) and all(inner is not o for o in found):

@@ -100,7 +100,7 @@ def test_launch_demo_starts_the_frameworks_script(
 ) -> None:
     launch_demo = load_launch_demo()
     commands: list[list[str]] = []
-    monkeypatch.setattr(launch_demo, "prepare", lambda **_: Path(sys.executable))
+    monkeypatch.setattr(launch_demo, "prepare", lambda *_, **__: Path(sys.executable))
     monkeypatch.setattr(
         launch_demo, "run", lambda command, env: commands.append([*map(str, command)])
     )
