@@ -30,10 +30,12 @@ def wait_for(what: Callable[[], bool], seconds: float = 60) -> bool:
 
 @pytest.fixture(autouse=True)
 def signals_as_in_a_terminal():
-    """A shell's background job ignores SIGINT, and so would all that it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell's background job ignores SIGINT, nohup SIGHUP, and so would all that they start."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
 
 
 @pytest.fixture
