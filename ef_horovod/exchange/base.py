@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -77,7 +77,39 @@ class Exchange(ABC):
             payload that stands for their sum. If any rank asked to drop the step, at least one
             payload `is_skip`.
         """
-        raise NotImplementedError(f"exchange {self.name!r} opens channels of its own kind")
+        raise NotImplementedError(f"the channels of exchange {self.name!r} send by themselves")
+
+    def send(
+        self, transport: Transport, name: str, payload: Payload, *, fixed_size: bool
+    ) -> Callable[[], list[Payload]]:
+        """`start`, with its result checked: a missing payload would train on in silence.
+
+        Raises:
+            UnsupportedError: `start` returned something else than it should; at the wait, too.
+        """
+        wait = self.start(transport, name, payload, fixed_size=fixed_size)
+        if not callable(wait):
+            raise self._broken(name, wait, "a function that waits for the payloads")
+        return lambda: self._complete(name, wait(), transport.size)
+
+    def _complete(self, name: str, received: Any, size: int) -> list[Payload]:
+        counts = {1, size} if self.sums else {size}
+        if not isinstance(received, list) or not all(isinstance(p, Payload) for p in received):
+            raise self._broken(name, received, "a list of payloads from the function that waits")
+        if len(received) not in counts:
+            raise self._broken(
+                name,
+                f"{len(received)} payload(s)",
+                f"{size}, one per rank{', or one that stands for their sum' * self.sums}",
+            )
+        return received
+
+    def _broken(self, name: str, found: Any, expected: str) -> UnsupportedError:
+        kind = type(self)
+        return UnsupportedError(
+            f"exchange {self.name!r} returned {str(found)[:80]} for '{name}', expected {expected}; "
+            f"correct `start` of {kind.__module__}.{kind.__qualname__}"
+        )
 
     @abstractmethod
     def traffic(self, method: Method, d: int, n: int) -> Traffic:

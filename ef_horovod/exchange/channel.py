@@ -156,7 +156,7 @@ class Channel:
     def _send(self, message: Payload, step: int) -> Callable[[], Any]:
         """Send this rank's payload; returns a function that waits for the result."""
         fixed_size = self.method.fixed_size
-        return self.exchange.start(self._transport, self.name, message, fixed_size=fixed_size)
+        return self.exchange.send(self._transport, self.name, message, fixed_size=fixed_size)
 
     def arrived(self) -> bool:
         """Wait for all ranks' payloads; whether all of them are good."""

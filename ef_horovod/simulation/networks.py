@@ -52,7 +52,7 @@ class PeerNetwork:
     def meet(self, messages: Sequence[Payload]) -> list[Payload]:
         """The messages that every worker receives."""
         waits = [
-            self._kind.start(endpoint, "step", message, fixed_size=self._fixed_size)
+            self._kind.send(endpoint, "step", message, fixed_size=self._fixed_size)
             for endpoint, message in zip(self._endpoints, messages, strict=True)
         ]
         return waits[0]()
@@ -127,7 +127,7 @@ class RankNetwork:
             self._as_if += sum(sizes) * (self._workers - 1)
             return received
         own, before = self._summed(messages), self._transport.bytes_sent
-        received = self._kind.start(self._transport, "step", own, fixed_size=self._fixed_size)()
+        received = self._kind.send(self._transport, "step", own, fixed_size=self._fixed_size)()
         self._own += self._transport.bytes_sent - before
         return received
 

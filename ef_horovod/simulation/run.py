@@ -115,7 +115,9 @@ def simulate(
         method = method.for_shapes([tuple(x0.shape)])
     group: _Whole | SlicedWorkers
     if exchange in EXCHANGES and EXCHANGES[exchange].has_answers:
-        group = SlicedWorkers(method, xp.flat_float32(x0), workers, seed, name, transport)
+        group = SlicedWorkers(
+            EXCHANGES[exchange], method, xp.flat_float32(x0), workers, seed, name, transport
+        )
     else:
         network = network_of(method, exchange, workers, transport)
         group = _Whole(method, xp.flat_float32(x0), workers, seed, name, network, transport)

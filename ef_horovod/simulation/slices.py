@@ -8,7 +8,7 @@ from typing import Any
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import NonFiniteError, UnsupportedError
-from ef_horovod.exchange.registry import EXCHANGES
+from ef_horovod.exchange.base import Exchange
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import local_group
@@ -19,6 +19,7 @@ class SlicedWorkers:
 
     def __init__(
         self,
+        exchange: Exchange,
         method: Method,
         x: Array,
         workers: int,
@@ -28,14 +29,12 @@ class SlicedWorkers:
     ) -> None:
         if transport is not None:
             raise UnsupportedError(
-                "got exchange='double_pass' with a transport, expected none, for here each worker "
-                "has a slice, and ranks may share workers; leave transport= out"
+                f"got exchange={exchange.name!r} with a transport, expected none, because each "
+                "worker has a slice here, and ranks may share workers; leave transport= out"
             )
         self.mine = range(workers)
         self._ends = local_group(workers)
-        self._channels = [
-            EXCHANGES["double_pass"].open(name, x, method, end, seed=seed) for end in self._ends
-        ]
+        self._channels = [exchange.open(name, x, method, end, seed=seed) for end in self._ends]
 
     def step(self, estimates: Sequence[Array], step: int) -> Array:
         """The aggregated gradient, float32[d]."""

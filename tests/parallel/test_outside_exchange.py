@@ -8,6 +8,7 @@ import pytest
 from launching import Results, horovodrun
 
 import ef_horovod as ef
+from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.registry import EXCHANGES, exchange_of, register_exchange
 
 pytestmark = pytest.mark.parallel
@@ -48,10 +49,58 @@ def test_simulation_and_cost_model_know_it() -> None:
 
 
 def test_names_are_not_taken_twice() -> None:
-    for name in ("gather", "auto", "auto:1gbit"):
+    for name in ("gather", "auto"):
         other = type("Other", (checksummed_exchange.Checksummed,), {"name": name})
         with pytest.raises(ValueError, match=f"asks for the name '{name}', which .* has, expected"):
             register_exchange(other)
     assert exchange_of("gather") is EXCHANGES["gather"]
     with pytest.raises(ValueError, match="got exchange='gathr', expected one of .*'checksummed'"):
         exchange_of("gathr")
+
+
+def variant(**changes: object) -> type:
+    """The exchange with something changed, under another name."""
+    return type("Other", (checksummed_exchange.Checksummed,), {"name": "other", **changes})
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (variant(name="auto:1gbit"), "got name='auto:1gbit', expected lower-case letters"),
+        (variant(name=None), "got name=None, expected lower-case"),
+        (variant(start=Exchange.start), "exchange 'other' has no start, expected one"),
+        (variant(compresses=False), "exchange 'other' has no open, expected one"),
+        (variant(has_answers=True), "exchange 'other' has no open, expected one"),
+        (checksummed_exchange.Checksummed(), "expected a subclass of Exchange; write @register"),
+        (dict, "expected a subclass of Exchange; write @register"),
+    ],
+)
+def test_what_would_fail_later_is_not_registered(cls: type, message: str) -> None:
+    with pytest.raises(ef.UnsupportedError, match=message):
+        register_exchange(cls)
+    assert "other" not in EXCHANGES
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (lambda *_, **__: None, "returned None for 'step', expected a function that waits"),
+        (lambda *_, **__: lambda: None, "returned None for 'step', expected a list of payloads"),
+        (lambda *_, **__: lambda: [np.zeros(3)], "expected a list of payloads"),
+        (lambda *_, **__: list, r"returned 0 payload\(s\) for 'step', expected 3, one per rank;"),
+        (
+            lambda _, transport, name, payload, *, fixed_size: lambda: [payload],
+            r"returned 1 payload\(s\) for 'step', expected 3, one per rank;",
+        ),
+    ],
+)
+def test_payloads_that_are_missing_raise(
+    start: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, training went on with what there was."""
+    monkeypatch.setitem(EXCHANGES, "other", variant(start=start)())
+    with pytest.raises(ef.UnsupportedError, match=message):
+        ef.simulate(
+            ef.EF21(ef.TopK(k=2)), lambda i, x, t: x - i, np.zeros(9), workers=3, steps=1,
+            step_size=0.5, exchange="other",
+        )  # fmt: skip

@@ -264,7 +264,9 @@ def test_simulation_names_the_worker_of_a_bad_gradient(bad):
 
 
 def test_simulation_on_ranks_is_refused():
-    with pytest.raises(ef.UnsupportedError, match="expected none, for here each worker has a sl"):
+    with pytest.raises(
+        ef.UnsupportedError, match="expected none, because each worker has a slice here"
+    ):
         ef.simulate(
             TOP_K, lambda i, x, t: x, np.zeros(100), workers=2, steps=1, step_size=0.1,
             exchange="double_pass", transport=local_group(1)[0],

@@ -18,7 +18,7 @@ def meet(kind, payloads, *, fixed_size=True):
     """What each rank receives."""
     group = local_group(len(payloads), timeout=1)
     waits = [
-        EXCHANGES[kind].start(endpoint, "x", payload, fixed_size=fixed_size)
+        EXCHANGES[kind].send(endpoint, "x", payload, fixed_size=fixed_size)
         for endpoint, payload in zip(group, payloads, strict=True)
     ]
     return [wait() for wait in waits], group
