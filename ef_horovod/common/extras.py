@@ -26,7 +26,7 @@ def require(name: str, user: str) -> None:
 
     Args:
         name: the module.
-        user: the module or command that needs it, for the message.
+        user: the module or command that needs it; the error message names it.
 
     Raises:
         ModuleNotFoundError: it is missing; the message says how to install it.
@@ -40,7 +40,7 @@ def explained(user: str) -> Iterator[None]:
     """Context for imports: if an optional package is missing, the error says how to install it.
 
     Args:
-        user: the module or command that needs the packages, for the message.
+        user: the module or command that needs the packages; the error message names it.
 
     Raises:
         ImportError: one is missing; the message says how to install it.
@@ -62,7 +62,7 @@ def explain(error: Exception, user: str) -> Exception:
 
     Args:
         error: raised by the import.
-        user: the module or command that needs the package, for the message.
+        user: the module or command that needs the package; the error message names it.
 
     Returns:
         An ImportError that names the package, or `error` itself if something else is wrong.

@@ -59,7 +59,7 @@ def number(
         owner, name, value, way_out: as in `whole`.
         interval: "(0, 1]", "[0, inf)": a round bracket excludes the bound.
         what: name of the number in the message.
-        also: other allowed values, for the message.
+        also: other allowed values; the error message lists them.
 
     Raises:
         ValueError: the value is something else.

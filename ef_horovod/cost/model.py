@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ef_horovod.compressors.identity import Identity
 from ef_horovod.cost.traffic import method_traffic
+from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.network import OPEN_MPI, Network, Software, Work
 from ef_horovod.exchange.registry import EXCHANGES, exchange_of
 from ef_horovod.exchange.traffic import Traffic, reduce_traffic
 from ef_horovod.methods.base import Method
-from ef_horovod.methods.no_feedback import NoFeedback
 
 
 def reference_work(method: Method, d: int) -> Work:
@@ -110,14 +109,14 @@ def half_precision_cost(
     moved = reduce_traffic(2 * d, n)
     sums = software.allreduce.seconds(moved.sent, n, network) if n > 1 else 0.0
     seconds = share * software.start + sums if n > 1 else 0.0
-    cast = 0.75 * d * share * (work or reference_work(NoFeedback(Identity()), d)).copy
+    cast = 0.75 * d * share * (work or reference_work(UNCOMPRESSED, d)).copy
     on_core = share * software.core * (moved.sent + moved.received)
     return Cost("fp16", moved, compute, cast, max(seconds, on_core), cast)
 
 
 def possible_exchanges(method: Method) -> list[str]:
     """The exchanges without a server that a method can use, except "dense"."""
-    if method == NoFeedback(Identity()):
+    if method == UNCOMPRESSED:
         return []
     among = [e for e in EXCHANGES.values() if e.compresses and not e.needs_server]
     return [exchange.name for exchange in among if exchange.fits(method)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.registry import exchange_of
 from ef_horovod.exchange.traffic import Traffic, fixed_nbytes, require_sizes
 from ef_horovod.methods.base import Method
@@ -63,18 +64,23 @@ def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
     """
     require_sizes(n, d)
     way = exchange_of(exchange)
-    if way.compresses and not method.fixed_size:
+    if way.compresses:
+        _require_known(method, d, way)
+    return way.traffic(method, d, n)
+
+
+def _require_known(method: Method, d: int, exchange: Exchange) -> None:
+    """Raise ValueError if the bytes of a method are unknown, or the exchange cannot carry them."""
+    if not method.fixed_size:
         fixed_nbytes(method.compressor, d)
         raise ValueError(
             f"got {method}, some of whose messages are empty, expected messages of known sizes; "
             "give the average size that a run sent to gather_traffic and its like"
         )
     try:
-        if way.compresses:
-            way.require_fit(method)
+        exchange.require_fit(method)
     except UnsupportedError as error:
         raise ValueError(str(error)) from None
-    return way.traffic(method, d, n)
 
 
 def break_even_ranks(compressor: Compressor, d: int) -> float:

@@ -7,7 +7,6 @@ A new exchange is one file, here or in your own package that all ranks import:
         name = "ring"
         def start(self, transport, name, payload, *, fixed_size): ...
         def traffic(self, method, d, n): ...
-        def seconds(self, method, d, n, moved, network, software): ...
 
 Users write `exchange="ring"`. This is enough for an exchange with a single collective. Others
 override `open` to return another kind of channel.
@@ -128,11 +127,10 @@ class Exchange(ABC):
         """Core seconds per element before and after the exchange, on the busiest path."""
         return work.push, n * work.decode + work.aggregate + work.pull
 
-    @abstractmethod
     def seconds(
         self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
     ) -> float:
-        """Seconds of a step's collectives among n >= 2 workers.
+        """Seconds of a step's collectives among n >= 2 workers; here those of a single one.
 
         Args:
             method, d, n: as in `traffic`.
@@ -140,6 +138,8 @@ class Exchange(ABC):
             network: between the workers.
             software: that runs the collectives.
         """
+        collective = software.allreduce if self.sums else software.allgather
+        return software.start + collective.seconds(moved.sent, n, network)
 
 
 def checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:

@@ -9,7 +9,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.channel import Channel
-from ef_horovod.exchange.network import Network, Software, Work
+from ef_horovod.exchange.network import Work
 from ef_horovod.exchange.registry import register_exchange
 from ef_horovod.exchange.traffic import Traffic, dense_traffic
 from ef_horovod.methods.base import Method
@@ -44,11 +44,6 @@ class Dense(Exchange):
 
     def work(self, work: Work, n: int) -> tuple[float, float]:
         return 0.0, work.copy
-
-    def seconds(
-        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
-    ) -> float:
-        return software.start + software.allreduce.seconds(moved.sent, n, network)
 
 
 class DenseChannel(Channel):

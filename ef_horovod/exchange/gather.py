@@ -10,7 +10,6 @@ from collections.abc import Callable
 from ef_horovod import wire
 from ef_horovod.compressors.base import Payload
 from ef_horovod.exchange.base import Exchange, checked
-from ef_horovod.exchange.network import Network, Software
 from ef_horovod.exchange.registry import register_exchange
 from ef_horovod.exchange.traffic import Traffic, gather_traffic, message_nbytes
 from ef_horovod.methods.base import Method
@@ -34,8 +33,3 @@ class Gather(Exchange):
 
     def traffic(self, method: Method, d: int, n: int) -> Traffic:
         return gather_traffic(message_nbytes(method, d), n)
-
-    def seconds(
-        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
-    ) -> float:
-        return software.start + software.allgather.seconds(moved.sent, n, network)

@@ -123,7 +123,7 @@ SOFTWARE = {"default": OPEN_MPI, "ring": OPEN_MPI_RING, "ideal": IDEAL}
 
 
 class Work(NamedTuple):
-    """Core seconds per element of a vector, for the parts of a method's step.
+    """Seconds of one core per element of a vector, for each part of a step.
 
     Args:
         push: add up, compress, keep the error.

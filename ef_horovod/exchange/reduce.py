@@ -13,7 +13,7 @@ from ef_horovod import wire
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.base import Exchange
-from ef_horovod.exchange.network import Network, Software, Work
+from ef_horovod.exchange.network import Work
 from ef_horovod.exchange.registry import register_exchange
 from ef_horovod.exchange.traffic import Traffic, reduce_traffic, summed_nbytes
 from ef_horovod.methods.base import Method
@@ -60,8 +60,3 @@ class Reduce(Exchange):
 
     def work(self, work: Work, n: int) -> tuple[float, float]:
         return work.push, work.decode + work.aggregate + work.pull
-
-    def seconds(
-        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
-    ) -> float:
-        return software.start + software.allreduce.seconds(moved.sent, n, network)

