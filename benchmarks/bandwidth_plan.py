@@ -96,9 +96,12 @@ class Way:
 
 
 _TOPK, _ONEBIT, _TERNARY, _RANK4 = 0.0503, 0.126, 0.2, 0.016  # bytes a parameter
-_DS1, _DSK = "DoubleSqueeze(OneBit(), down=OneBit())", "DoubleSqueeze(TopK(0.01), down=TopK(0.01))"
-_TOPK_SGD = "NoFeedback(TopK(0.01), down=TopK(0.01))"
-_EF21_BOTH = "EF21(TopK(0.01), down=TopK(0.01))"
+_DS1, _DSK = (
+    "DoubleSqueeze(OneBit(), server_compressor=OneBit())",
+    "DoubleSqueeze(TopK(0.01), server_compressor=TopK(0.01))",
+)
+_TOPK_SGD = "NoFeedback(TopK(0.01), server_compressor=TopK(0.01))"
+_EF21_BOTH = "EF21(TopK(0.01), server_compressor=TopK(0.01))"
 _EF21_NATURAL = "EF21(Then(TopK(0.01), Natural()))"
 _GATHER, _DOUBLE = "gather", "double_pass"
 

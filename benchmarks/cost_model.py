@@ -38,9 +38,9 @@ CASES = {
     "dense": ("NoFeedback(Identity())", "dense"),
     "fp16": (FP16, "fp16"),
     "top-k, gather": ("EF21(TopK(0.01))", "gather"),
-    "1 bit, gather": ("DoubleSqueeze(OneBit(), down=OneBit())", "gather"),
-    "1 bit, double pass": ("DoubleSqueeze(OneBit(), down=OneBit())", "double_pass"),
-    "top-k, double pass": ("EF21(TopK(0.01), down=TopK(0.01))", "double_pass"),
+    "1 bit, gather": ("DoubleSqueeze(OneBit(), server_compressor=OneBit())", "gather"),
+    "1 bit, double pass": ("DoubleSqueeze(OneBit(), server_compressor=OneBit())", "double_pass"),
+    "top-k, double pass": ("EF21(TopK(0.01), server_compressor=TopK(0.01))", "double_pass"),
     "random-k, reduce": ("EF21(RandomK(0.01))", "reduce"),
 }
 RINGS = {

@@ -58,8 +58,10 @@ from ef_horovod.server.rounds import ServedBucket
 
 METHODS: dict[str, ef.Method] = {
     "uncompressed": ef.NoFeedback(ef.Identity()),
-    "DoubleSqueeze(OneBit)": ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit()),
-    "DoubleSqueeze(TopK(0.01))": ef.DoubleSqueeze(ef.TopK(ratio=0.01), down=ef.TopK(ratio=0.01)),
+    "DoubleSqueeze(OneBit)": ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit()),
+    "DoubleSqueeze(TopK(0.01))": ef.DoubleSqueeze(
+        ef.TopK(ratio=0.01), server_compressor=ef.TopK(ratio=0.01)
+    ),
 }
 LAYER = 1_000_000  # parameters are arrays of at most so many, as those of a model are
 SHORT = 10_000_000  # parameters; of rounds of fewer, more are computed

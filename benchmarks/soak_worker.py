@@ -22,7 +22,7 @@ WORKERS, QUORUM = 3, 2
 THRESHOLD = 32  # of the mean; gradients have entries up to twice that
 METHODS: dict[str, ef.Method] = {
     "all": ef.DoubleSqueeze(
-        ef.HardThreshold(WORKERS * THRESHOLD), down=ef.HardThreshold(THRESHOLD)
+        ef.HardThreshold(WORKERS * THRESHOLD), server_compressor=ef.HardThreshold(THRESHOLD)
     ),
     "quorum": ef.ErrorFeedback(ef.HardThreshold(WORKERS * THRESHOLD)),
 }

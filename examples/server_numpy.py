@@ -15,7 +15,7 @@ FEATURES, OUTPUTS, ROWS, STEPS = 200, 100, 256, 600
 
 def main() -> None:
     w = np.zeros((FEATURES, OUTPUTS), np.float32)
-    method = ef.DoubleSqueeze(ef.TopK(ratio=0.01), down=ef.TopK(ratio=0.01))
+    method = ef.DoubleSqueeze(ef.TopK(ratio=0.01), server_compressor=ef.TopK(ratio=0.01))
     truth = np.random.default_rng(0).standard_normal((FEATURES, OUTPUTS), np.float32)
     with Worker({"w": w}, method) as worker:
         rng = np.random.default_rng(1 + worker.rank)  # each worker has its own data

@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--method",
         type=read_method,
-        default="DoubleSqueeze(OneBit(), down=OneBit())",
+        default="DoubleSqueeze(OneBit(), server_compressor=OneBit())",
         metavar="M",
         help="as in Python, or by name (%(default)s)",
     )

@@ -29,14 +29,14 @@ def methods() -> dict[str, ef.Method]:
     sign, top, ternary = ef.OneBit(scale="l2"), ef.TopK(k=4), ef.QSGD(levels=1, bucket=None)
     return {
         "SGD": ef.NoFeedback(ef.Identity()),
-        "DoubleSqueeze, 1 bit": ef.DoubleSqueeze(sign, down=sign),
-        "DoubleSqueeze, 1 bit l1": ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit()),
-        "DoubleSqueeze, top 4": ef.DoubleSqueeze(top, down=top),
+        "DoubleSqueeze, 1 bit": ef.DoubleSqueeze(sign, server_compressor=sign),
+        "DoubleSqueeze, 1 bit l1": ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit()),
+        "DoubleSqueeze, top 4": ef.DoubleSqueeze(top, server_compressor=top),
         "MEM-SGD, 1 bit": ef.ErrorFeedback(sign),
         "MEM-SGD, top 4": ef.ErrorFeedback(top),
         "QSGD, no memory": ef.NoFeedback(ternary),
-        "Top-4 SGD, no memory": ef.NoFeedback(top, down=top),
-        "1 bit, no memory": ef.NoFeedback(sign, down=sign),
+        "Top-4 SGD, no memory": ef.NoFeedback(top, server_compressor=top),
+        "1 bit, no memory": ef.NoFeedback(sign, server_compressor=sign),
     }
 
 
@@ -126,7 +126,7 @@ def _train(
 
 def _bytes(method: Any, d: int) -> tuple[int, int]:
     """A message to a server and its answer."""
-    down = getattr(method, "down", None) or ef.Identity()
+    down = getattr(method, "server_compressor", None) or ef.Identity()
     return method.compressor.nbytes(d), down.nbytes(d)
 
 

@@ -50,13 +50,13 @@ def methods() -> dict[str, ef.Method]:
     sign, top, qsgd = ef.OneBit("l2"), ef.TopK(ratio=RATIO), ef.QSGD(levels=1, bucket=512)
     return {
         "SGD": ef.NoFeedback(ef.Identity()),
-        "DoubleSqueeze, 1 bit": ef.DoubleSqueeze(sign, down=sign),
-        "MEM-SGD, 1 bit": ef.DoubleSqueeze(sign, down=ef.Identity()),
+        "DoubleSqueeze, 1 bit": ef.DoubleSqueeze(sign, server_compressor=sign),
+        "MEM-SGD, 1 bit": ef.DoubleSqueeze(sign, server_compressor=ef.Identity()),
         "ternary, workers only, no memory": ef.NoFeedback(ef.TernGrad()),
-        "QSGD both ways, no memory": ef.NoFeedback(qsgd, down=qsgd),
-        "DoubleSqueeze, top-k": ef.DoubleSqueeze(top, down=top),
-        "MEM-SGD, top-k": ef.DoubleSqueeze(top, down=ef.Identity()),
-        "Top-k SGD, no memory": ef.NoFeedback(top, down=top),
+        "QSGD both ways, no memory": ef.NoFeedback(qsgd, server_compressor=qsgd),
+        "DoubleSqueeze, top-k": ef.DoubleSqueeze(top, server_compressor=top),
+        "MEM-SGD, top-k": ef.DoubleSqueeze(top, server_compressor=ef.Identity()),
+        "Top-k SGD, no memory": ef.NoFeedback(top, server_compressor=top),
     }
 
 

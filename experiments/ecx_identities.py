@@ -46,7 +46,9 @@ def check(report: Report) -> None:
 def _check_others(report: Report, compressor: ef.Compressor, vectors: np.ndarray) -> None:
     """What breaks the identity, and what ECX becomes at certain weights."""
     alpha = 0.1
-    plain = drive(LastError(compressor, down=compressor, alpha=alpha, beta=1.0), vectors)
+    plain = drive(
+        LastError(compressor, server_compressor=compressor, alpha=alpha, beta=1.0), vectors
+    )
     for what, trace in (
         ("EC", plain),
         ("ECX, filter 0.3", drive(_ecx(compressor, alpha, 0.3), vectors)),
@@ -63,7 +65,7 @@ def _check_others(report: Report, compressor: ef.Compressor, vectors: np.ndarray
     same = drive(_ecx(compressor, alpha, 1 / (2 - alpha)), vectors)
     off = np.abs(same.directions - plain.directions).max() / np.abs(plain.directions).max()
     _claim(report, f"ECX, {compressor}, filter 1 / (2 - alpha): is EC", off)
-    double = drive(ef.DoubleSqueeze(compressor, down=compressor), vectors, "error")
+    double = drive(ef.DoubleSqueeze(compressor, server_compressor=compressor), vectors, "error")
     ecx = drive(_ecx(compressor, 1.0), vectors)
     off = np.abs(ecx.directions - double.directions).max()
     report.claim(f"ECX, {compressor}, alpha 1: is DoubleSqueeze", "to the last bit",
@@ -113,7 +115,7 @@ def _sum_off(trace: Trace, vectors: np.ndarray, alpha: ef.Decay | float) -> floa
 
 
 def _ecx(compressor: ef.Compressor, alpha: ef.Decay | float, beta: float = 1.0) -> ef.Method:
-    return ef.ErrorCompensatedX(compressor, down=compressor, alpha=alpha, beta=beta)
+    return ef.ErrorCompensatedX(compressor, server_compressor=compressor, alpha=alpha, beta=beta)
 
 
 def _claim(report: Report, what: str, off: float) -> None:

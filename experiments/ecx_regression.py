@@ -146,7 +146,7 @@ def _judge_sweep(report: Report, title: str, sizes: list[float]) -> None:
 def _filters(case: Case) -> dict[str, ef.Method]:
     known = variants(case.compressor, case.alpha)
     chosen = {"uncompressed": known["uncompressed"], "EC": known["EC"]}
-    ways: dict[str, Any] = {"down": case.compressor, "alpha": case.alpha}
+    ways: dict[str, Any] = {"server_compressor": case.compressor, "alpha": case.alpha}
     for beta in (1.0, 0.5, 0.3, 0.1):
         chosen[f"ECX, beta {beta:g}"] = ef.ErrorCompensatedX(case.compressor, **ways, beta=beta)
     return chosen

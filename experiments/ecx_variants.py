@@ -29,10 +29,14 @@ class LastError(ef.ErrorCompensatedX):
 
 def variants(compressor: ef.Compressor, alpha: ef.Decay | float) -> dict[str, ef.Method]:
     """The methods of all comparisons, which compress on both ways, under their names."""
-    ways: dict[str, Any] = {"compressor": compressor, "down": compressor, "alpha": alpha}
+    ways: dict[str, Any] = {
+        "compressor": compressor,
+        "server_compressor": compressor,
+        "alpha": alpha,
+    }
     return {
         "uncompressed": ef.ErrorCompensatedX(
-            ef.Identity(), down=ef.Identity(), alpha=alpha, beta=1.0
+            ef.Identity(), server_compressor=ef.Identity(), alpha=alpha, beta=1.0
         ),
         "no compensation": LastError(**ways, beta=1.0, weight=0.0),
         "EC": LastError(**ways, beta=1.0),

@@ -88,7 +88,10 @@ def _trivial_options(
     step = 16 * theory.ef21_step(problem.smoothness(), 1 / len(x0))
     plain, batch = ef.EF21(TOP), {"gradient": Batches(problem, 4).gradient}
     gd, page = ef.NoFeedback(ef.Identity()), {"estimator": PAGE(1.0)}
-    both, weights = ef.EF21(TOP, down=ef.Identity()), ef.EF21(TOP, weights=(3,) * WORKERS)
+    both, weights = (
+        ef.EF21(TOP, server_compressor=ef.Identity()),
+        ef.EF21(TOP, weights=(3,) * WORKERS),
+    )
     pairs: list[tuple[str, bool, ef.Method, dict[str, Any], ef.Method, dict[str, Any]]] = [
         ("PP with all workers is EF21", True, ef.EF21(TOP, participation=1.0), {}, plain, {}),
         ("PAGE with p = 1 is EF21", True, plain, page, plain, {}),
@@ -124,7 +127,7 @@ def _theory(
         steps[f"PP, p = {p:g}"] = (method, step, int(250 / p), p * alpha)
     if not quick:
         step = theory.ef21_bc_step(constants, alpha, alpha)
-        steps["BC"] = (ef.EF21(QUARTER, down=QUARTER), step, 1600, None)
+        steps["BC"] = (ef.EF21(QUARTER, server_compressor=QUARTER), step, 1600, None)
     for name, (method, step, rounds, contraction) in steps.items():
         run = descend(workers, problem, method, step, x0, rounds)
         found[name] = add_row(report, "steps of theory", name, run, TARGET)
@@ -161,8 +164,8 @@ def _tuned(
     cases: dict[str, tuple[ef.Method, float, int, PAGE | None]] = {
         "EF21": (ef.EF21(TOP), 16, 450, None),
         "PAGE, batches of 8": (ef.EF21(TOP), 16, 700, page),
-        "BC, top 4 down": (ef.EF21(TOP, down=ef.TopK(k=4)), 16, 700, None),
-        "BC, top 1 down": (ef.EF21(TOP, down=TOP), 16, 1400, None),
+        "BC, top 4 down": (ef.EF21(TOP, server_compressor=ef.TopK(k=4)), 16, 700, None),
+        "BC, top 1 down": (ef.EF21(TOP, server_compressor=TOP), 16, 1400, None),
         "PP, p = 0.5": (ef.EF21(TOP, participation=0.5), 8, 1200, None),
         "PP, p = 0.25": (ef.EF21(TOP, participation=0.25), 4, 2000, None),
     }

@@ -21,8 +21,8 @@ USUAL_METHODS = (
     "EF21(TopK(0.01))",
     "ErrorFeedback(OneBit())",
     "EF21(RandomK(0.01))",
-    "DoubleSqueeze(TopK(0.01), down=TopK(0.01))",
-    "DoubleSqueeze(OneBit(), down=OneBit())",
+    "DoubleSqueeze(TopK(0.01), server_compressor=TopK(0.01))",
+    "DoubleSqueeze(OneBit(), server_compressor=OneBit())",
 )
 _SAVING = 0.9  # a choice is recommended if it takes less than this part of a dense step
 _PLAIN = "Horovod, "  # prefix of rows without this library

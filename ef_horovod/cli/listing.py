@@ -133,7 +133,7 @@ def _compressor_row(compressor: Compressor, d: int) -> Row:
 
 def _method_row(method: Method, d: int) -> Row:
     x = np.zeros(d, np.float32)
-    down = getattr(method, "down", None)
+    down = getattr(method, "server_compressor", None)
     return [
         repr(method),
         _message(method, x),

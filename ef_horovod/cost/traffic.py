@@ -35,7 +35,7 @@ def traffic(compressor: Compressor, d: int, n: int, exchange: str) -> Traffic:
         >>> [round(ef.cost.traffic(ef.OneBit(), 10**6, n, "double_pass").sent) for n in (2, 64)]
         [125040, 248724]
     """
-    return method_traffic(NoFeedback(compressor, down=compressor), d, n, exchange)
+    return method_traffic(NoFeedback(compressor, server_compressor=compressor), d, n, exchange)
 
 
 def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
@@ -56,7 +56,7 @@ def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
 
     Example:
         >>> import ef_horovod as ef
-        >>> both = ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit())
+        >>> both = ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit())
         >>> ef.cost.method_traffic(both, 10**6, 4, "double_pass").sent
         187620.0
         >>> ef.cost.method_traffic(ef.EF21(ef.TopK(0.01)), 10**6, 4, "double_pass").sent

@@ -144,7 +144,7 @@ def fixed_nbytes(compressor: Compressor, d: int) -> int:
 
 def compressor_of_answers(method: Method) -> Compressor | None:
     """The compressor of a method's answers; None if they are not compressed."""
-    down = getattr(method, "down", None)
+    down = getattr(method, "server_compressor", None)
     return down if isinstance(down, Compressor) else None
 
 

@@ -81,7 +81,7 @@ class Method(Shown):
     @property
     def fixed_size_answers(self) -> bool:
         """Whether the aggregator's answers have equal sizes in all steps."""
-        down = getattr(self, "down", None)
+        down = getattr(self, "server_compressor", None)
         return not isinstance(down, Compressor) or down.fixed_size
 
     @property

@@ -11,9 +11,9 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import Method, mean_of, vector_like
-from ef_horovod.methods.down import decoded, require_down
 from ef_horovod.methods.error_feedback import require_no_amplifier
 from ef_horovod.methods.registry import register_method
+from ef_horovod.methods.server_compressor import decoded, require_server_compressor
 
 
 class DoubleSqueezeState(NamedTuple):
@@ -37,20 +37,21 @@ class DoubleSqueeze(Method):
     v = mean_i q_i + d; answer q = C_down(v); d = v - q; direction = q.
 
     With a constant learning rate the virtual iterate x - lr (d + mean_i d_i) takes plain SGD
-    steps. With `down=Identity()` it is MEM-SGD, as is `ErrorFeedback`. State: one vector per worker
-    and one at the aggregator; if every rank aggregates, both on each rank.
+    steps. With `server_compressor=Identity()` it is MEM-SGD, as is `ErrorFeedback`. State: one
+    vector per worker and one at the aggregator; if every rank aggregates, both on each rank.
 
     Args:
         compressor: of the workers.
-        down: of the aggregator.
+        server_compressor: of the aggregator.
 
     Raises:
         ValueError: a compressor whose error can be larger than its input.
-        UnsupportedError: `down` is not a compressor.
+        UnsupportedError: `server_compressor` is not a compressor.
 
     Example:
         >>> import ef_horovod as ef
-        >>> ef.DoubleSqueeze(ef.TopK(ratio=0.01), down=ef.TopK(ratio=0.05)).down
+        >>> top = ef.TopK(ratio=0.01)
+        >>> ef.DoubleSqueeze(top, server_compressor=ef.TopK(ratio=0.05)).server_compressor
         TopK(ratio=0.05)
 
     References:
@@ -58,21 +59,21 @@ class DoubleSqueeze(Method):
         Double-Pass Error-Compensated Compression (ICML 2019), Algorithm 1.
     """
 
-    down: Compressor = Identity()  # noqa: RUF009 - frozen
+    server_compressor: Compressor = Identity()  # noqa: RUF009 - frozen
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "direction"})
     reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # vectors are swapped
     pulled_in_place: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_down(self, optional=False)
-        for compressor in (self.compressor, self.down):
+        require_server_compressor(self, optional=False)
+        for compressor in (self.compressor, self.server_compressor):
             require_no_amplifier("DoubleSqueeze", compressor)
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
         try:
-            return (cls(compressor, down=compressor),)
+            return (cls(compressor, server_compressor=compressor),)
         except ValueError:
             return ()
 
@@ -93,7 +94,7 @@ class DoubleSqueeze(Method):
         self, server: DoubleSqueezeServer, messages: Sequence[Payload], key: Key
     ) -> tuple[Payload, DoubleSqueezeServer]:
         compensated = mean_of(messages, key.workers, out=server.mean, plus=server.error)
-        answer, residual = self.down.compress_with_residual(compensated, key)
+        answer, residual = self.server_compressor.compress_with_residual(compensated, key)
         # The residual uses the mean's memory, so the old error's is free.
         return answer, DoubleSqueezeServer(error=residual, mean=server.error)
 

@@ -14,9 +14,9 @@ from ef_horovod.common.options import keep, keep_number, number
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method, vector_like
-from ef_horovod.methods.down import require_down
 from ef_horovod.methods.participation import participates
 from ef_horovod.methods.registry import register_method
+from ef_horovod.methods.server_compressor import require_server_compressor
 
 
 class EF21State(NamedTuple):
@@ -26,7 +26,7 @@ class EF21State(NamedTuple):
     velocity: Array | None = None  # float32[d], v_i, with momentum
     next_velocity: Array | None = None  # float32[d], becomes v_i when the step commits
     started: bool = False  # whether velocity holds a gradient yet
-    estimate: Array | None = None  # float32[d], with `down`: G, the sum of all answers
+    estimate: Array | None = None  # float32[d], with `server_compressor`: G, the sum of all answers
     pending: Payload | None = None  # sent, not yet added to tracked
 
 
@@ -35,7 +35,9 @@ class EF21Server(NamedTuple):
 
     total: Array  # float32[d], sum_i h_i: a sum, so that it equals the workers' h_i to the last bit
     mean: Array  # float32[d]
-    estimate: Array | None = None  # float32[d], with `down`: G, the workers' copy of the mean
+    estimate: Array | None = (
+        None  # float32[d], with `server_compressor`: G, the workers' copy of the mean
+    )
 
 
 @register_method
@@ -52,27 +54,28 @@ class EF21(Method):
       tracked gradient. v_i starts at the first gradient. eta = 1 is EF21-SGD.
     - `participation` = p in (0, 1]: in each step only max(1, floor(p n)) workers send. All ranks
       draw the same ones. The others keep h_i and v_i, and send a header (EF21-PP).
-    - `down` = C_down: the aggregator answers b = C_down(H - G), G += b, and the aggregated gradient
-      is G (EF21-BC).
+    - `server_compressor` = C_down: the aggregator answers b = C_down(H - G), G += b, and the
+      aggregated gradient is G (EF21-BC).
     - `weights` = smoothness constants L_i, one per worker: w_i = L_i / sum_j L_j, and
       c_i = C(g_i / (n w_i) - h_i), H = sum_i w_i h_i (EF21-W).
 
     Use the optimizer for Polyak's momentum (EF21-HB) and proximal steps (EF21-Prox): SGD with
     momentum on H is EF21-HB.
 
-    State: h_i, their sum and mean; two vectors more with momentum, two more with `down`.
+    State: h_i, their sum and mean; two vectors more with momentum, two more with
+    `server_compressor`.
 
     Args:
         compressor: a contraction (`TopK`, `OneBit`, unscaled `RandomK`, `Cast`).
         momentum: eta, or None; smaller averages longer.
         participation: share of the workers that send per step, or None for all.
-        down: the aggregator's compressor, a contraction, or None.
+        server_compressor: the aggregator's compressor, a contraction, or None.
         weights: positive numbers, one per worker in rank order, or None for equal ones.
 
     Raises:
         ValueError: a number out of range, or a compressor that is not a contraction.
-        UnsupportedError: `down` is not a compressor; at the first step, if there are not n
-            weights.
+        UnsupportedError: `server_compressor` is not a compressor; at the first step, if there
+            are not n weights.
 
     Example:
         >>> import ef_horovod as ef
@@ -88,7 +91,7 @@ class EF21(Method):
 
     momentum: float | None = None
     participation: float | None = None
-    down: Compressor | None = None
+    server_compressor: Compressor | None = None
     weights: tuple[float, ...] | None = None
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "next_velocity", "pending"})
     pulled_in_place: ClassVar[frozenset[str]] = frozenset({"tracked", "estimate"})
@@ -97,8 +100,8 @@ class EF21(Method):
         super().__post_init__()
         what, way_out = "the weight of the new gradient", "0.1 averages over about ten steps"
         keep_number(self, "momentum", "(0, 1]", way_out, what, optional=True)
-        require_down(self)
-        for compressor in (self.compressor, self.down):
+        require_server_compressor(self)
+        for compressor in (self.compressor, self.server_compressor):
             if compressor is not None:
                 require_contraction("EF21", compressor)
         what, way_out = "the share of workers that send in a step", "leave it out for all"
@@ -124,7 +127,7 @@ class EF21(Method):
             cls(compressor),
             cls(compressor, momentum=0.3),
             cls(compressor, participation=0.5),
-            cls(compressor, down=compressor),
+            cls(compressor, server_compressor=compressor),
         )
 
     def init(self, x: Array, workers: int = 1) -> tuple[EF21State, EF21Server]:
@@ -137,7 +140,7 @@ class EF21(Method):
         server = EF21Server(total=vector_like(x), mean=vector_like(x))
         if self.momentum is not None:
             state = state._replace(velocity=vector_like(x), next_velocity=vector_like(x))
-        if self.down is not None:
+        if self.server_compressor is not None:
             state = state._replace(estimate=vector_like(x))
             server = server._replace(estimate=vector_like(x))
         return state, server
@@ -169,10 +172,10 @@ class EF21(Method):
             message.add_to(server.total, 1.0 if self.weights is None else self._weight(rank))
         divisor = key.workers if self.weights is None else 1
         xp.divide(server.total, divisor, out=server.mean)
-        if self.down is None:
+        if self.server_compressor is None:
             return server.mean, server
         xp.add(server.mean, server.estimate, -1.0)
-        answer, _ = self.down.compress_with_residual(server.mean, key)
+        answer, _ = self.server_compressor.compress_with_residual(server.mean, key)
         answer.add_to(server.estimate)
         return answer, server
 
@@ -187,7 +190,7 @@ class EF21(Method):
         return direction, state._replace(pending=None)
 
     def listen(self, state: EF21State, aggregate: Array | Payload) -> Array:
-        if self.down is None:
+        if self.server_compressor is None:
             return aggregate
         aggregate.add_to(state.estimate)
         return state.estimate

@@ -12,10 +12,10 @@ from ef_horovod.common.options import keep_number
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import Method, vector_like
-from ef_horovod.methods.down import decoded, require_down
 from ef_horovod.methods.error_feedback import require_no_amplifier
 from ef_horovod.methods.registry import register_method
 from ef_horovod.methods.schedules import Schedule, keep_weight, value_at
+from ef_horovod.methods.server_compressor import decoded, require_server_compressor
 
 
 class ECXState(NamedTuple):
@@ -70,18 +70,18 @@ class ErrorCompensatedX(Method):
 
     Args:
         compressor: of the workers.
-        down: of the aggregator; `Identity()` for none.
+        server_compressor: of the aggregator; `Identity()` for none.
         alpha: weight of the new A in (0, 1]: a number, `Decay(2/3)` for STORM, `Decay(1)` for
             ROOT-SGD.
         beta: weight of Delta_t in (0, 1].
 
     Raises:
         ValueError: a number out of range, or a compressor that amplifies errors.
-        UnsupportedError: `down` is not a compressor.
+        UnsupportedError: `server_compressor` is not a compressor.
 
     Example:
         >>> import ef_horovod as ef
-        >>> ef.ErrorCompensatedX(ef.OneBit(), down=ef.OneBit(), alpha=0.1).beta
+        >>> ef.ErrorCompensatedX(ef.OneBit(), server_compressor=ef.OneBit(), alpha=0.1).beta
         0.3
 
     References:
@@ -89,7 +89,7 @@ class ErrorCompensatedX(Method):
         (NeurIPS 2021). The coefficients follow from asking the errors to telescope.
     """
 
-    down: Compressor = Identity()  # noqa: RUF009 - frozen
+    server_compressor: Compressor = Identity()  # noqa: RUF009 - frozen
     alpha: Schedule = 0.1
     beta: float = 0.3
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "answer", "next_filtered", "alpha"})
@@ -99,16 +99,16 @@ class ErrorCompensatedX(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_down(self, optional=False)
+        require_server_compressor(self, optional=False)
         keep_weight(self, "alpha")
         keep_number(self, "beta", "(0, 1]", "1 takes Delta_t over as it is", "a weight")
-        for compressor in (self.compressor, self.down):
+        for compressor in (self.compressor, self.server_compressor):
             require_no_amplifier("ErrorCompensatedX", compressor)
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
         try:
-            return (cls(compressor, down=compressor, alpha=0.5, beta=0.3),)
+            return (cls(compressor, server_compressor=compressor, alpha=0.5, beta=0.3),)
         except ValueError:
             return ()
 
@@ -142,7 +142,7 @@ class ErrorCompensatedX(Method):
     ) -> tuple[Payload, ECXServer]:
         mean, _ = super().reduce(server, messages, key)
         self._compensate(mean, server, key.step)
-        answer, residual = self.down.compress_with_residual(mean, key)
+        answer, residual = self.server_compressor.compress_with_residual(mean, key)
         return answer, ECXServer(
             last=residual,
             before=server.last,

@@ -52,14 +52,14 @@ def write_method(method: Method) -> str:
 
 
 def read_method(
-    text: str, compressor: Compressor | None = None, down: Compressor | None = None
+    text: str, compressor: Compressor | None = None, server_compressor: Compressor | None = None
 ) -> Method:
     """Read a method from text.
 
     Args:
         text: a complete method, or a name if the compressors are given separately.
         compressor: of the workers, unless the text has it.
-        down: of the server, unless the text has it.
+        server_compressor: of the server, unless the text has it.
 
     Raises:
         ValueError: no such method, or invalid arguments.
@@ -67,9 +67,9 @@ def read_method(
 
     Example:
         >>> read_method("doublesqueeze", read_compressor("onebit"), read_compressor("topk:0.05"))
-        DoubleSqueeze(OneBit(), down=TopK(ratio=0.05))
+        DoubleSqueeze(OneBit(), server_compressor=TopK(ratio=0.05))
     """
-    given = {"compressor": compressor, "down": down}
+    given = {"compressor": compressor, "server_compressor": server_compressor}
     options = {name: value for name, value in given.items() if value is not None}
     found = _read(text, options)
     if not isinstance(found, Method):

@@ -6,7 +6,8 @@ In train.py, for gradients in NumPy arrays:
 
     from ef_horovod.server import Worker
 
-    worker = Worker(parameters, ef.DoubleSqueeze(ef.TopK(ratio=0.01), down=ef.TopK(ratio=0.01)))
+    top = ef.TopK(ratio=0.01)
+    worker = Worker(parameters, ef.DoubleSqueeze(top, server_compressor=top))
     directions = worker.push_pull(gradients)
 
 The adapters of other frameworks send their buckets through `ServerTransport`.

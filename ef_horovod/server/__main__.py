@@ -116,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compressor", metavar="C", help="of the workers: 'onebit', 'topk:0.01', 'OneBit(\"l2\")'"
     )
-    parser.add_argument("--down-compressor", metavar="C", help="of the server's answers")
+    parser.add_argument("--server-compressor", metavar="C", help="of the server's answers")
     add_import_option(parser)
     parser.add_argument(
         "--checkpoint",
@@ -195,7 +195,7 @@ def method_of(arguments: argparse.Namespace) -> Method | None:
     load(arguments.modules)
     up, down = (
         read_compressor(text) if text else None
-        for text in (arguments.compressor, arguments.down_compressor)
+        for text in (arguments.compressor, arguments.server_compressor)
     )
     if arguments.method is None:
         if up or down:

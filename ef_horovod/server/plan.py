@@ -140,5 +140,5 @@ def assign(buckets: Sequence[BucketSpec], servers: int) -> list[int]:
 def _traffic(spec: BucketSpec) -> int:
     """Bytes up and down for one worker per round."""
     method = spec.make_method()
-    down: Any = getattr(method, "down", None) or Identity()
+    down: Any = getattr(method, "server_compressor", None) or Identity()
     return method.compressor.nbytes(spec.length) + down.nbytes(spec.length)

@@ -34,10 +34,10 @@ class EstimatedGradient:
             gradients.
 
     Example:
-        alpha = ef.Decay(2 / 3)
+        alpha, c = ef.Decay(2 / 3), ef.OneBit()
         optimizer = ef.DistributedOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(),
-            compression=ef.ErrorCompensatedX(ef.OneBit(), down=ef.OneBit(), alpha=alpha))
+            compression=ef.ErrorCompensatedX(c, server_compressor=c, alpha=alpha))
         estimate = ef.EstimatedGradient(ef.STORM(alpha), optimizer)
         for inputs, labels in batches:
             optimizer.zero_grad()

@@ -23,7 +23,7 @@ def test_identity_is_sgd():
 @pytest.mark.parametrize("compressor", EXACT, ids=repr)
 def test_no_bit_of_integers_is_lost_on_either_way(compressor):
     """doublesqueeze.md section 4, item 2; four workers, so that means are exact."""
-    group = Workers(ef.DoubleSqueeze(compressor, down=compressor), 4)
+    group = Workers(ef.DoubleSqueeze(compressor, server_compressor=compressor), 4)
     said, answered, total = np.zeros((4, D)), np.zeros(D), np.zeros((4, D))
     for t, g in enumerate(gradients(4, 60, integers=True)):
         messages, direction = group.step(g, t)
@@ -37,7 +37,7 @@ def test_no_bit_of_integers_is_lost_on_either_way(compressor):
 
 @each_contraction
 def test_little_is_lost_by_rounding(compressor):
-    group = Workers(ef.DoubleSqueeze(compressor, down=compressor), 3)
+    group = Workers(ef.DoubleSqueeze(compressor, server_compressor=compressor), 3)
     g = gradients(3, 60)
     answered = group.run(g).sum(0, np.float64)
     total = g.mean(1, np.float64).sum(0)
@@ -50,7 +50,7 @@ def test_little_is_lost_by_rounding(compressor):
 @pytest.mark.parametrize("up", [ef.TopK(k=50), ef.OneBit()], ids=repr)
 def test_the_virtual_iterate_takes_plain_steps(up, down):
     """doublesqueeze.md section 4, item 3: x - gamma (delta + mean_i delta_i)."""
-    group = Workers(ef.DoubleSqueeze(up, down=down), 5)
+    group = Workers(ef.DoubleSqueeze(up, server_compressor=down), 5)
     x, plain = np.zeros(D), np.zeros(D)
     for t, g in enumerate(gradients(5, 50)):
         g = g + x.astype(np.float32)  # gradients follow the iterates
@@ -76,6 +76,9 @@ def test_without_compression_on_the_way_down_it_is_mem_sgd(compressor):
 
 def test_with_one_error_memory_something_is_lost():
     """doublesqueeze.md section 8: why the aggregator needs one of its own."""
-    group, g = Workers(ef.NoFeedback(ef.Identity(), down=ef.TopK(k=25)), 3), gradients(3, 60)
+    group, g = (
+        Workers(ef.NoFeedback(ef.Identity(), server_compressor=ef.TopK(k=25)), 3),
+        gradients(3, 60),
+    )
     total = g.mean(1, np.float64).sum(0)
     assert np.linalg.norm(group.run(g).sum(0) - total) > 0.2 * np.linalg.norm(total)

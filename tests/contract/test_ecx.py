@@ -52,7 +52,7 @@ def deviation(alpha, directions, errors, u):
 def test_errors_telescope(alpha, compressor):
     """ecx.md section 5, item 1."""
     g = gradients(5, 60, d=D)
-    method = ECX(compressor, down=compressor, alpha=alpha, beta=1.0)
+    method = ECX(compressor, server_compressor=compressor, alpha=alpha, beta=1.0)
     directions, errors = run(method, g, "last")
     u = averages(alpha, g.mean(1, np.float64))
     assert deviation(alpha, directions, errors, u) < 1e-5
@@ -63,7 +63,9 @@ def test_errors_telescope(alpha, compressor):
 def test_the_iterate_is_one_error_away_from_the_uncompressed_one(alpha):
     """ecx.md section 5, item 2: sum v = sum u - alpha_t Dl_t."""
     g = gradients(5, 60, d=D)
-    directions, errors = run(ECX(MILD[0], down=MILD[0], alpha=alpha, beta=1.0), g, "last")
+    directions, errors = run(
+        ECX(MILD[0], server_compressor=MILD[0], alpha=alpha, beta=1.0), g, "last"
+    )
     off = (directions - averages(alpha, g.mean(1, np.float64))).sum(0)
     np.testing.assert_allclose(off, -value_at(alpha, 59) * errors[-1], atol=1e-4)
 
@@ -71,7 +73,7 @@ def test_the_iterate_is_one_error_away_from_the_uncompressed_one(alpha):
 def test_the_error_of_one_step_does_not_telescope():
     """ecx.md section 5, item 3: plain feedback leaves a moving average of all past errors."""
     alpha, g = 0.1, gradients(5, 60, d=D)
-    answers, errors = run(ef.DoubleSqueeze(MILD[0], down=MILD[0]), g, "error")
+    answers, errors = run(ef.DoubleSqueeze(MILD[0], server_compressor=MILD[0]), g, "error")
     directions, u = averages(alpha, answers), averages(alpha, g.mean(1, np.float64))
     assert deviation(alpha, directions, errors, u) > 0.01
     weights = alpha * (1 - alpha) ** np.arange(60)[::-1]
@@ -84,7 +86,9 @@ def test_a_filter_breaks_exactness():
     u = averages(alpha, g.mean(1, np.float64))
     off = {
         beta: deviation(
-            alpha, *run(ECX(MILD[0], down=MILD[0], alpha=alpha, beta=beta), g, "last"), u
+            alpha,
+            *run(ECX(MILD[0], server_compressor=MILD[0], alpha=alpha, beta=beta), g, "last"),
+            u,
         )
         for beta in (1.0, 0.3)
     }
@@ -96,9 +100,9 @@ def test_a_filter_breaks_exactness():
 def test_one_filter_makes_of_it_the_error_of_one_step(compressor, alpha):
     """beta = 1 / (2 - alpha): e_t = delta_{t-1}."""
     g = gradients(5, 60, d=D)
-    method = ECX(compressor, down=compressor, alpha=alpha, beta=1 / (2 - alpha))
+    method = ECX(compressor, server_compressor=compressor, alpha=alpha, beta=1 / (2 - alpha))
     directions, _ = run(method, g, "last")
-    answers, _ = run(ef.DoubleSqueeze(compressor, down=compressor), g, "error")
+    answers, _ = run(ef.DoubleSqueeze(compressor, server_compressor=compressor), g, "error")
     plain = averages(alpha, answers)
     np.testing.assert_allclose(directions, plain, atol=1e-5 * np.abs(plain).max())
     other, _ = run(replace(method, beta=0.3), g, "last")
@@ -108,8 +112,8 @@ def test_one_filter_makes_of_it_the_error_of_one_step(compressor, alpha):
 @pytest.mark.parametrize("compressor", CONTRACTIONS, ids=repr)
 def test_without_averaging_it_is_doublesqueeze_to_the_last_bit(compressor):
     """ecx.md section 5, item 5."""
-    ecx = Workers(ECX(compressor, down=compressor, alpha=1.0, beta=1.0), 3)
-    double = Workers(ef.DoubleSqueeze(compressor, down=compressor), 3)
+    ecx = Workers(ECX(compressor, server_compressor=compressor, alpha=1.0, beta=1.0), 3)
+    double = Workers(ef.DoubleSqueeze(compressor, server_compressor=compressor), 3)
     for t, g in enumerate(gradients(3, 30)):
         messages, direction = ecx.step(g, t)
         others, expected = double.step(g, t)

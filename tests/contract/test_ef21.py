@@ -27,7 +27,12 @@ EXACT = [
     for compressor in (ef.Identity(), ef.TopK(ratio=0.1), ef.TopK(k=3), ef.RandomK(0.2))
     for options in ({}, {"momentum": 1.0}, {"momentum": 0.5}, {"participation": 0.5})
 ]
-OPTIONS = [{}, {"down": ef.Identity()}, {"participation": 1.0}, {"weights": (2.0,) * 4}]
+OPTIONS = [
+    {},
+    {"server_compressor": ef.Identity()},
+    {"participation": 1.0},
+    {"weights": (2.0,) * 4},
+]
 
 
 def theta(alpha):

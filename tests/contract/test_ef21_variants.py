@@ -25,7 +25,7 @@ each_contraction = pytest.mark.parametrize("compressor", CONTRACTIONS, ids=repr)
 CHOICES = {
     "momentum": (None, 0.3),
     "participation": (None, 0.6),
-    "down": (None, ef.TopK(k=80)),
+    "server_compressor": (None, ef.TopK(k=80)),
     "weights": (None, (0.5, 1.0, 2.0, 4.0, 3.0)),
 }
 COMBINATIONS = [
@@ -56,7 +56,7 @@ def test_trivial_options_change_no_bit(options, compressor):
 def test_an_aggregator_that_answers_with_everything_is_ef21(compressor):
     """ef21.md section 7, item 7: BC with C_M = I. G + (H - G) is H but for rounding."""
     plain = Workers(ef.EF21(compressor), 3)
-    both = Workers(ef.EF21(compressor, down=ef.Identity()), 3)
+    both = Workers(ef.EF21(compressor, server_compressor=ef.Identity()), 3)
     g = gradients(3, 30)
     expected = plain.run(g)
     np.testing.assert_allclose(both.run(g), expected, atol=1e-5 * np.abs(expected).max())
@@ -75,7 +75,7 @@ def test_weights_do_not_matter_to_homogeneous_compressors(compressor):
         np.testing.assert_array_equal(plain.states[i].tracked, scale * weighted.states[i].tracked)
 
 
-def reference(compressor, g, momentum, participation, down, weights, key):
+def reference(compressor, g, momentum, participation, server_compressor, weights, key):
     """Directions of EF21 in float64, written down from ef21.md sections 3 to 5."""
     steps, n, d = g.shape
     w = np.full(n, 1 / n) if weights is None else np.array(weights) / np.sum(weights)
@@ -94,10 +94,10 @@ def reference(compressor, g, momentum, participation, down, weights, key):
             v[i] = new
             h[i] += C(compressor, v[i] - h[i], key(t, i))
         H = w @ h
-        if down is None:
+        if server_compressor is None:
             directions.append(H)
         else:
-            G = G + C(down, H - G, key(t).of_server())
+            G = G + C(server_compressor, H - G, key(t).of_server())
             directions.append(G)
     return np.array(directions)
 
@@ -134,7 +134,7 @@ def test_weights_of_another_number_of_workers_are_refused():
         ({"participation": 2}, "got participation=2"),
         ({"weights": (1.0, 0.0)}, r"expected a number in \(0, inf\)"),
         ({"weights": (1.0, np.nan)}, r"expected a number in \(0, inf\)"),
-        ({"down": ef.RandomK(0.3, scale="unbiased")}, "expected a contraction"),
+        ({"server_compressor": ef.RandomK(0.3, scale="unbiased")}, "expected a contraction"),
     ],
     ids=repr,
 )

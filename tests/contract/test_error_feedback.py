@@ -177,7 +177,7 @@ def test_the_largest_magnitude_shrinks_on_average_with_a_clip(clip):
 @each_compressor
 @pytest.mark.parametrize("down", [None, ef.TopK(k=20)], ids=repr)
 def test_no_feedback_is_the_mean_of_messages_compressed_again_on_the_way_down(compressor, down):
-    workers = Workers(ef.NoFeedback(compressor, down=down), 3)
+    workers = Workers(ef.NoFeedback(compressor, server_compressor=down), 3)
     for t, g in enumerate(gradients(3, 5)):
         direction = workers.step(g, t)[1]
         sent = [compressor.compress(g[i], workers.key(t, i)).decompress() for i in range(3)]
@@ -192,8 +192,10 @@ def test_no_feedback_is_the_mean_of_messages_compressed_again_on_the_way_down(co
     "method", [ef.NoFeedback, ef.DoubleSqueeze, ef.ErrorCompensatedX, ef.EF21], ids=repr
 )
 def test_only_a_compressor_can_answer(method):
-    with pytest.raises(ef.UnsupportedError, match=f"{method.__name__} got down=0.1, expected a"):
-        method(ef.TopK(k=3), down=0.1)
+    with pytest.raises(
+        ef.UnsupportedError, match=f"{method.__name__} got server_compressor=0.1, expected a"
+    ):
+        method(ef.TopK(k=3), server_compressor=0.1)
 
 
 def test_ef21_with_a_fixed_mask_is_error_feedback():

@@ -60,7 +60,7 @@ def test_a_checkpoint_holds_each_workers_vectors_and_no_scratch():
             ef.PerturbedCompressedSGD(ef.Identity(), noise=0.1),
         ),
         (
-            ef.ErrorCompensatedX(ef.TopK(k=3), down=ef.TopK(k=5), alpha=0.25),
+            ef.ErrorCompensatedX(ef.TopK(k=3), server_compressor=ef.TopK(k=5), alpha=0.25),
             ef.ErrorCompensatedX(ef.Identity(), alpha=0.25, beta=1.0),
         ),
     ],

@@ -62,8 +62,8 @@ def test_a_server_and_its_workers() -> None:
 @pytest.mark.parametrize(
     ("method", "ratio"),
     [
-        ("DoubleSqueeze(OneBit(), down=OneBit())", 30),
-        ("DoubleSqueeze(TopK(0.01), down=TopK(0.01))", 50),
+        ("DoubleSqueeze(OneBit(), server_compressor=OneBit())", 30),
+        ("DoubleSqueeze(TopK(0.01), server_compressor=TopK(0.01))", 50),
     ],
 )
 def test_torch_with_a_server(method: str, ratio: float) -> None:

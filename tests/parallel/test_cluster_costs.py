@@ -20,7 +20,7 @@ CASES = {
     "dense": ("NoFeedback(Identity())", "dense"),
     "gather": (f"NoFeedback({HALF})", "gather"),
     "reduce": ("ErrorFeedback(Identity())", "reduce"),
-    "double pass": (f"NoFeedback({HALF}, down={HALF})", "double_pass"),
+    "double pass": (f"NoFeedback({HALF}, server_compressor={HALF})", "double_pass"),
 }
 TOLERANCE = 0.35  # by which a network may be faster than predicted; a busy machine is slower
 

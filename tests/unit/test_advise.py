@@ -156,7 +156,7 @@ def test_speeds_are_measured_unless_told_otherwise():
     [
         ef.EF21(ef.TopK(0.01)),
         ef.EF21(ef.RandomK(0.01)),
-        ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit()),
+        ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit()),
         ef.PowerSGD(rank=2),
     ],
     ids=repr,

@@ -19,7 +19,7 @@ from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import local_group
 
 MILLION = 10**6
-BOTH = ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit())
+BOTH = ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit())
 ONE_WAY = ef.EF21(ef.TopK(0.01))
 DENSE = ef.NoFeedback(ef.Identity())
 
@@ -44,7 +44,7 @@ def taken(method, d, workers, exchange="auto"):
         (ONE_WAY, 4 * MILLION, 8, "gather"),
         (ONE_WAY, 4 * MILLION, 300, "double_pass"),  # messages of 300 weigh more than the answer
         # k of each slice would be n times as many.
-        (ef.EF21(ef.TopK(k=40_000), down=ef.TopK(k=40_000)), 4 * MILLION, 8, "gather"),
+        (ef.EF21(ef.TopK(k=40_000), server_compressor=ef.TopK(k=40_000)), 4 * MILLION, 8, "gather"),
         (ef.EF21(ef.RandomK(0.01)), 4 * MILLION, 8, "reduce"),
         (ef.PowerSGD(rank=4), 4 * MILLION, 300, "reduce"),
         (ef.PowerSGD(ef.Cast("float16"), rank=4), 4 * MILLION, 300, "gather"),  # not to be cut

@@ -212,8 +212,8 @@ def test_it_is_shown_as_it_is_written():
     assert repr(both) == "Then(TopK(ratio=0.01), Scaled(QSGD(levels=7, bucket=64)))"
     assert eval(repr(both), vars(ef) | {name: getattr(ef, name) for name in ef.__all__}) == both
     assert repr(ef.ErrorFeedback(both)) == f"ErrorFeedback({both!r})"
-    assert repr(ef.NoFeedback(ef.Natural(), down=ef.Natural())) == (
-        "NoFeedback(Natural(), down=Natural())"
+    assert repr(ef.NoFeedback(ef.Natural(), server_compressor=ef.Natural())) == (
+        "NoFeedback(Natural(), server_compressor=Natural())"
     )
 
 

@@ -20,8 +20,8 @@ from ef_horovod.training.state import load_memories, save_memories
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import local_group
 
-ONE_BIT = ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit())
-TOP_K = ef.EF21(ef.TopK(ratio=0.1), down=ef.TopK(ratio=0.05))
+ONE_BIT = ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit())
+TOP_K = ef.EF21(ef.TopK(ratio=0.1), server_compressor=ef.TopK(ratio=0.05))
 D = 4096
 
 
@@ -52,7 +52,7 @@ def test_bytes_are_those_of_theory(method, ranks):
     for t, g in enumerate(gradients(ranks, steps, d=D)):
         run_channels(group, g, t)
     part = D // ranks
-    down = getattr(method, "down", None) or ef.Identity()
+    down = getattr(method, "server_compressor", None) or ef.Identity()
     theory = ef.cost.double_pass_traffic(method.compressor.nbytes(part), down.nbytes(part), ranks)
     for channel in group:
         stats = channel.stats()
@@ -71,7 +71,7 @@ def test_bytes_against_a_ring_do_not_grow_with_the_ranks(method):
         stats = group[0].stats()
         shares.append(stats.ratio)
         headers = ranks * 2 * (wire.HEADER_NBYTES + 4)
-        whole = method.compressor.nbytes(65536) + method.down.nbytes(65536)
+        whole = method.compressor.nbytes(65536) + method.server_compressor.nbytes(65536)
         assert stats.bytes_out < 1.01 * whole + headers
     assert max(shares) < 1.2 * min(shares)
 
@@ -104,7 +104,7 @@ def test_a_bad_number_in_one_slice_is_told_to_all_owners(place):
 
 def test_a_sum_that_overflows_at_one_owner_raises_on_all_ranks():
     """Finite messages, an infinite sum: owner 2 alone sees it, and nobody may hang."""
-    group = group_of(ef.DoubleSqueeze(ef.Identity(), down=ef.OneBit()), 3, timeout=20)
+    group = group_of(ef.DoubleSqueeze(ef.Identity(), server_compressor=ef.OneBit()), 3, timeout=20)
     for channel in group:
         channel.gradient[:] = 1.0
         channel.gradient[-1] = 3e38
@@ -116,7 +116,7 @@ def test_a_sum_that_overflows_at_one_owner_raises_on_all_ranks():
 
 
 def test_messages_of_varying_length_travel_in_size_classes():
-    method = ef.DoubleSqueeze(ef.HardThreshold(1.0), down=ef.HardThreshold(0.5))
+    method = ef.DoubleSqueeze(ef.HardThreshold(1.0), server_compressor=ef.HardThreshold(0.5))
     assert not method.fixed_size
     assert not method.fixed_size_answers
     group, sent = group_of(method, 3), []
@@ -240,7 +240,8 @@ def test_a_transport_without_an_all_to_all_says_so():
 def test_simulation_counts_what_theory_says_and_reaches_the_optimum():
     targets = np.random.default_rng(0).normal(size=(4, 256))
     run = ef.simulate(
-        ef.EF21(ef.TopK(ratio=0.25), down=ef.TopK(ratio=0.25)), lambda i, x, t: x - targets[i],
+        ef.EF21(ef.TopK(ratio=0.25), server_compressor=ef.TopK(ratio=0.25)),
+        lambda i, x, t: x - targets[i],
         np.zeros((16, 16)).reshape(256), workers=4, steps=300, step_size=0.1,
         exchange="double_pass",
     )  # fmt: skip

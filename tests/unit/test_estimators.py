@@ -179,7 +179,9 @@ def test_numbers_out_of_range_are_refused():
 
 def test_variance_reduction_pays():
     """ROOT-SGD ends nearer to the optimum than uncompressed SGD with the same steps."""
-    compressed = ef.ErrorCompensatedX(ef.TopK(ratio=0.5), down=ef.OneBit(), alpha=ef.Decay(1.0))
+    compressed = ef.ErrorCompensatedX(
+        ef.TopK(ratio=0.5), server_compressor=ef.OneBit(), alpha=ef.Decay(1.0)
+    )
     gaps = []
     for method, estimator in (
         (ef.NoFeedback(ef.Identity()), ef.Estimator()),

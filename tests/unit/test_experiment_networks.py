@@ -140,7 +140,7 @@ def test_a_training_learns_and_looks(trainer):
     [
         ef.NoFeedback(ef.Identity()),
         ef.ErrorFeedback(ef.TopK(ratio=0.01)),
-        ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit()),
+        ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit()),
         Momentum(ef.HardThreshold(0.05)),
     ],
     ids=repr,
@@ -188,7 +188,7 @@ def test_momentum_comes_after_the_average(trainer):
 
 def test_a_training_that_diverges_ends_with_infinite_loss(trainer):
     sign = ef.OneBit()
-    method = ef.NoFeedback(sign, down=sign)
+    method = ef.NoFeedback(sign, server_compressor=sign)
     trained = trainer.train(plan(method, rate=Rate(1e30, ())))
     assert trained.loss[-1] == math.inf
     assert trained.steps == [2, 4, 6]

@@ -156,11 +156,11 @@ def test_methods_of_the_command_line():
         "doublesqueeze",
         "--compressor",
         "topk:0.01",
-        "--down-compressor",
+        "--server-compressor",
         "onebit",
     ]
     method = method_of(make_parser().parse_args(words))
-    assert repr(method) == "DoubleSqueeze(TopK(ratio=0.01), down=OneBit())"
+    assert repr(method) == "DoubleSqueeze(TopK(ratio=0.01), server_compressor=OneBit())"
     assert method_of(make_parser().parse_args([])) is None
 
 

@@ -135,7 +135,7 @@ def test_divergence_is_a_non_finite_error_for_linear_methods_too() -> None:
 def test_a_server_gets_one_message_and_gives_one_answer_for_each_worker():
     up, down = ef.TopK(k=3), ef.OneBit()
     options = {"steps": 7, "exchange": "server"}
-    squeezed = run(ef.DoubleSqueeze(up, down=down), **options)
+    squeezed = run(ef.DoubleSqueeze(up, server_compressor=down), **options)
     assert squeezed.bytes_sent == 7 * up.nbytes(30)
     assert squeezed.bytes_received == 7 * down.nbytes(30)
     assert [entry["bytes_received"] for entry in squeezed.history] == [
@@ -149,11 +149,13 @@ def test_a_server_gets_one_message_and_gives_one_answer_for_each_worker():
     "method",
     [
         *SOME,
-        ef.DoubleSqueeze(ef.TopK(k=3), down=ef.RandomK(0.2)),
-        ef.ErrorCompensatedX(ef.OneBit(), down=ef.TopK(k=3)),
-        ef.EF21(ef.TopK(k=3), participation=0.5, down=ef.TopK(k=9), weights=(1, 2, 3, 4)),
+        ef.DoubleSqueeze(ef.TopK(k=3), server_compressor=ef.RandomK(0.2)),
+        ef.ErrorCompensatedX(ef.OneBit(), server_compressor=ef.TopK(k=3)),
+        ef.EF21(
+            ef.TopK(k=3), participation=0.5, server_compressor=ef.TopK(k=9), weights=(1, 2, 3, 4)
+        ),
         ef.EF21Plus(ef.TopK(k=3)),
-        ef.NoFeedback(ef.Identity(), down=ef.OneBit()),
+        ef.NoFeedback(ef.Identity(), server_compressor=ef.OneBit()),
     ],
     ids=repr,
 )
@@ -194,7 +196,7 @@ def test_an_answer_that_overflows_is_a_non_finite_error() -> None:
     huge = np.full(3, 3e38, np.float32)
     with pytest.raises(ef.NonFiniteError, match=r"step 0: .* lower step_size"):
         ef.simulate(
-            ef.DoubleSqueeze(ef.TopK(k=3), down=ef.TopK(k=1)),
+            ef.DoubleSqueeze(ef.TopK(k=3), server_compressor=ef.TopK(k=1)),
             lambda worker, x, step: huge,
             np.zeros(3, np.float32),
             workers=2,

@@ -21,7 +21,7 @@ TARGETS = np.random.default_rng(0).normal(size=(6, D))
 GATHERED = [
     ef.EF21(ef.TopK(k=3)),
     ef.EF21(ef.TopK(k=3), participation=0.5),
-    ef.EF21(ef.Natural(), down=ef.TopK(k=9)),
+    ef.EF21(ef.Natural(), server_compressor=ef.TopK(k=9)),
     ef.ErrorFeedback(ef.RandomK(0.2, shared=False)),
     ef.ErrorFeedback(ef.HardThreshold(0.3)),
 ]

@@ -19,9 +19,9 @@ from ef_horovod.training.state import save_memories
 RANKS, SHAPES, STEPS = 3, ((48, 32), (24, 32)), 8  # slices of equal length: all ranks say the same
 NAMES = ("bucket.0", "bucket.1")
 METHODS = [
-    ef.DoubleSqueeze(ef.TopK(ratio=0.1), down=ef.TopK(ratio=0.2)),
+    ef.DoubleSqueeze(ef.TopK(ratio=0.1), server_compressor=ef.TopK(ratio=0.2)),
     ef.EF21(ef.TopK(ratio=0.1), momentum=0.3),
-    ef.EF21(ef.Cast("float16"), down=ef.TopK(ratio=0.1)),
+    ef.EF21(ef.Cast("float16"), server_compressor=ef.TopK(ratio=0.1)),
     ef.NoFeedback(ef.Identity()),
     ef.ErrorFeedback(ef.HardThreshold(0.5)),
 ]

@@ -25,7 +25,7 @@ def test_the_direction_strays_no_further_than_the_iterates_move(up, down):
     rng = np.random.default_rng(up + down)
     curvature = np.exp(rng.normal(size=(N, D)))  # f_i = curvature_i x^2 / 2: grad f_i(0) = 0
     constants = theory.Smoothness(curvature.mean(0).max(), curvature.max(1))
-    method = ef.EF21(ef.TopK(k=up), down=ef.TopK(k=down))
+    method = ef.EF21(ef.TopK(k=up), server_compressor=ef.TopK(k=down))
     states = [method.init(np.zeros(D, np.float32), N)[0] for _ in range(N)]
     server, x, strayed, moved = method.init(np.zeros(D, np.float32), N)[1], np.zeros(D), 0.0, 0.0
     for t in range(200):

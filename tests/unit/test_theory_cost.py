@@ -20,9 +20,9 @@ D, STEPS = 4096, 2
 ONE_BIT, TOP_K = ef.OneBit(), ef.TopK(0.05)
 METHODS = [
     ef.EF21(TOP_K),
-    ef.EF21(TOP_K, down=ef.TopK(0.1)),
+    ef.EF21(TOP_K, server_compressor=ef.TopK(0.1)),
     ef.ErrorFeedback(ONE_BIT),
-    ef.DoubleSqueeze(ONE_BIT, down=ONE_BIT),
+    ef.DoubleSqueeze(ONE_BIT, server_compressor=ONE_BIT),
     ef.DoubleSqueeze(TOP_K),
     ef.EF21(ef.RandomK(0.05)),
     ef.NoFeedback(ef.QSGD(4)),
@@ -100,7 +100,7 @@ def test_a_ring_takes_what_the_formula_says():
 def test_a_step_is_the_sum_of_its_parts():
     work = cost.Work(push=1e-9, decode=2e-9, aggregate=3e-9, pull=4e-9, copy=5e-9)
     options = {"work": work, "compute": 0.5, "share": 2.0}
-    d, method = 10**6, ef.DoubleSqueeze(ONE_BIT, down=ONE_BIT)
+    d, method = 10**6, ef.DoubleSqueeze(ONE_BIT, server_compressor=ONE_BIT)
     gather = cost.step_cost(method, d, 4, "gather", NETWORK, **options)
     assert (gather.compute, gather.compress) == (0.5, pytest.approx(2e-3))
     assert gather.decode == pytest.approx(2e-3 * (4 * 2 + 3 + 4))
@@ -113,7 +113,7 @@ def test_a_step_is_the_sum_of_its_parts():
 
 
 def test_what_sends_more_or_slower_takes_longer():
-    method = ef.DoubleSqueeze(ONE_BIT, down=ONE_BIT)
+    method = ef.DoubleSqueeze(ONE_BIT, server_compressor=ONE_BIT)
 
     def seconds(kind, workers, rate=1e8, d=10**7):
         return cost.step_cost(method, d, workers, kind, cost.Network(rate)).network

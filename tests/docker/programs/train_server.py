@@ -23,7 +23,9 @@ STEPS, SECONDS = int(sys.argv[1]), float(sys.argv[2])
 
 w = np.zeros((200, 100), np.float32)
 truth = np.random.default_rng(0).standard_normal(w.shape, np.float32)
-with Worker({"w": w}, ef.DoubleSqueeze(ef.TopK(ratio=0.01), down=ef.TopK(ratio=0.01))) as worker:
+with Worker(
+    {"w": w}, ef.DoubleSqueeze(ef.TopK(ratio=0.01), server_compressor=ef.TopK(ratio=0.01))
+) as worker:
     own = np.random.default_rng(1 + worker.rank)  # each worker has its own data
     for step in range(1, STEPS + 1):
         x = own.standard_normal((256, 200), np.float32)

@@ -12,7 +12,7 @@ from torch_common import batches, build_model, digest, flat, train
 import ef_horovod.torch as ef
 
 SIGNS = ef.OneBit()
-METHOD, DENSE = ef.DoubleSqueeze(SIGNS, down=SIGNS), ef.NoFeedback(ef.Identity())
+METHOD, DENSE = ef.DoubleSqueeze(SIGNS, server_compressor=SIGNS), ef.NoFeedback(ef.Identity())
 WAYS = {  # exchange: (method and exchange that it should stand for)
     "auto": (METHOD, "gather"),
     "auto:64kbit": (METHOD, "double_pass"),

@@ -16,15 +16,15 @@ import ef_horovod.torch as ef
 from ef_horovod import simulate
 
 TOP, SIGNS = ef.TopK(ratio=0.1), ef.OneBit()
-BOTH_WAYS = ef.DoubleSqueeze(TOP, down=SIGNS)
+BOTH_WAYS = ef.DoubleSqueeze(TOP, server_compressor=SIGNS)
 METHODS = (
     BOTH_WAYS,
-    ef.EF21(SIGNS, down=SIGNS),
+    ef.EF21(SIGNS, server_compressor=SIGNS),
     ef.EF21(TOP, momentum=0.5),
     ef.EF21(TOP, participation=0.5),
     ef.ErrorFeedback(ef.RandomK(ratio=0.1)),
-    ef.DoubleSqueeze(ef.HardThreshold(0.01), down=ef.HardThreshold(0.01)),
-    ef.ErrorCompensatedX(SIGNS, down=SIGNS, alpha=0.5),
+    ef.DoubleSqueeze(ef.HardThreshold(0.01), server_compressor=ef.HardThreshold(0.01)),
+    ef.ErrorCompensatedX(SIGNS, server_compressor=SIGNS, alpha=0.5),
     ef.EF21Plus(TOP),
 )
 STEPS = 200

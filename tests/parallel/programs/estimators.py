@@ -16,9 +16,12 @@ STEPS, LR, ROWS, INPUTS, OUTPUTS = 40, 0.1, 24, 40, 30
 ALPHA = ef.Decay(2 / 3, offset=4)
 ONE_BIT, HALF = ef.OneBit(), ef.TopK(ratio=0.5)
 CASES = {
-    "STORM": (ef.STORM(ALPHA), ef.ErrorCompensatedX(ONE_BIT, down=HALF, alpha=ALPHA)),
-    "ROOT-SGD": (ef.ROOTSGD(), ef.ErrorCompensatedX(HALF, down=HALF, alpha=ef.Decay(1.0))),
-    "IGT": (ef.IGT(0.3), ef.ErrorCompensatedX(HALF, down=ONE_BIT, alpha=0.3)),
+    "STORM": (ef.STORM(ALPHA), ef.ErrorCompensatedX(ONE_BIT, server_compressor=HALF, alpha=ALPHA)),
+    "ROOT-SGD": (
+        ef.ROOTSGD(),
+        ef.ErrorCompensatedX(HALF, server_compressor=HALF, alpha=ef.Decay(1.0)),
+    ),
+    "IGT": (ef.IGT(0.3), ef.ErrorCompensatedX(HALF, server_compressor=ONE_BIT, alpha=0.3)),
     "PAGE": (ef.PAGE(0.25), ef.EF21(ef.TopK(ratio=0.1))),
     "plain": (ef.Estimator(), ef.ErrorCompensatedX(HALF, alpha=0.3)),
 }

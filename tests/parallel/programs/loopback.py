@@ -17,7 +17,7 @@ METHODS = {
     "dense": ef.NoFeedback(ef.Identity()),
     "topk": ef.ErrorFeedback(ef.TopK(ratio=0.05)),
     "onebit": ef.ErrorFeedback(ef.OneBit()),
-    "both ways": ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit()),
+    "both ways": ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit()),
     "randomk": ef.ErrorFeedback(ef.RandomK(ratio=0.05)),
 }
 EXCHANGES = {"both ways": "double_pass"}  # of the others, "auto"

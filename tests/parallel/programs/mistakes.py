@@ -102,7 +102,7 @@ def slips():
         optimizer.step()
 
     def estimate_of(loss):
-        method = ef.ErrorCompensatedX(ef.OneBit(), down=ef.OneBit(), alpha=0.5)
+        method = ef.ErrorCompensatedX(ef.OneBit(), server_compressor=ef.OneBit(), alpha=0.5)
         optimizer = ef.DistributedOptimizer(sgd(), named(), method)
         try:
             ef.EstimatedGradient(ef.STORM(0.5), optimizer).backward(loss)

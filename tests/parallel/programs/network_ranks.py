@@ -23,7 +23,7 @@ def facts(workers: Workers) -> dict[str, object]:
     trainer = Trainer(Convolutional(4), images(), batch=4, looks=2, workers=workers)
     sign = ef.OneBit()
     plans = {
-        "both ways": Plan("", ef.DoubleSqueeze(sign, down=sign), Rate(0.1, ()), 4),
+        "both ways": Plan("", ef.DoubleSqueeze(sign, server_compressor=sign), Rate(0.1, ()), 4),
         "threshold": Plan("", ef.ErrorFeedback(ef.HardThreshold(0.05)), Rate(0.1, ()), 4),
     }
     trained = {name: trainer.train(plan) for name, plan in plans.items()}

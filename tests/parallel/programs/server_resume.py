@@ -24,8 +24,8 @@ SHAPES = {"a": (40, 30), "b": (30,), "c": (30, 50), "d": (50, 31)}
 STEPS, MIDDLE = 12, 6
 METHODS = {
     "doublesqueeze": ef.DoubleSqueeze(ef.TopK(0.05), ef.OneBit()),
-    "ef21": ef.EF21(ef.TopK(0.1), momentum=0.5, down=ef.TopK(0.1)),
-    "ecx": ef.ErrorCompensatedX(ef.OneBit(), down=ef.RandomK(0.2), alpha=0.5),
+    "ef21": ef.EF21(ef.TopK(0.1), momentum=0.5, server_compressor=ef.TopK(0.1)),
+    "ecx": ef.ErrorCompensatedX(ef.OneBit(), server_compressor=ef.RandomK(0.2), alpha=0.5),
     "ef21+": ef.EF21Plus(ef.TopK(0.1)),
 }
 

@@ -19,8 +19,8 @@ import ef_horovod.tensorflow as ef
 WAY, PHASE, FOLDER = ARGUMENTS[0], ARGUMENTS[1], Path(ARGUMENTS[2])
 STEPS, SIZE = 6, 16  # in each half
 METHODS = {
-    "eager": ef.DoubleSqueeze(ef.TopK(0.05), down=ef.RandomK(0.2)),
-    "fit": ef.EF21(ef.TopK(0.1), momentum=0.5, down=ef.TopK(0.1)),
+    "eager": ef.DoubleSqueeze(ef.TopK(0.05), server_compressor=ef.RandomK(0.2)),
+    "fit": ef.EF21(ef.TopK(0.1), momentum=0.5, server_compressor=ef.TopK(0.1)),
 }
 
 

@@ -17,8 +17,8 @@ import ef_horovod.torch as ef
 torch.set_num_threads(1)
 STEPS, MIDDLE = 12, 6
 METHODS = {
-    "doublesqueeze": ef.DoubleSqueeze(ef.TopK(0.05), down=ef.RandomK(0.2)),
-    "ef21": ef.EF21(ef.TopK(0.1), momentum=0.5, down=ef.TopK(0.1)),
+    "doublesqueeze": ef.DoubleSqueeze(ef.TopK(0.05), server_compressor=ef.RandomK(0.2)),
+    "ef21": ef.EF21(ef.TopK(0.1), momentum=0.5, server_compressor=ef.TopK(0.1)),
 }
 
 

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     trainer = Trainer(Convolutional(4), images(), batch=4, looks=2, workers=Workers())
     sign = ef.OneBit("l2")
     plans = {
-        "both ways": Plan("", ef.DoubleSqueeze(sign, down=sign), Rate(0.1, ()), STEPS),
+        "both ways": Plan("", ef.DoubleSqueeze(sign, server_compressor=sign), Rate(0.1, ()), STEPS),
         "diverges": Plan("", ef.NoFeedback(ef.Identity()), Rate(1e30, ()), STEPS),
     }
     result = {

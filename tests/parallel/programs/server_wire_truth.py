@@ -11,8 +11,8 @@ from ef_horovod.server import Worker
 
 METHODS = {
     "dense": ef.NoFeedback(ef.Identity()),
-    "onebit": ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit()),
-    "topk": ef.DoubleSqueeze(ef.TopK(ratio=0.05), down=ef.TopK(ratio=0.05)),
+    "onebit": ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit()),
+    "topk": ef.DoubleSqueeze(ef.TopK(ratio=0.05), server_compressor=ef.TopK(ratio=0.05)),
 }
 
 

@@ -11,11 +11,17 @@ import ef_horovod.torch as ef
 
 METHODS = {
     "top-k": (ef.ErrorFeedback(ef.TopK(ratio=0.05)), "auto"),
-    "one bit, slices": (ef.DoubleSqueeze(ef.OneBit(), down=ef.OneBit()), "double_pass"),
+    "one bit, slices": (
+        ef.DoubleSqueeze(ef.OneBit(), server_compressor=ef.OneBit()),
+        "double_pass",
+    ),
     "EF21": (ef.EF21(ef.TopK(ratio=0.05)), "auto"),
-    "EF21, momentum": (ef.EF21(ef.TopK(ratio=0.05), momentum=0.5, down=ef.TopK(0.1)), "auto"),
+    "EF21, momentum": (
+        ef.EF21(ef.TopK(ratio=0.05), momentum=0.5, server_compressor=ef.TopK(0.1)),
+        "auto",
+    ),
     "ECX, slices": (
-        ef.ErrorCompensatedX(ef.TopK(0.05), down=ef.TopK(0.05), alpha=0.5),
+        ef.ErrorCompensatedX(ef.TopK(0.05), server_compressor=ef.TopK(0.05), alpha=0.5),
         "double_pass",
     ),
     "PowerSGD": (ef.PowerSGD(rank=2), "auto"),

@@ -13,7 +13,7 @@ from tf_common import build_model, data, digest, loss_of
 import ef_horovod.tensorflow as ef
 
 SIGNS = ef.OneBit()
-METHOD, DENSE = ef.DoubleSqueeze(SIGNS, down=SIGNS), ef.NoFeedback(ef.Identity())
+METHOD, DENSE = ef.DoubleSqueeze(SIGNS, server_compressor=SIGNS), ef.NoFeedback(ef.Identity())
 WAYS = {"auto:64kbit": (METHOD, "double_pass"), "auto:400gbit,0us": (DENSE, "dense")}
 
 

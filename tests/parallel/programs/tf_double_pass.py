@@ -15,10 +15,10 @@ from ef_horovod import simulate
 STEPS, SIZE, SHAPE = 12, 16, (64, 128)
 TOP, SIGNS = ef.TopK(ratio=0.1), ef.OneBit()
 METHODS = (
-    ef.DoubleSqueeze(TOP, down=SIGNS),
-    ef.EF21(SIGNS, down=SIGNS),
+    ef.DoubleSqueeze(TOP, server_compressor=SIGNS),
+    ef.EF21(SIGNS, server_compressor=SIGNS),
     ef.EF21(TOP, momentum=0.5),
-    ef.DoubleSqueeze(ef.HardThreshold(0.01), down=ef.HardThreshold(0.01)),
+    ef.DoubleSqueeze(ef.HardThreshold(0.01), server_compressor=ef.HardThreshold(0.01)),
 )
 OPTIONS = {"exchange": "double_pass", "seed": 3}
 

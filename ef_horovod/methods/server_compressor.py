@@ -16,16 +16,19 @@ def decoded(payload: Payload, out: Array) -> Array:
     return out
 
 
-def require_down(method: Any, *, optional: bool = True) -> None:
-    """Raise unless `method.down` is a compressor, or None if `optional`.
+def require_server_compressor(method: Any, *, optional: bool = True) -> None:
+    """Raise unless `method.server_compressor` is a compressor, or None if `optional`.
 
     Raises:
         UnsupportedError: it is something else.
     """
-    if isinstance(method.down, Compressor) or (optional and method.down is None):
+    if isinstance(method.server_compressor, Compressor) or (
+        optional and method.server_compressor is None
+    ):
         return
     name = type(method).__name__
     raise UnsupportedError(
-        f"{name} got down={method.down!r}, expected a compressor for the aggregator's answers; "
-        f"write for example {name}(TopK(ratio=0.01), down=TopK(ratio=0.01))"
+        f"{name} got server_compressor={method.server_compressor!r}, expected a compressor for the "
+        f"aggregator's answers; write for example {name}(TopK(ratio=0.01), "
+        "server_compressor=TopK(ratio=0.01))"
     )
