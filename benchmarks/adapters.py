@@ -38,8 +38,8 @@ from ef_horovod.tensorflow.engine import Engine
 from ef_horovod.tensorflow.engine import Options as EngineOptions
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.echo_tensorflow import EchoOps
-from ef_horovod.torch.options import Options as ReducerOptions
-from ef_horovod.torch.reducer import Reducer
+from ef_horovod.torch.engine import Engine as TorchEngine
+from ef_horovod.torch.options import Options as TorchOptions
 from ef_horovod.training.policy import small_or_vector
 
 LIMIT = 1.5
@@ -86,8 +86,8 @@ def torch_step(method: ef.Method, gradients: list[np.ndarray]) -> tuple[Step, St
     """A step of the torch adapter, and what it gave."""
     parameters = [torch.nn.Parameter(torch.zeros(g.shape)) for g in gradients]
     named = [(f"p{i}", p) for i, p in enumerate(parameters)]
-    options = ReducerOptions(method=method, passes=1, overlap=False, check_sync=False, **COMMON)
-    reducer = Reducer(named, [], options, EchoTransport(RANKS))
+    options = TorchOptions(method=method, passes=1, overlap=False, check_sync=False, **COMMON)
+    engine = TorchEngine(named, [], options, EchoTransport(RANKS))
     fresh = [torch.from_numpy(g) for g in gradients]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
@@ -97,7 +97,7 @@ def torch_step(method: ef.Method, gradients: list[np.ndarray]) -> tuple[Step, St
             parameter.grad.copy_(gradient)
 
     def step() -> list[np.ndarray]:
-        reducer.finish()
+        engine.finish()
         return [parameter.grad.numpy() for parameter in parameters]
 
     return step, refill

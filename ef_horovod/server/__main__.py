@@ -122,8 +122,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         type=Path,
         metavar="FOLDER",
-        help="for this server's memories, when workers ask or the job ends with an error; workers "
-        "that continue with a later step than 0 find them there",
+        help="for this server's error-feedback state, when workers ask or the job ends with an "
+        "error; workers that continue with a later step than 0 find it there",
     )
     parser.add_argument(
         "--quorum",

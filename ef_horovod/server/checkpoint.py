@@ -24,10 +24,8 @@ _KEPT = 3  # steps kept per folder; older ones are removed
 _FINGERPRINT = "fingerprint"
 
 
-def save(
-    folder: Path, step: int, server: int, fingerprint: int, memories: Mapping[str, Any]
-) -> Path:
-    """Write the results of `ServedBucket.memories` of all buckets; returns the file.
+def save(folder: Path, step: int, server: int, fingerprint: int, state: Mapping[str, Any]) -> Path:
+    """Write the results of `ServedBucket.to_save` of all buckets; returns the file.
 
     The file gets its name only when it is complete and on disk. If the process dies before, the
     last checkpoint stays intact.
@@ -37,7 +35,7 @@ def save(
     target = place / f"server-{server}.npz"
     part = target.with_suffix(f".{os.getpid()}.part")
     with part.open("wb") as file:
-        np.savez(file, **{_FINGERPRINT: np.uint64(fingerprint)}, **memories)
+        np.savez(file, **{_FINGERPRINT: np.uint64(fingerprint)}, **state)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, target)

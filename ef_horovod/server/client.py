@@ -225,7 +225,7 @@ class ServerTransport(MPITransport):
         if self._config is None:
             raise UnsupportedError(
                 "got checkpoint() before the first step, expected it after one, for servers have "
-                "no memories before; take the first checkpoint later"
+                "no state before; take the first checkpoint later"
             )
         self._saved.clear()
         message = pack(Message(Kind.SAVE, self.rank, step=step), text_body(""))
@@ -255,9 +255,9 @@ class ServerTransport(MPITransport):
     def require_not_begun(self) -> None:
         if self._config is not None:
             raise UnsupportedError(
-                "got memories to restore after the first step or checkpoint, expected them before, "
-                "for servers read those of the same step when they meet the workers; load them "
-                "before training begins"
+                "got error-feedback state to restore after the first step or checkpoint, expected "
+                "it before, because servers read theirs when they meet the workers; load it before "
+                "training begins"
             )
 
     def close(self, error: str = "") -> None:

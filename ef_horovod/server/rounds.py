@@ -137,7 +137,7 @@ class ServedBucket:
         self.round += 1
         return pack(message, body, self._outgoing)
 
-    def memories(self, step: int) -> dict[str, np.ndarray]:
+    def to_save(self, step: int) -> dict[str, np.ndarray]:
         """The state after `step` steps by "BUCKET/FIELD", for the current or previous step.
 
         Raises:
@@ -159,10 +159,10 @@ class ServedBucket:
             **{f"{self.spec.name}/{name}": vector for name, vector in held.items()},
         }
 
-    def load(self, memories: Mapping[str, np.ndarray], step: int) -> None:
-        """Load the result of `memories` after `step` steps, before the first round."""
+    def load(self, state: Mapping[str, np.ndarray], step: int) -> None:
+        """Load the result of `to_save` after `step` steps, before the first round."""
         for name, vector in self._fields(self.state):
-            np.copyto(vector, memories[f"{self.spec.name}/{name}"])
+            np.copyto(vector, state[f"{self.spec.name}/{name}"])
         self.step = self._this_step = step
 
     def _fields(self, state: Any) -> Iterator[tuple[str, np.ndarray]]:

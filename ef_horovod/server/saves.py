@@ -37,9 +37,9 @@ class Saves:
         Raises:
             ConfigMismatchError: there is no such checkpoint.
         """
-        memories = load(self._folder, step, fingerprint, [bucket.spec.name for bucket in buckets])
+        state = load(self._folder, step, fingerprint, [bucket.spec.name for bucket in buckets])
         for bucket in buckets:
-            bucket.load(memories, step)
+            bucket.load(state, step)
         self._last = step
 
     def ask(
@@ -95,11 +95,11 @@ class Saves:
 
     def _write(self, step: int, buckets: Collection[ServedBucket], fingerprint: int) -> None:
         assert self._folder is not None
-        memories: dict[str, np.ndarray] = {}
+        state: dict[str, np.ndarray] = {}
         for bucket in buckets:
-            memories |= bucket.memories(step)
+            state |= bucket.to_save(step)
         try:
-            file = save(self._folder, step, self._server, fingerprint, memories)
+            file = save(self._folder, step, self._server, fingerprint, state)
         except OSError as error:
             raise ServerError(
                 f"server {self._server} could not write step {step} to {self._folder} ({error}), "

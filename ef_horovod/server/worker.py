@@ -9,12 +9,12 @@ import numpy as np
 
 from ef_horovod.arrays import float_namespace
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import Channel, ChannelStats, finish_step, total_stats
-from ef_horovod.exchange.server import finish_rounds
+from ef_horovod.exchange.channel import Channel
 from ef_horovod.methods.base import Method
 from ef_horovod.server.client import ServerTransport
 from ef_horovod.server.link import in_words
 from ef_horovod.training.buckets import BucketPlan, Slot, plan_buckets
+from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -22,13 +22,12 @@ from ef_horovod.training.policy import (
     require_method,
     small_or_vector,
 )
-from ef_horovod.training.state import load_state, save_state
 
 Named = Mapping[str, np.ndarray]
 Listed = Sequence[np.ndarray]
 
 
-class Worker:
+class Worker(StepDriver["_Bucket"]):
     """One worker rank of a job with parameter servers.
 
     Make it on all workers with the same arguments, after servers and workers have started.
@@ -43,8 +42,8 @@ class Worker:
             one first. A bucket is compressed as one vector and belongs to one server.
         seed: of random compressors.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
-        state: result of `checkpoint` on this rank of an equal job, to continue there. The servers
-            continue from their files of the same step.
+        state: result of `checkpoint` on this rank of an equal job, to continue there, bitwise as
+            if it had not been interrupted. The servers continue from their files of the same step.
         transport: an existing one to the servers.
 
     Raises:
@@ -83,14 +82,13 @@ class Worker:
         plans = plan_buckets(
             named, method, dense=dense, bucket_bytes=bucket_bytes, device_of=lambda _: None
         )
-        self.transport = transport or ServerTransport(timeout)
-        self.step = 0  # number of the next step; a dropped step's number is used again
-        self._buckets = [_Bucket(plan, self.transport, seed) for plan in plans]
-        self._place = {slot.name: (b, slot) for b in self._buckets for slot in b.slots}
+        transport = transport or ServerTransport(timeout)
+        super().__init__(method, transport, [_Bucket(plan, transport, seed) for plan in plans])
+        self.transport: ServerTransport = transport
+        self._place = {slot.name: (b, slot) for b in self.buckets for slot in b.slots}
         self._order = [name for name, _ in named]
-        self._method = method
         if state is not None:
-            self.step = load_state(state, self._buckets, repr(method), self.transport)
+            self.load_state_dict(state)
         shapes = [f"parameter '{name}' of shape {tuple(array.shape)}" for name, array in named]
         self.transport.handshake(shapes, self.step, several_rounds=True)
 
@@ -147,7 +145,7 @@ class Worker:
         for name, gradient in _items(gradients):
             self.push(name, gradient)
         self._begin_pull()
-        found = finish_rounds([bucket.channel for bucket in self._buckets], self.transport)
+        found = self._finish_rounds()
         self.step += len(found)
         return [self._in_form(directions) for directions in found]
 
@@ -182,11 +180,8 @@ class Worker:
     def pull(self) -> Any:
         """Wait for the aggregated gradient of all pushed gradients; see `push_pull`."""
         self._begin_pull()
-        directions = finish_step([bucket.channel for bucket in self._buckets])
-        if directions is None:
-            return None
-        self.step += 1
-        return self._in_form(directions)
+        directions = self._finish()
+        return None if directions is None else self._in_form(directions)
 
     def _begin_pull(self) -> None:
         self.transport.require_open()
@@ -196,41 +191,19 @@ class Worker:
                 f"got no gradient of {missing[:8]} in this step, expected all parameters'; push "
                 "zeros for those without one"
             )
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.filled.clear()
 
     def _in_form(self, directions: list[np.ndarray]) -> Any:
         """Split the buckets' aggregated gradients by parameter."""
         parts = {}
-        for bucket, direction in zip(self._buckets, directions, strict=True):
+        for bucket, direction in zip(self.buckets, directions, strict=True):
             for slot in bucket.slots:
                 part = direction[slot.start : slot.stop].reshape(slot.parameter.shape)
                 part.flags.writeable = False  # it may be a view of error-feedback state
                 parts[slot.name] = part
         ordered = {name: parts[name] for name in self._order}
         return ordered if self._named else list(ordered.values())
-
-    def checkpoint(self) -> dict[str, Any]:
-        """Make the servers save their state, and return this worker's; all workers call it.
-
-        Call it between two steps, after the same step on all workers. Store the result with the
-        model, one file per worker. A job restarted with `Worker(state=)` and the same
-        `--checkpoint` folder continues bitwise as if it had not been interrupted.
-
-        Raises:
-            ProtocolError: the servers were started without --checkpoint.
-        """
-        self.transport.save(self.step)
-        return self.state_dict()
-
-    def state_dict(self) -> dict[str, Any]:
-        """This worker's error-feedback state and next step, without asking the servers."""
-        return save_state(self._buckets, self.step, repr(self._method), self.transport)
-
-    def stats(self) -> list[ChannelStats]:
-        """One row per bucket, then the total; call it between steps."""
-        rows = [bucket.channel.stats() for bucket in self._buckets]
-        return [*rows, total_stats(rows)]
 
     def close(self) -> None:
         """End this worker, after its last step; done automatically at the end of the process."""

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import ChannelStats, total_stats
-from ef_horovod.tensorflow.checkpoint import Memories
+from ef_horovod.tensorflow.checkpoint import TrackedState
 from ef_horovod.tensorflow.engine import appeared
 from ef_horovod.tensorflow.reducer import Reducer
 from ef_horovod.tensorflow.variables import path_of
@@ -49,12 +49,12 @@ class Averaging(tf.Module):
         self._first: frozenset[int] = frozenset()  # places of the variables of the first call
         self._loaded: dict[str, Any] = {}  # states of sets not seen yet
 
-    def build(self, variables: list[Any]) -> Memories | None:
+    def build(self, variables: list[Any]) -> TrackedState | None:
         """Make the reducer of all variables, once; returns its error-feedback state, if any."""
         if self.reducer is not None:
             return None
         self.reducer, self._built_for = self._make_reducer(variables), lambda: variables
-        return self.reducer.memories
+        return self.reducer.tracked_state
 
     def average(self, gradients: list[Any], variables: list[Any]) -> list[Any]:
         """Ops that average gradients; NaN if the step is not good."""

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 
-class Memories(tf.train.experimental.PythonState):
+class TrackedState(tf.train.experimental.PythonState):
     """All error-feedback state of a rank as one string, tracked by `tf.train.Checkpoint`.
 
     Args:
@@ -40,23 +40,23 @@ class Memories(tf.train.experimental.PythonState):
         self._load(unpack_state(string_value))
 
 
-class MemoriesInKeras(keras.layers.Layer):
+class StateInKeras(keras.layers.Layer):
     """The same in `.keras` and `.weights.h5` files, which save only layers and similar objects.
 
     It is a separate group in the file, so a plain optimizer loads the rest without a warning.
     """
 
-    def __init__(self, memories: Memories) -> None:
-        super().__init__(name="compression_memories", trainable=False)
-        self._memories = memories
+    def __init__(self, tracked: TrackedState) -> None:
+        super().__init__(name="compression_state", trainable=False)
+        self._tracked = tracked
         self.built = True
 
     def save_own_variables(self, store: Any) -> None:
-        store["state"] = np.frombuffer(self._memories.serialize(), np.uint8)
+        store["state"] = np.frombuffer(self._tracked.serialize(), np.uint8)
 
     def load_own_variables(self, store: Any) -> None:
         if "state" in store.keys():  # noqa: SIM118 - an h5py group, not a dict
-            self._memories.deserialize(np.asarray(store["state"]).tobytes())
+            self._tracked.deserialize(np.asarray(store["state"]).tobytes())
 
 
 def pack_state(state: dict[str, Any]) -> bytes:

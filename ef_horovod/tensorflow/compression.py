@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import ChannelStats, total_stats
-from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.methods.base import Method
 from ef_horovod.tensorflow.broadcast import follow
 from ef_horovod.tensorflow.buckets import Bucket, receive
-from ef_horovod.tensorflow.checkpoint import Memories
+from ef_horovod.tensorflow.checkpoint import TrackedState
 from ef_horovod.tensorflow.graphs import refuse_xla
 from ef_horovod.tensorflow.variables import name_variables, path_of
-from ef_horovod.training.buckets import BucketPlan, describe, one_slot
+from ef_horovod.training.buckets import BucketPlan, one_slot
+from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -32,7 +31,6 @@ from ef_horovod.training.policy import (
     small_or_vector,
     warn_of_surprises,
 )
-from ef_horovod.training.state import load_state, save_state
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_tensorflow import open_lasting
 
@@ -44,7 +42,7 @@ class _UnderWay(NamedTuple):
     dtype: tf.DType
 
 
-class Compression(tf.Module):
+class Compression(StepDriver[Bucket], tf.Module):
     """An instance for `compression=` of Horovod's tape, and of its optimizer for tf_keras.
 
     Horovod passes no names, so gradients are identified by their order. All variables need a dense
@@ -83,48 +81,49 @@ class Compression(tf.Module):
         process_set: Any = None,
         timeout: float | None = None,
     ) -> None:
-        super().__init__(name="ef_compression")
+        tf.Module.__init__(self, name="ef_compression")
         refuse_elastic()
         check_options("Compression", **locals())
-        self._method = method = require_method(method)
+        method = require_method(method)
         named = name_variables(variables)
         prefix = next_prefix("ef.stock", process_set)
-        self._transport = open_lasting(prefix, process_set, timeout)
-        if self._transport.size > 1:
+        transport = open_lasting(prefix, process_set, timeout)
+        if transport.size > 1:
             by_path = [(path_of(variable), variable) for _, variable in named]
-            warn_of_surprises(by_path, method, dense, self._transport.rank)
-        self._buckets = tuple(
+            warn_of_surprises(by_path, method, dense, transport.rank)
+        buckets = tuple(
             Bucket(
                 BucketPlan(
                     name,
                     one_slot(name, variable),
                     method.uncompressed() if dense(path_of(variable), variable) else method,
                 ),
-                self._transport,
+                transport,
                 exchange=exchange,
                 seed=seed,
             )
             for name, variable in named
         )
+        StepDriver.__init__(self, method, transport, buckets)
         # One per variable, so that no gradient waits for another.
-        self.steps = [tf.Variable(0, trainable=False, dtype=tf.int64) for _ in self._buckets]
-        self.memories = Memories(self.state_dict, self.load_state_dict)
+        self.steps = [tf.Variable(0, trainable=False, dtype=tf.int64) for _ in buckets]
+        self.tracked_state = TrackedState(self.state_dict, self.load_state_dict)
         self._next_place, self._trace = 0, None
         self._config_checked = False
         follow(self)
-        self._facts = (f"exchange={exchange!r}, seed={seed}", *describe(self._buckets))
+        self._facts = f"exchange={exchange!r}, seed={seed}"
 
     @tf.autograph.experimental.do_not_convert
     def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, _UnderWay]:
         """Called by Horovod for each gradient; makes the ops that send it."""
         refuse_xla()
-        if not self._config_checked and self._transport.size > 1:
+        if not self._config_checked and self.transport.size > 1:
             with tf.init_scope():
-                require_same_config(self._transport, self._facts)
+                self._compare([self._facts])
             self._config_checked = True
         place = self._place_of(tensor)
         step = self.steps[place].read_value()
-        arrived = self._buckets[place].send(step, tf.constant(1.0), [tensor])
+        arrived = self.buckets[place].send(step, tf.constant(1.0), [tensor])
         # Horovod needs a tensor to allreduce: a 1, which returns as 1 for Average, n for Sum.
         return tf.ones([1]), _UnderWay(place, step, arrived, tensor.dtype)
 
@@ -132,39 +131,21 @@ class Compression(tf.Module):
     def decompress(self, tensor: tf.Tensor, ctx: _UnderWay) -> tf.Tensor:
         """Called by Horovod after `compress`; makes the ops that finish the exchange."""
         factor = tf.round(tensor)[0]
-        bucket = self._buckets[ctx.place]
+        bucket = self.buckets[ctx.place]
         (direction,), _, _ = receive([bucket], [ctx.arrived], ctx.step, factor, tf.constant(True))
         with tf.control_dependencies([direction]):
             self.steps[ctx.place].assign(ctx.step + 1)
         return tf.cast(direction, ctx.dtype)
 
-    def stats(self) -> list[ChannelStats]:
-        """One row per variable, then the total; call it between steps."""
-        rows = [bucket.channel.stats() for bucket in self._buckets]
-        return [*rows, total_stats(rows)]
-
     @property
     def followed(self) -> list[Any]:
         """The variables whose gradients are averaged."""
-        return [bucket.slots[0].parameter for bucket in self._buckets]
+        return [bucket.slots[0].parameter for bucket in self.buckets]
 
-    def forget(self) -> None:
-        """Reset the error-feedback state to that before the first step; call it on all ranks."""
-        for bucket in self._buckets:
-            bucket.channel.forget()
+    def _steps_done(self) -> int:
+        return int(self.steps[0].numpy())
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's error-feedback state by variable, as NumPy arrays; one file per rank."""
-        step = int(self.steps[0].numpy())
-        return save_state(self._buckets, step, repr(self._method), self._transport)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the result of `state_dict`, from the same rank of an equal job.
-
-        Raises:
-            ValueError: the rank, number of ranks, method or model differs.
-        """
-        step = load_state(state, self._buckets, repr(self._method), self._transport)
+    def _set_step(self, step: int) -> None:
         for counter in self.steps:
             counter.assign(step)
 
@@ -174,9 +155,9 @@ class Compression(tf.Module):
         if trace is not self._trace:
             self._trace, self._next_place = trace, 0
         self._require_all_dense()
-        place = self._next_place % len(self._buckets)
+        place = self._next_place % len(self.buckets)
         self._next_place += 1
-        variable = self._buckets[place].slots[0].parameter
+        variable = self.buckets[place].slots[0].parameter
         if tuple(tensor.shape) != tuple(variable.shape):
             raise UnsupportedError(
                 f"got a gradient of shape {tuple(tensor.shape)} as number {place}, expected that "

@@ -21,9 +21,9 @@ from ef_horovod.tensorflow.rows import Rows
 from ef_horovod.tensorflow.server_transport import GraphTransport, ServerBridge
 from ef_horovod.tensorflow.sync import in_sync_op
 from ef_horovod.tensorflow.variables import native, path_of, require_gradient_of
-from ef_horovod.training.buckets import describe, plan_buckets
+from ef_horovod.training.buckets import plan_buckets
+from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.policy import DensePolicy
-from ef_horovod.training.state import load_state, save_state
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 
@@ -43,7 +43,7 @@ class Options:
     discardable: bool
 
 
-class Engine:
+class Engine(StepDriver[Bucket]):
     """The buckets of a model and their steps.
 
     Buckets are made at the first call, when sparse and missing gradients are known.
@@ -60,10 +60,10 @@ class Engine:
         options: Options,
         transport: GraphTransport,
     ) -> None:
-        self.options, self.transport = options, transport
-        self._named = named
+        super().__init__(options.method, transport)
+        self.transport: GraphTransport = transport
+        self.options, self._named = options, named
         self._kinds: list[str] = []  # of the gradients at the first call
-        self._buckets: list[Bucket] = []
         self._rows: dict[int, Rows] = {}  # by the variable's place
         self._loaded: dict[str, Any] | None = None  # state for buckets not made yet
         self._must_fit = False
@@ -89,16 +89,16 @@ class Engine:
         with tf.control_dependencies([in_sync]):
             step = tf.identity(self.step.read_value())
         place_of = {name: i for i, (name, _) in enumerate(self._named)}
-        places = [[place_of[slot.name] for slot in bucket.slots] for bucket in self._buckets]
+        places = [[place_of[slot.name] for slot in bucket.slots] for bucket in self.buckets]
         arrived = [
             bucket.send(step, loss_scale, [gradients[i] for i in its])
-            for bucket, its in zip(self._buckets, places, strict=True)
+            for bucket, its in zip(self.buckets, places, strict=True)
         ]
         rows = {i: exchange.exchange(gradients[i], step) for i, exchange in self._rows.items()}
         rows_good = tf.reduce_all([True, *(finite for _, finite in rows.values())])
         factor = loss_scale * (1 if self.options.average else self.transport.size)
         directions, good, next_step = receive(
-            self._buckets, arrived, step, factor, rows_good, undoable=self.options.discardable
+            self.buckets, arrived, step, factor, rows_good, undoable=self.options.discardable
         )
         self.step.assign(next_step)
         reduced: list[Gradient] = [None] * len(gradients)
@@ -110,18 +110,8 @@ class Engine:
 
     def stats(self) -> list[ChannelStats]:
         """One row per bucket, then the total; call it between steps."""
-        rows = [b.channel.stats() for b in self._buckets] + [r.stats for r in self._rows.values()]
+        rows = [*super().stats()[:-1], *(rows.stats for rows in self._rows.values())]
         return [*rows, total_stats(rows)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's error-feedback state; see `save_state`."""
-        step = int(self.step.numpy())
-        return save_state(self._buckets, step, repr(self.options.method), self.transport)
-
-    def checkpoint(self) -> dict[str, Any]:
-        """`state_dict` after the servers, if any, have saved their state; collective."""
-        self.transport.save(int(self.step.numpy()))
-        return self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], *, must_fit: bool = True) -> None:
         """Load error-feedback state, now or as soon as the buckets are made.
@@ -143,8 +133,7 @@ class Engine:
     def _load(self) -> None:
         state, self._loaded = self._loaded, None
         if state is not None:
-            compression = repr(self.options.method)
-            self.step.assign(load_state(state, self._buckets, compression, self.transport))
+            super().load_state_dict(state)
 
     @property
     def followed(self) -> list[Any]:
@@ -154,16 +143,18 @@ class Engine:
     def forget(self) -> None:
         """Reset the error-feedback state to that before the first step; call it on all ranks."""
         if not self.transport.has_server:
-            for bucket in self._buckets:
-                bucket.channel.forget()
+            super().forget()
 
     def discard(self) -> None:
         """Leave out the last step, unless it was dropped or left out already."""
-        channels = [bucket.channel for bucket in self._buckets]
-        if channels and all(channel.undoable for channel in channels):
-            for channel in channels:
-                channel.undo()
-            self.step.assign_sub(1)
+        if self._undoable:
+            self._undo()
+
+    def _steps_done(self) -> int:
+        return int(self.step.numpy())
+
+    def _set_step(self, step: int) -> None:
+        self.step.assign(step)
 
     def _begin(self, gradients: list[Gradient]) -> list[Gradient]:
         """At the first call, make the buckets and compare the ranks' variables and options.
@@ -178,8 +169,7 @@ class Engine:
                 self._agree([_kind(gradient) for gradient in gradients])
                 self._open()
                 self._load_everywhere()
-                require_same_config(self.transport, self._describe())
-                self.transport.handshake(describe(self._buckets), int(self.step.numpy()))
+                self._compare(self._facts())
             self._opened = True
         return [
             _as_kind(kind, gradient, variable)
@@ -209,12 +199,12 @@ class Engine:
         if self._must_fit or self.transport.has_server:  # servers open each bucket only once
             raise ValueError(problem)
         warnings.warn(
-            f"error memories start from zero on rank {self.transport.rank}: {problem}; to keep "
-            "them, let every rank save and restore a checkpoint of its own",
+            f"error-feedback state starts from zero on rank {self.transport.rank}: {problem}; to "
+            "keep it, let every rank save and restore its own checkpoint",
             stacklevel=2,
         )
         self._open()
-        self.step.assign(0)
+        self._set_step(0)
 
     def _open(self) -> None:
         options, kinds = self.options, self._kinds
@@ -230,7 +220,7 @@ class Engine:
             for i, ((name, variable), kind) in enumerate(zip(self._named, kinds, strict=True))
             if kind == "rows"
         }
-        self._buckets = [
+        self.buckets = [
             Bucket(plan, self.transport, exchange=options.exchange, seed=options.seed)
             for plan in plans
         ]
@@ -244,16 +234,14 @@ class Engine:
             )
         return Rows(name, tuple(variable.shape), self.transport)
 
-    def _describe(self) -> list[str]:
+    def _facts(self) -> list[str]:
         options = self.options
         gradients = ", ".join(
             f"'{name}' {kind}" for (name, _), kind in zip(self._named, self._kinds, strict=True)
         )
         return [
-            f"compression {options.method!r}",
             f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
-            f"sparse_as_dense={options.sparse_as_dense}, step={int(self.step.numpy())}",
-            *describe(self._buckets),
+            f"sparse_as_dense={options.sparse_as_dense}, step={self._steps_done()}",
             f"gradients of {gradients}",
         ]
 

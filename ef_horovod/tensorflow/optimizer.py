@@ -15,7 +15,7 @@ from ef_horovod.exchange.channel import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.averaging import Averaging
-from ef_horovod.tensorflow.checkpoint import MemoriesInKeras
+from ef_horovod.tensorflow.checkpoint import StateInKeras
 from ef_horovod.tensorflow.reducer import Reducer, open_servers, require_options
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.training.choice import wants_server
@@ -154,9 +154,9 @@ class _Distributed:
         self._ef.load_state_dict(state)
 
     def _ef_build(self, variables: Any) -> None:
-        memories = self._ef.build(list(variables))
-        if memories is not None:
-            self.compression_memories = MemoriesInKeras(memories)  # Keras' files find it here
+        tracked = self._ef.build(list(variables))
+        if tracked is not None:
+            self.compression_state = StateInKeras(tracked)  # Keras' files find it here
 
 
 class _Keras3(_Distributed):

@@ -15,7 +15,7 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
-from ef_horovod.tensorflow.checkpoint import Memories
+from ef_horovod.tensorflow.checkpoint import TrackedState
 from ef_horovod.tensorflow.engine import Engine, Gradient, Options
 from ef_horovod.tensorflow.server_transport import GraphTransport, ServerBridge
 from ef_horovod.tensorflow.variables import name_variables, path_of
@@ -113,7 +113,7 @@ class Reducer(tf.Module):
         named = name_variables(variables)
         self._count, self._discardable = len(named), discardable
         self._engine: Engine | None = None
-        self.memories: Memories | None = None
+        self.tracked_state: TrackedState | None = None
         transport = transport or _open_transport(exchange, process_set, timeout)
         if transport is not None:
             by_path = [(path_of(variable), variable) for _, variable in named]
@@ -121,7 +121,7 @@ class Reducer(tf.Module):
             self._engine = Engine(named, options, transport)
             # Tracked by checkpoints, unlike the model's variables.
             self.step = self._engine.step
-            self.memories = Memories(
+            self.tracked_state = TrackedState(
                 self._engine.state_dict, partial(self._engine.load_state_dict, must_fit=False)
             )
 

@@ -7,7 +7,7 @@ from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.testing.tools import require
 from ef_horovod.testing.workers import D, channels, gradients, run_channels
 from ef_horovod.training.buckets import Slot
-from ef_horovod.training.state import load_memories, save_memories
+from ef_horovod.training.state import read_state, write_state
 
 _RANKS, _SAVED_AT, _STEPS = 3, 5, 14
 # A bucket of two parameters: the saved state is split by parameter and joined again.
@@ -25,10 +25,10 @@ def check_checkpoint(method: Method, exchange: str = "auto") -> None:
         run_channels(whole, g[t], t)
         run_channels(resumed, list(g[t, ::-1]), t)
     for source, target in zip(whole, resumed, strict=True):
-        saved = save_memories([OneChannel(source, _SLOTS)])
+        saved = read_state([OneChannel(source, _SLOTS)])
         for parameter in saved.values():
             _require_kinds(method, parameter)
-        load_memories([OneChannel(target, _SLOTS)], saved)
+        write_state([OneChannel(target, _SLOTS)], saved)
     for t in range(_SAVED_AT, _STEPS):
         pairs = zip(run_channels(whole, g[t], t), run_channels(resumed, g[t], t), strict=True)
         same = all(a is not None and b is not None and a.tobytes() == b.tobytes() for a, b in pairs)

@@ -21,18 +21,18 @@ from ef_horovod.methods.base import Method
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.tools import array_of, bits, require
 from ef_horovod.training.buckets import BucketPlan, Slot, one_slot
-from ef_horovod.training.state import save_memories
+from ef_horovod.training.state import read_state
 from ef_horovod.transports.base import Measure
 
 SHAPE, STEPS, RANKS, NAME = (28, 25), 50, 3, "0.weights"
 LENGTH = SHAPE[0] * SHAPE[1]
 
-Facts = dict[str, Any]  # "sent", "directions", "memories": sent data, results and states, as bytes
+Facts = dict[str, Any]  # "sent", "directions", "state": sent data, results and states, as bytes
 
 
 @dataclass
 class OneChannel:
-    """A bucket of one channel, for `save_memories`."""
+    """A bucket of one channel, for `read_state`."""
 
     channel: Channel
     slots: list[Slot]
@@ -115,11 +115,11 @@ def by_channel(method: Method, framework: str = "numpy") -> Facts:
 
 def facts(sent: list[bytes], directions: list[bytes], bucket: Any) -> Facts:
     """Sent data, aggregated gradients and the final error-feedback state, all as bytes."""
-    (memories,) = save_memories([bucket]).values() or ({},)
+    (state,) = read_state([bucket]).values() or ({},)
     return {
         "sent": sent,
         "directions": directions,
-        "memories": {field: _bytes(value) for field, value in memories.items()},
+        "state": {field: _bytes(value) for field, value in state.items()},
     }
 
 

@@ -21,14 +21,13 @@ from torch.optim.optimizer import (
 )
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import ChannelStats, finish_step, total_stats
-from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.methods.base import Method
 from ef_horovod.torch.buckets import Bucket, require_untouched
 from ef_horovod.torch.hooks import uncompiled, weak
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
-from ef_horovod.training.buckets import BucketPlan, describe, one_slot
+from ef_horovod.training.buckets import BucketPlan, one_slot
+from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -38,13 +37,12 @@ from ef_horovod.training.policy import (
     small_or_vector,
     warn_of_surprises,
 )
-from ef_horovod.training.state import load_state, remember, save_state
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 from ef_horovod.transports.timeouts.ending import watch_over
 
 
-class Compression:
+class Compression(StepDriver[Bucket]):
     """An instance for the `compression=` argument of `hvd.DistributedOptimizer`.
 
     The constructor is collective: ranks compare their options. Each parameter that the policy keeps
@@ -93,12 +91,10 @@ class Compression:
     ) -> None:
         refuse_elastic()
         check_options("Compression", **locals())
-        self._method = method = require_method(method)
-        self._transport = HorovodTorchTransport(
-            next_prefix("ef.stock", process_set), process_set, timeout
-        )
-        watch_over(self._transport, hvd.shutdown)
-        self._step = 0
+        method = require_method(method)
+        prefix = next_prefix("ef.stock", process_set)
+        transport = HorovodTorchTransport(prefix, process_set, timeout)
+        watch_over(transport, hvd.shutdown)
         self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was dropped, and no optimizer has stepped since
@@ -109,23 +105,21 @@ class Compression:
         trainable = [(name, p) for name, p in named if p.requires_grad]
         frozen = [p for _, p in named if not p.requires_grad]
         self._parameters = dict(require_distinct(trainable))
-        warn_of_surprises(trainable, method, dense, self._transport.rank)
-        self._in_sync = SyncCheck([p for _, p in trainable], self._transport, check_sync, frozen)
+        warn_of_surprises(trainable, method, dense, transport.rank)
+        self._in_sync = SyncCheck([p for _, p in trainable], transport, check_sync, frozen)
         self._order, self._next_place = list(reversed(self._parameters)), 0
         plans = [
             BucketPlan(n, one_slot(n, p), method.uncompressed() if dense(n, p) else method)
             for n, p in self._parameters.items()
         ]
-        self._buckets = {
-            plan.name: Bucket.open(
-                plan, plan.decide(self._transport, exchange), self._transport, seed=seed
-            )
+        self._bucket_of = {
+            plan.name: Bucket.open(plan, plan.decide(transport, exchange), transport, seed=seed)
             for plan in plans
         }
-        if self._transport.rank >= 0:  # not outside of the process set
+        super().__init__(method, transport, list(self._bucket_of.values()))
+        if transport.rank >= 0:  # not outside of the process set
             # Not in a hook: the order of hooks differs between ranks.
-            options = f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}"
-            require_same_config(self._transport, [options, *describe(self._buckets.values())])
+            self._compare([f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}"])
 
     @uncompiled
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
@@ -133,9 +127,9 @@ class Compression:
         name = self._name_of(tensor)
         if not self._under_way:
             self._begin()
-        bucket = self._buckets[name]
+        bucket = self._bucket_of[name]
         bucket.fill(bucket.slots[0], self._loss_scale, in_place=self._grad_scaler is None)
-        bucket.channel.start(self._step)
+        bucket.channel.start(self.step)
         self._under_way[name] = bucket
         # Horovod needs a tensor to allreduce: a 1, which returns as 1 for Average, n for Sum.
         return torch.ones(1, device=tensor.device), (name, tensor)
@@ -149,33 +143,13 @@ class Compression:
             return tensor
         name, gradient = ctx
         if self._directions is None:
-            self._finish()
+            self._finish_all()
         assert self._directions is not None
         direction = self._directions.pop(name)
         if not self._directions:
             self._directions = None
         factor = tensor.round()[0] * self._loss_scale
         return gradient.copy_(direction.view(gradient.shape)).mul_(factor)
-
-    def stats(self) -> list[ChannelStats]:
-        """One row per parameter, then the total; call it between steps."""
-        rows = [bucket.channel.stats() for bucket in self._buckets.values()]
-        return [*rows, total_stats(rows)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's error-feedback state by parameter name; save one file per rank."""
-        return save_state(
-            list(self._buckets.values()), self._step, repr(self._method), self._transport
-        )
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the result of `state_dict`, from the same rank of an equal job.
-
-        Raises:
-            ValueError: the rank, number of ranks, method or model differs.
-        """
-        buckets = list(self._buckets.values())
-        self._step = load_state(state, buckets, repr(self._method), self._transport)
 
     def _begin(self) -> None:
         """Before the first gradient of a step."""
@@ -187,22 +161,21 @@ class Compression:
             )
         self._loss_scale = self._grad_scaler.get_scale() if self._grad_scaler is not None else 1.0
 
-    def _finish(self) -> None:
+    def _finish_all(self) -> None:
         """Wait for all channels of this step; commit all of them or none."""
         self._in_sync.check()
         require_untouched(self._under_way.values())
-        channels = [bucket.channel for bucket in self._under_way.values()]
-        directions = finish_step(channels)
+        buckets = list(self._under_way.values())
+        directions = self._finish(buckets)
         self._stop_watching()
         self._dropped = directions is None
-        self._unused = directions is not None and remember(list(self._buckets.values()))
+        self._unused = directions is not None and self.has_state
         if directions is None:
             self._watch(register_optimizer_step_pre_hook(weak(self._before_any_step)))
             nothing = torch.tensor(float("nan"))
-            directions = [nothing.expand(len(c.gradient)) for c in channels]
+            directions = [nothing.expand(len(b.channel.gradient)) for b in buckets]
         else:
             self._watch(register_optimizer_step_post_hook(weak(self._after_any_step)))
-            self._step += 1
         self._directions = dict(zip(self._under_way, directions, strict=True))
         self._under_way = {}
 

@@ -52,14 +52,14 @@ class EstimatedGradient:
                 "as STORM(alpha), and the optimizer second; write EstimatedGradient(STORM(alpha), "
                 "optimizer)"
             )
-        reducer = getattr(optimizer, "_reducer", None)
-        if reducer is None:
+        engine = getattr(optimizer, "_engine", None)
+        if engine is None:
             raise UnsupportedError(
                 f"EstimatedGradient got {type(optimizer).__name__} without an exchange, expected "
                 "what ef.DistributedOptimizer returns on at least two ranks: the method averages "
                 "there; start the job with horovodrun -np 2"
             )
-        options, scaled = reducer.options, reducer.scaler is not None
+        options, scaled = engine.options, engine.scaler is not None
         estimator.require_fit(options.method)
         if estimator.needs_last and (options.passes > 1 or scaled):
             raise UnsupportedError(
@@ -67,9 +67,9 @@ class EstimatedGradient:
                 f"grad_scaler={scaled}, expected 1 and none, because it builds on its last "
                 "estimate as it was delivered; leave them out"
             )
-        self.estimator, self._reducer = estimator, reducer
-        self._parameters: Vectors = [p for p, _ in reducer.named_parameters()]
-        self._names = [name for _, name in reducer.named_parameters()]
+        self.estimator, self._engine = estimator, engine
+        self._parameters: Vectors = [p for p, _ in engine.named_parameters()]
+        self._names = [name for _, name in engine.named_parameters()]
         self._step = -1  # of the last call
         self._now: Vectors | None = None  # x as of the last call
         self._before: Vectors | None = None  # x one step earlier
@@ -89,7 +89,7 @@ class EstimatedGradient:
                 f"backward() got {type(closure).__name__}, expected a function that computes the "
                 "loss, for it is called at several points; write backward(lambda: loss_of(batch))"
             )
-        step = self._reducer.step
+        step = self._engine.step
         if step != self._step:  # a dropped step is repeated, with the same points
             self._step, self._before, self._last = step, self._now, self._newest
             with torch.no_grad():

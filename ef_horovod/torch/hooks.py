@@ -15,7 +15,7 @@ from ef_horovod.errors import UnsupportedError
 class GradientHooks:
     """Calls a bound method for each gradient that backward has accumulated.
 
-    The hooks hold the method's object weakly, so that a model does not keep the reducer of a
+    The hooks hold the method's object weakly, so that a model does not keep the engine of a
     deleted optimizer alive.
 
     Args:

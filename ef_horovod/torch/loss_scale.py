@@ -15,7 +15,7 @@ import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.torch.buckets import require_untouched
-from ef_horovod.torch.reducer import Reducer
+from ef_horovod.torch.engine import Engine
 
 _FRAMES = 12  # between a scaler and step(): wrappers of schedulers and profilers
 
@@ -43,8 +43,8 @@ def take_call(optimizer: Any) -> ScalerCall | None:
     return ScalerCall(_calling_scaler(), None if scale is None else float(scale), found_inf)
 
 
-def average_unscaled(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool:
-    """`reducer.finish` in a scaler's `step()`: delivers unscaled averages.
+def average_unscaled(optimizer: Any, engine: Engine, call: ScalerCall) -> bool:
+    """`engine.finish` in a scaler's `step()`: delivers unscaled averages.
 
     Returns:
         Whether the step is good.
@@ -54,51 +54,51 @@ def average_unscaled(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool
             changed by more than `unscale_`.
         UnsupportedError: the scaler is not found.
     """
-    if call.scaler is None and reducer.scaler is None:
+    if call.scaler is None and engine.scaler is None:
         raise UnsupportedError(
             "got step() from a loss scaler that is not found, expected a torch.amp.GradScaler; "
             "pass it as grad_scaler= to ef.DistributedOptimizer"
         )
-    scaler = call.scaler or reducer.scaler
+    scaler = call.scaler or engine.scaler
     assert scaler is not None
     scale = scaler.get_scale()
     now = 1.0 if call.scale is None else scale
-    require_untouched(reducer.buckets, now / scale)
-    if scaler is not reducer.scaler:
-        reducer.use_scaler(scaler, now)
-    good = reducer.finish(scale=now)
+    require_untouched(engine.buckets, now / scale)
+    if scaler is not engine.scaler:
+        engine.use_scaler(scaler, now)
+    good = engine.finish(scale=now)
     if not good and call.scaler is not None:
         # The scaler sees the NaNs of a step dropped on all ranks, so that scales stay equal.
         call.scaler._check_inf_per_device(optimizer)
     return good
 
 
-def unscale_averages(optimizer: Any, reducer: Reducer, call: ScalerCall) -> bool:
+def unscale_averages(optimizer: Any, engine: Engine, call: ScalerCall) -> bool:
     """The same after `synchronize()`: averages have the scale, unless `unscale_` was called.
 
     Raises:
         UnsupportedError: the error-feedback state contains scaled gradients.
     """
-    if reducer.scaler is None and reducer.has_memory:
+    if engine.scaler is None and engine.has_state:
         raise UnsupportedError(
             "got a GradScaler after synchronize() that the optimizer did not know of, expected it "
             "before, to keep error-feedback state in unscaled units; pass grad_scaler=scaler to "
             "ef.DistributedOptimizer, or leave out synchronize()"
         )
     if call.found_inf:
-        if reducer.undoable:
-            reducer.undo()
+        if engine.undoable:
+            engine.undo()
         return False
     if call.scale is not None:
-        for parameter, _ in reducer.named_parameters():
+        for parameter, _ in engine.named_parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(call.scale)
     return True
 
 
-def require_scaler_call(reducer: Reducer) -> None:
+def require_scaler_call(engine: Engine) -> None:
     """Raise if `step()` is called directly while gradients have a loss scale."""
-    if reducer.scaler is not None:
+    if engine.scaler is not None:
         raise RuntimeError(
             "step() would use gradients that are multiplied by the loss scale, expected it to be "
             "called by the scaler; write scaler.step(optimizer), or synchronize(), "

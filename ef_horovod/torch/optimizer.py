@@ -16,6 +16,7 @@ from ef_horovod.exchange.channel import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.torch import wrapping
+from ef_horovod.torch.engine import Engine
 from ef_horovod.torch.loss_scale import (
     average_unscaled,
     require_scaler_call,
@@ -24,7 +25,6 @@ from ef_horovod.torch.loss_scale import (
 )
 from ef_horovod.torch.options import Options, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
-from ef_horovod.torch.reducer import Reducer
 from ef_horovod.training.choice import wants_server
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
@@ -141,7 +141,7 @@ def DistributedOptimizer(
         frozen = [(name, p) for name, p in named if not p.requires_grad]
         warn_of_surprises(trainable, options.method, dense, transport.rank)
         scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
-        wrapped._reducer = Reducer(trainable, frozen, options, transport, scaler, others)
+        wrapped._engine = Engine(trainable, frozen, options, transport, scaler, others)
     return wrapped
 
 
@@ -170,7 +170,7 @@ class _Distributed:
     """
 
     _base: type[torch.optim.Optimizer]
-    _reducer: Reducer | None = None
+    _engine: Engine | None = None
     _synchronized = False
     _should_synchronize = True
     step_skipped = False
@@ -184,8 +184,8 @@ class _Distributed:
         `zero_grad()` or `discard()` instead of `step()` leaves the step out and restores the
         error-feedback state. If parameters have changed meanwhile, the averages count as applied.
         """
-        if self._reducer is not None and (self._reducer.under_way or not self._synchronized):
-            self.step_skipped = not self._reducer.finish(undoable=True)
+        if self._engine is not None and (self._engine.under_way or not self._synchronized):
+            self.step_skipped = not self._engine.finish(undoable=True)
         self._synchronized = True
 
     @contextmanager
@@ -207,29 +207,29 @@ class _Distributed:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        reducer = self._reducer
-        if reducer is None:
+        engine = self._engine
+        if engine is None:
             return self._base_step(loss, closure)
         call = take_call(self)
-        if self._should_synchronize and (reducer.under_way or not self._synchronized):
-            if reducer.comes_in_rounds(scaled=call is not None):
-                self._step_by_rounds(reducer)
+        if self._should_synchronize and (engine.under_way or not self._synchronized):
+            if engine.comes_in_rounds(scaled=call is not None):
+                self._step_by_rounds(engine)
                 return loss
             if call is None:
-                require_scaler_call(reducer)
-            good = reducer.finish() if call is None else average_unscaled(self, reducer, call)
+                require_scaler_call(engine)
+            good = engine.finish() if call is None else average_unscaled(self, engine, call)
             self.step_skipped = not good
-        elif reducer.under_way:
+        elif engine.under_way:
             raise RuntimeError(
                 "step() inside skip_synchronize() has gradients that are under way to other ranks, "
                 "expected averaged ones; call synchronize() first"
             )
         else:
-            good = not self.step_skipped and (call is None or unscale_averages(self, reducer, call))
+            good = not self.step_skipped and (call is None or unscale_averages(self, engine, call))
         self._synchronized = False
         if not good:
             return loss
-        reducer.keep()
+        engine.keep()
         return self._base_step(loss, closure)
 
     def _base_step(self, loss: Any, closure: Callable[[], Any] | None) -> Any:
@@ -237,7 +237,7 @@ class _Distributed:
         self.rounds += 1
         return loss if closure is not None else stepped
 
-    def _step_by_rounds(self, reducer: Reducer) -> None:
+    def _step_by_rounds(self, engine: Engine) -> None:
         """One step per finished round, with the same settings on all workers."""
         for place, value in _settings_of(self.param_groups).items():
             if self._settings.get(place, value) != value:
@@ -246,14 +246,14 @@ class _Distributed:
                     "round, for workers are in different ones; write optimizer."
                     "register_step_post_hook(lambda *_: scheduler.step())"
                 )
-        for _ in reducer.rounds():
+        for _ in engine.rounds():
             self._base.step(self)  # type: ignore[call-overload]
             self.rounds += 1
         self._settings = _settings_of(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; raises while gradients are under way."""
-        if self._reducer is not None and self._reducer.under_way:
+        if self._engine is not None and self._engine.under_way:
             raise RuntimeError(
                 "zero_grad() was called between backward() and step(), expected it before "
                 "backward() or after step(), for the gradients are under way to other ranks; if "
@@ -279,22 +279,22 @@ class _Distributed:
             else:
                 optimizer.step()
         """
-        if self._reducer is not None:
-            self._reducer.leave_out()
+        if self._engine is not None:
+            self._engine.leave_out()
         self._clear(set_to_none=True)
 
     def _clear(self, set_to_none: bool) -> None:
         """Clear gradients; unused averages make this a step left out."""
         self._synchronized = False
-        if self._reducer is not None:
-            self._reducer.clear()
-            self._reducer.reset_passes()
+        if self._engine is not None:
+            self._engine.clear()
+            self._engine.reset_passes()
         self._base.zero_grad(self, set_to_none)  # type: ignore[arg-type]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler calls `step()` in every step; see `loss_scale`."""
-        return self._reducer is not None or self.__dict__.get("_step_supports_amp_scaling", False)
+        return self._engine is not None or self.__dict__.get("_step_supports_amp_scaling", False)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -310,16 +310,16 @@ class _Distributed:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch: learning rates, momenta and similar state, equal on all ranks."""
         self._synchronized = False
-        if self._reducer is not None:
-            self._reducer.reset_passes()
+        if self._engine is not None:
+            self._engine.reset_passes()
         with wrapping.same_groups(self):  # type: ignore[arg-type]
             self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Accumulate another number of micro-batches from the next step on."""
         check_options("the optimizer", backward_passes_per_step=passes)
-        if self._reducer is not None:
-            self._reducer.set_passes(passes)
+        if self._engine is not None:
+            self._engine.set_passes(passes)
 
     def unwrap(self) -> None:
         """Turn into the plain optimizer: remove hooks, error-feedback state and these methods.
@@ -327,8 +327,8 @@ class _Distributed:
         State and parameter groups stay. It can be wrapped again, for instance after layers were
         frozen. A copy has no exchange with other ranks; unwrap and wrap it as well.
         """
-        if self._reducer is not None:
-            self._reducer.close()
+        if self._engine is not None:
+            self._engine.close()
         wrapping.unwrap(self, _Distributed)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -337,7 +337,7 @@ class _Distributed:
     @property
     def transport(self) -> Transport | None:
         """Transport to the other workers, with `rank` and `size`; None with a single rank."""
-        return self._reducer.transport if self._reducer is not None else None
+        return self._engine.transport if self._engine is not None else None
 
     def stats(self) -> list[ChannelStats]:
         """One row per bucket, then the total; empty with a single rank.
@@ -345,11 +345,11 @@ class _Distributed:
         A row has bytes, the relative compression error of the last step, and seconds spent
         compressing, waiting and decompressing. Call it between steps.
         """
-        return self._reducer.stats() if self._reducer is not None else []
+        return self._engine.stats() if self._engine is not None else []
 
     def compression_state_dict(self) -> dict[str, Any]:
         """This rank's error-feedback state by parameter name; save one file per rank."""
-        return self._reducer.state_dict() if self._reducer is not None else {}
+        return self._engine.state_dict() if self._engine is not None else {}
 
     def checkpoint(self) -> dict[str, Any]:
         """Make the servers save their state; return this rank's `compression_state_dict()`.
@@ -361,15 +361,15 @@ class _Distributed:
             ProtocolError: the servers were started without --checkpoint, or with --quorum.
             RuntimeError: it was called between backward() and step().
         """
-        reducer = self._reducer
-        if reducer is None:
+        engine = self._engine
+        if engine is None:
             return {}
-        if reducer.under_way or (self._synchronized and not self.step_skipped):
+        if engine.under_way or (self._synchronized and not self.step_skipped):
             raise RuntimeError(
                 "checkpoint() was called between backward() and step(), expected it after step(), "
-                "when memories and model belong to the same step"
+                "when error-feedback state and model belong to the same step"
             )
-        return reducer.checkpoint()
+        return engine.checkpoint()
 
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of `compression_state_dict` or `checkpoint` of this rank.
@@ -378,9 +378,9 @@ class _Distributed:
             UnsupportedError: with servers, after the first step; servers load their state before.
             ValueError: the rank, number of ranks, method or model differs.
         """
-        if self._reducer is not None:
-            self._reducer.load_state_dict(state)
-            self.rounds = self._reducer.step
+        if self._engine is not None:
+            self._engine.load_state_dict(state)
+            self.rounds = self._engine.step
 
 
 # The base's step runs the users' hooks. `hooked` keeps torch from running them in ours again.

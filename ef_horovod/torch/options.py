@@ -77,7 +77,7 @@ def refuse_unsupported(
         raise UnsupportedError(
             "got LBFGS, expected an optimizer that needs one gradient a step; use SGD or Adam"
         )
-    if hasattr(optimizer, "_allreduce_grad_async") or hasattr(optimizer, "_reducer"):
+    if hasattr(optimizer, "_allreduce_grad_async") or hasattr(optimizer, "_engine"):
         raise UnsupportedError(
             "got an optimizer that is wrapped already, expected a plain torch optimizer; "
             "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer, or call its "

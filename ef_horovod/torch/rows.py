@@ -88,7 +88,7 @@ def make_buckets(
     Args:
         trainable: parameters with their names.
         rows: names of those sent as rows, with their number of sparse dimensions.
-        options: of the reducer.
+        options: of the engine.
         transport: to the other ranks.
     """
     named = dict(trainable)

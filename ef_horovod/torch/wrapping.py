@@ -68,7 +68,7 @@ def copied(wrapped: Any, methods: type, protocol: Any) -> tuple[Any, ...]:
 
 
 class NoExchange:
-    """Stands for a copy's reducer; all methods that would average gradients raise."""
+    """Stands for a copy's engine; all methods that would average gradients raise."""
 
     def close(self) -> None:
         """Do nothing."""
@@ -90,7 +90,7 @@ def _names_of(methods: type) -> list[str]:
 
 def _make_copy(base: type, methods: type) -> Any:
     copy: Any = object.__new__(_class_of(base, methods))
-    copy._reducer = NoExchange()
+    copy._engine = NoExchange()
     return copy
 
 

@@ -112,8 +112,8 @@ def refuse_elastic() -> None:
     """
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         raise UnsupportedError(
-            "got an elastic Horovod job, expected a fixed number of ranks, for error memories do "
-            "not follow ranks that come and go; start it with horovodrun -np N"
+            "got an elastic Horovod job, expected a fixed number of ranks, because error-feedback "
+            "state does not follow ranks that come and go; start it with horovodrun -np N"
         )
 
 

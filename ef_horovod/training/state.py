@@ -23,7 +23,7 @@ def save_state(
 ) -> dict[str, Any]:
     """One rank's error-feedback state, with the facts that identify the job."""
     facts = {"compression": compression, "rank": transport.rank, "size": transport.size}
-    return {**facts, "step": step, "parameters": save_memories(buckets)}
+    return {**facts, "step": step, "parameters": read_state(buckets)}
 
 
 def load_state(
@@ -43,15 +43,15 @@ def load_state(
                 f"got a compression state of {fact} {state.get(fact)!r}, expected {expected!r}; "
                 "load each rank's own file into an equal job, or start without it"
             )
-    load_memories(buckets, state["parameters"])
+    write_state(buckets, state["parameters"])
     return int(state["step"])
 
 
-def save_memories(buckets: Sequence[Filled]) -> dict[str, dict[str, Any]]:
+def read_state(buckets: Sequence[Filled]) -> dict[str, dict[str, Any]]:
     """{parameter name: {"worker.error": array, ...}}; arrays are copies."""
     parameters: dict[str, dict[str, Any]] = {}
     for bucket in buckets:
-        for memory in _memories(bucket):
+        for memory in _entries(bucket):
             for slot, start, stop in memory.places(bucket.slots):
                 value = memory.value
                 part = namespace(value).read(value, start, stop) if _is_vector(value) else value
@@ -59,21 +59,21 @@ def save_memories(buckets: Sequence[Filled]) -> dict[str, dict[str, Any]]:
     return parameters
 
 
-def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any]]) -> None:
-    """Load the result of `save_memories` for the same parameters.
+def write_state(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any]]) -> None:
+    """Load the result of `read_state` for the same parameters.
 
     Raises:
         ValueError: other parameters, sizes or fields; then nothing has changed.
     """
-    mine = save_memories(buckets)
+    mine = read_state(buckets)
     if _sizes(parameters) != _sizes(mine):
         raise ValueError(
-            f"got memories of {len(parameters)} parameters whose names, sizes or kinds differ from "
-            f"the {len(mine)} here; load them into the same model with the same compression and "
-            "exchange (the same network, if exchange='auto' was given one)"
+            f"got error-feedback state of {len(parameters)} parameters whose names, sizes or kinds "
+            f"differ from the {len(mine)} here; load it into the same model with the same "
+            "compression and exchange (the same network, if exchange='auto' was given one)"
         )
     for bucket in buckets:
-        for memory in list(_memories(bucket)):
+        for memory in list(_entries(bucket)):
             parts = [
                 (start, parameters[slot.name][memory.name])
                 for slot, start, _ in memory.places(bucket.slots)
@@ -85,12 +85,18 @@ def load_memories(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any
                 memory.put(parts[0][1])
 
 
-def remember(buckets: Sequence[Filled]) -> bool:
+def move_state(before: Sequence[Filled], after: Sequence[Filled]) -> None:
+    """Take over the state of all parameters that keep some in `after`."""
+    saved = read_state(before)
+    write_state(after, {name: saved[name] for name in read_state(after)})
+
+
+def keeps_state(buckets: Sequence[Filled]) -> bool:
     """Whether any channel keeps error-feedback state between steps."""
-    return any(True for bucket in buckets for _ in _memories(bucket))
+    return any(True for bucket in buckets for _ in _entries(bucket))
 
 
-class _Memory(NamedTuple):
+class _Entry(NamedTuple):
     """A vector or a number in the error-feedback state of a piece."""
 
     piece: Piece
@@ -118,7 +124,7 @@ class _Memory(NamedTuple):
         setattr(channel, self.half, held._replace(**{self.field: number}))
 
 
-def _memories(bucket: Filled) -> Iterator[_Memory]:
+def _entries(bucket: Filled) -> Iterator[_Entry]:
     """The error-feedback state of a bucket's channel."""
     for piece in bucket.channel.pieces():
         for half in ("worker", "server"):
@@ -128,9 +134,9 @@ def _memories(bucket: Filled) -> Iterator[_Memory]:
                     continue
                 if isinstance(value, tuple):
                     for i, part in enumerate(value):
-                        yield _Memory(piece, half, f"{field}.{i}", part)
+                        yield _Entry(piece, half, f"{field}.{i}", part)
                 else:
-                    yield _Memory(piece, half, field, value)
+                    yield _Entry(piece, half, field, value)
 
 
 def _is_vector(value: Any) -> bool:

@@ -19,14 +19,14 @@ METHODS = selection()
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_all_frameworks_send_the_same_bytes_and_end_with_the_same_memories(method):
+def test_all_frameworks_send_the_same_bytes_and_end_with_the_same_state(method):
     check_frameworks(method, ("torch", "tensorflow"))
 
 
-def test_memories_are_compared_where_there_are_some():
-    memories = by_channel(ef.EF21(ef.TopK(ratio=0.1), momentum=0.3))["memories"]
-    assert {"worker.tracked", "worker.velocity", "server.total"} <= memories.keys()
-    assert any(memories["worker.tracked"])
+def test_states_are_compared_where_there_are_some():
+    state = by_channel(ef.EF21(ef.TopK(ratio=0.1), momentum=0.3))["state"]
+    assert {"worker.tracked", "worker.velocity", "server.total"} <= state.keys()
+    assert any(state["worker.tracked"])
 
 
 EXACT_ON_DEVICES = [

@@ -11,7 +11,7 @@ from ef_horovod.methods import registry
 from ef_horovod.testing import each_method_check
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.training.buckets import one_slot, plan_buckets
-from ef_horovod.training.state import save_memories
+from ef_horovod.training.state import read_state
 
 CASES = [
     pytest.param(check, id=f"{check.func.__name__}-{'-'.join(map(repr, check.args))}")
@@ -43,7 +43,7 @@ def test_method_keeps_the_contract(check):
 def test_a_checkpoint_holds_each_workers_vectors_and_no_scratch():
     (channel,) = channels(ef.EF21Plus(ef.TopK(k=3)), 1)
     run_channels([channel], gradients(1, 1)[0], 0)
-    saved = save_memories([OneChannel(channel, one_slot("w", float32_zeros(D)))])
+    saved = read_state([OneChannel(channel, one_slot("w", float32_zeros(D)))])
     assert saved["w"].keys() == {"worker.tracked", "server.tracked.0"}
     assert np.count_nonzero(saved["w"]["server.tracked.0"]) == 3
 

@@ -17,7 +17,7 @@ from ef_horovod.tensorflow.buckets import Bucket as TensorFlowBucket
 from ef_horovod.testing.echo_tensorflow import EchoOps
 from ef_horovod.torch.buckets import Bucket as TorchBucket
 from ef_horovod.training.buckets import BucketPlan, Slot
-from ef_horovod.training.state import load_memories, save_memories
+from ef_horovod.training.state import read_state, write_state
 from ef_horovod.transports.local import local_group
 from ef_horovod.wire import HEADER_NBYTES
 
@@ -315,13 +315,13 @@ def test_a_checkpoint_goes_into_other_buckets():
         whole, split = opened(slots), [opened(own) for own in parts]
         for t in range(stop):
             step(whole, g[t], t)
-        saved = save_memories([whole])
+        saved = read_state([whole])
         assert {n: len(v["worker.factors"]) for n, v in saved.items()} == {
             "first": 100,
             "bias": 0,
             "second": 100,
         }
-        load_memories(split, saved)
+        write_state(split, saved)
         for t in range(stop, 8):
             parted = np.concatenate(
                 [step(split[0], g[t, :2050], t), step(split[1], g[t, 2050:], t)]

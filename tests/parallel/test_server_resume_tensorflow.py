@@ -29,4 +29,4 @@ def test_resumed_to_the_same_bits(way: str, before: int, after: int, tmp_path: P
     for result in results["whole"]:
         too_early, too_late = result["errors"]
         assert too_early.startswith("UnsupportedError: got checkpoint() before the first step")
-        assert "got memories to restore after the first step or checkpoint" in too_late
+        assert "got error-feedback state to restore after the first step or checkpoint" in too_late

@@ -36,7 +36,9 @@ def test_resumed_to_the_same_bits(method: str, servers: dict[str, int], tmp_path
     assert [len(found) for found in ends.values()] == [1, 1, 1]
     for result in results["whole"]:
         too_late, *not_between_steps = result["errors"]
-        assert too_late.startswith("UnsupportedError: got memories to restore after the first step")
+        assert too_late.startswith(
+            "UnsupportedError: got error-feedback state to restore after the first step"
+        )
         assert len(not_between_steps) == 2
         for error in not_between_steps:
             assert error.startswith("RuntimeError: checkpoint() was called between backward() and")

@@ -123,7 +123,7 @@ def test_another_number_of_ranks_starts_memories_from_zero(
     assert len({result["end"] for result in results}) == 1
     for rank, result in enumerate(results):
         (warning,) = result["warnings"]
-        assert f"error memories start from zero on rank {rank}" in warning
+        assert f"error-feedback state starts from zero on rank {rank}" in warning
     assert "of size 2, expected 3" in results[0]["warnings"][0]
 
 

@@ -16,7 +16,7 @@ from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.training.buckets import Slot, plan_buckets
 from ef_horovod.training.choice import choose, open_channel
-from ef_horovod.training.state import load_memories, save_memories
+from ef_horovod.training.state import read_state, write_state
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import local_group
 
@@ -180,7 +180,7 @@ def test_memories_belong_to_parameters_and_slices():
     slots = [Slot("a", None, 0, 100), Slot("b", None, 100, 300), Slot("c", None, 300, D)]
     group = group_of(ONE_BIT, 16)
     run_channels(group, gradients(16, 1, d=D)[0], 0)
-    saved = save_memories([OneChannel(group[1], slots)])
+    saved = read_state([OneChannel(group[1], slots)])
     assert saved["a"].keys() == {"slice.0.worker.error"}
     assert saved["b"].keys() == {
         "slice.0.worker.error",
@@ -189,12 +189,12 @@ def test_memories_belong_to_parameters_and_slices():
     }
     assert [len(vector) for vector in saved["b"].values()] == [156, 44, 44]
     group[2].pieces()[1].channel.worker.error[:] = 7
-    load_memories([OneChannel(group[1], slots)], saved)
+    write_state([OneChannel(group[1], slots)], saved)
     with pytest.raises(ValueError, match="names, sizes or kinds differ"):
-        load_memories([OneChannel(group[2], slots)], saved)  # another rank owns another slice
+        write_state([OneChannel(group[2], slots)], saved)  # another rank owns another slice
     whole = channels(ONE_BIT, 1)[0]
     with pytest.raises(ValueError, match="names, sizes or kinds differ"):
-        load_memories([OneChannel(whole, [Slot("a", None, 0, 500)])], saved)
+        write_state([OneChannel(whole, [Slot("a", None, 0, 500)])], saved)
 
 
 def test_small_parameters_share_the_allreduce_as_before():

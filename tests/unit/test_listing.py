@@ -56,7 +56,10 @@ def test_every_class_and_example_has_a_row(capsys):
             "EF21(TopK(ratio=0.01), part",
             ["50,276 or less", "4,000,000", "1 + 0", "1 + 1", "gather"],
         ),
-        ("EF21(TopK(ratio=0.01), server_compressor", ["50,276", "50,276", "2 + 0", "2 + 1", "gather"]),
+        (
+            "EF21(TopK(ratio=0.01), server_compressor",
+            ["50,276", "50,276", "2 + 0", "2 + 1", "gather"],
+        ),
     ],
 )
 def test_rows_by_hand(start, expected, capsys):

@@ -11,7 +11,7 @@ from ef_horovod.errors import PayloadError, UnsupportedError
 from ef_horovod.exchange.channel import finish_step
 from ef_horovod.exchange.rows import Rows, RowsChannel
 from ef_horovod.testing.echo import EchoTransport
-from ef_horovod.torch.reducer import Options, Reducer
+from ef_horovod.torch.engine import Engine, Options
 from ef_horovod.training.policy import small_or_vector
 from ef_horovod.transports.local import local_group
 
@@ -114,7 +114,7 @@ def test_servers_refuse_sparse_gradients_with_the_way_out() -> None:
         overlap=True,
         check_sync=False,
     )
-    reducer = Reducer(list(table.named_parameters()), [], options, Served(2))
+    engine = Engine(list(table.named_parameters()), [], options, Served(2))
     with pytest.raises(UnsupportedError, match="exchange='server', .* pass sparse_as_dense=True"):
         table(torch.tensor([3])).sum().backward()
-    reducer.close()
+    engine.close()

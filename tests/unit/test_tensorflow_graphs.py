@@ -59,7 +59,7 @@ def test_no_bucket_leaves_before_the_ranks_were_compared(monkeypatch):
         return engine.reduce([tf.identity(variable)], tf.constant(1.0))[0]
 
     step()
-    channel = engine._buckets[0].channel
+    channel = engine.buckets[0].channel
     start = channel.start
     monkeypatch.setattr(channel, "start", lambda step: (events.append("left"), start(step)))
     step()  # the one that compares
@@ -92,7 +92,7 @@ def test_a_bucket_leaves_while_backward_still_works_on_the_next():
         return engine.reduce(gradients, tf.constant(1.0))[0]
 
     step()
-    bucket = engine._buckets[0]
+    bucket = engine.buckets[0]
     assert [slot.name for slot in bucket.slots] == ["1.Variable"], "the last layer's comes first"
     start = bucket.channel.start
 

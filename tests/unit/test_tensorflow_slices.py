@@ -14,7 +14,7 @@ from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.echo_tensorflow import EchoOps
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.training.buckets import BucketPlan, one_slot
-from ef_horovod.training.state import save_memories
+from ef_horovod.training.state import read_state
 
 RANKS, SHAPES, STEPS = 3, ((48, 32), (24, 32)), 8  # slices of equal length: all ranks say the same
 NAMES = ("bucket.0", "bucket.1")
@@ -40,7 +40,7 @@ def gradients(step):
 
 
 def facts_of(bucket, directions):
-    held = save_memories([OneChannel(bucket.channel, bucket.slots)])
+    held = read_state([OneChannel(bucket.channel, bucket.slots)])
     return [
         [np.asarray(direction).tobytes() for direction in directions],
         {key: np.asarray(value).tobytes() for of in held.values() for key, value in of.items()},

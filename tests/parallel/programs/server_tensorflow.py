@@ -131,7 +131,7 @@ def overlap():
     left = []
 
     def late(g):
-        first = engine._buckets[0].channel  # of y, for the last variable is first
+        first = engine.buckets[0].channel  # of y, for the last variable is first
         deadline = time.monotonic() + 20
         while first._finish is None and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -42,7 +42,7 @@ def run(method):
         if step == STEPS - 1 and transport.rank == 0:
             g = g * np.nan  # dropped everywhere; the last gradient comes again in the next step
         (x * g).sum().backward()
-        started.append(optimizer._reducer.buckets[0].started)
+        started.append(optimizer._engine.buckets[0].started)
         if step == 0 and transport.size > 1:
             with torch.no_grad():
                 x.fill_(transport.rank)

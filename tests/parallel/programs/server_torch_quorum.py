@@ -105,7 +105,7 @@ def main() -> None:
 def refused() -> None:
     training = Training(grad_scaler=torch.amp.GradScaler("cpu"))
     errors = [error_of(training.optimizer.step)]
-    training.optimizer._reducer.scaler = None
+    training.optimizer._engine.scaler = None
     training.optimizer.step()
     training.scheduler.step()
     errors.append(error_of(training.optimizer.step))

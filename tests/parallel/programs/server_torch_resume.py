@@ -55,7 +55,7 @@ class Training:
         assert self.optimizer.step_skipped
 
     def save(self):
-        """Memories, and all else that belongs to the step."""
+        """TrackedState, and all else that belongs to the step."""
         memories = self.optimizer.checkpoint()
         return memories, self.model.state_dict(), self.optimizer.state_dict()
 

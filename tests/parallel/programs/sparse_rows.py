@@ -215,7 +215,7 @@ def sparse_adam():
 
 
 def resumed():
-    """Memories saved and loaded before the first step of a new run, which knows no kinds yet."""
+    """State saved and loaded before the first step of a new run, which knows no kinds yet."""
     model = Model()
     optimizer = wrapped(model)
     train(model, optimizer, 2)

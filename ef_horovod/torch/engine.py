@@ -14,23 +14,21 @@ from typing import Any
 import torch
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import ChannelStats, finish_step, total_stats
-from ef_horovod.exchange.config_check import require_same_config
-from ef_horovod.exchange.server import finish_rounds
 from ef_horovod.torch.averages import Averages
 from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
 from ef_horovod.torch.hooks import GradientHooks
 from ef_horovod.torch.options import Options
 from ef_horovod.torch.rows import RowsBucket, agree, make_buckets, no_rows
 from ef_horovod.torch.sync import SyncCheck
-from ef_horovod.training.buckets import Slot, describe
-from ef_horovod.training.state import load_memories, load_state, remember, save_memories, save_state
+from ef_horovod.training.buckets import Slot
+from ef_horovod.training.driver import StepDriver
+from ef_horovod.training.state import load_state, move_state
 from ef_horovod.transports.base import Transport
 
 Named = list[tuple[str, torch.Tensor]]
 
 
-class Reducer:
+class Engine(StepDriver[Bucket]):
     """Averages gradients over ranks, compressed; installs hooks on the parameters.
 
     Args:
@@ -51,9 +49,8 @@ class Reducer:
         scaler: torch.amp.GradScaler | None = None,
         others: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.options, self.transport = options, transport
-        self.step = 0  # number of the next step; a dropped step's number is used again
-        self._frozen = frozen
+        super().__init__(options.method, transport)
+        self.options, self._frozen = options, frozen
         self.scaler, self._loss_scale = scaler, 1.0
         self._averages: Averages | None = None  # delivered, not yet applied
         self._config_checked = False
@@ -75,11 +72,6 @@ class Reducer:
     def named_parameters(self) -> list[tuple[torch.Tensor, str]]:
         """All parameters whose gradients are averaged, with their names."""
         return [(parameter, slot.name) for parameter, (_, slot) in self._place.items()]
-
-    @property
-    def has_memory(self) -> bool:
-        """Whether error-feedback state is kept between steps."""
-        return remember(self.buckets)
 
     def reset_passes(self) -> None:
         """Restart the count of backward passes."""
@@ -105,9 +97,7 @@ class Reducer:
         Do not call it in a hook, because the order of hooks differs between ranks.
         """
         if not self._config_checked:
-            require_same_config(self.transport, self._describe())
-            facts = describe(self.buckets)
-            self.transport.handshake(facts, self.step, several_rounds=True)
+            self._compare([self._facts()], several_rounds=True)
             self._config_checked = True
 
     def finish(self, *, undoable: bool = False, scale: float | None = None) -> bool:
@@ -144,13 +134,11 @@ class Reducer:
         self._start_rest()
         if scale is None:
             require_untouched(self.buckets)
-        channels = [bucket.channel for bucket in self.buckets]
-        directions = finish_step(channels, undoable=undoable)
+        directions = self._finish(undoable=undoable)
         self._release()
         self._deliver(directions or [None] * len(self.buckets), unscaled=scale is not None)
         self._sparse.clear()
         good = directions is not None
-        self.step += good
         if good and undoable:
             self._averages = Averages(self._place)
         return good
@@ -174,9 +162,7 @@ class Reducer:
 
     def undo(self) -> None:
         """Leave out the delivered step: restore the error-feedback state from before it."""
-        for bucket in self.buckets:
-            bucket.channel.undo()
-        self.step -= 1
+        self._undo()
         self._averages = None
 
     def leave_out(self) -> None:
@@ -197,7 +183,7 @@ class Reducer:
             )
         if self._config_checked and self._rows_known:  # else nothing was sent
             self._start_rest()
-            finish_step([bucket.channel for bucket in self.buckets], good=False)
+            self._finish(good=False)
         self._sparse.clear()
         self._release()
 
@@ -228,7 +214,7 @@ class Reducer:
         self._in_sync.check(again=False)  # later, workers are in different rounds
         self._start_rest()
         require_untouched(self.buckets)
-        found = finish_rounds([bucket.channel for bucket in self.buckets], self.transport)
+        found = self._finish_rounds()
         self._release()
         for directions in found:
             self._deliver(directions)
@@ -240,32 +226,25 @@ class Reducer:
         """Remove the hooks from the parameters."""
         self._hooks.remove()
 
-    def stats(self) -> list[ChannelStats]:
-        """One row per bucket, then the total; call it between steps."""
-        rows = [bucket.channel.stats() for bucket in self.buckets]
-        return [*rows, total_stats(rows)]
-
     def state_dict(self) -> dict[str, Any]:
-        """This rank's error-feedback state."""
-        state = save_state(self.buckets, self.step, repr(self.options.method), self.transport)
-        return {**state, "rows": dict(self._rows)}
+        """This rank's error-feedback state, and the rows sent by each parameter with rows."""
+        return {**super().state_dict(), "rows": dict(self._rows)}
 
     def checkpoint(self) -> dict[str, Any]:
-        """`state_dict` after the servers, if any, have saved their state; collective."""
+        """See `StepDriver.checkpoint`."""
         self.begin()
-        self.transport.save(self.step)
-        return self.state_dict()
+        return super().checkpoint()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the result of `state_dict`, from the same rank of an equal job."""
+        """See `StepDriver.load_state_dict`."""
         rows, buckets = self._rows, self.buckets
         if not self._rows_known and state.get("rows"):
             rows = {n: state["rows"][n] for n, _ in self._trainable if n in state["rows"]}
             buckets = self._make_buckets(rows)
-        self.step = load_state(state, buckets, repr(self.options.method), self.transport)
+        self.step = load_state(state, buckets, repr(self.method), self.transport)
         self._use(buckets, rows)
 
-    def _use(self, buckets: list[Bucket], rows: dict[str, int]) -> None:
+    def _use(self, buckets: Sequence[Bucket], rows: dict[str, int]) -> None:
         self.buckets, self._rows = buckets, rows
         self._place = {slot.parameter: (b, slot) for b in buckets for slot in b.slots}
 
@@ -280,9 +259,9 @@ class Reducer:
         rows, self._rows_known = agree(self._trainable, self._rows, self.transport)
         if rows != self._rows:
             taken = {p: state for bucket in self.buckets for p, state in bucket.filled.items()}
-            memories = save_memories(self.buckets)
+            before = self.buckets
             self._use(self._make_buckets(rows), rows)
-            load_memories(self.buckets, {n: m for n, m in memories.items() if n not in rows})
+            move_state(before, self.buckets)
             for parameter, state in taken.items():
                 bucket, slot = self._place[parameter]
                 self._take(bucket, slot)
@@ -377,15 +356,13 @@ class Reducer:
         else:
             bucket.filled[slot.parameter] = Taken.of(gradient)  # for `_agree_on_rows`
 
-    def _describe(self) -> list[str]:
+    def _facts(self) -> str:
         options = self.options
-        return [
-            f"compression {options.method!r}",
+        return (
             f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
             f"backward_passes_per_step={options.passes}, grad_scaler={self.scaler is not None}, "
-            f"check_sync={options.check_sync}, sparse_as_dense={options.sparse_as_dense}",
-            *describe(self.buckets),
-        ]
+            f"check_sync={options.check_sync}, sparse_as_dense={options.sparse_as_dense}"
+        )
 
     def _require_unchanged(self) -> None:
         thawed = [name for name, p in self._frozen if p.requires_grad]

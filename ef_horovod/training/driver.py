@@ -1,0 +1,123 @@
+"""What every adapter does with its buckets: compare, finish, undo, count, save and load.
+
+An adapter derives from `StepDriver` and adds how its framework's gradients get into the buckets and
+out of them. The order of a step is in docs/design/exchanges.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+from ef_horovod.arrays import Array
+from ef_horovod.exchange.channel import Channel, ChannelStats, finish_step, total_stats
+from ef_horovod.exchange.config_check import require_same_config
+from ef_horovod.exchange.server import finish_rounds
+from ef_horovod.methods.base import Method
+from ef_horovod.training.buckets import describe
+from ef_horovod.training.state import Filled, keeps_state, load_state, save_state
+from ef_horovod.transports.base import Transport
+
+B = TypeVar("B", bound=Filled)
+
+
+class StepDriver(Generic[B]):
+    """The buckets of one rank, and the number of their next step.
+
+    Args:
+        method: error-feedback method of the compressed buckets.
+        transport: to the other ranks, or to servers.
+        buckets: may also be made later.
+    """
+
+    step: Any = 0  # number of the next step; a dropped step's number is used again
+
+    def __init__(self, method: Method, transport: Transport, buckets: Sequence[B] = ()) -> None:
+        self.method, self.transport, self.buckets = method, transport, buckets
+
+    def stats(self) -> list[ChannelStats]:
+        """One row per bucket, then the total; call it between steps."""
+        rows = [channel.stats() for channel in self._channels()]
+        return [*rows, total_stats(rows)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's error-feedback state by parameter name; save one file per rank."""
+        return save_state(self.buckets, self._steps_done(), repr(self.method), self.transport)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """`state_dict` after the servers, if any, have saved their state; collective.
+
+        Call it between two steps, after the same step on all ranks. Save the result with the model,
+        one file per rank.
+
+        Raises:
+            ProtocolError: the servers were started without --checkpoint.
+        """
+        self.transport.save(self._steps_done())
+        return self.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the result of `state_dict`, from the same rank of an equal job.
+
+        Raises:
+            UnsupportedError: with servers, after the first step; servers load their state before.
+            ValueError: the rank, number of ranks, method or model differs.
+        """
+        self._set_step(load_state(state, self.buckets, repr(self.method), self.transport))
+
+    def forget(self) -> None:
+        """Reset the error-feedback state to that before the first step; call it on all ranks."""
+        for channel in self._channels():
+            channel.forget()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether error-feedback state is kept between steps."""
+        return keeps_state(self.buckets)
+
+    def _compare(self, options: Iterable[str], *, several_rounds: bool = False) -> None:
+        """Before the first exchange: compare options and buckets, connect to servers; collective.
+
+        Raises:
+            ConfigMismatchError: they differ between ranks.
+        """
+        facts = describe(self.buckets)
+        require_same_config(self.transport, [f"compression {self.method!r}", *options, *facts])
+        self.transport.handshake(facts, self._steps_done(), several_rounds=several_rounds)
+
+    def _finish(
+        self, buckets: Sequence[B] | None = None, *, good: bool = True, undoable: bool = False
+    ) -> list[Array] | None:
+        """Wait for the started buckets (default all), then commit all or none; see `finish_step`.
+
+        Returns:
+            The buckets' aggregated gradients; None for a step that all ranks dropped.
+        """
+        directions = finish_step(self._channels(buckets), good=good, undoable=undoable)
+        self._set_step(self._steps_done() + (directions is not None))
+        return directions
+
+    def _finish_rounds(self) -> list[list[Array]]:
+        """`_finish` for servers with a quorum: the aggregated gradients of each finished round."""
+        return finish_rounds(self._channels(), self.transport)
+
+    @property
+    def _undoable(self) -> bool:
+        """Whether the last step was committed and can be undone."""
+        return bool(self.buckets) and all(channel.undoable for channel in self._channels())
+
+    def _undo(self) -> None:
+        """Leave out the last step: restore the error-feedback state from before it."""
+        for channel in self._channels():
+            channel.undo()
+        self._set_step(self._steps_done() - 1)
+
+    def _channels(self, buckets: Sequence[B] | None = None) -> list[Channel]:
+        return [bucket.channel for bucket in (self.buckets if buckets is None else buckets)]
+
+    def _steps_done(self) -> int:
+        """The number of the next step as an int; frameworks may count in a variable."""
+        return int(self.step)
+
+    def _set_step(self, step: int) -> None:
+        self.step = step
