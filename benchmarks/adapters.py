@@ -35,7 +35,7 @@ import torch
 
 import ef_horovod as ef
 from ef_horovod.tensorflow.engine import Engine
-from ef_horovod.tensorflow.engine import Options as EngineOptions
+from ef_horovod.tensorflow.options import Options as EngineOptions
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.echo_tensorflow import EchoOps
 from ef_horovod.torch.engine import Engine as TorchEngine

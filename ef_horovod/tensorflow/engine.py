@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,34 +12,18 @@ import tensorflow as tf
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import ChannelStats, total_stats
 from ef_horovod.exchange.config_check import require_same_config
-from ef_horovod.methods.base import Method
 from ef_horovod.tensorflow.broadcast import follow
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.graphs import refuse_replicas, refuse_xla
+from ef_horovod.tensorflow.options import Options
 from ef_horovod.tensorflow.rows import Rows
 from ef_horovod.tensorflow.server_transport import GraphTransport, ServerBridge
 from ef_horovod.tensorflow.sync import in_sync_op
 from ef_horovod.tensorflow.variables import native, path_of, require_gradient_of
 from ef_horovod.training.buckets import plan_buckets
 from ef_horovod.training.driver import StepDriver
-from ef_horovod.training.policy import DensePolicy
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
-
-
-@dataclass(frozen=True)
-class Options:
-    """How gradients are reduced; equal on all ranks. See `ef.Reducer`."""
-
-    method: Method
-    average: bool
-    dense: DensePolicy
-    exchange: str
-    bucket_bytes: int
-    seed: int
-    sparse_as_dense: bool
-    check_sync: bool
-    discardable: bool
 
 
 class Engine(StepDriver[Bucket]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import new_class
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
@@ -16,10 +16,14 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.averaging import Averaging
 from ef_horovod.tensorflow.checkpoint import StateInKeras
-from ef_horovod.tensorflow.reducer import Reducer, open_servers, require_options
+from ef_horovod.tensorflow.options import ReducerOptions, require_options
+from ef_horovod.tensorflow.reducer import Reducer, open_servers
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.training.choice import wants_server
 from ef_horovod.training.options import check_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def DistributedOptimizer(
@@ -28,7 +32,7 @@ def DistributedOptimizer(
     *,
     backward_passes_per_step: int = 1,
     average_aggregated_gradients: bool = False,
-    **options: Any,
+    **options: Unpack[ReducerOptions],
 ) -> Any:
     """Wrap a Keras optimizer so that it applies gradients averaged over all ranks, compressed.
 
@@ -80,9 +84,7 @@ def DistributedOptimizer(
             f"got backward_passes_per_step={backward_passes_per_step} beside Keras' "
             f"gradient_accumulation_steps={own}, expected one of them; leave one out"
         )
-    if wants_server(
-        options.get("exchange", "auto")
-    ):  # now, so that a second optimizer is refused now too
+    if wants_server(options.get("exchange", "auto")):  # now, to refuse a second optimizer at once
         options["transport"] = options.get("transport") or open_servers(options.get("timeout"))
     wrapped._ef_transport = options.get("transport")
     wrapped._ef_own_accumulation = own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
@@ -16,21 +16,22 @@ from ef_horovod.exchange.channel import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.checkpoint import TrackedState
-from ef_horovod.tensorflow.engine import Engine, Gradient, Options
+from ef_horovod.tensorflow.engine import Engine, Gradient
+from ef_horovod.tensorflow.options import Options, ReducerOptions, require_options
 from ef_horovod.tensorflow.server_transport import GraphTransport, ServerBridge
 from ef_horovod.tensorflow.variables import name_variables, path_of
-from ef_horovod.training.choice import choose, wants_server
+from ef_horovod.training.choice import wants_server
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
-    refuse_elastic,
-    refuse_process_set,
-    require_method,
     small_or_vector,
     warn_of_surprises,
 )
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_tensorflow import open_lasting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Reducer(tf.Module):
@@ -268,40 +269,9 @@ def open_servers(timeout: float | None) -> ServerBridge:
     return ServerBridge(ServerTransport(timeout))
 
 
-def require_options(
-    compression: Any,
-    *,
-    op: Any = hvd.Average,
-    exchange: str = "auto",
-    process_set: Any = None,
-    **others: Any,
-) -> None:
-    """Reject options that `ef.Reducer` would reject, before the variables exist.
-
-    Raises:
-        UnsupportedError: the combination cannot work; the message names an alternative.
-        TypeError: there is no such option.
-        ValueError: there is no such exchange.
-    """
-    refuse_elastic()
-    check_options("Reducer", exchange=exchange, process_set=process_set, **others)
-    known = list(inspect.signature(Reducer.__init__).parameters)[3:]
-    for name in others:
-        if name not in known:
-            raise TypeError(
-                f"got an option {name!r}, expected one of ef.Reducer's: {', '.join(known)}"
-            )
-    if op not in (hvd.Average, hvd.Sum):
-        raise UnsupportedError(
-            f"got op={op!r}, expected hvd.Average or hvd.Sum, for Adasum combines dense vectors; "
-            "use hvd.DistributedGradientTape without compression for it"
-        )
-    if wants_server(exchange):
-        refuse_process_set(process_set)
-    choose(exchange, require_method(compression))
-
-
-def meaning_of(variables: list[Any], compression: Method, **options: Any) -> dict[str, Any]:
+def meaning_of(
+    variables: list[Any], compression: Method, **options: Unpack[ReducerOptions]
+) -> dict[str, Any]:
     """A reducer's arguments in a normal form: equal for two reducers that would do the same.
 
     Args:

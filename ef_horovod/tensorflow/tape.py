@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
@@ -11,9 +11,13 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.tensorflow.options import ReducerOptions
 from ef_horovod.tensorflow.reducer import Reducer, meaning_of
 from ef_horovod.tensorflow.variables import is_variable, name_variables, native
 from ef_horovod.training.choice import wants_server
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DistributedGradientTape(tf.GradientTape):
@@ -44,7 +48,7 @@ class DistributedGradientTape(tf.GradientTape):
         self,
         tape: tf.GradientTape,
         compression: Method | Reducer = NoFeedback(Identity()),  # noqa: B008 - frozen
-        **options: Any,
+        **options: Unpack[ReducerOptions],
     ) -> None:
         if isinstance(compression, Reducer) and options:
             raise UnsupportedError(
@@ -99,7 +103,7 @@ class _Kept(NamedTuple):
 
 
 def _kept_reducer(
-    variables: list[Any], method: Method, options: dict[str, Any]
+    variables: list[Any], method: Method, options: ReducerOptions
 ) -> tuple[Reducer, list[int]]:
     """The reducer of these variables, made at the first call and stored in one of them.
 

@@ -76,6 +76,21 @@ def test_tensorflow_adapters_refuse_options_of_other_kinds(name, value):
             _refuses(lambda **options: et.Compression(METHOD, variables, **options), name, value)
 
 
+def test_typed_options_of_tape_and_optimizer_are_the_reducers():
+    import inspect
+
+    import ef_horovod.tensorflow as et
+    from ef_horovod.tensorflow.options import ReducerOptions
+
+    keywords = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(et.Reducer).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    typed = {name: kind.__forward_arg__ for name, kind in ReducerOptions.__annotations__.items()}
+    assert typed == keywords
+
+
 OF_WORKERS = ("bucket_bytes", "seed", "dense", "timeout")
 
 

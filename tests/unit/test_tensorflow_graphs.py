@@ -12,8 +12,9 @@ import ef_horovod as ef
 from ef_horovod.errors import OutOfSyncError, UnsupportedError
 from ef_horovod.tensorflow import sync
 from ef_horovod.tensorflow.buckets import _aligned
-from ef_horovod.tensorflow.engine import Engine, Options
+from ef_horovod.tensorflow.engine import Engine
 from ef_horovod.tensorflow.graphs import WholeSteps, python_op
+from ef_horovod.tensorflow.options import Options
 from ef_horovod.tensorflow.variables import name_variables
 from ef_horovod.testing.echo_tensorflow import EchoOps
 from ef_horovod.training.policy import small_or_vector
