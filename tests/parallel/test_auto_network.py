@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import horovodrun
+from launching import horovod_job
 
 pytestmark = [pytest.mark.parallel]
 
@@ -22,7 +22,7 @@ def require_same(auto: dict[str, Any], named: dict[str, Any], kind: str) -> None
 
 
 def test_torch_takes_what_the_network_asks_for(tmp_path: Path) -> None:
-    results = horovodrun(RANKS, "auto_network.py", tmp_path)
+    results = horovod_job(RANKS, "auto_network.py", tmp_path)
     for rank, result in enumerate(results):
         assert len(result["found"]) == 6
         for way, runs in result["found"].items():
@@ -35,7 +35,7 @@ def test_torch_takes_what_the_network_asks_for(tmp_path: Path) -> None:
 
 
 def test_tensorflow_takes_what_the_network_asks_for(tmp_path: Path) -> None:
-    results = horovodrun(RANKS, "tf_auto_network.py", tmp_path)
+    results = horovod_job(RANKS, "tf_auto_network.py", tmp_path)
     for result in results:
         for exchange, runs in result.items():
             require_same(runs["auto"], runs["named"], KINDS[exchange])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "compiled.py", tmp_path_factory.mktemp("compiled"))
+    return horovod_job(2, "compiled.py", tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.mark.parametrize("way", ["step", "autograd"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import horovodrun
+from launching import horovod_job
 
 pytestmark = pytest.mark.parallel
 
 
 def test_the_block_with_an_estimator_trains(tmp_path: Path) -> None:
-    for result in horovodrun(2, "methods_page.py", tmp_path):
+    for result in horovod_job(2, "methods_page.py", tmp_path):
         assert result["blocks"] == 1
         assert len(result["losses"]) == 100  # and what the block asserts held

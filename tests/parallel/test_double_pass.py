@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
@@ -16,7 +16,7 @@ FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
 )
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("double_pass")
-    return horovodrun(
+    return horovod_job(
         request.param, "double_pass.py", out, str(request.param), timeout=600,
         environment=FAST_CYCLE,
     )  # fmt: skip

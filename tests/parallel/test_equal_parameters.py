@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import horovodrun
+from launching import horovod_job
 
 from ef_horovod.testing import pairs
 
@@ -25,7 +25,7 @@ FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
 )
 def test_every_compressor_and_every_method(adapter: str, ranks: int, tmp_path: Path) -> None:
     words = (adapter, "selection", "200")
-    results = horovodrun(
+    results = horovod_job(
         ranks, "train_all.py", tmp_path, *words, timeout=600, environment=FAST_CYCLE
     )
     require_equal(results, pairs.selection())
@@ -38,7 +38,7 @@ def test_every_compressor_and_every_method(adapter: str, ranks: int, tmp_path: P
 @pytest.mark.exhaustive
 def test_every_pair_of_them(tmp_path: Path) -> None:
     words = ("ef", "all", "20")
-    results = horovodrun(2, "train_all.py", tmp_path, *words, timeout=600, environment=FAST_CYCLE)
+    results = horovod_job(2, "train_all.py", tmp_path, *words, timeout=600, environment=FAST_CYCLE)
     require_equal(results, pairs.every_method())
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "features.py", tmp_path_factory.mktemp("features"))
+    return horovod_job(2, "features.py", tmp_path_factory.mktemp("features"))
 
 
 def test_two_half_batches_are_one_batch(results: Results) -> None:

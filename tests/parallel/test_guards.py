@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
 
 @pytest.fixture(scope="module", params=["ef", "stock"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(3, "guards.py", tmp_path_factory.mktemp("guards"), request.param)
+    return horovod_job(3, "guards.py", tmp_path_factory.mktemp("guards"), request.param)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
@@ -14,7 +14,7 @@ OURS = ["identity", "topk"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(3, "horovods_own.py", tmp_path_factory.mktemp("own"))
+    return horovod_job(3, "horovods_own.py", tmp_path_factory.mktemp("own"))
 
 
 def require_as_horovod(how: str, what: str, results: Results, name: str = "") -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import horovodrun
+from launching import horovod_job
 
 pytestmark = pytest.mark.parallel
 
 
 @pytest.mark.parametrize(("ranks", "gloo"), [(2, False), (3, False), (2, True)])
 def test_identity_is_plain_horovod(ranks: int, gloo: bool, tmp_path: Path) -> None:
-    results = horovodrun(ranks, "identity.py", tmp_path, gloo=gloo)
+    results = horovod_job(ranks, "identity.py", tmp_path, gloo=gloo)
     for rank, of_rank in enumerate(results):
         for step, facts in enumerate(of_rank["where they lie"]):
             assert facts["right"], f"rank {rank}, step {step}"
@@ -31,5 +31,5 @@ def test_identity_is_plain_horovod(ranks: int, gloo: bool, tmp_path: Path) -> No
 
 def test_both_adapters_run_one_algorithm(tmp_path: Path) -> None:
     """With a bucket for each parameter, both compress the same vectors under the same rules."""
-    result = horovodrun(2, "identity.py", tmp_path)[0]
+    result = horovod_job(2, "identity.py", tmp_path)[0]
     np.testing.assert_array_equal(result["onebit sum, ef"], result["onebit sum, stock"])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 from processes import JobFailed
 
 import ef_horovod as ef
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parallel
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "mistakes.py", tmp_path_factory.mktemp("mistakes"))
+    return horovod_job(2, "mistakes.py", tmp_path_factory.mktemp("mistakes"))
 
 
 def test_join_is_refused_beside_a_wrapped_optimizer(results: Results) -> None:
@@ -32,7 +32,7 @@ def test_join_is_refused_beside_a_wrapped_optimizer(results: Results) -> None:
 def test_a_join_that_was_imported_before_ends_all_ranks(tmp_path: Path) -> None:
     """By itself; Horovod's shutdown would take for ever."""
     with pytest.raises(JobFailed, match="Horovod's shutdown did not return in 2 s") as failure:
-        horovodrun(2, "joins.py", tmp_path, timeout=100)
+        horovod_job(2, "joins.py", tmp_path, timeout=100)
     assert "did not end within" not in str(failure.value)
     error = json.loads((tmp_path / "rank1.json").read_text())["error"]
     assert error.startswith("CollectiveTimeoutError: rank 1 of 2 waited 3 s in ")
@@ -126,7 +126,7 @@ def test_elastic_jobs_are_refused(results: Results) -> None:
 
 @pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])
 def test_a_rank_that_leaves_is_noticed_by_name(gloo: bool, tmp_path: Path) -> None:
-    said = horovodrun(2, "ends_early.py", tmp_path, gloo=gloo)[0]
+    said = horovod_job(2, "ends_early.py", tmp_path, gloo=gloo)[0]
     where = dict(waits="second", allgather="third", alltoall="fourth", allreduce="fifth")
     for name, collective in where.items():
         expected = f"HorovodInternalError: rank 0 failed in 'ef.{collective}': "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import checksummed_exchange
 import numpy as np
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 import ef_horovod as ef
 from ef_horovod.exchange.base import Exchange
@@ -25,7 +25,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module", params=["torch", "tensorflow"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp(request.param)
-    return horovodrun(RANKS, "outside_exchange.py", out, request.param)
+    return horovod_job(RANKS, "outside_exchange.py", out, request.param)
 
 
 @pytest.mark.parametrize("method", ["top-k", "threshold"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launching import horovodrun, mpirun
+from launching import horovod_job, mpirun
 from same_gradients import SEED, SHAPE, STEPS, digest, exchanges_of, gradient
 
 import ef_horovod as ef
@@ -50,7 +50,7 @@ def simulate(method: ef.Method, exchange: str) -> np.ndarray:
 def test_every_method_compressor_and_exchange(
     way: str, simulated: dict[str, str], tmp_path: Path
 ) -> None:
-    launch: Any = mpirun if way == "mpi" else horovodrun
+    launch: Any = mpirun if way == "mpi" else horovod_job
     results = launch(RANKS, "same_numbers.py", tmp_path, way, timeout=600, environment=FAST_CYCLE)
     for rank, result in enumerate(results):
         different = [name for name, end in simulated.items() if result.get(name) != end]

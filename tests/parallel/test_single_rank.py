@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import alone, horovodrun
+from launching import alone, horovod_job
 
 pytestmark = pytest.mark.parallel
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.parallel
 @pytest.mark.parametrize("launched", [False, True])
 def test_one_rank_is_the_plain_optimizer(launched: bool, tmp_path: Path) -> None:
     if launched:
-        (result,) = horovodrun(1, "single_rank.py", tmp_path)
+        (result,) = horovod_job(1, "single_rank.py", tmp_path)
     else:
         result = alone("single_rank.py", tmp_path)
     assert result["ef"] == result["plain"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "steps_left_out.py", tmp_path_factory.mktemp("steps_left_out"))
+    return horovod_job(2, "steps_left_out.py", tmp_path_factory.mktemp("steps_left_out"))
 
 
 def test_a_step_that_is_left_out_leaves_no_trace(results: Results) -> None:

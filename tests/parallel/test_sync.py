@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
@@ -12,7 +12,7 @@ APART = "OutOfSyncError: the parameters of rank 0 and rank 1 differ, expected th
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "sync.py", tmp_path_factory.mktemp("sync"))
+    return horovod_job(2, "sync.py", tmp_path_factory.mktemp("sync"))
 
 
 @pytest.mark.parametrize("adapter", ["", "stock "])

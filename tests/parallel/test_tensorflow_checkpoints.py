@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import Results, alone, horovodrun
+from launching import Results, alone, horovod_job
 
 pytestmark = pytest.mark.parallel
 
@@ -27,13 +27,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, saved: Path) -> Results:
     """Trainings that went on without a stop after they were saved."""
     out = tmp_path_factory.mktemp("whole")
-    return horovodrun(2, "tf_checkpoints.py", out, "save", str(saved))
+    return horovod_job(2, "tf_checkpoints.py", out, "save", str(saved))
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory, saved: Path, whole: Results) -> Results:
     out = tmp_path_factory.mktemp("resumed")
-    return horovodrun(2, "tf_checkpoints.py", out, "resume", str(saved))
+    return horovod_job(2, "tf_checkpoints.py", out, "resume", str(saved))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_broadcasts_of_optimizer_variables_leave_memories_alone(resumed: Results
 def test_another_number_of_ranks_starts_memories_from_zero(
     tmp_path: Path, saved: Path, whole: Results
 ) -> None:
-    results = horovodrun(3, "tf_checkpoints.py", tmp_path, "more_ranks", str(saved))
+    results = horovod_job(3, "tf_checkpoints.py", tmp_path, "more_ranks", str(saved))
     assert len({result["end"] for result in results}) == 1
     for rank, result in enumerate(results):
         (warning,) = result["warnings"]

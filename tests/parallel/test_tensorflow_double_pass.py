@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 from processes import JobFailed
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("double_pass")
-    return horovodrun(request.param, "tf_double_pass.py", out, timeout=600)
+    return horovod_job(request.param, "tf_double_pass.py", out, timeout=600)
 
 
 def test_ranks_stay_equal(results: Results) -> None:
@@ -64,7 +64,7 @@ def test_what_looks_at_matrices_is_refused(results: Results) -> None:
 )
 def test_a_rank_that_does_not_come_ends_the_job(where: str, tmp_path: Path) -> None:
     with pytest.raises(JobFailed) as failure:
-        horovodrun(
+        horovod_job(
             2, "tf_missing_rank.py", tmp_path, *where.split(), timeout=95,
             environment={"EF_HOROVOD_TIMEOUT": "8"},
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import Results, alone, horovodrun
+from launching import Results, alone, horovod_job
 
 from ef_horovod.testing.pairs import selection
 
@@ -31,7 +31,7 @@ FITS = [
 def ways(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Every way to train, by every rank."""
     out = tmp_path_factory.mktemp("ways")
-    return horovodrun(request.param, "tf_equal.py", out, environment=FAST_CYCLE)
+    return horovod_job(request.param, "tf_equal.py", out, environment=FAST_CYCLE)
 
 
 @pytest.mark.parametrize("way", [*LOOPS, *FITS, "tape_in_eager_mode"])
@@ -65,7 +65,7 @@ def compresses(method: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_every_compressor_and_every_method(ranks: int, tmp_path: Path) -> None:
-    results = horovodrun(ranks, "tf_pairs.py", tmp_path, timeout=600, environment=FAST_CYCLE)
+    results = horovod_job(ranks, "tf_pairs.py", tmp_path, timeout=600, environment=FAST_CYCLE)
     assert set(results[0]) == set(map(repr, selection()))
     for method, first in results[0].items():
         assert first["start"] != first["end"], f"{method} did not train"
@@ -80,7 +80,7 @@ def test_every_compressor_and_every_method(ranks: int, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "tf_numbers.py", tmp_path_factory.mktemp("numbers"))
+    return horovod_job(2, "tf_numbers.py", tmp_path_factory.mktemp("numbers"))
 
 
 def test_methods_give_the_bits_that_numpy_gives(numbers: Results) -> None:

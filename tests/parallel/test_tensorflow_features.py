@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
@@ -16,7 +16,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "tf_features.py", tmp_path_factory.mktemp("features"))
+    return horovod_job(2, "tf_features.py", tmp_path_factory.mktemp("features"))
 
 
 def accumulated(results: Results, how: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 from processes import JobFailed
 
 pytestmark = pytest.mark.parallel
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parallel
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "tf_guards.py", tmp_path_factory.mktemp("tf_guards"))
+    return horovod_job(2, "tf_guards.py", tmp_path_factory.mktemp("tf_guards"))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_rank_that_does_not_come_ends_the_job(
 ) -> None:
     """It sleeps for 100 s; rank 0 waits for 8 s, says so and ends, and mpirun ends the other."""
     with pytest.raises(JobFailed) as failure:
-        horovodrun(
+        horovod_job(
             2, "tf_missing_rank.py", tmp_path, where, timeout=95,
             environment={"EF_HOROVOD_TIMEOUT": "8"},  # other waits are shorter, also under load
         )  # fmt: skip

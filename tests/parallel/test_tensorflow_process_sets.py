@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(3, "tf_process_sets.py", tmp_path_factory.mktemp("process_sets"))
+    return horovod_job(3, "tf_process_sets.py", tmp_path_factory.mktemp("process_sets"))
 
 
 @pytest.mark.parametrize("adapter", ["optimizer", "tape"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
@@ -14,7 +14,7 @@ OUT_OF_SYNC = "the parameters of rank 0 and rank 1 differ, expected the same bit
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "tf_sync.py", tmp_path_factory.mktemp("tf_sync"))
+    return horovod_job(2, "tf_sync.py", tmp_path_factory.mktemp("tf_sync"))
 
 
 @pytest.mark.parametrize("family", ["keras", "tf_keras"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
@@ -12,7 +12,7 @@ FAMILIES = ["keras", "tf_keras"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "tf_use.py", tmp_path_factory.mktemp("tf_use"), timeout=400)
+    return horovod_job(2, "tf_use.py", tmp_path_factory.mktemp("tf_use"), timeout=400)
 
 
 def test_a_policy_made_at_each_step_keeps_the_memories(results: Results) -> None:

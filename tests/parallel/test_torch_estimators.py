@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 CASES = ("STORM", "ROOT-SGD", "IGT", "PAGE", "plain")
@@ -11,7 +11,7 @@ CASES = ("STORM", "ROOT-SGD", "IGT", "PAGE", "plain")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "estimators.py", tmp_path_factory.mktemp("estimators"))
+    return horovod_job(2, "estimators.py", tmp_path_factory.mktemp("estimators"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 from ef_horovod.wire import size_class
 
@@ -16,7 +16,7 @@ ROW_NBYTES = 8 + 4 * WIDTH  # an int64 index and float32 values
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(RANKS, "sparse_rows.py", tmp_path_factory.mktemp("sparse"))
+    return horovod_job(RANKS, "sparse_rows.py", tmp_path_factory.mktemp("sparse"))
 
 
 @pytest.mark.parametrize("how", ["means", "sums", "accumulated", "none_on_one_rank", "halves"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
@@ -12,7 +12,7 @@ KINDS = ["sgd", "sam", "lookahead", "lookahead of sam", "front", "in place", "co
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovodrun(2, "wrapping.py", tmp_path_factory.mktemp("wrapping"))
+    return horovod_job(2, "wrapping.py", tmp_path_factory.mktemp("wrapping"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
