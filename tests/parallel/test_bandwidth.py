@@ -11,7 +11,7 @@ from clusters import run_in_cluster
 from launching import PROGRAMS
 from processes import JobFailed, run_job
 
-pytestmark = [pytest.mark.parallel, pytest.mark.root]
+pytestmark = [pytest.mark.alone, pytest.mark.parallel, pytest.mark.root]
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"

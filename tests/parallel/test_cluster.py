@@ -13,7 +13,7 @@ from clusters import CLUSTER, run_in_cluster
 from launching import PROGRAMS
 from processes import BIN, JobFailed, run_job
 
-pytestmark = [pytest.mark.parallel, pytest.mark.root]
+pytestmark = [pytest.mark.alone, pytest.mark.parallel, pytest.mark.root]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MPIRUN = str(BIN / "mpirun")

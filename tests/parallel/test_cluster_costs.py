@@ -11,7 +11,7 @@ from processes import ENVIRONMENT
 
 from ef_horovod import cost
 
-pytestmark = [pytest.mark.parallel, pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.alone, pytest.mark.parallel, pytest.mark.root, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cost_model.py"
 HALF = 'Cast("float16")'

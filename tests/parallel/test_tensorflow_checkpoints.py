@@ -81,9 +81,9 @@ def test_rank_0_s_checkpoint_on_all_ranks_starts_memories_from_zero_with_a_warni
         assert facts["step"] == 6, "the steps were counted from the checkpoint's on"
     first, second = (result["of_rank_0"]["warnings"] for result in resumed)
     assert len(first) == len(second) == 1
-    assert "start from zero on rank 0: other ranks could not load theirs" in first[0]
-    assert "start from zero on rank 1: got a compression state of rank 0, expected 1" in second[0]
-    assert "let every rank save and restore a checkpoint of its own" in second[0]
+    assert "starts from zero on rank 0: other ranks could not load theirs" in first[0]
+    assert "starts from zero on rank 1: got a compression state of rank 0, expected 1" in second[0]
+    assert "let every rank save and restore its own checkpoint" in second[0]
 
 
 def test_a_checkpoint_of_another_method_starts_memories_from_zero(resumed: Results) -> None:

@@ -82,7 +82,7 @@ def restored_loop(rank: int, method=EF21):
         training = Loop(method, folder_of("Loop-ef21", rank), seed=5)
         training.restore()
         training.train(STEPS, 2 * STEPS)
-    ours = [str(w.message) for w in caught if "error memories" in str(w.message)]
+    ours = [str(w.message) for w in caught if "error-feedback state starts" in str(w.message)]
     return training, {"end": digest(training.variables), "warnings": ours}
 
 
