@@ -68,8 +68,8 @@ class Scaled(Compressor):
             )
         if not known or not self.compressor.unbiased or not self._readable(type(self.compressor)):
             raise UnsupportedError(
-                f"Scaled got {self.compressor!r}, expected an unbiased compressor, for what is "
-                "biased has no omega to scale by; contractions need no scale"
+                f"Scaled got {self.compressor!r}, expected an unbiased compressor, because a "
+                "biased one has no omega to scale by; a contraction needs no scale"
             )
 
     @property

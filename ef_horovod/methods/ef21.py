@@ -216,6 +216,6 @@ def require_contraction(method: str, compressor: Compressor) -> None:
     """
     if not compressor.contracts:
         raise ValueError(
-            f"{method} got {compressor}, expected a contraction, for without one h_i diverges; "
-            "take TopK, OneBit or RandomK(scale='contractive')"
+            f"{method} got {compressor}, expected a contraction, because h_i diverges without "
+            "one; take TopK, OneBit or RandomK(scale='contractive')"
         )

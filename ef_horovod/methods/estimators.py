@@ -198,6 +198,6 @@ class PAGE(Estimator):
         for option in ("alpha", "momentum"):
             if getattr(method, option, None) is not None:
                 raise UnsupportedError(
-                    f"{self} got {method}, expected a method that does not average, for the "
-                    "estimate changes by differences; write for example EF21(TopK(ratio=0.01))"
+                    f"{self} got {method}, expected a method that does not average, because "
+                    "the estimate changes by differences; write for example EF21(TopK(ratio=0.01))"
                 )

@@ -128,7 +128,7 @@ class ServerTransport(MPITransport):
         if len(self._buckets) >= largest_tag():
             raise UnsupportedError(
                 f"got {len(self._buckets)} buckets, expected fewer than {largest_tag()}, MPI's "
-                "largest tag here, for each has a tag; raise bucket_bytes"
+                "largest tag here, because each bucket has a tag; raise bucket_bytes"
             )
         specs = tuple(bucket.spec for bucket in self._buckets)
         self._config = Config(specs, tuple(facts), step)
@@ -145,8 +145,8 @@ class ServerTransport(MPITransport):
         if self.quorum is not None and not several_rounds:
             raise UnsupportedError(
                 f"got a server with a quorum of {self.quorum}, expected one that waits for all "
-                "workers, for TensorFlow's optimizers take one direction a step; start it without "
-                "--quorum, or train with PyTorch or ef_horovod.server.Worker"
+                "workers, because TensorFlow's optimizers take one aggregated gradient per step; "
+                "start it without --quorum, or train with PyTorch or ef_horovod.server.Worker"
             )
 
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
@@ -224,8 +224,8 @@ class ServerTransport(MPITransport):
         self.require_open()
         if self._config is None:
             raise UnsupportedError(
-                "got checkpoint() before the first step, expected it after one, for servers have "
-                "no state before; take the first checkpoint later"
+                "got checkpoint() before the first step, expected it after one, because servers "
+                "have no state before; take the first checkpoint later"
             )
         self._saved.clear()
         message = pack(Message(Kind.SAVE, self.rank, step=step), text_body(""))
@@ -248,8 +248,8 @@ class ServerTransport(MPITransport):
         if self._closed:
             raise UnsupportedError(
                 f"got a step or checkpoint of worker {self.rank}, which is closed, expected none "
-                "after close() or the end of its `with` block, for the servers have been told "
-                "that it has ended; close it after the last step"
+                "after close() or the end of its `with` block, because the servers have been "
+                "told that it has ended; close it after the last step"
             )
 
     def require_not_begun(self) -> None:
@@ -378,9 +378,9 @@ def require_first(comm: Any = None) -> None:
     if any(c == communicator(comm) for c, _ in _opened):
         raise UnsupportedError(
             "got a second optimizer, reducer, tape or Worker in a job with parameter servers, "
-            "expected one in a process, for servers hear of all buckets at once; give all "
-            "parameters to one, in parameter groups if their settings differ, and close it after "
-            "the last step only: the servers end with it"
+            "expected one per process, because servers learn of all buckets at once; give all "
+            "parameters to one, in parameter groups if their settings differ, and close it only "
+            "after the last step, because the servers end with it"
         )
 
 

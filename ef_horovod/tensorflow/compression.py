@@ -161,9 +161,9 @@ class Compression(StepDriver[Bucket], tf.Module):
         if tuple(tensor.shape) != tuple(variable.shape):
             raise UnsupportedError(
                 f"got a gradient of shape {tuple(tensor.shape)} as number {place}, expected that "
-                f"of '{path_of(variable)}' of shape {tuple(variable.shape)}, for Horovod gives no "
-                "names; pass the same variables in the same order here and to tape.gradient(), "
-                "all with dense gradients, or take ef.DistributedGradientTape"
+                f"of '{path_of(variable)}' of shape {tuple(variable.shape)}, because Horovod "
+                "passes no names; pass the same variables in the same order here and to "
+                "tape.gradient(), all with dense gradients, or take ef.DistributedGradientTape"
             )
         return place
 
@@ -174,7 +174,7 @@ class Compression(StepDriver[Bucket], tf.Module):
                 what = "no gradient" if gradient is None else f"a {type(gradient).__name__}"
                 raise UnsupportedError(
                     f"got {what} as number {i} of a step, expected a dense one for each variable, "
-                    "for Horovod gives no names; leave that variable out here and in "
+                    "because Horovod passes no names; leave that variable out here and in "
                     "tape.gradient(), or take ef.DistributedGradientTape, which sends rows and "
                     "zeros"
                 )

@@ -212,8 +212,8 @@ class Engine(StepDriver[Bucket]):
         if isinstance(self.transport, ServerBridge):
             raise UnsupportedError(
                 f"the gradient of '{path_of(variable)}' is tf.IndexedSlices with "
-                "exchange='server', expected a dense one, for servers know no rows; pass "
-                "sparse_as_dense=True"
+                "exchange='server', expected a dense one, because servers cannot take rows; "
+                "pass sparse_as_dense=True"
             )
         return Rows(name, tuple(variable.shape), self.transport)
 

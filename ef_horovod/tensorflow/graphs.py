@@ -90,7 +90,7 @@ def refuse_xla() -> None:
     if graph is not None and control_flow_util.GraphOrParentsInXlaContext(graph):
         raise UnsupportedError(
             "got jit_compile=True around an exchange of gradients, expected a function without "
-            "it, for XLA has no kernels for Horovod's gather; pass jit_compile=False to "
+            "it, because XLA has no kernels for Horovod's gather; pass jit_compile=False to "
             "model.compile() or tf.function (Keras' default is True where there is a GPU)"
         )
 
@@ -104,6 +104,6 @@ def refuse_replicas() -> None:
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     if replicas > 1:
         raise UnsupportedError(
-            f"got a tf.distribute strategy of {replicas} replicas, expected none, for every GPU is "
-            "a rank of its own with Horovod; start one process for each with horovodrun"
+            f"got a tf.distribute strategy of {replicas} replicas, expected none, because every "
+            "GPU is a separate rank in Horovod; start one process for each with horovodrun"
         )

@@ -295,8 +295,8 @@ def _refuse_inside_loss_scaler(optimizer: Any) -> None:
         if isinstance(caller, keras.optimizers.LossScaleOptimizer) and caller is not optimizer:
             raise UnsupportedError(
                 "got a distributed optimizer inside a LossScaleOptimizer (Keras makes one for the "
-                "policy mixed_float16), expected it outside, for a rank with a NaN would leave the "
-                "others waiting; write ef.DistributedOptimizer(keras.optimizers."
+                "policy mixed_float16), expected it outside, because a rank with a NaN would leave "
+                "the others waiting; write ef.DistributedOptimizer(keras.optimizers."
                 "LossScaleOptimizer(optimizer), ...)"
             )
         frame = frame.f_back

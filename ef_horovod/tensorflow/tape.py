@@ -79,8 +79,8 @@ class DistributedGradientTape(tf.GradientTape):
         for source in flat_sources:
             if not is_variable(source):
                 raise UnsupportedError(
-                    f"got a source of type {type(source).__name__}, expected variables, for their "
-                    "gradients are averaged; take gradients of tensors from the plain tape"
+                    f"got a source of type {type(source).__name__}, expected variables, because "
+                    "their gradients are averaged; take gradients of tensors from the plain tape"
                 )
         gradients = super().gradient(target, sources, *args, **kwargs)
         flat = tf.nest.flatten(gradients, expand_composites=False)

@@ -200,7 +200,7 @@ class Engine(StepDriver[Bucket]):
         if self.transport.quorum is not None and (scaled or self.scaler is not None):
             raise UnsupportedError(
                 f"got a grad_scaler and a server with a quorum of {self.transport.quorum}, "
-                "expected one of them, for the scales of workers in different rounds differ; "
+                "expected one of them, because workers in different rounds have different scales; "
                 "train with bfloat16, or start the server without --quorum"
             )
         return self.transport.quorum is not None

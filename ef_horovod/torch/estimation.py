@@ -87,7 +87,8 @@ class EstimatedGradient:
         if not callable(closure):
             raise UnsupportedError(
                 f"backward() got {type(closure).__name__}, expected a function that computes the "
-                "loss, for it is called at several points; write backward(lambda: loss_of(batch))"
+                "loss, because it is called at several points; write "
+                "backward(lambda: loss_of(batch))"
             )
         step = self._engine.step
         if step != self._step:  # a dropped step is repeated, with the same points

@@ -242,8 +242,8 @@ class _Distributed:
         for place, value in _settings_of(self.param_groups).items():
             if self._settings.get(place, value) != value:
                 raise UnsupportedError(
-                    f"got {place[1]!r} changed between two steps with a quorum, expected it in a "
-                    "round, for workers are in different ones; write optimizer."
+                    f"got {place[1]!r} changed between two steps with a quorum, expected a change "
+                    "within a round, because workers are in different rounds; write optimizer."
                     "register_step_post_hook(lambda *_: scheduler.step())"
                 )
         for _ in engine.rounds():
@@ -256,8 +256,8 @@ class _Distributed:
         if self._engine is not None and self._engine.under_way:
             raise RuntimeError(
                 "zero_grad() was called between backward() and step(), expected it before "
-                "backward() or after step(), for the gradients are under way to other ranks; if "
-                "another loss reached these parameters, take its gradients with "
+                "backward() or after step(), because the gradients are being sent to other ranks; "
+                "if another loss reached these parameters, take its gradients with "
                 "torch.autograd.grad, freeze them with requires_grad_(False) for its backward(), "
                 "or call discard() on all ranks"
             )
@@ -303,8 +303,8 @@ class _Distributed:
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the new parameters would not be averaged."""
         raise UnsupportedError(
-            "got a new parameter group for a wrapped optimizer, expected none, for its gradients "
-            "would not be averaged; add it to the optimizer before wrapping"
+            "got a new parameter group for a wrapped optimizer, expected none, because its "
+            "gradients would not be averaged; add it to the optimizer before wrapping"
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -58,12 +58,12 @@ def refuse_unsupported(
         )
     if gradient_predivide_factor != 1.0:
         raise UnsupportedError(
-            f"got gradient_predivide_factor={gradient_predivide_factor}, expected 1.0, for sums "
-            "are float32 here and do not overflow; leave it out"
+            f"got gradient_predivide_factor={gradient_predivide_factor}, expected 1.0, because "
+            "sums are float32 here and do not overflow; leave it out"
         )
     if num_groups or groups is not None:
         raise UnsupportedError(
-            f"got groups={groups or num_groups!r}, expected none, for buckets take their place; "
+            f"got groups={groups or num_groups!r}, expected none, because buckets replace them; "
             "leave it out and set bucket_bytes"
         )
     refuse_elastic()

@@ -78,8 +78,8 @@ class NoExchange:
 
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedError(
-            "got a copy of a wrapped optimizer, expected the wrapped one itself, for a copy has no "
-            "exchange with other ranks; call unwrap() on the copy and wrap it again"
+            "got a copy of a wrapped optimizer, expected the wrapped one itself, because a copy "
+            "has no exchange with other ranks; call unwrap() on the copy and wrap it again"
         )
 
 

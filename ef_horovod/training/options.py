@@ -89,7 +89,7 @@ _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     ),
     "transport": _kind(
         "a Transport",
-        "leave it out for one of its own",
+        "leave it out to get a new one",
         lambda value: value is None or hasattr(value, "allgather"),
     ),
 }

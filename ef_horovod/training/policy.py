@@ -49,8 +49,8 @@ def require_distinct(named: list[tuple[str, Parameter]]) -> list[tuple[str, Para
     for name, parameter in named:
         if "complex" in str(parameter.dtype):
             raise UnsupportedError(
-                f"parameter '{name}' is complex, expected a real one, for float32 is what is sent; "
-                "keep real and imaginary parts as real numbers (torch.view_as_real) in it"
+                f"parameter '{name}' is complex, expected a real one, because only float32 is "
+                "sent; keep real and imaginary parts as real numbers (torch.view_as_real) in it"
             )
     return named
 
@@ -89,8 +89,8 @@ def warn_of_surprises(
     if doubles:
         warnings.warn(
             f"got float64 in {len(doubles)} of {len(named)} parameters (such as '{doubles[0]}'), "
-            "expected float32 or less, for all gradients are reduced in float32; train in float32, "
-            "or without this package where float64 sums are needed",
+            "expected float32 or less, because all gradients are reduced in float32; train in "
+            "float32, or without this package if float64 sums are needed",
             stacklevel=3,
         )
     if method != NoFeedback(Identity()) and all(dense(name, p) for name, p in named):
@@ -125,6 +125,6 @@ def refuse_process_set(process_set: Any) -> None:
     """
     if process_set is not None:
         raise UnsupportedError(
-            "got a process_set with exchange='server', expected none, for the job's workers "
-            "are those that mpirun started; leave it out"
+            "got a process_set with exchange='server', expected none, because the job's "
+            "workers are those that mpirun started; leave it out"
         )

@@ -103,8 +103,9 @@ class Transport(ABC):
             UnsupportedError: this transport has no all-to-all.
         """
         raise UnsupportedError(
-            f"got an all-to-all for {type(self).__name__}, expected a transport that has one, for "
-            "slices to travel by; take MPI's, Horovod's or that of one process, or another exchange"
+            f"got an all-to-all for {type(self).__name__}, expected a transport that has "
+            "one, because slices need it; take MPI's, Horovod's or that of one process, or another "
+            "exchange"
         )
 
     @property

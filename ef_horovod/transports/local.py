@@ -119,7 +119,7 @@ class _Mailbox:
             if rank in entry.parts:
                 raise ValueError(
                     f"rank {rank} started '{name}' twice, expected once until all ranks have; "
-                    "give every collective in flight a name of its own"
+                    "give every collective in flight a different name"
                 )
             entry.parts[rank] = data
             if len(entry.parts) == self.size:

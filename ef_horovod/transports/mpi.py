@@ -235,7 +235,7 @@ class MPITransport(Transport):
         if name in self._under_way:
             raise ValueError(
                 f"rank {self.rank} started '{name}' twice, expected once until it is waited for; "
-                "give every collective in flight a name of its own"
+                "give every collective in flight a different name"
             )
         if name not in self._tags:
             self._tell(name)

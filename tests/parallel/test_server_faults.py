@@ -123,7 +123,7 @@ def test_a_closed_worker_says_so_at_once(in_a_row: dict[str, list[Any]]) -> None
 def test_another_worker_after_a_closed_one_is_refused_at_once(tmp_path: Path) -> None:
     for error, seconds in server_job(1, 2, PROGRAM, tmp_path, "another_after_the_end"):
         assert error.startswith("UnsupportedError: got a second optimizer, reducer, tape or Worker")
-        assert error.endswith("close it after the last step only: the servers end with it")
+        assert error.endswith("close it only after the last step, because the servers end with it")
         assert seconds < 2
 
 

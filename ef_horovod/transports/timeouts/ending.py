@@ -36,8 +36,9 @@ def refuse_join(*modules: str) -> None:
         if any(transport.size > 1 for transport in _users):
             raise UnsupportedError(
                 "got hvd.join() while gradients are averaged by ef_horovod, expected the same "
-                "number of steps on all ranks, for a rank that has joined sends no messages; give "
-                "all ranks as many batches (drop_last=True, .take(steps)), or call unwrap() first"
+                "number of steps on all ranks, because a rank that has joined sends no messages; "
+                "give all ranks the same number of batches (drop_last=True, .take(steps)), or call "
+                "unwrap() first"
             )
         return original(*arguments, **options)
 
