@@ -23,15 +23,18 @@ from pathlib import Path
 from subprocess import run
 from typing import Any, NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "launch"))  # for the virtual cluster
+
 import numpy as np
 from tabulate import tabulate
 
 from ef_horovod import cost
-from ef_horovod.cluster.network import bucket
 from ef_horovod.exchange.network import SOFTWARE
 from ef_horovod.methods.parsing import read_method
+from virtual_cluster.network import bucket
 
 RANK = Path(__file__).with_name("cost_model_rank.py")
+CLUSTER = Path(__file__).resolve().parents[1] / "launch" / "virtual_cluster"
 BIN = Path(sys.executable).parent
 FP16 = "Horovod fp16"
 CASES = {
@@ -87,7 +90,7 @@ def measure(
         RuntimeError: the job failed; with the end of what it printed.
     """
     nodes = ",".join(f"node{i + 1}:1" for i in range(cell.hosts))
-    cluster = [sys.executable, "-m", "ef_horovod.cluster", "--hosts", str(cell.hosts)]
+    cluster = [sys.executable, str(CLUSTER), "--hosts", str(cell.hosts)]
     mpirun = [str(BIN / "mpirun"), "-np", str(cell.hosts), "-H", nodes, sys.executable, str(RANK)]
     numbers = [str(cell.elements), str(cell.repetitions), json.dumps(cases)]
     job = run(

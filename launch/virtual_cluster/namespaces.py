@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-from ef_horovod.cluster.login import call, join
+from virtual_cluster.login import call, join
 
 MOUNTS, NAMES, IPC, PIDS, NETWORK = 0x00020000, 0x04000000, 0x08000000, 0x20000000, 0x40000000
 _PRIVATE, _RECURSIVE, _BIND = 1 << 18, 1 << 14, 1 << 12
