@@ -92,7 +92,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--every", action="store_true", help="all combinations, not those that tell most"
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10; else random images")
-    parser.add_argument("--seconds", type=float, help="of timed steps in a configuration (2)")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="of all, in turn (1)")
     parser.add_argument("--out", default="bandwidth", metavar="NAME", help="(%(default)s)")
     parser.add_argument("--resume", action="store_true", help="leave out what NAME.jsonl has")
@@ -127,9 +126,7 @@ def chosen(options: argparse.Namespace) -> list[Case]:
 
 
 def budget_of(options: argparse.Namespace) -> Budget:
-    if options.quick:
-        return QUICK_BUDGET
-    return Budget(seconds=options.seconds) if options.seconds else Budget()
+    return QUICK_BUDGET if options.quick else Budget()
 
 
 # --- one job -----------------------------------------------------------------------------------
