@@ -164,7 +164,7 @@ def _run(plan: inside.Plan) -> dict[str, Any]:
         try:
             namespaces.unshare(namespaces.PIDS)
         except OSError as error:
-            raise ClusterError(namespaces.refused(error)) from error
+            raise namespaces.refused(error) from error
         child = os.fork()
         if child == 0:
             inside.main(plan, folder, signals, sink)

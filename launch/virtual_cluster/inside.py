@@ -55,7 +55,7 @@ def _run(plan: Plan, folder: Path, signals: Signals) -> dict[str, Any]:
         namespaces.keep_mounts_private()
         namespaces.mount("proc", "/proc", "proc")
     except OSError as error:
-        raise ClusterError(namespaces.refused(error)) from error
+        raise namespaces.refused(error) from error
     environment = login_environment(os.environ, folder)
     _hide_horovod_cache(folder)
     pids = [_start_host(host, folder, environment) for host in plan.hosts]
