@@ -144,16 +144,15 @@ def main(words: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeat", type=int, default=9, help="rounds to take medians of")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
     parser.add_argument("--check", action="store_true", help="fail if the limit is missed")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
     rows, missed = [], 0
     print(f"{'model':11}{'method':32}{'torch ms':>10}{'tensorflow ms':>15}{'ratio':>8}")
-    for model in options.models:
+    for model, shapes in MODELS.items():
         for method in METHODS:
-            times = measure(MODELS[model], method, options.repeat)
+            times = measure(shapes, method, options.repeat)
             ours, reference = (statistics.median(times[n]) for n in ("tensorflow", "torch"))
             compressed = method.compressor != ef.Identity()
             missed += compressed and ours > LIMIT * reference

@@ -64,6 +64,7 @@ from tqdm import tqdm
 from ef_horovod.common.units import read_rate, show_rate
 
 HERE = Path(__file__).resolve().parent
+CLUSTER = HERE.parent / "launch" / "virtual_cluster"
 RING = {
     "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
     "OMPI_MCA_coll_tuned_allreduce_algorithm": "4",
@@ -91,7 +92,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--every", action="store_true", help="all combinations, not those that tell most"
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10; else random images")
-    parser.add_argument("--seconds", type=float, help="of timed steps in a configuration (2)")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="of all, in turn (1)")
     parser.add_argument("--out", default="bandwidth", metavar="NAME", help="(%(default)s)")
     parser.add_argument("--resume", action="store_true", help="leave out what NAME.jsonl has")
@@ -126,9 +126,7 @@ def chosen(options: argparse.Namespace) -> list[Case]:
 
 
 def budget_of(options: argparse.Namespace) -> Budget:
-    if options.quick:
-        return QUICK_BUDGET
-    return Budget(seconds=options.seconds) if options.seconds else Budget()
+    return QUICK_BUDGET if options.quick else Budget()
 
 
 # --- one job -----------------------------------------------------------------------------------
@@ -220,7 +218,7 @@ def line(group: str, hosts: int, rate: int, program: Path, words: Sequence[str])
     """The command that runs a program on each of the hosts, and a server's."""
     ranks = hosts + (group == "server")
     names = ",".join(f"node{number}:1" for number in range(1, ranks + 1))
-    cluster = [sys.executable, "-m", "ef_horovod.cluster", "--hosts", str(ranks)]
+    cluster = [sys.executable, str(CLUSTER), "--hosts", str(ranks)]
     cluster += ["--rate", f"{rate}bit", "--"]
     beside = Path(sys.executable).parent / "mpirun"
     mpirun = [str(beside) if beside.exists() else "mpirun", "-np", str(ranks), "-H", names]
@@ -232,12 +230,13 @@ def environment(group: str) -> dict[str, str]:
     """Variables of a group's job."""
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
     ring = RING if group in ("ring", "tensorflow") else {}
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    folders = [str(HERE.parent), str(CLUSTER.parent), os.environ.get("PYTHONPATH")]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     more = {"GLOO_SOCKET_IFNAME": "eth0", "TF_CPP_MIN_LOG_LEVEL": "3", "EF_HOROVOD_TIMEOUT": "300"}
     # Ranks tell each other in each cycle which collectives of this cache are due. One training has
     # few, a job here many, one after the other: without a limit the last ones would be slower.
     more["HOROVOD_CACHE_CAPACITY"] = "64"
-    return {**os.environ, **threads, **ring, **more, "PYTHONPATH": path}
+    return {**os.environ, **threads, **ring, **more, **paths}
 
 
 # --- all of it ---------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for experimen
 import numpy as np
 from bandwidth_plan import MODELS, Budget, Case, epoch_seconds, warm_up
 
-from ef_horovod.cluster.network import change_rate, counters
 from ef_horovod.common import openmpi
+from virtual_cluster.network import change_rate, counters
 
 openmpi.set_prefix()
 from mpi4py import MPI  # noqa: E402 - importing it starts MPI

@@ -16,8 +16,8 @@ import torch
 from bandwidth_plan import MODELS, WAYS, Case, Way
 from torch import nn
 
-from ef_horovod.cluster.network import Host
 from ef_horovod.methods.parsing import read_method
+from virtual_cluster.network import Host
 
 _SAMPLES = 512  # of a rank
 _VOCABULARY, _WORDS, _WIDTH, _CLASSES = 50_000, 20, 64, 10

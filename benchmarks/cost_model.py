@@ -23,15 +23,18 @@ from pathlib import Path
 from subprocess import run
 from typing import Any, NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "launch"))  # for the virtual cluster
+
 import numpy as np
 from tabulate import tabulate
 
 from ef_horovod import cost
-from ef_horovod.cluster.network import bucket
 from ef_horovod.exchange.network import SOFTWARE
 from ef_horovod.methods.parsing import read_method
+from virtual_cluster.network import bucket
 
 RANK = Path(__file__).with_name("cost_model_rank.py")
+CLUSTER = Path(__file__).resolve().parents[1] / "launch" / "virtual_cluster"
 BIN = Path(sys.executable).parent
 FP16 = "Horovod fp16"
 CASES = {
@@ -54,6 +57,7 @@ USUAL = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
 }
 WITHIN = 0.25
+REPETITIONS = 7
 
 
 class Cell(NamedTuple):
@@ -87,7 +91,7 @@ def measure(
         RuntimeError: the job failed; with the end of what it printed.
     """
     nodes = ",".join(f"node{i + 1}:1" for i in range(cell.hosts))
-    cluster = [sys.executable, "-m", "ef_horovod.cluster", "--hosts", str(cell.hosts)]
+    cluster = [sys.executable, str(CLUSTER), "--hosts", str(cell.hosts)]
     mpirun = [str(BIN / "mpirun"), "-np", str(cell.hosts), "-H", nodes, sys.executable, str(RANK)]
     numbers = [str(cell.elements), str(cell.repetitions), json.dumps(cases)]
     job = run(
@@ -143,18 +147,15 @@ def main() -> None:
     )
     parser.add_argument("--rates", default="50mbit,200mbit,1gbit,10gbit")
     parser.add_argument("--hosts", default="2,4,8")
-    parser.add_argument("--mpi", default="default,ring")
-    parser.add_argument("--elements", type=int, help="(3.6 M; 1 M up to 50 Mbit/s)")
-    parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     table, everything = [], []
     for rate in asked.rates.split(","):
         slow = cost.Network.read(rate).bandwidth <= 50e6
-        elements = asked.elements or (1_000_000 if slow else 3_600_000)
+        elements = 1_000_000 if slow else 3_600_000
         for hosts in map(int, asked.hosts.split(",")):
-            for mpi in asked.mpi.split(","):
-                cell, load = Cell(rate, hosts, mpi, elements, asked.repetitions), os.getloadavg()[0]
+            for mpi in ("default", "ring"):
+                cell, load = Cell(rate, hosts, mpi, elements, REPETITIONS), os.getloadavg()[0]
                 with tempfile.TemporaryDirectory() as out:
                     rows = compare(cell, CASES, measure(cell, CASES, Path(out)))
                 both = [f"{1e3 * row.step:.0f} / {1e3 * row.predicted:.0f}" for row in rows]

@@ -41,6 +41,7 @@ METHODS = [
     ef.NoFeedback(ef.QSGD(levels=7)),
     ef.NoFeedback(ef.Natural()),
 ]
+ROUNDS = 9  # to take medians of
 BASE, TORCH_TOP_K = "torch: add + copy", "torch: add, topk, gather, zero"
 Run = Callable[[], None]
 
@@ -96,10 +97,10 @@ def torch_ops(gradient: torch.Tensor) -> dict[str, Run]:
     return {BASE: bare, TORCH_TOP_K: top_k}
 
 
-def measure(runs: dict[str, Run], repeat: int) -> dict[str, float]:
+def measure(runs: dict[str, Run]) -> dict[str, float]:
     """Median milliseconds of each, in turns, after two rounds of warming up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-2, repeat):
+    for turn in range(-2, ROUNDS):
         for name, run in runs.items():
             torch.cuda.synchronize()
             begin = time.perf_counter()
@@ -115,7 +116,6 @@ def main(words: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--n", type=int, default=25_000_000, help="entries (default: 25 million)")
-    parser.add_argument("--repeat", type=int, default=9, help="rounds to take medians of")
     parser.add_argument("--host", action="store_true", help="also each method on the host")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here")
     options = parser.parse_args(words)
@@ -129,7 +129,7 @@ def main(words: list[str]) -> int:
         Steps(method, gradient)()
     steps = {repr(method): Steps(method, gradient) for method in METHODS}
     hosts = {f"host: {m!r}": OnHost(m, gradient) for m in METHODS} if options.host else {}
-    medians = measure({**torch_ops(gradient), **steps, **hosts}, options.repeat)
+    medians = measure({**torch_ops(gradient), **steps, **hosts})
     rows = []
     for name, milliseconds in medians.items():
         row = {"step": name, "ms": milliseconds, "of add + copy": milliseconds / medians[BASE]}

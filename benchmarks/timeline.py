@@ -1,7 +1,7 @@
 """What happens in a step, drawn: this rank's own work, and what Horovod does meanwhile.
 
     python benchmarks/timeline.py --out timeline              MLP, 4 hosts, 100 Mbit/s; as root
-    python benchmarks/timeline.py --hosts 2 --rate 1gbit --ways "EF21 top-k" --bucket-mb 4
+    python benchmarks/timeline.py --hosts 2 --rates 1gbit --ways "EF21 top-k" --bucket-mb 4
     python benchmarks/timeline.py --buckets 1 2 4 8 16 25 --rates 100mbit 1gbit --out buckets
 
 The first form draws one step of each way: spans of the training on rank 0 (forward, backward,
@@ -230,7 +230,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="mlp")
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rates", type=read_rate, nargs="+", default=[read_rate("100mbit")])
     parser.add_argument("--ways", nargs="+", default=WAYS)
@@ -250,7 +249,7 @@ def main(words: Sequence[str]) -> int:
     rows, drawn = [], {}
     sizes = options.buckets or [options.bucket_mb]
     cases = [
-        (Case(options.model, way, options.hosts, rate), size)
+        (Case("mlp", way, options.hosts, rate), size)
         for rate in options.rates
         for way in options.ways
         for size in sizes
@@ -263,7 +262,7 @@ def main(words: Sequence[str]) -> int:
     print(tabulate(rows, headers="keys", disable_numparse=True, tablefmt="github"))
     options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     if not options.buckets:
-        title = f"{options.model}, {options.hosts} hosts, {show_rate(options.rates[-1])}"
+        title = f"MLP, {options.hosts} hosts, {show_rate(options.rates[-1])}"
         draw(drawn, title, options.out.with_suffix(".png"))
     return 0
 

@@ -47,10 +47,6 @@ class ServerError(EFHorovodError, RuntimeError):
     """The parameter server ended the job; the message is its reason."""
 
 
-class ClusterError(EFHorovodError, RuntimeError):
-    """A virtual cluster cannot be created here; the message says what is missing."""
-
-
 def without_adapter(compression: object) -> UnsupportedError:
     """The error for a method or a compressor passed directly to stock Horovod."""
     return UnsupportedError(

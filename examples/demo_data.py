@@ -16,25 +16,24 @@ class Images(NamedTuple):
     y: np.ndarray  # int64[n]
 
 
-def load(data: Path | None, limit: int | None, rank: int, size: int) -> tuple[Images, Images]:
+def load(data: Path | None, rank: int, size: int) -> tuple[Images, Images]:
     """This rank's share of the training images, and all test images.
 
     Args:
         data: folder of the CIFAR-10 archives, None for the digits.
-        limit: take the first so many training images only.
         rank, size: every size-th training image belongs to this rank; all ranks get equally many.
     """
     if data is None:
         x, y = _digits()
         order = np.random.default_rng(0).permutation(len(y))
-        test, train = order[:600], order[600:][:limit]
+        test, train = order[:600], order[600:]
         mine = share(train, rank, size)
         return _images(x[mine], y[mine]), _images(x[test], y[test])
     train_file, test_file = data / "cifar10_train.npz", data / "cifar10_test.npz"
     for file in (train_file, test_file):
         if not file.is_file():
             raise SystemExit(f"error: --data {data} has no {file.name}; see --help for its format")
-    return _archive(train_file, limit, rank, size), _archive(test_file, None, 0, 1)
+    return _archive(train_file, rank, size), _archive(test_file, 0, 1)
 
 
 def share(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
@@ -49,12 +48,12 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return digits.images[:, None] / 16.0, digits.target  # 8 x 8 pixels of 0 to 16
 
 
-def _archive(file: Path, limit: int | None, rank: int, size: int) -> Images:
+def _archive(file: Path, rank: int, size: int) -> Images:
     from PIL import Image  # pip install pillow
 
     with np.load(file) as archive:
         jpeg, offset, label = archive["jpeg"], archive["offset"], archive["label"]
-    mine = share(np.arange(len(label))[:limit], rank, size)
+    mine = share(np.arange(len(label)), rank, size)
     pixels = [
         np.asarray(Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes())).convert("RGB"))
         for i in mine

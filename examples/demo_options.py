@@ -16,7 +16,7 @@ METHODS = (
     "topk-ef-stock",
 )  # the keys of demo_methods.ROWS
 DEFAULT_METHODS = ("dense", "fp16", "onebit", "topk", "topk-ef")
-_PASSED_ON = ("data", "limit", "methods", "seeds", "epochs", "batch", "lr", "out")
+_PASSED_ON = ("data", "methods", "seeds", "epochs", "lr", "out")
 
 DATA_HELP = """\
 a folder with cifar10_train.npz and cifar10_test.npz (default: the 1797 images of handwritten
@@ -30,14 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of all demos."""
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help=DATA_HELP)
-    add("--limit", type=_count, metavar="N", help="use N training images only")
     add(
         "--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS, metavar="METHOD",
         help=f"of {', '.join(METHODS)} ({' '.join(DEFAULT_METHODS)})",
     )  # fmt: skip
     add("--seeds", type=_count, default=3, help="runs of each method (%(default)s)")
     add("--epochs", type=_count, default=40, help="(%(default)s)")
-    add("--batch", type=_count, default=16, help="images per step and rank (%(default)s)")
     add("--lr", type=float, default=0.03, help="highest learning rate (%(default)s)")
     add("--out", type=Path, default=Path("demo-results"), metavar="DIR", help="(%(default)s)")
     add("--quick", action="store_true", help="1 seed, 2 epochs: does it run?")

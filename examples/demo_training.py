@@ -19,6 +19,7 @@ from demo_options import add_options
 from demo_report import LOG_EVERY, LogEntry, Result
 from tqdm import tqdm  # pip install tqdm
 
+BATCH = 16  # images per step and rank
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 UNTIMED_STEPS = 5  # the first ones compile kernels and compare configs
@@ -59,22 +60,22 @@ def main(framework: Framework, description: str | None) -> None:
     arguments, hvd = parse(description), framework.hvd
     use_tcp()
     hvd.init()
-    train, test = demo_data.load(arguments.data, arguments.limit, hvd.rank(), hvd.size())
+    train, test = demo_data.load(arguments.data, hvd.rank(), hvd.size())
     control = idle_rate(hvd, 0.5 if arguments.quick else 2.0)
     runs = [(key, seed) for key in arguments.methods for seed in range(arguments.seeds)]
-    steps = arguments.epochs * (len(train.y) // arguments.batch)
+    steps = arguments.epochs * (len(train.y) // BATCH)
     results = []
     with tqdm(total=steps * len(runs), disable=hvd.rank() != 0, unit="step") as bar:
         for key, seed in runs:
             bar.set_description(f"{key}, seed {seed}")
             training = framework.start(ROWS[key], seed, train, test)
-            batches = shuffled_batches(len(train.y), arguments, seed, hvd.rank())
+            batches = shuffled_batches(len(train.y), arguments.epochs, seed, hvd.rank())
             results.append(run(hvd, key, seed, training, batches, arguments.lr, control, bar))
     if hvd.rank() == 0:
         measured_with = (
             f"{framework.name}, {hvd.size()} ranks, {training.parameters:,} parameters, "
             f"{len(train.y)} training images for each rank, {len(test.y)} test images, {steps} "
-            f"steps of {arguments.batch} images a rank, SGD with momentum {MOMENTUM} and step "
+            f"steps of {BATCH} images a rank, SGD with momentum {MOMENTUM} and step "
             f"sizes up to {arguments.lr}, median of {arguments.seeds} "
             f"seed{'s' * (arguments.seeds > 1)}"
         )
@@ -154,14 +155,12 @@ class Trace:
         return [LogEntry(step, losses[step], sent.everything) for step, sent in self._sent]
 
 
-def shuffled_batches(
-    n: int, arguments: argparse.Namespace, seed: int, rank: int
-) -> list[np.ndarray]:
+def shuffled_batches(n: int, epochs: int, seed: int, rank: int) -> list[np.ndarray]:
     """Indices of every step's images, the same for all methods and frameworks."""
     generator = np.random.default_rng((seed, rank))
-    order = [generator.permutation(n) for _ in range(arguments.epochs)]
-    full = n // arguments.batch * arguments.batch
-    return [part for epoch in order for part in epoch[:full].reshape(-1, arguments.batch)]
+    order = [generator.permutation(n) for _ in range(epochs)]
+    full = n // BATCH * BATCH
+    return [part for epoch in order for part in epoch[:full].reshape(-1, BATCH)]
 
 
 def one_cycle(steps: int, highest: float) -> list[float]:

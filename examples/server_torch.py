@@ -21,6 +21,8 @@ import ef_horovod as base
 import ef_horovod.torch as ef
 from ef_horovod.methods.parsing import read_method
 
+HIGHEST_STEP_SIZE = 0.03
+
 
 class ServerTraining(TorchTraining):
     """A network whose gradients the servers average."""
@@ -59,23 +61,18 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     parser.add_argument("--epochs", type=int, default=40, help="(%(default)s)")
-    parser.add_argument(
-        "--batch", type=int, default=16, help="images a step on a worker (%(default)s)"
-    )
-    parser.add_argument("--lr", type=float, default=0.03, help="highest step size (%(default)s)")
     return parser.parse_args()
 
 
 def main() -> None:
     torch.set_num_threads(1)  # the ranks share the cores
     arguments = parse()
-    train, test = demo_data.load(None, None, 0, 1)
+    train, test = demo_data.load(None, 0, 1)
     training = ServerTraining(arguments.method, arguments.seed, train, test)
     mine = demo_data.share(np.arange(len(train.y)), training.rank, training.size)
-    batches = shuffled_batches(len(mine), arguments, arguments.seed, training.rank)
-    for step, (batch, size) in enumerate(
-        zip(batches, one_cycle(len(batches), arguments.lr), strict=True), 1
-    ):
+    batches = shuffled_batches(len(mine), arguments.epochs, arguments.seed, training.rank)
+    sizes = one_cycle(len(batches), HIGHEST_STEP_SIZE)
+    for step, (batch, size) in enumerate(zip(batches, sizes, strict=True), 1):
         training.set_step_size(size)
         loss = training.step(mine[batch])
         if training.rank == 0 and (step % 100 == 0 or step == len(batches)):

@@ -32,9 +32,10 @@ def venv_python() -> Path:
 
 
 def load(name: str):
-    """A module of the package that needs the standard library only, before anything is installed.
+    """A module of ef_horovod or of this folder, before anything is installed.
 
-    The package's own `__init__` imports NumPy, so an empty package stands in for it meanwhile.
+    It and what it imports may need the standard library only. `ef_horovod/__init__.py` imports
+    NumPy, so an empty package stands in for it meanwhile.
     """
     if "ef_horovod" in sys.modules:
         return importlib.import_module(name)

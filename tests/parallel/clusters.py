@@ -12,7 +12,7 @@ from typing import Any
 
 from processes import ENVIRONMENT, run_job
 
-CLUSTER = [sys.executable, "-m", "ef_horovod.cluster"]
+CLUSTER = [sys.executable, str(Path(__file__).parents[2] / "launch" / "virtual_cluster")]
 
 
 def run_in_cluster(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ pytestmark = [pytest.mark.alone, pytest.mark.parallel, pytest.mark.root]
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 PATHS = {"PYTHONPATH": str(ROOT)}
+CLUSTER_PATHS = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch")])}
 
 
 def run_benchmark(name: str, *words: str, timeout: float = 180) -> str:
@@ -26,10 +28,10 @@ def run_benchmark(name: str, *words: str, timeout: float = 180) -> str:
 
 def test_a_link_changes_its_rate_both_ways(tmp_path: Path) -> None:
     ask = f"{sys.executable} {PROGRAMS / 'tcp_rates.py'} node1:node2,node2:node1"
-    change = "from ef_horovod.cluster.network import change_rate; change_rate(20_000_000)"
+    change = "from virtual_cluster.network import change_rate; change_rate(20_000_000)"
     script = f'{ask} && {sys.executable} -c "{change}" && {ask}'
     options = ["--hosts", "2", "--rate", "100mbit"]
-    printed, _ = run_in_cluster(options, ["sh", "-c", script], tmp_path, **PATHS)
+    printed, _ = run_in_cluster(options, ["sh", "-c", script], tmp_path, **CLUSTER_PATHS)
     before, after = (json.loads(line) for line in printed.splitlines()[:2])
     for pair in ("node1:node2", "node2:node1"):
         for found, limit in ((before, 100e6), (after, 20e6)):
@@ -38,9 +40,9 @@ def test_a_link_changes_its_rate_both_ways(tmp_path: Path) -> None:
 
 
 def test_outside_of_a_cluster_no_link_is_changed(tmp_path: Path) -> None:
-    change = "from ef_horovod.cluster.network import change_rate; change_rate(20_000_000)"
+    change = "from virtual_cluster.network import change_rate; change_rate(20_000_000)"
     with pytest.raises(JobFailed, match="is no host of a cluster; start this in launch/cluster"):
-        run_job([sys.executable, "-c", change], environment=PATHS)
+        run_job([sys.executable, "-c", change], environment=CLUSTER_PATHS)
 
 
 def test_a_quick_run_measures_and_goes_on_where_it_was(tmp_path: Path) -> None:

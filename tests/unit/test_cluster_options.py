@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import subprocess
@@ -11,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ef_horovod.cluster import __main__ as cluster
-from ef_horovod.cluster import folder, inside, login, network
 from ef_horovod.common.units import read_rate
-from ef_horovod.errors import ClusterError
+from virtual_cluster import ClusterError, folder, inside, login, network
+from virtual_cluster import command as cluster
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +42,13 @@ def test_buckets_and_queues_are_short(rate, milliseconds, queue_milliseconds):
     assert burst >= 15_140
     assert 8000 * burst / rate == pytest.approx(milliseconds, rel=0.07)
     assert 8000 * queue / rate == pytest.approx(queue_milliseconds, rel=0.07)
+
+
+@pytest.mark.parametrize("module", [login, network])
+def test_examples_in_docstrings(module):
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def test_headers_are_taken_off():
@@ -74,7 +81,7 @@ def test_without_root(capsys, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert cluster.main(["--hosts", "2", "--", "true"]) == 1
     assert capsys.readouterr().err == (
-        "python -m ef_horovod.cluster: error: network namespaces need root, this is user 1000: "
+        "launch/cluster: error: network namespaces need root, this is user 1000: "
         "take sudo, or a container\n"
     )
 
@@ -188,8 +195,8 @@ def test_the_script_becomes_it_in_the_environment(monkeypatch):
     script.main()
     ((program, words, environment),) = became
     assert program == Path(sys.executable)
-    assert words[3:] == ["--hosts", "2", "--", "train"]
-    words = [*words[:3], "--help"]
+    assert words[2:] == ["--hosts", "2", "--", "train"]
+    words = [*words[:2], "--help"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: launch/cluster --hosts N ")
     assert os.access(ROOT / "launch" / "cluster", os.X_OK)

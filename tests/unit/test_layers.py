@@ -33,7 +33,6 @@ ROOMS = (
     "tensorflow",
     "testing",
     "cli",
-    "cluster",
 )
 # Training does not need what papers say in numbers, nor torch what TensorFlow needs.
 APART = {"theory": set(ROOMS), "torch": {"tensorflow"}}

@@ -32,8 +32,10 @@ def project_files(root: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str], str]:
-    """Files of a copy of this project, names in its source distribution, and its metadata."""
+def source_distribution(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[set[str], set[str], dict[str, str]]:
+    """Files of a copy of this project; names in its source distribution; texts that describe it."""
     copy = tmp_path_factory.mktemp("copy") / "project"
     copy.mkdir()
     for name in FOLDERS:
@@ -49,10 +51,13 @@ def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[s
     assert done.returncode == 0, done.stderr
     with tarfile.open(copy / "dist" / done.stdout.splitlines()[-1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-        (info,) = [name for name in archive.getnames() if re.fullmatch(r"[^/]+/PKG-INFO", name)]
-        file = archive.extractfile(info)
-        assert file is not None
-        return expected, names, file.read().decode()
+        (top,) = {name.partition("/")[0] for name in archive.getnames()}
+        texts = {}
+        for name in ("PKG-INFO", "ef_horovod.egg-info/top_level.txt"):
+            file = archive.extractfile(f"{top}/{name}")
+            assert file is not None
+            texts[Path(name).name] = file.read().decode()
+        return expected, names, texts
 
 
 def test_a_source_distribution_has_all_files_of_the_project(source_distribution):
@@ -63,8 +68,14 @@ def test_a_source_distribution_has_all_files_of_the_project(source_distribution)
     assert not [name for name in names if "__pycache__" in name]
 
 
+def test_the_package_alone_is_installed(source_distribution):
+    expected, _, texts = source_distribution
+    assert "launch/virtual_cluster/network.py" in expected
+    assert texts["top_level.txt"].split() == ["ef_horovod"]
+
+
 def test_an_index_page_shows_a_text_without_relative_links(source_distribution):
-    *_, metadata = source_distribution
+    metadata = source_distribution[2]["PKG-INFO"]
     text = (ROOT / "DESCRIPTION.md").read_text()
     assert text.strip() in metadata
     assert re.findall(r"\]\((?!https?://)", text) == []

@@ -5,3 +5,7 @@
 A host is a set of Linux namespaces with an interface `eth0`. Token buckets limit its traffic in and
 out. `docs/cluster.md` explains how it works. It needs root.
 """
+
+
+class ClusterError(RuntimeError):
+    """A virtual cluster cannot be created here; the message says what is missing."""

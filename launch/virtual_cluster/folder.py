@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ef_horovod.cluster import login
-from ef_horovod.cluster.network import Host
-from ef_horovod.errors import ClusterError
+from virtual_cluster import ClusterError, login
+from virtual_cluster.network import Host
 
 _PREFIX = "ef-cluster-"
 _LOCK = "lock"

@@ -8,7 +8,8 @@ import os
 import signal
 from collections.abc import Iterator
 
-from ef_horovod.cluster.login import call, join
+from virtual_cluster import ClusterError
+from virtual_cluster.login import call, join
 
 MOUNTS, NAMES, IPC, PIDS, NETWORK = 0x00020000, 0x04000000, 0x08000000, 0x20000000, 0x40000000
 _PRIVATE, _RECURSIVE, _BIND = 1 << 18, 1 << 14, 1 << 12
@@ -24,9 +25,9 @@ def unshare(kinds: int) -> None:
     call("unshare", kinds)
 
 
-def refused(error: OSError) -> str:
-    """The error message if root may not make namespaces on this machine."""
-    return (
+def refused(error: OSError) -> ClusterError:
+    """The error if root may not make namespaces on this machine."""
+    return ClusterError(
         f"this machine does not let root make namespaces ({error}): in a container, start it with "
         "--privileged"
     )

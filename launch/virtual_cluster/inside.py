@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ef_horovod.cluster import namespaces
-from ef_horovod.cluster.login import PIDS, join
-from ef_horovod.cluster.network import Host, connect, counters
-from ef_horovod.cluster.signals import Signals, exit_status, was_sent
 from ef_horovod.common.openmpi import set_prefix
-from ef_horovod.errors import ClusterError
+from virtual_cluster import ClusterError, namespaces
+from virtual_cluster.login import PIDS, join
+from virtual_cluster.network import Host, connect, counters
+from virtual_cluster.signals import Signals, exit_status, was_sent
 
 _SECONDS_TO_END = 30.0  # for a command that got a signal; servers save their state then
 _SECONDS_TO_LEAVE = 3.0  # for processes that outlive the command: mpirun's daemons clean up
@@ -56,7 +55,7 @@ def _run(plan: Plan, folder: Path, signals: Signals) -> dict[str, Any]:
         namespaces.keep_mounts_private()
         namespaces.mount("proc", "/proc", "proc")
     except OSError as error:
-        raise ClusterError(namespaces.refused(error)) from error
+        raise namespaces.refused(error) from error
     environment = login_environment(os.environ, folder)
     _hide_horovod_cache(folder)
     pids = [_start_host(host, folder, environment) for host in plan.hosts]

@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ef_horovod.cluster import inside, namespaces
-from ef_horovod.cluster.folder import remove_leftovers, run_folder
-from ef_horovod.cluster.network import MOST_HOSTS, Host, read_delay
-from ef_horovod.cluster.signals import Signals, exit_status, was_sent
 from ef_horovod.common.units import read_rate, show_rate
-from ef_horovod.errors import ClusterError
+from virtual_cluster import ClusterError, inside, namespaces
+from virtual_cluster.folder import remove_leftovers, run_folder
+from virtual_cluster.network import MOST_HOSTS, Host, read_delay
+from virtual_cluster.signals import Signals, exit_status, was_sent
 
 _EPILOG = """
 COMMAND runs on node1, in this folder; the hosts are node1, node2, ... with all files of this
@@ -31,9 +30,9 @@ In the end it shows what went through each host's interface. docs/cluster.md has
 """
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command in a cluster; returns its exit status, or 1 with an error message."""
-    parser = make_parser(prog)
+    parser = make_parser()
     try:
         arguments, plan = _read(parser, sys.argv[1:] if argv is None else argv)
         if plan is None:
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return int(report["status"])
 
 
-def check(words: Sequence[str], prog: str | None = None, more: str = "") -> int | None:
+def check(words: Sequence[str], more: str = "") -> int | None:
     """Check whether a cluster is possible; returns None, or the status to end with.
 
     `launch/cluster` runs it with any Python, so that help, wrong options, a missing tool and
@@ -56,10 +55,9 @@ def check(words: Sequence[str], prog: str | None = None, more: str = "") -> int 
 
     Args:
         words: of the command line.
-        prog: name of the command.
         more: text appended to the help.
     """
-    parser = make_parser(prog, more)
+    parser = make_parser(more)
     try:
         _, plan = _read(parser, words)
         return _clean() if plan is None else None
@@ -81,9 +79,9 @@ def _read(
     return arguments, plan
 
 
-def make_parser(prog: str | None = None, more: str = "") -> argparse.ArgumentParser:
+def make_parser(more: str = "") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog or "python -m ef_horovod.cluster",
+        prog="launch/cluster",
         usage="%(prog)s --hosts N [--rate RATE] [--delay TIME] [--json FILE] -- COMMAND\n"
         "       %(prog)s --clean",
         description="Run a command in a cluster of virtual hosts on this machine. Needs root.",
@@ -166,7 +164,7 @@ def _run(plan: inside.Plan) -> dict[str, Any]:
         try:
             namespaces.unshare(namespaces.PIDS)
         except OSError as error:
-            raise ClusterError(namespaces.refused(error)) from error
+            raise namespaces.refused(error) from error
         child = os.fork()
         if child == 0:
             inside.main(plan, folder, signals, sink)
@@ -250,7 +248,3 @@ def _argument(read: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return convert
-
-
-if __name__ == "__main__":
-    sys.exit(main())

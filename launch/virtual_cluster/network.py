@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ef_horovod.cluster.namespaces import network_of
-from ef_horovod.errors import ClusterError
+from virtual_cluster import ClusterError
+from virtual_cluster.namespaces import network_of
 
 MOST_HOSTS = 250
 INTERFACE = "eth0"
