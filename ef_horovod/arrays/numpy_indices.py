@@ -66,8 +66,9 @@ def decode_indices(x: np.ndarray, code: np.ndarray, k: int) -> np.ndarray:
     indices = np.empty(k, np.int64)
     if k:
         bits = low_bits(k, d)
-        low, high = np.split(code, [bits_nbytes(k, bits)])
-        good = kernels.decode(_words(low, "<u4"), _words(high, "<u8"), bits, d, indices)
+        split = bits_nbytes(k, bits)
+        low, high = _words(code[:split], "<u4"), _words(code[split:], "<u8")
+        good = kernels.decode(low, high, bits, d, indices)
         require_good(good, code, k, d)
     return indices
 
