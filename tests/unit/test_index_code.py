@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.torch as device
+from ef_horovod.arrays import torch_device, torch_indices
 from ef_horovod.arrays.numpy_indices import indices_nbytes, low_bits
 
 TRIANGULAR = np.arange(180) * np.arange(1, 181) // 2
@@ -271,3 +272,30 @@ def test_indices_found_on_a_device_stay_there():
         assert device.take.on_device(x, back).tolist() == [5, 24]
         device.scatter_put.on_device(x, back, np.float32([-5, 4]))
         assert x.tolist() == [1, -5, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [ef.TopK(0.01), ef.HardThreshold(2.0), ef.Then(ef.TopK(0.01), ef.Natural())],
+    ids=repr,
+)
+def test_no_indices_cross_between_host_and_device(compressor, monkeypatch):
+    """With the ops of a device: payload, rest and sum are those of NumPy."""
+    crossed = []
+
+    def noting(copy):
+        return lambda x, *args: crossed.append(str(x.dtype)) or copy(x, *args)
+
+    for module in (device, torch_indices, torch_device):
+        for name in ("to_host", "from_host"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, noting(getattr(torch_device, name)))
+    for name, op in list(vars(device).items()):
+        monkeypatch.setattr(device, name, getattr(op, "on_device", op))
+    x = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
+    expected, rest = compressor.compress_with_residual(x.copy())
+    payload, own_rest = compressor.compress_with_residual(torch.from_numpy(x.copy()))
+    assert bytes(payload) == bytes(expected)
+    assert own_rest.numpy().tobytes() == rest.tobytes()
+    assert payload.decompress().numpy().tobytes() == expected.decompress().tobytes()
+    assert set(crossed) == {"torch.float32", "float32", "torch.uint8", "uint8"}
