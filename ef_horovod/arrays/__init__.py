@@ -3,7 +3,7 @@
 `namespace(x)` returns the module of array functions for x's framework: `arrays/numpy.py`,
 `arrays/torch.py` or `arrays/tensorflow.py`. Compressors and methods use these functions only, so
 nothing else below the adapters depends on a framework. Kernels work on flat, contiguous float32
-arrays. Payload data (indices, kept values, packed bits) is in NumPy arrays on the host.
+arrays. Payload data (coded indices, kept values, packed bits) is in NumPy arrays on the host.
 """
 
 from __future__ import annotations

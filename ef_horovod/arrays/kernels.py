@@ -16,8 +16,8 @@ _BLOCK = 4096  # entries per float32 partial sum, which is then added in float64
 _GATHER = np.uint64(0x0102040810204080)
 _MAGNITUDES, _EXPONENT_ONES = np.uint64(0x7FFFFFFF7FFFFFFF), np.uint64(0x0080000000800000)
 # Times a word with one set bit: the upper six bits identify which of the 64 bits is set.
-_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
-_PLACE = np.argsort([(int(_DE_BRUIJN) << place) % 2**64 >> 58 for place in range(64)])
+DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+PLACE = np.argsort([(int(DE_BRUIJN) << place) % 2**64 >> 58 for place in range(64)])
 
 
 @njit(cache=True, nogil=True)
@@ -130,7 +130,7 @@ def collect_at_least(x, threshold, indices, values):  # type: ignore[no-untyped-
             word = words[i]
             while word:
                 lowest = word & (~word + np.uint64(1))
-                place = 64 * i + _PLACE[(lowest * _DE_BRUIJN) >> np.uint64(58)]
+                place = 64 * i + PLACE[(lowest * DE_BRUIJN) >> np.uint64(58)]
                 if count < indices.size:
                     indices[count] = start + place
                     values[count] = part[place]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ef_horovod.arrays.numpy_indices import *  # noqa: F403 - the code of index sets
 from ef_horovod.arrays.numpy_matrices import *  # noqa: F403 - low rank
 from ef_horovod.arrays.numpy_quantize import *  # noqa: F403 - the quantizers' part
 
@@ -175,8 +176,8 @@ def top_k(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     the k largest are selected among these. Where that fails, a histogram of exponents decides.
 
     Returns:
-        (int64[k] ascending indices, float32[k] values). If x holds a NaN or an infinity, so do the
-        values, provided k > 0.
+        (int64[k] ascending indices, where x is, and float32[k] values on the host). If x holds a
+        NaN or an infinity, so do the values, provided k > 0.
     """
     k = min(k, x.size)
     if k == 0:
@@ -245,7 +246,7 @@ def _exactly(x: np.ndarray, k: int, counts: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def at_least(x: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending indices of |x_i| >= threshold or NaN, int64, and their values, on the host."""
+    """Ascending indices of |x_i| >= threshold or NaN, int64; their values on the host."""
     most = min(x.size, 1024 + x.size // 64)
     count, *found = _reaching(x, threshold, most)
     if count > most:  # too many for the usual room: run again with room for all

@@ -190,6 +190,16 @@ def at_least(x: tf.Variable, threshold: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @_kernel
+def encode_indices(x: tf.Variable, indices: np.ndarray) -> np.ndarray:
+    return host.encode_indices(x, indices)
+
+
+@_kernel
+def decode_indices(x: tf.Variable, code: np.ndarray, k: int) -> np.ndarray:
+    return host.decode_indices(x, code, k)
+
+
+@_kernel
 def take(x: tf.Variable, indices: np.ndarray) -> np.ndarray:
     return to_host(tf.gather(x, indices))
 

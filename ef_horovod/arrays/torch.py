@@ -1,7 +1,8 @@
 """Array functions for torch tensors.
 
 CPU tensors use the kernels of `arrays/numpy.py` on views that share memory, so bits are equal.
-Tensors on other devices use torch's own ops there; only payloads are copied to the host.
+Tensors on other devices use torch's own ops there; only payloads are copied to the host. Indices of
+entries found there stay there, as int64 tensors.
 Each device op can be tested without a device: `top_k.on_device(cpu_tensor, k)`.
 """
 
@@ -15,9 +16,11 @@ import torch
 import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays.numpy import Like
 from ef_horovod.arrays.torch_device import add_product as _add_product
+from ef_horovod.arrays.torch_device import beside as _beside
 from ef_horovod.arrays.torch_device import from_host as from_host
 from ef_horovod.arrays.torch_device import kernel as _kernel
 from ef_horovod.arrays.torch_device import to_host as to_host
+from ef_horovod.arrays.torch_indices import *  # noqa: F403 - the code of index sets
 from ef_horovod.arrays.torch_matrices import *  # noqa: F403 - low rank
 from ef_horovod.arrays.torch_quantize import *  # noqa: F403 - the quantizers' part
 
@@ -144,10 +147,10 @@ def squared_norm(x: torch.Tensor) -> float:
 
 
 @_kernel
-def top_k(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, np.ndarray]:
     k = min(k, x.numel())
     if k == 0:
-        return np.empty(0, np.int64), np.empty(0, np.float32)
+        return x[:0].long(), np.empty(0, np.float32)
     # As integers, magnitudes sort like floats with infinity and NaN at the top, as on the host.
     order = x.view(torch.int32) & 0x7FFFFFFF
     threshold = torch.topk(order, k, sorted=False).values.min()
@@ -160,7 +163,7 @@ def top_k(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = torch.ones_like(indices, dtype=torch.bool)
         chosen[torch.nonzero(order[indices] == threshold).view(-1)[-spare:]] = False
         indices = indices[chosen]
-    return to_host(indices), to_host(x[indices])
+    return indices, to_host(x[indices])
 
 
 def _without_last_ties(order: torch.Tensor, threshold: torch.Tensor, k: int) -> torch.Tensor:
@@ -177,29 +180,31 @@ def _without_last_ties(order: torch.Tensor, threshold: torch.Tensor, k: int) -> 
 
 
 @_kernel
-def at_least(x: torch.Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def at_least(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, np.ndarray]:
     indices = torch.nonzero(~(x.abs() < threshold)).view(-1)
-    return to_host(indices), to_host(x[indices])
+    return indices, to_host(x[indices])
 
 
 @_kernel
-def take(x: torch.Tensor, indices: np.ndarray) -> np.ndarray:
-    return to_host(x[from_host(indices, x.device)])
+def take(x: torch.Tensor, indices: np.ndarray | torch.Tensor) -> np.ndarray:
+    return to_host(x[_beside(x, indices)])
 
 
 @_kernel
-def scatter_add(x: torch.Tensor, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
+def scatter_add(
+    x: torch.Tensor, indices: np.ndarray | torch.Tensor, values: np.ndarray, weight: float
+) -> None:
     # The indices are distinct. `index_add_` is avoided: a GPU's atomic additions treat numbers
     # below 1e-38 as zero.
-    places = from_host(indices, x.device)
+    places = _beside(x, indices)
     own = x[places]
     _add_product(own, from_host(values, x.device).to(x.dtype), weight)
     x[places] = own
 
 
 @_kernel
-def scatter_put(x: torch.Tensor, indices: np.ndarray, values: np.ndarray) -> None:
-    x[from_host(indices, x.device)] = from_host(values, x.device)
+def scatter_put(x: torch.Tensor, indices: np.ndarray | torch.Tensor, values: np.ndarray) -> None:
+    x[_beside(x, indices)] = from_host(values, x.device)
 
 
 @_kernel

@@ -1,4 +1,4 @@
-"""Helpers of torch device ops: choice of a kernel, copies to and from the host."""
+"""Helpers of torch device ops: choice of a kernel, copies to and from the host, packed codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import ef_horovod.arrays.numpy as host
+from ef_horovod.arrays.grid import bits_nbytes
 
 _WORK = 1 << 22  # entries handled at once where a product needs memory
 
@@ -54,6 +55,11 @@ def from_host(values: np.ndarray, device: Any = None) -> torch.Tensor:
     return torch.from_numpy(values).to(device)
 
 
+def beside(x: torch.Tensor, indices: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Indices of x, of the host or of x's device, on x's device."""
+    return indices if isinstance(indices, torch.Tensor) else from_host(indices, x.device)
+
+
 def add_product(x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
     """x += weight * y, rounded twice as on the host; a GPU's `add_` with a factor rounds once."""
     exact = abs(math.frexp(weight)[0]) == 0.5  # a power of two: the product is not rounded
@@ -62,3 +68,30 @@ def add_product(x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
         return
     for part, other in zip(x.split(_WORK), y.split(_WORK), strict=True):
         part.add_(other * weight)
+
+
+def pack_codes(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """Codes packed without gaps, lowest bit first: eight codes take `width` bytes."""
+    groups = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8)
+    columns = []
+    for j in range(width):
+        byte = torch.zeros_like(groups[:, 0])
+        for k in range(8 * j // width, (8 * j + 7) // width + 1):
+            shift = k * width - 8 * j
+            byte |= groups[:, k] << shift if shift >= 0 else groups[:, k] >> -shift
+        columns.append((byte & 255).to(torch.uint8))
+    return torch.stack(columns, 1).view(-1)[: bits_nbytes(codes.numel(), width)]
+
+
+def unpack_codes(packed: torch.Tensor, width: int, n: int) -> torch.Tensor:
+    """int64[n]: the reverse of `pack_codes`."""
+    filled = torch.nn.functional.pad(packed, (0, -packed.numel() % width))
+    groups = filled.view(-1, width).long()
+    columns = []
+    for k in range(8):
+        code = torch.zeros_like(groups[:, 0])
+        for j in range(k * width // 8, (k * width + width - 1) // 8 + 1):
+            shift = 8 * j - k * width
+            code |= groups[:, j] << shift if shift >= 0 else groups[:, j] >> -shift
+        columns.append(code & ((1 << width) - 1))
+    return torch.stack(columns, 1).view(-1)[:n]

@@ -13,7 +13,7 @@ import torch
 
 from ef_horovod.arrays.grid import Grid, bits_nbytes, blocks
 from ef_horovod.arrays.numpy_quantize import __all__ as __all__
-from ef_horovod.arrays.torch_device import from_host, kernel, to_host
+from ef_horovod.arrays.torch_device import from_host, kernel, pack_codes, to_host, unpack_codes
 
 _WORK = 1 << 22  # entries handled at once where a device op needs temporaries
 
@@ -55,7 +55,9 @@ def quantize(
         place = torch.minimum(part.abs() / safe[b], most[b])
         levels = _round(place, _random(seed, start, part.numel(), x.device), grid)
         codes = levels | ((part < 0).long() << (grid.width - 1))
-        packed.append(to_host(_pack_ternary(codes) if _ternary(grid) else _pack(codes, grid.width)))
+        packed.append(
+            to_host(_pack_ternary(codes) if _ternary(grid) else pack_codes(codes, grid.width))
+        )
         if subtract:
             part.sub_(_values(codes, stretch[b], grid) * subtract)
     return np.concatenate([*packed, np.empty(0, np.uint8)])
@@ -72,7 +74,7 @@ def add_quantized(
         if _ternary(grid):
             numbers = _unpack_ternary(own, part.numel())
         else:
-            numbers = _unpack(own, grid.width, part.numel())
+            numbers = unpack_codes(own, grid.width, part.numel())
         part.add_(_values(numbers, stretch[b], grid) * weight)
 
 
@@ -88,7 +90,7 @@ def shorten(
         if seed is not None:
             magnitudes += _random(seed, start, part.numel(), x.device) >> width
         codes = (magnitudes >> drop).clamp(max=most) | ((bits < 0).long() << (width - 1))
-        packed.append(to_host(_pack(codes, width)))
+        packed.append(to_host(pack_codes(codes, width)))
         if subtract:
             part.sub_(_lengthen(codes, width, shift) * subtract)
     return np.concatenate([*packed, np.empty(0, np.uint8)])
@@ -101,7 +103,7 @@ def add_shortened(
     for start, part in _parts(x):
         stop = start + part.numel()
         own = from_host(codes[bits_nbytes(start, width) : bits_nbytes(stop, width)], x.device)
-        part.add_(_lengthen(_unpack(own, width, part.numel()), width, shift) * weight)
+        part.add_(_lengthen(unpack_codes(own, width, part.numel()), width, shift) * weight)
 
 
 @kernel
@@ -112,7 +114,7 @@ def add_sides(
     packed = from_host(bits, x.device)
     for start, part in _parts(x):
         b = torch.arange(start, start + part.numel(), device=x.device) // block
-        signs = _unpack(packed[start // 8 : (start + part.numel() + 7) // 8], 1, part.numel())
+        signs = unpack_codes(packed[start // 8 : (start + part.numel() + 7) // 8], 1, part.numel())
         part.add_(torch.where(signs.bool(), above[b], below[b]) * weight)
 
 
@@ -205,33 +207,6 @@ def _lengthen(codes: torch.Tensor, width: int, shift: int) -> torch.Tensor:
     bits = codes << (32 - width)
     bits = bits - ((bits >> 31) << 32)  # into the range of int32
     return bits.to(torch.int32).view(torch.float32) * 2.0**-shift
-
-
-def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """Codes packed without gaps, lowest bit first: eight codes take `width` bytes."""
-    groups = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8)
-    columns = []
-    for j in range(width):
-        byte = torch.zeros_like(groups[:, 0])
-        for k in range(8 * j // width, (8 * j + 7) // width + 1):
-            shift = k * width - 8 * j
-            byte |= groups[:, k] << shift if shift >= 0 else groups[:, k] >> -shift
-        columns.append((byte & 255).to(torch.uint8))
-    return torch.stack(columns, 1).view(-1)[: bits_nbytes(codes.numel(), width)]
-
-
-def _unpack(packed: torch.Tensor, width: int, n: int) -> torch.Tensor:
-    """int64[n]: the reverse of `_pack`."""
-    filled = torch.nn.functional.pad(packed, (0, -packed.numel() % width))
-    groups = filled.view(-1, width).long()
-    columns = []
-    for k in range(8):
-        code = torch.zeros_like(groups[:, 0])
-        for j in range(k * width // 8, (k * width + width - 1) // 8 + 1):
-            shift = 8 * j - k * width
-            code |= groups[:, j] << shift if shift >= 0 else groups[:, j] >> -shift
-        columns.append(code & ((1 << width) - 1))
-    return torch.stack(columns, 1).view(-1)[:n]
 
 
 def _pack_ternary(codes: torch.Tensor) -> torch.Tensor:

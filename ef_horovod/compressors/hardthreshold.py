@@ -12,6 +12,7 @@ from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.sparse import (
     Chosen,
+    Coded,
     Entries,
     Sparsifier,
     coded,
@@ -80,8 +81,8 @@ class HardThreshold(Sparsifier):
     def choose(self, x: Array, key: Key) -> Chosen:
         indices, values = namespace(x).at_least(x, self.threshold)
         require_finite(values, self)  # NaN and infinity are never below
-        return Chosen(coded(indices, x.shape[0]), Entries(indices), values)
+        return Chosen(coded(x, indices), Entries(indices), values)
 
     @classmethod
-    def read(cls, fields: Fields, d: int) -> Entries:
+    def read(cls, fields: Fields, d: int) -> Coded:
         return read_coded(fields, d, cls.__name__)

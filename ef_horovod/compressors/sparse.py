@@ -10,11 +10,11 @@ import numpy as np
 
 from ef_horovod.arrays import Array, means, namespace
 from ef_horovod.arrays.keys import Key
+from ef_horovod.arrays.numpy_indices import indices_nbytes
 from ef_horovod.common.options import keep_choice, keep_flag
 from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
 from ef_horovod.wire import Fields
-from ef_horovod.wire.index_code import decode_indices, encode_indices, indices_nbytes
 
 Scale = Literal["contractive", "unbiased"]
 HEAD_NBYTES = 16  # of places that follow from a seed; the values after it are aligned
@@ -32,23 +32,43 @@ class Places(Protocol):
         """x = values there."""
 
     def add(self, x: Array, values: np.ndarray, weight: float) -> None:
-        """x += weight * values there."""
+        """x += weight * values there.
+
+        Raises:
+            PayloadError: a received code of the places is damaged; x is not changed then.
+        """
 
 
 class Entries(NamedTuple):
     """Single entries, by their indices."""
 
-    indices: np.ndarray  # int64[k]
+    indices: Array  # int64[k], where x is or on the host
 
     @property
     def size(self) -> int:
-        return self.indices.size
+        return int(self.indices.shape[0])
 
     def put(self, x: Array, values: np.ndarray) -> None:
         namespace(x).scatter_put(x, self.indices, values)
 
     def add(self, x: Array, values: np.ndarray, weight: float) -> None:
         namespace(x).scatter_add(x, self.indices, values, weight)
+
+
+class Coded(NamedTuple):
+    """Single entries, by the code of their ascending indices, which is decoded where x is."""
+
+    code: np.ndarray  # uint8[indices_nbytes(k, d)]
+    size: int
+
+    def entries(self, x: Array) -> Entries:
+        return Entries(namespace(x).decode_indices(x, self.code, self.size))
+
+    def put(self, x: Array, values: np.ndarray) -> None:
+        self.entries(x).put(x, values)
+
+    def add(self, x: Array, values: np.ndarray, weight: float) -> None:
+        self.entries(x).add(x, values, weight)
 
 
 class Chosen(NamedTuple):
@@ -67,7 +87,7 @@ class Sparsifier(Compressor):
     values by another compressor instead.
     """
 
-    ascending: ClassVar[bool] = False  # whether places are `Entries` with ascending indices
+    ascending: ClassVar[bool] = False  # whether received places are `Coded`
 
     def gain(self, d: int) -> float:
         """Factor of the entries that are sent: 1 if they are unchanged."""
@@ -96,7 +116,7 @@ class Sparsifier(Compressor):
         Call `fields.require_values(k)` before allocating k places, because k is not trusted.
 
         Raises:
-            PayloadError: there are no valid places.
+            PayloadError: there are no valid places. Those that are `Coded` raise it when used.
         """
         raise NotImplementedError
 
@@ -140,7 +160,8 @@ class Sparsifier(Compressor):
         if not cls.ascending:
             return False
         places, values = zip(*(cls._read_all(body, out.size) for body in bodies), strict=True)
-        means.mean_of_entries([each.indices for each in places], values, workers, plus, out)
+        indices = [each.entries(out).indices for each in places]
+        means.mean_of_entries(indices, values, workers, plus, out)
         return True
 
     @classmethod
@@ -206,16 +227,17 @@ def coded_nbytes(k: int, d: int) -> int:
     return _COUNT.size + indices_nbytes(k, d)
 
 
-def coded(indices: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint32 k and the code of int64[k] ascending indices below d."""
-    return np.frombuffer(_COUNT.pack(indices.size), np.uint8), encode_indices(indices, d)
+def coded(x: Array, indices: Array) -> tuple[np.ndarray, np.ndarray]:
+    """uint32 k and the code of int64[k] ascending indices of x."""
+    count = np.frombuffer(_COUNT.pack(indices.shape[0]), np.uint8)
+    return count, namespace(x).encode_indices(x, indices)
 
 
-def read_coded(fields: Fields, d: int, what: str) -> Entries:
+def read_coded(fields: Fields, d: int, what: str) -> Coded:
     """Read the output of `coded`; `what` is the compressor's name.
 
     Raises:
-        PayloadError: it is malformed.
+        PayloadError: its length cannot be one for d.
     """
     (k,) = fields.unpack(_COUNT)
     if k > d:
@@ -224,4 +246,4 @@ def read_coded(fields: Fields, d: int, what: str) -> Entries:
         )
     code = fields.array("u1", indices_nbytes(k, d))
     fields.require_values(k)
-    return Entries(decode_indices(code, k, d))
+    return Coded(code, k)

@@ -13,6 +13,7 @@ from ef_horovod.compressors.density import keep_ratio, kept
 from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.sparse import (
     Chosen,
+    Coded,
     Entries,
     Sparsifier,
     coded,
@@ -36,7 +37,7 @@ class TopK(Sparsifier):
 
     Wire format:
         uint32 k, the code of the k ascending indices (docs/wire-format.md), then k float32
-        values. At 1 % density 40.2 bits a kept entry: 1/79.6 of float32.
+        values. At 1 % density 40.6 bits a kept entry: 1/78.9 of float32.
 
     Example:
         >>> import ef_horovod as ef, numpy
@@ -77,11 +78,10 @@ class TopK(Sparsifier):
         return coded_nbytes(self.count(d), d)
 
     def choose(self, x: Array, key: Key) -> Chosen:
-        d = x.shape[0]
-        indices, values = namespace(x).top_k(x, self.count(d))
+        indices, values = namespace(x).top_k(x, self.count(x.shape[0]))
         require_finite(values, self)  # NaN and infinity rank above all numbers, so values has them
-        return Chosen(coded(indices, d), Entries(indices), values)
+        return Chosen(coded(x, indices), Entries(indices), values)
 
     @classmethod
-    def read(cls, fields: Fields, d: int) -> Entries:
+    def read(cls, fields: Fields, d: int) -> Coded:
         return read_coded(fields, d, cls.__name__)

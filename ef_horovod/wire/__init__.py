@@ -1,4 +1,4 @@
-"""Payloads as bytes: header, padding to size classes, index codes.
+"""Payloads as bytes: header, padding to size classes.
 
 docs/wire-format.md has the layout of every kind of payload.
 """

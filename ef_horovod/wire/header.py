@@ -16,7 +16,7 @@ import numpy as np
 from ef_horovod.errors import PayloadError
 
 MAGIC = 0xEF
-VERSION = 1
+VERSION = 2  # a change of what any payload's bytes mean counts it up
 SKIP = 1  # flag: the sender's gradient was not finite; all ranks drop this step
 ABSENT = 2  # flag: the sender contributes nothing in this step; the body is empty
 REPLACE = 4  # flag: these numbers replace the ones tracked so far; see EF21Plus

@@ -5,13 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_arrays import CALLS, IN_ANOTHER_ORDER, LARGE, WITH_OUT, adversaries, assert_top_k, fit
+from test_arrays import (
+    CALLS,
+    IN_ANOTHER_ORDER,
+    LARGE,
+    WITH_OUT,
+    adversaries,
+    arrays_of,
+    assert_top_k,
+    fit,
+)
 
 import ef_horovod as ef
 import ef_horovod.arrays.numpy as host
 import ef_horovod.arrays.torch as device
 from ef_horovod.arrays import torch_matrices, torch_quantize
-from ef_horovod.errors import NonFiniteError
+from ef_horovod.errors import NonFiniteError, PayloadError
 
 VECTORS = ("assign", "add", "average")  # take tensors beside x
 
@@ -21,7 +30,7 @@ def on_gpu(x: np.ndarray) -> torch.Tensor:
 
 
 def top_k_on_gpu(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return device.top_k(on_gpu(x), k)
+    return arrays_of(device.top_k(on_gpu(x), k))
 
 
 @pytest.mark.parametrize(
@@ -48,9 +57,9 @@ def test_an_op_equals_the_host_kernel(name, call, length, work, monkeypatch) -> 
     if name in IN_ANOTHER_ORDER:
         assert found == pytest.approx(expected, rel=1e-5, abs=IN_ANOTHER_ORDER[name])
         return
-    for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in (found, expected)], strict=True):
-        if a is not own:
-            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    results = arrays_of(found), expected
+    for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in results], strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.parametrize("kind", adversaries())
@@ -76,3 +85,13 @@ def test_a_vector_that_is_not_finite_is_refused() -> None:
     x[777] = float("nan")
     with pytest.raises(NonFiniteError):
         ef.TopK(ratio=0.01).compress(x)
+
+
+def test_a_damaged_index_code_is_refused_before_anything_is_written() -> None:
+    sent = ef.TopK(k=100).compress(on_gpu(np.arange(10_000, dtype=np.float32)))
+    damaged = bytearray(bytes(sent))
+    damaged[len(damaged) - 400 - 1] ^= 0x80  # one more set bit at the end of the code
+    dense = torch.ones(10_000, device="cuda")
+    with pytest.raises(PayloadError, match="expected 100 ascending ones below 10000"):
+        ef.Payload.from_bytes(damaged).add_to(dense)
+    assert bool((dense == 1).all())

@@ -111,13 +111,20 @@ def test_top_k_falls_back_where_the_sample_misleads(monkeypatch):
     assert called
 
 
+def arrays_of(result):
+    """What a device op returns, with tensors (of indices) as NumPy arrays."""
+    if isinstance(result, tuple):
+        return tuple(arrays_of(part) for part in result)
+    return result.cpu().numpy() if isinstance(result, torch.Tensor) else result
+
+
 def on_cpu_tensor(function):
     """A device op as a function of NumPy arrays that share memory with its tensors."""
 
     def run(x, *args, **kwargs):
         args = [torch.from_numpy(a) if is_vector(a) else a for a in args]
         kwargs = {n: torch.from_numpy(a) if is_vector(a) else a for n, a in kwargs.items()}
-        return function(torch.from_numpy(x), *args, **kwargs)
+        return arrays_of(function(torch.from_numpy(x), *args, **kwargs))
 
     def is_vector(a):
         return isinstance(a, np.ndarray) and function.__name__ in (
@@ -136,6 +143,7 @@ BITS = rng.integers(0, 256, 1251).astype(np.uint8)
 Y = rng.normal(size=10_001).astype(np.float32)
 INDICES = np.sort(rng.choice(10_001, 500, replace=False))
 VALUES = Y[:500] * 3
+CODE, COUNT = "the code of INDICES", "their number"  # of those that fit
 CODES = (Y * 1000).astype(np.float16).view(np.uint16)
 SCALES = np.abs(Y[:1001]) + np.float32(0.5)
 SCALES[3] = 0.0
@@ -169,6 +177,8 @@ CALLS = {
     "squared_norm": [()],
     "top_k": [(1,), (100,), (10_001,)],
     "at_least": [(50.0,), (1e-30,), (1e9,)],
+    "encode_indices": [(INDICES,)],
+    "decode_indices": [(CODE, COUNT)],
     "take": [(INDICES,)],
     "scatter_add": [(INDICES, VALUES, 1.0), (INDICES, VALUES, -0.5)],
     "scatter_put": [(INDICES, VALUES)],
@@ -280,6 +290,10 @@ def fit(argument, length):
     if argument is INDICES or argument is VALUES:
         fitting = length and np.searchsorted(INDICES, length)
         return argument[:fitting]
+    if argument is CODE:
+        return host.encode_indices(np.empty(length, np.float32), fit(INDICES, length))
+    if argument is COUNT:
+        return len(fit(INDICES, length))
     if argument is BITS:
         return argument[: (length + 7) // 8]
     return argument[:length] if isinstance(argument, np.ndarray) else argument

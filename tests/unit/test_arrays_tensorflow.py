@@ -294,8 +294,9 @@ def test_ops_run_on_the_device_of_the_variable():
     assert run.returncode == 0, run.stderr[-3000:]
     reports = [line.split() for line in run.stdout.splitlines()]
     assert {name for name, *_ in reports} == {*DEVICE_OPS, "flat"}
-    # What scatters makes no tensors, and an assigned NumPy array is placed by the variable.
-    silent = {"scatter_add", "scatter_put", "assign"}
+    # What scatters or codes indices makes no tensors; an assigned NumPy array is placed by the
+    # variable.
+    silent = {"scatter_add", "scatter_put", "assign", "encode_indices", "decode_indices"}
     assert {name for name, *places in reports if not places} <= silent
     assert [report for report in reports if "False" in report] == []
 

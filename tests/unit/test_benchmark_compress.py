@@ -72,7 +72,7 @@ def test_ef21_steps_track_the_gradient(benchmark):
 
 def test_limits(benchmark, capsys):
     slow = {benchmark.TORCH_TOP_K: 8.0, benchmark.TORCH_ONE_BIT: 3.0, benchmark.BASE: 0.25}
-    codes = [benchmark.CodedSet(0.1, 5.3, 5.0, 15.0, 15.0, 15.0, 15.0)]
+    codes = [benchmark.CodedSet(0.1, 5.6, 5.0, 15.0, 15.0, 15.0, 15.0)]
     good = slow | {benchmark.TOP_K: 1.0, benchmark.ONE_BIT: 1.0, benchmark.CODED: 1.2}
     assert benchmark.hold_limits(good, codes)
     assert "MISSED" not in capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_table_and_times(tmp_path):
     assert run.stdout.count("allowed") == 6
     assert [row["density"] for row in report["index_sets"]] == [0.03, 0.1]
     for row in report["index_sets"]:
-        assert 1 < row["bits"] / row["entropy"] < 1.06
+        assert 1 < row["bits"] / row["entropy"] < 1.12
         assert f"{row['bits'] / row['entropy']:.3f}" in run.stdout
         assert min(row.values()) > 0
     methods = {row["method"]: row for row in report["registered"]}

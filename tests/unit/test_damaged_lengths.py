@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ef_horovod as ef
+import ef_horovod.arrays.numpy as host
 from ef_horovod import wire
 from ef_horovod.compressors.registry import COMPRESSORS
-from ef_horovod.wire.index_code import indices_nbytes
 
 MOST = wire.MAX_ELEMENTS
 BUILT_IN = [kind for kind in COMPRESSORS.values() if "ef_horovod." in kind.__module__]
@@ -65,15 +65,15 @@ def test_a_body_that_is_too_short_for_its_length_takes_no_memory(compressor):
     assert ef.Payload.from_bytes(bytes(sent), 1000).decompress().shape == (1000,)
 
 
-def _all_places(kind: type) -> bytes:
-    """The head of a body of a sparsifier that keeps all of MOST entries."""
+def _all_places(kind: type) -> tuple[bytes, int]:
+    """The head of a body of a sparsifier that keeps all entries, and their number."""
     if issubclass(kind, ef.RandomSparsify):
-        return struct.pack("<Qd", 7, 1.0)
+        return struct.pack("<Qd", 7, 1.0), MOST
     if issubclass(kind, (ef.RandomK, ef.RandomBlock)):
-        return struct.pack("<QII", 7, MOST, int(kind is ef.RandomBlock))
-    code = np.zeros(indices_nbytes(MOST, MOST), np.uint8)
-    code.view("<u4")[0] = 1 << 31
-    return struct.pack("<I", MOST) + code.tobytes()
+        return struct.pack("<QII", 7, MOST, int(kind is ef.RandomBlock)), MOST
+    d = 1 << 20  # whose code takes two bits an index, and the indices 64
+    code = host.encode_indices(np.empty(d, np.float32), np.arange(d))
+    return struct.pack("<I", d) + code.tobytes(), d
 
 
 SPARSIFIERS = [ef.TopK, ef.HardThreshold, ef.RandomK, ef.RandomBlock, ef.RandomSparsify]
@@ -82,11 +82,11 @@ SPARSIFIERS = [ef.TopK, ef.HardThreshold, ef.RandomK, ef.RandomBlock, ef.RandomS
 @pytest.mark.parametrize("kind", SPARSIFIERS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("values", [None, *BUILT_IN], ids=lambda v: v and v.__name__)
 def test_places_without_values_take_neither_time_nor_memory(kind, values):
-    head = _all_places(kind)
+    head, d = _all_places(kind)
     body = head + bytes(max(0, 100 - len(head)))
     if values is not None:
         body = struct.pack("<BBH", kind.wire_id, values.wire_id, 0) + body
-    damaged = _payload(kind if values is None else ef.Then, body, MOST)
+    damaged = _payload(kind if values is None else ef.Then, body, d)
     seconds, peak = _cost(lambda: _refused(damaged))
     assert peak < (1 << 20) + 4 * len(body)
     assert seconds < 0.5

@@ -46,19 +46,19 @@ def test_every_class_and_example_has_a_row(capsys):
 @pytest.mark.parametrize(
     ("start", "expected"),
     [
-        ("TopK(ratio=0.01)", ["50,276", "1/79.6", "0.01", "-", "no", "no", "gather"]),
+        ("TopK(ratio=0.01)", ["50,723", "1/78.9", "0.01", "-", "no", "no", "gather"]),
         ("Identity()", ["4,000,016", "1/1.0", "1", "0", "yes", "yes", "dense"]),
         ("HardThreshold(threshold=1.0)", ["at least 20", "-", "-", "-", "no", "no", "gather"]),
         ("Cast(dtype='float16')", ["2,000,020", "1/2.0", "1 - 5e-07", "-", "no", "no", "gather"]),
-        ("EF21Plus(", ["50,276", "4,000,000", "1 + 1", "n + 1", "gather"]),
-        ("EF21(TopK(ratio=0.01), mom", ["50,276", "4,000,000", "2 + 1", "1 + 1", "gather"]),
+        ("EF21Plus(", ["50,723", "4,000,000", "1 + 1", "n + 1", "gather"]),
+        ("EF21(TopK(ratio=0.01), mom", ["50,723", "4,000,000", "2 + 1", "1 + 1", "gather"]),
         (
             "EF21(TopK(ratio=0.01), part",
-            ["50,276 or less", "4,000,000", "1 + 0", "1 + 1", "gather"],
+            ["50,723 or less", "4,000,000", "1 + 0", "1 + 1", "gather"],
         ),
         (
             "EF21(TopK(ratio=0.01), server_compressor",
-            ["50,276", "50,276", "2 + 0", "2 + 1", "gather"],
+            ["50,723", "50,723", "2 + 0", "2 + 1", "gather"],
         ),
     ],
 )

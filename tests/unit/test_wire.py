@@ -14,48 +14,48 @@ from ef_horovod.compressors.registry import COMPRESSORS
 
 X = np.array([1.0, -2.0, 3.0, -4.0, 0.0, 0.5, -0.25, 8.0, 1.0], np.float32)
 KEY = ef.Key(seed=1, step=2, tensor=3, rank=4)
-# Bytes that were once sent must be read for ever: a change here needs a new version in the header.
+# A change here needs a new version in the header.
 GOLDEN = {
-    ef.Identity(): "ef010100 24000000 0900000000000000 0000803f 000000c0 00004040 000080c0 00000000"
+    ef.Identity(): "ef020100 24000000 0900000000000000 0000803f 000000c0 00004040 000080c0 00000000"
     " 0000003f 000080be 00000041 0000803f",
-    ef.Cast("float16"): "ef010200 16000000 0900000000000000 16000000"
+    ef.Cast("float16"): "ef020200 16000000 0900000000000000 16000000"
     " 0068 00ec 006e 00f0 0000 0064 00e0 0074 0068",
-    ef.Cast("bfloat16"): "ef010200 16000000 0900000000000000 17000000"
+    ef.Cast("bfloat16"): "ef020200 16000000 0900000000000000 17000000"
     " 0045 80c5 c045 00c6 0000 8044 00c4 8046 0045",
-    ef.TopK(k=3): "ef010300 12000000 0900000000000000 03000000 0626 00004040 000080c0 00000041",
-    ef.RandomK(0.3): "ef010400 18000000 0900000000000000 c5aafeec074c4d21 02000000 00000000"
+    ef.TopK(k=3): "ef020300 12000000 0900000000000000 03000000 0626 00004040 000080c0 00000041",
+    ef.RandomK(0.3): "ef020400 18000000 0900000000000000 c5aafeec074c4d21 02000000 00000000"
     " 00004040 000080c0",
-    ef.RandomK(0.3, shared=False): "ef010400 18000000 0900000000000000 31c81a6a9be7c663 02000000"
+    ef.RandomK(0.3, shared=False): "ef020400 18000000 0900000000000000 31c81a6a9be7c663 02000000"
     " 00000000 00000000 0000803f",
-    ef.OneBit(): "ef010500 06000000 0900000000000000 c7710c40 b501",
-    ef.OneBit("l2"): "ef010500 06000000 0900000000000000 f9455040 b501",
-    ef.OneBit(block=4): "ef010c00 16000000 0900000000000000 04000000 01000000"
+    ef.OneBit(): "ef020500 06000000 0900000000000000 c7710c40 b501",
+    ef.OneBit("l2"): "ef020500 06000000 0900000000000000 f9455040 b501",
+    ef.OneBit(block=4): "ef020c00 16000000 0900000000000000 04000000 01000000"
     " 00002040 00000c40 0000803f b501",
-    ef.OneBit("two_means"): "ef010c00 12000000 0900000000000000 00000000 02000000"
+    ef.OneBit("two_means"): "ef020c00 12000000 0900000000000000 00000000 02000000"
     " 00001040 55550540 b501",
     ef.TruncateMantissa(
         2
-    ): "ef010600 15000000 0900000000000000 00000000 02000000 fc01b080080c00fcd01741fc01",
-    ef.QSGD(3, bucket=4): "ef010700 18000000 0900000000000000 03000000 04000000"
+    ): "ef020600 15000000 0900000000000000 00000000 02000000 fc01b080080c00fcd01741fc01",
+    ef.QSGD(3, bucket=4): "ef020700 18000000 0900000000000000 03000000 04000000"
     " e9b1e93f 35152b40 abaaaa3e a90c7003",
-    ef.TernGrad(bucket=8): "ef010800 0e000000 0900000000000000 08000000 00000041 0000803f 3724",
-    ef.Natural(): "ef010900 0f000000 0900000000000000 00000000 7f00030a0cc04f5f417f00",
-    ef.NaturalDithering(3, bucket=4): "ef010a00 18000000 0900000000000000 03000000 04000000"
+    ef.TernGrad(bucket=8): "ef020800 0e000000 0900000000000000 08000000 00000041 0000803f 3724",
+    ef.Natural(): "ef020900 0f000000 0900000000000000 00000000 7f00030a0cc04f5f417f00",
+    ef.NaturalDithering(3, bucket=4): "ef020a00 18000000 0900000000000000 03000000 04000000"
     " 6f45af3f e84f0040 0000803e a90c7003",
     ef.HardThreshold(
         3.0
-    ): "ef010d00 12000000 0900000000000000 03000000 0626 00004040 000080c0 00000041",
-    ef.RandomSparsify(0.4): "ef010e00 14000000 0900000000000000 c5aafeec074c4d21 9a9999999999d93f"
+    ): "ef020d00 12000000 0900000000000000 03000000 0626 00004040 000080c0 00000041",
+    ef.RandomSparsify(0.4): "ef020e00 14000000 0900000000000000 c5aafeec074c4d21 9a9999999999d93f"
     " 00004040",
-    ef.RandomSparsify(0.4, shared=False, scale="unbiased"): "ef010e00 28000000 0900000000000000"
+    ef.RandomSparsify(0.4, shared=False, scale="unbiased"): "ef020e00 28000000 0900000000000000"
     " 31c81a6a9be7c663 9a9999999999d93f 0000a0c0 00000000 0000a03f 000020bf 0000a041 00002040",
-    ef.Then(ef.TopK(k=3), ef.Natural()): "ef010f00 12000000 0900000000000000 03090000"
+    ef.Then(ef.TopK(k=3), ef.Natural()): "ef020f00 12000000 0900000000000000 03090000"
     " 03000000 0626 00000000 81020b02",
-    ef.Then(ef.RandomK(0.3), ef.Cast("bfloat16")): "ef010f00 1c000000 0900000000000000 04020000"
+    ef.Then(ef.RandomK(0.3), ef.Cast("bfloat16")): "ef020f00 1c000000 0900000000000000 04020000"
     " c5aafeec074c4d21 02000000 00000000 19000000 4046 80c6",
-    ef.Scaled(ef.TernGrad(bucket=8)): "ef011000 16000000 0900000000000000 84bc053f 08000000"
+    ef.Scaled(ef.TernGrad(bucket=8)): "ef021000 16000000 0900000000000000 84bc053f 08000000"
     " 08000000 00000041 0000803f 3724",
-    ef.RandomBlock(0.4, block=2): "ef010b00 1c000000 0900000000000000 c5aafeec074c4d21 03000000"
+    ef.RandomBlock(0.4, block=2): "ef020b00 1c000000 0900000000000000 c5aafeec074c4d21 03000000"
     " 02000000 000080be 00000041 0000003f",
 }
 
@@ -86,13 +86,13 @@ def test_golden_numbers_by_hand():
 
 
 def test_golden_skip():
-    assert bytes(ef.OneBit().skip(X)).hex() == "ef010501060000000900000000000000" + "00" * 6
+    assert bytes(ef.OneBit().skip(X)).hex() == "ef020501060000000900000000000000" + "00" * 6
 
 
 def test_header():
     header = wire.Header(kind=3, flags=1, body_nbytes=0x01020304, num_elements=0x7FFFFFFF)
     packed = header.pack()
-    assert packed.tobytes().hex() == "ef01030104030201ffffff7f00000000"
+    assert packed.tobytes().hex() == "ef02030104030201ffffff7f00000000"
     assert len(packed) == wire.HEADER_NBYTES == 16
     body = np.zeros(3, np.uint8)
     small = wire.Header(7, 0, 3, 10)
@@ -102,8 +102,9 @@ def test_header():
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (0, 0xEE, "magic 0xee and version 1, expected 0xef and 1"),
-        (1, 2, "version 2"),
+        (0, 0xEE, "magic 0xee and version 2, expected 0xef and 2; install the same ef_horovod"),
+        (1, 1, "magic 0xef and version 1, expected 0xef and 2; install the same ef_horovod"),
+        (1, 3, "version 3"),
         (4, 37, "announces 37 bytes for 9 elements, but 36 bytes follow"),
         (7, 0x80, "announces"),
         (11, 0x80, "at most 2147483647 elements"),
