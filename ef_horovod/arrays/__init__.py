@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from ef_horovod.arrays.functions import Array, ArrayFunctions
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -23,12 +24,11 @@ else:
 
     A = TypeVar("A")
 
-Array = Any  # numpy.ndarray, torch.Tensor, tensorflow.Tensor or tensorflow.Variable
 _SUPPORTED = ("numpy", "torch", "tensorflow")
 _NAMES = ("ndarray", "Tensor", "Variable")
 
 
-def namespace(x: Array) -> ModuleType:
+def namespace(x: Array) -> ArrayFunctions:
     """The array functions for x's framework.
 
     Args:
@@ -45,7 +45,7 @@ def namespace(x: Array) -> ModuleType:
     return _namespace_of(type(x))  # type: ignore[arg-type, unused-ignore]
 
 
-def float_namespace(x: Array, what: str = "an array") -> ModuleType:
+def float_namespace(x: Array, what: str = "an array") -> ArrayFunctions:
     """The array functions for x's framework, if x holds real floating-point numbers.
 
     Args:
@@ -85,7 +85,7 @@ def dtype_name(x: Array) -> str:
 
 
 @cache
-def _namespace_of(kind: type) -> ModuleType:
+def _namespace_of(kind: type) -> ArrayFunctions:
     for base in kind.__mro__:
         framework = base.__module__.partition(".")[0]
         if framework == "keras" and base.__name__ == "Variable":  # wraps the backend's variable
@@ -94,7 +94,7 @@ def _namespace_of(kind: type) -> ModuleType:
                 "inside it; pass variable.value"
             )
         if framework in _SUPPORTED and base.__name__ in _NAMES:
-            return importlib.import_module(f"ef_horovod.arrays.{framework}")
+            return cast(ArrayFunctions, importlib.import_module(f"ef_horovod.arrays.{framework}"))
         if framework == "numpy" and base.__name__ == "MaskedArray":
             raise TypeError(
                 "got a numpy.ma.MaskedArray, expected an array without a mask, which would be "

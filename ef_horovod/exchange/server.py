@@ -91,6 +91,7 @@ class ServerChannel(Channel):
     def _read(self, answer: Answer) -> Array | Payload:
         if answer.payload is not None:
             return Payload(answer.payload)
+        assert answer.numbers is not None  # a skip is not read
         return self._xp.from_host(answer.numbers, self._device)
 
 
