@@ -71,6 +71,9 @@ def test_a_broken_link_a_page_left_out_and_a_missing_docstring_fail_the_build(tm
         return done.returncode, done.stderr
 
     assert build() == (0, "")
+    for page in (tmp_path / "build" / "site").rglob("*.html"):
+        loaded = re.findall(r'<(?:script|link|img)[^>]* (?:src|href)="([^"]*)"', page.read_text())
+        assert not [address for address in loaded if "//" in address], "a page loads from elsewhere"
     (tmp_path / "docs" / "gpu.md").write_text("# GPU\n\n[a](gone.md) [b](server.md#gone)\n")
     (tmp_path / "docs" / "more.md").write_text("# More\n")
     theory = tmp_path / "docs" / "reference" / "theory.md"
