@@ -27,12 +27,6 @@ class Smoothness:
         L: of f.
         L_i: of f_1, ..., f_n; any sequence of positive numbers, kept as a tuple.
 
-    Attributes:
-        L_QM: quadratic mean sqrt(mean L_i^2), L-tilde in EF21.
-        L_AM: arithmetic mean.
-        L_var: L_QM^2 - L_AM^2, the variance of the L_i.
-        weights: float64[n], w_i = L_i / sum_j L_j.
-
     Raises:
         ValueError: there is no worker, or a constant is not a finite positive number.
 
@@ -68,18 +62,22 @@ class Smoothness:
 
     @property
     def L_QM(self) -> float:
+        """Quadratic mean of the L_i, sqrt(mean L_i^2): L-tilde in EF21."""
         return float(np.sqrt(np.mean(np.square(self.L_i))))
 
     @property
     def L_AM(self) -> float:
+        """Arithmetic mean of the L_i."""
         return float(np.mean(self.L_i))
 
     @property
     def L_var(self) -> float:
+        """Variance of the L_i: L_QM^2 - L_AM^2."""
         return float(np.var(self.L_i))  # L_QM^2 - L_AM^2 with less rounding
 
     @property
     def weights(self) -> np.ndarray:
+        """float64[n], w_i = L_i / sum_j L_j."""
         return np.array(self.L_i) / np.sum(self.L_i)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from clusters import run_in_cluster
 from launching import PROGRAMS
+from pages import python_blocks
 from processes import JobFailed, run_job
 
 pytestmark = [pytest.mark.alone, pytest.mark.parallel, pytest.mark.root]
@@ -28,8 +29,9 @@ def run_benchmark(name: str, *words: str, timeout: float = 180) -> str:
 
 def test_a_link_changes_its_rate_both_ways(tmp_path: Path) -> None:
     ask = f"{sys.executable} {PROGRAMS / 'tcp_rates.py'} node1:node2,node2:node1"
-    change = "from virtual_cluster.network import change_rate; change_rate(20_000_000)"
-    script = f'{ask} && {sys.executable} -c "{change}" && {ask}'
+    (change,) = python_blocks("docs/cluster.md")  # to 20 Mbit/s
+    (tmp_path / "change.py").write_text(change)
+    script = f"{ask} && {sys.executable} {tmp_path / 'change.py'} && {ask}"
     options = ["--hosts", "2", "--rate", "100mbit"]
     printed, _ = run_in_cluster(options, ["sh", "-c", script], tmp_path, **CLUSTER_PATHS)
     before, after = (json.loads(line) for line in printed.splitlines()[:2])

@@ -1,14 +1,14 @@
-"""Links and anchors of all pages lead somewhere."""
+"""Links and anchors of all pages lead somewhere, and all Python blocks are run by tests."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pages
 import pytest
+from pages import PAGES, ROOT, python_blocks
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -60,3 +60,36 @@ def test_every_page_is_checked():
     assert {"README.md", "CONTRIBUTING.md", "training.md", "bandwidth.md"} <= {
         p.name for p in PAGES
     }
+
+
+def languages(text: str) -> list[str]:
+    """What stands behind the fences that open blocks of code."""
+    return [found[2] for found in re.findall(r"^( *)(```+)(.*)\n(?:.*\n)*?\1\2$", text, re.M)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_says_its_language(page):
+    known = {"python", "text", "sh", "diff", "{public}"}
+    assert set(languages(page.read_text())) <= known
+
+
+def test_every_python_block_is_run_by_a_test():
+    with_blocks = {str(page.relative_to(ROOT)) for page in PAGES if python_blocks(page)}
+    assert with_blocks == set(pages.RUN_BY), "say in tests/pages.py what runs the blocks of a page"
+    for page, runners in pages.RUN_BY.items():
+        for runner in runners:
+            assert page in (ROOT / "tests" / runner).read_text(), f"{runner} does not run {page}"
+
+
+def test_the_halves_of_a_page_are_the_page():
+    page, middle = "docs/training.md", "## TensorFlow and Keras"
+    halves = python_blocks(page, end=middle) + python_blocks(page, start=middle)
+    assert halves == python_blocks(page)
+
+
+def test_the_checks_see_all_blocks(tmp_path):
+    page = tmp_path / "page.md"
+    text = "```python\nx = 1\n```\n- a\n\n  ```python\n  y = 2\n  ```\n\n```\nz\n```\n```py\n```\n"
+    page.write_text(text)
+    assert languages(text) == ["python", "python", "", "py"]
+    assert python_blocks(page) == ["x = 1\n", "y = 2\n"]

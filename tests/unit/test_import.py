@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import statistics
 import subprocess
 import sys
@@ -88,6 +89,17 @@ def modules():
 def test_docstring_examples(name):
     results = doctest.testmod(importlib.import_module(name), verbose=False)
     assert results.failed == 0
+
+
+def test_no_example_stands_where_none_is_run():
+    package = ROOT / "ef_horovod"
+    with_examples = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for file in package.rglob("*.py")
+        if re.search(r"^ *>>> ", file.read_text(), re.MULTILINE)
+    }
+    assert len(with_examples) > 50
+    assert with_examples <= set(modules())
 
 
 def test_docstring_examples_are_found():

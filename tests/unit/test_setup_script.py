@@ -357,7 +357,10 @@ def bare(script: str, *words: str, tmp_path: Path) -> subprocess.CompletedProces
 
 
 SCRIPTS = [
-    *(f"launch/{name}" for name in ("cluster", "demo", "reproduce", "server", "setup", "test")),
+    *(
+        f"launch/{name}"
+        for name in ("cluster", "demo", "docs", "reproduce", "server", "setup", "test")
+    ),
     *("docker/build", "docker/test"),
 ]
 
@@ -387,6 +390,8 @@ def test_help_needs_no_environment(script, tmp_path):
         ("launch/demo", "--framework jax", "invalid choice: 'jax'"),
         ("launch/demo", "--methods all", "invalid choice: 'all'"),
         ("launch/demo", "--epochs 0", "received '0', expected an integer of 1 or more"),
+        ("launch/docs", "--nosuch", "unrecognized arguments: --nosuch"),
+        ("launch/docs", "--port x", "invalid int value: 'x'"),
         ("launch/reproduce", "", "the following arguments are required: name"),
         ("launch/reproduce", "ef22", "invalid choice: 'ef22'"),
         ("launch/reproduce", "ef21 --nosuch", "unrecognized arguments: --nosuch"),
