@@ -81,7 +81,12 @@ def require_writable(x: Array) -> None:
 
 def dtype_name(x: Array) -> str:
     """x's dtype as a name that is the same in all frameworks: "float32", "bfloat16"."""
-    return str(x.dtype).removeprefix("torch.").removeprefix("<dtype: '").removesuffix("'>")
+    return _name_of_dtype(x.dtype)
+
+
+@cache
+def _name_of_dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.").removeprefix("<dtype: '").removesuffix("'>")
 
 
 @cache

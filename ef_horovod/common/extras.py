@@ -17,6 +17,7 @@ _INSTALL = {
     "tqdm": "`pip install tqdm`",
     "sklearn": "`pip install scikit-learn`",
     "PIL": "`pip install pillow`",
+    "xxhash": "`pip install xxhash`",
 }
 _NOT_BUILT = re.compile(r"Extension horovod\.(\w+) has not been built")
 

@@ -104,9 +104,9 @@ class Exchange(ABC):
         return received
 
     def _broken(self, name: str, found: Any, expected: str) -> UnsupportedError:
-        kind = type(self)
+        kind, where = type(self), f" for '{name}'" if name else ""
         return UnsupportedError(
-            f"exchange {self.name!r} returned {str(found)[:80]} for '{name}', expected {expected}; "
+            f"exchange {self.name!r} returned {str(found)[:80]}{where}, expected {expected}; "
             f"correct `start` of {kind.__module__}.{kind.__qualname__}"
         )
 

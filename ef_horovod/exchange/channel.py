@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,6 +123,14 @@ class Channel:
         """Reset the states to those before the first step."""
         self.worker, self.server = self._open(self._key.seed)
         self._message = self._undo = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether this rank asks to drop the started step: its gradient was not finite."""
+        return any(
+            piece.channel._message is not None and piece.channel._message.is_skip
+            for piece in self.pieces()
+        )
 
     @property
     def answers(self) -> str:
@@ -267,20 +274,40 @@ class Channel:
             given_up = [x for x in before if hasattr(x, "shape") and address(x) not in taken]
             self.gradient = given_up[0]
 
-    @contextmanager
-    def _timed(self, counter: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        elapsed = time.perf_counter() - begin
-        setattr(self._stats, counter, getattr(self._stats, counter) + elapsed)
+    def _timed(self, counter: str) -> _Timed:
+        return _Timed(self._stats, counter)
 
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        transport, stats = self._transport, self._stats
-        sent, received = transport.bytes_sent, transport.bytes_received
-        yield
-        stats.bytes_out += transport.bytes_sent - sent
-        stats.bytes_in += transport.bytes_received - received
+    def _counted(self) -> _Counted:
+        return _Counted(self._stats, self._transport)
+
+
+class _Timed:
+    """Context that adds its seconds to a counter; cheaper than a generator."""
+
+    def __init__(self, stats: ChannelStats, counter: str) -> None:
+        self._stats, self._counter = stats, counter
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        elapsed = time.perf_counter() - self._begin
+        setattr(self._stats, self._counter, getattr(self._stats, self._counter) + elapsed)
+
+
+class _Counted:
+    """Context that adds the bytes that a transport moves in it."""
+
+    def __init__(self, stats: ChannelStats, transport: Transport) -> None:
+        self._stats, self._transport = stats, transport
+
+    def __enter__(self) -> None:
+        self._before = self._transport.bytes_sent, self._transport.bytes_received
+
+    def __exit__(self, *error: object) -> None:
+        sent, received = self._before
+        self._stats.bytes_out += self._transport.bytes_sent - sent
+        self._stats.bytes_in += self._transport.bytes_received - received
 
 
 def finish_step(

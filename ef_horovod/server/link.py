@@ -51,9 +51,8 @@ def connect(role: int, timeout: float, comm: Any = None) -> Group:
         CollectiveTimeoutError: some ranks did not call this; rank 0 names them.
         UnsupportedError: there is no server or no worker.
     """
-    from ef_horovod.server.checksum import checksum
+    import ef_horovod.arrays.kernels  # noqa: F401 - Numba takes seconds, and others would wait
 
-    checksum(np.zeros(1, np.uint8))  # load Numba now: it takes seconds, and others would wait
     world = communicator(comm)
     _roll_call(world, role, timeout)
     private = world.Dup()

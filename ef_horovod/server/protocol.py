@@ -9,7 +9,7 @@
     16  step            uint32, of the random draws; a dropped step's number is used again
     20  round           uint32, counts the exchanges of a bucket, dropped ones too
     24  length          uint32, bytes that follow the header
-    28  checksum        uint32, of these bytes
+    28  checksum        uint32, of these bytes: the low half of their XXH3-64
     32  fingerprint     uint64, of the config: method, seed, buckets, names and shapes
 
 All numbers are little-endian. A payload (docs/wire-format.md) or float32 numbers follow; for kinds
@@ -27,10 +27,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ef_horovod.common.extras import explained
 from ef_horovod.errors import ProtocolError
 
+with explained("ef_horovod.server"):
+    import xxhash
+
 MAGIC = b"EFPS"
-VERSION = 1
+VERSION = 2  # 1 had a checksum of our own
 CONTROL_TAG = 0  # MPI tag of messages not about a bucket; bucket b has tag b + 1
 MISSED = 1  # flag of an answer: the receiver's own message comes in a later round
 LEAVES = 1  # flag of a WELCOME: the server's process does nothing else and ends with the job
@@ -77,8 +81,6 @@ def pack(message: Message, body: np.ndarray, out: np.ndarray | None = None) -> n
     Returns:
         uint8[40 + m], the start of `out`.
     """
-    from ef_horovod.server.checksum import checksum
-
     if out is None:
         out = np.empty(HEADER_NBYTES + body.size, np.uint8)
     out = out[: HEADER_NBYTES + body.size]
@@ -95,7 +97,7 @@ def pack(message: Message, body: np.ndarray, out: np.ndarray | None = None) -> n
         message.step,
         message.round,
         body.size,
-        checksum(out[HEADER_NBYTES:]),
+        _checksum(out[HEADER_NBYTES:]),
         message.fingerprint,
     )
     return out
@@ -112,8 +114,6 @@ def unpack(data: np.ndarray) -> tuple[Message, np.ndarray]:
         >>> unpack(sent)[0].worker
         3
     """
-    from ef_horovod.server.checksum import checksum
-
     if data.size < HEADER_NBYTES:
         raise ProtocolError(
             f"a message has {data.size} bytes, expected at least the {HEADER_NBYTES} of its "
@@ -134,12 +134,16 @@ def unpack(data: np.ndarray) -> tuple[Message, np.ndarray]:
             f"a message announces {length} bytes and has {body.size}, expected the same; it was "
             "cut off on the way"
         )
-    if checksum(body) != check:
+    if _checksum(body) != check:
         raise ProtocolError(
-            f"the checksum of a message of {length} bytes is {checksum(body):#010x}, expected "
+            f"the checksum of a message of {length} bytes is {_checksum(body):#010x}, expected "
             f"{check:#010x}; it was damaged on the way"
         )
     return Message(Kind(kind), worker, bucket, step, turn, fingerprint, flags), body
+
+
+def _checksum(body: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(body.data) & 0xFFFFFFFF
 
 
 def text_body(text: str) -> np.ndarray:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ef_horovod.arrays import Array, float_namespace, namespace
-from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.common.options import number, seed_of, whole
-from ef_horovod.compressors.base import Payload
-from ef_horovod.errors import NonFiniteError, UnsupportedError
-from ef_horovod.exchange.registry import EXCHANGES
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import Estimator
 from ef_horovod.methods.schedules import Decay, Schedule, value_at
-from ef_horovod.simulation.networks import PeerNetwork, RankNetwork, ServerNetwork, network_of
-from ef_horovod.simulation.slices import SlicedWorkers
+from ef_horovod.simulation.workers import SimulatedWorkers, exchange_named
 from ef_horovod.training.options import check_options
 from ef_horovod.transports.base import Transport
 
@@ -37,7 +33,8 @@ class Run:
             workers, a sum for linear compressors the ring's share, exchange="server" one message
             per step.
         bytes_received: likewise; with exchange="server" the server's answers.
-        states: the workers' states after the last step, for tests and plots.
+        states: the workers' states after the last step, for tests and plots; one per slice with
+            exchange="double_pass", None where the gradient itself is summed.
     """
 
     x: Array
@@ -69,7 +66,7 @@ def simulate(
         method: error-feedback method with its compressor.
         gradient: `gradient(worker, x, step)` returns that worker's gradient at x, like x. With an
             estimator that needs two points, the sample must follow from (worker, step) alone.
-        x0: start, of any shape, NumPy or torch; not changed.
+        x0: start, of any shape: NumPy, torch or an eager TensorFlow tensor; not changed.
         workers: number of workers n >= 1.
         steps: number of rounds.
         step_size: a number, a `Decay`, or a function of the step.
@@ -79,7 +76,7 @@ def simulate(
             message up and one answer down per worker; the answer is a float32 vector unless the
             method compresses both ways. These have the same iterates, but different byte counts.
             "double_pass": worker j reduces slice j of x, named NAME/j. The compressor sees slices,
-            so the iterates differ.
+            so the iterates differ. "auto:NETWORK" is refused, because no time passes on a network.
         estimator: computes the method's input from a worker's gradients.
         observe: called with x after every step; its dict is added to the history.
         stop: called with the last entry of the history; True ends the run after this step.
@@ -89,8 +86,8 @@ def simulate(
             they are summed in flight. None: all workers are in this process.
 
     Raises:
-        UnsupportedError: `method` is not a method, the estimator does not fit it, or a server or a
-            double pass over a transport.
+        UnsupportedError: `method` is not a method, the estimator or the exchange does not fit it,
+            a server or a double pass over a transport, or an exchange whose `start` waits.
         NonFiniteError: a gradient was not finite; names the step.
         ValueError, TypeError: arguments out of range, or a gradient of another shape.
 
@@ -113,18 +110,14 @@ def simulate(
     x = before = xp.detached(x0) * 1  # a copy, because gradient() may change x in place
     if len(x0.shape) > 1:  # one dimension: any vector, not a parameter with that shape
         method = method.for_shapes([tuple(x0.shape)])
-    group: _Whole | SlicedWorkers
-    if exchange in EXCHANGES and EXCHANGES[exchange].has_answers:
-        group = SlicedWorkers(
-            EXCHANGES[exchange], method, xp.flat_float32(x0), workers, seed, name, transport
-        )
-    else:
-        network = network_of(method, exchange, workers, transport)
-        group = _Whole(method, xp.flat_float32(x0), workers, seed, name, network, transport)
-    crew = [_Worker(rank, gradient, estimator) for rank in group.mine]
+    kind = exchange_named(exchange, method, transport)
+    group = SimulatedWorkers(
+        kind, method, xp.flat_float32(x0), workers, seed=seed, name=name, transport=transport
+    )
+    crew = [_Worker(rank, gradient, estimator) for rank in group.ranks]
     run = Run(x)
     for step in range(steps):
-        direction = group.step([one.estimate(x, before, step) for one in crew], step)
+        direction = group.step((one.estimate(x, before, step) for one in crew), step)
         # A Python float, because a NumPy float would turn a float32 x into float64.
         before, x = x, x - _at(step_size, step) * xp.restore(direction, like)
         entry = {
@@ -171,60 +164,13 @@ class _Worker:
         self._last: Array | None = None
 
     def estimate(self, x: Array, before: Array, step: int) -> Array:
-        """The method's input at x_t = x: float32[d], which the method may overwrite."""
+        """The method's input at x_t = x: float32[d], which may share the gradient's memory."""
         points = self._estimator.points(x, before, step)
         gradients = [_gradient(self._gradient, self._rank, point, step, x) for point in points]
         estimate = self._estimator.combine(gradients, self._last, step)
         if self._estimator.needs_last:
             self._last = estimate
-        return namespace(x).flat_float32(estimate * 1)
-
-
-class _Whole:
-    """Workers whose vectors are not sliced."""
-
-    def __init__(
-        self,
-        method: Method,
-        x: Array,
-        workers: int,
-        seed: int,
-        name: str,
-        network: ServerNetwork | PeerNetwork | RankNetwork,
-        transport: Transport | None,
-    ) -> None:
-        self._method, self._network, self._has_others = method, network, transport is not None
-        self.mine = network.mine
-        self._keys = [Key(seed, 0, tensor_id(name), i, workers) for i in self.mine]
-        self.states = [method.init(x, workers)[0] for _ in self.mine]
-        self._server = method.init(x, workers)[1]
-
-    def step(self, estimates: Sequence[Array], step: int) -> Array:
-        """The aggregated gradient, float32[d]."""
-        keys = [key._replace(step=step) for key in self._keys]
-        pushed = [self._push(*parts) for parts in zip(self.states, estimates, keys, strict=True)]
-        received = self._network.meet([message for message, _ in pushed])
-        aggregate, self._server = _reduce(self._method, self._server, received, keys[0].of_server())
-        self._network.answer(aggregate)
-        pulled = [self._method.pull(state, aggregate) for _, state in pushed]
-        self.states = [state for _, state in pulled]
-        return pulled[0][0]
-
-    def _push(self, state: Any, own: Array, key: Key) -> tuple[Payload, Any]:
-        try:
-            return self._method.push(state, own, key)
-        except NonFiniteError as error:
-            if self._has_others:  # they wait for a message; this one makes all ranks raise
-                return self._method.skip(own, key), state
-            raise NonFiniteError(f"worker {key.rank}, step {key.step}: {error}") from None
-
-    @property
-    def bytes_sent(self) -> int:
-        return self._network.bytes_sent
-
-    @property
-    def bytes_received(self) -> int:
-        return self._network.bytes_received
+        return namespace(x).flat_float32(estimate)
 
 
 def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:
@@ -232,19 +178,6 @@ def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:
         return value_at(step_size, step)
     way_out = "return a number, as of lambda step: 0.1"
     return float(number("simulate", f"step_size({step})", step_size(step), "(-inf, inf)", way_out))
-
-
-def _reduce(
-    method: Method, server: Any, messages: Sequence[Payload], key: Key
-) -> tuple[Array | Payload, Any]:
-    """`method.reduce`; raises with the step if the sum of finite messages is not finite."""
-    problem = "the workers' messages have no finite sum, expected finite numbers; lower step_size"
-    if any(message.is_skip for message in messages):
-        raise NonFiniteError(f"step {key.step}: {problem}")
-    try:
-        return method.reduce(server, messages, key)
-    except NonFiniteError:
-        raise NonFiniteError(f"step {key.step}: {problem}") from None
 
 
 def _gradient(gradient: Gradient, worker: int, point: Array, step: int, like: Array) -> Array:

