@@ -318,7 +318,7 @@ def step(ranks, gradients, t):
 
 @pytest.mark.parametrize("exchange", ["auto", "server", "double_pass"])
 def test_a_simulation_takes_the_steps_of_numpy(exchange):
-    method = ef.EF21(ef.TopK(k=3), down=ef.TopK(k=5))
+    method = ef.EF21(ef.TopK(k=3), server_compressor=ef.TopK(k=5))
     start = np.linspace(-1, 1, 40, dtype=np.float32)
     runs = [
         ef.simulate(

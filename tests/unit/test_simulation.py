@@ -156,7 +156,7 @@ class Hasty(Gather):
 
 def test_workers_that_receive_together_end_where_those_do_that_receive_alone(monkeypatch):
     monkeypatch.setitem(EXCHANGES, "opening", Opening())
-    method = ef.DoubleSqueeze(ef.TopK(k=3), down=ef.TopK(k=5))
+    method = ef.DoubleSqueeze(ef.TopK(k=3), server_compressor=ef.TopK(k=5))
     together, alone = (run(method, exchange=kind, steps=9) for kind in ("gather", "opening"))
     assert alone.x.tobytes() == together.x.tobytes()
     assert alone.history == together.history
