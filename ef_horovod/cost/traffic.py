@@ -60,7 +60,7 @@ def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
         >>> ef.cost.method_traffic(both, 10**6, 4, "double_pass").sent
         187620.0
         >>> ef.cost.method_traffic(ef.EF21(ef.TopK(0.01)), 10**6, 4, "double_pass").sent
-        3037824.0
+        3038136.0
     """
     require_sizes(n, d)
     way = exchange_of(exchange)
@@ -100,7 +100,7 @@ def break_even_ranks(compressor: Compressor, d: int) -> float:
         >>> round(ef.cost.break_even_ranks(ef.OneBit(), 10**7), 2)
         64.0
         >>> round(ef.cost.break_even_ranks(ef.TopK(ratio=0.01), 10**7))
-        159
+        158
     """
     if d < 1:
         raise ValueError(f"got d={d}, expected at least one element")
@@ -129,7 +129,7 @@ def break_even_density(
     Example:
         >>> import ef_horovod as ef
         >>> ef.cost.break_even_density(10**6, n=16)
-        0.109151
+        0.107634
     """
     if d < 1 or n < 2:
         raise ValueError(
