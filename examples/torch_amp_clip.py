@@ -4,7 +4,7 @@
 
 backward (as often as accumulated), synchronize, unscale, clip, step. Clipping before the exchange
 would clip each rank's gradient for itself, and unscaling before it would change nothing of what is
-sent. The scaler is passed to the optimizer, so that error memories do not depend on its scale.
+sent. The scaler is passed to the optimizer, so that error-feedback state does not depend on it.
 """
 
 import horovod.torch as hvd

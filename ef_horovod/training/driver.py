@@ -1,7 +1,7 @@
 """What every adapter does with its buckets: compare, finish, undo, count, save and load.
 
 An adapter derives from `StepDriver` and adds how its framework's gradients get into the buckets and
-out of them. The order of a step is in docs/design/exchanges.md.
+out of them. Each adapter's order of a step is in docs/design.md.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from launching import mpirun, server_job
 from processes import own_network
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.alone, pytest.mark.parallel]
 
 # horovodrun sets `-mca btl` itself and takes no other; mpirun is Horovod's other launcher.
 OVER_TCP = {
