@@ -1,33 +1,25 @@
-"""Array functions for TensorFlow tensors and variables.
+"""Array functions for TensorFlow tensors and variables, computed on the host.
 
-Eager tensors cannot be changed in place. A tensor is processed as a NumPy array that shares its
-memory (GPU tensors are copied to the host); the result is a tensor again. Flat vectors that stay on
-a device are private `tf.Variable`s, float32[n]. TensorFlow's own ops process them on the device,
-and only payloads are copied to the host. A named device means a variable there, also on the CPU,
-where tests run these ops. None means a NumPy array.
-
-Most TensorFlow arithmetic treats numbers below 2**-126 as zero; NumPy does not.
+The NumPy functions of the same names do the work, so bits are equal. A tensor or variable on the
+CPU is read where it lies; one on a GPU is copied to the host first. A variable is changed in place
+by a copy of its values that is assigned to it. Tensors cannot be changed. New vectors are NumPy
+arrays, and so is error-feedback state, also for variables on a GPU. So the functions take NumPy
+arrays, too, which are changed where they lie.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 import ef_horovod.arrays.numpy as host
 from ef_horovod.arrays.numpy import Like
-from ef_horovod.arrays.tensorflow_device import from_host as from_host
-from ef_horovod.arrays.tensorflow_device import kernel as _kernel
-from ef_horovod.arrays.tensorflow_device import on as _on
-from ef_horovod.arrays.tensorflow_device import parts as _parts
-from ef_horovod.arrays.tensorflow_device import put as _put
-from ef_horovod.arrays.tensorflow_device import to_host as to_host
-from ef_horovod.arrays.tensorflow_matrices import *  # noqa: F403 - low rank
-from ef_horovod.arrays.tensorflow_quantize import *  # noqa: F403 - the quantizers' part
-
-_WORK = 1 << 22  # entries handled at once where an op needs temporaries; a multiple of 8
+from ef_horovod.arrays.numpy import zeros as zeros
 
 
 def like(x: tf.Tensor | tf.Variable) -> Like:
@@ -58,19 +50,13 @@ def detached(x: tf.Tensor | tf.Variable) -> tf.Tensor:
 
 
 def flat_float32(x: tf.Tensor | tf.Variable, *, writable: bool = False) -> np.ndarray | tf.Variable:
-    """x as float32[n].
+    """x as float32[n]: a NumPy view of its memory, or a copy.
 
-    A tensor becomes a NumPy view of its memory, or with `writable` a copy. A float32[n] variable is
-    returned as it is, another one is copied to a new variable on its device.
+    With `writable` a float32[n] variable itself, and a copy of anything else.
     """
-    if not isinstance(x, tf.Variable):
-        return host.flat_float32(to_host(x), writable=writable)
-    if x.dtype == tf.float32 and x.shape.rank == 1:
+    if writable and isinstance(x, tf.Variable) and x.dtype == tf.float32 and x.shape.rank == 1:
         return x
-    flat = device_zeros(x.shape.num_elements(), x.device)
-    with tf.device(x.device):
-        flat.assign(tf.cast(tf.reshape(x, [-1]), tf.float32))
-    return flat
+    return host.flat_float32(to_host(x), writable=writable)
 
 
 def shaped(flat: np.ndarray | tf.Variable, target: Like) -> tf.Tensor | tf.Variable:
@@ -87,185 +73,118 @@ def restore(flat: np.ndarray | tf.Variable, target: Like) -> tf.Tensor:
         return tf.cast(tf.reshape(flat, target.shape), target.dtype)
 
 
-def zeros(length: int, device: str | None = None) -> np.ndarray | tf.Variable:
-    """float32[length] of zeros: a variable on `device`, or a NumPy array if it is None."""
-    return host.zeros(length) if device is None else device_zeros(length, device)
+def host_view(x: tf.Variable | np.ndarray) -> np.ndarray | None:
+    """None for a variable: nothing may write into its memory."""
+    return x if isinstance(x, np.ndarray) else None
 
 
-def device_zeros(length: int, device: str) -> tf.Variable:
-    """float32[length] of zeros as a variable on `device`, which may be the CPU."""
-    with tf.init_scope(), tf.device(device):  # also while a tf.function is traced
-        return tf.Variable(tf.zeros(length), trainable=False)
-
-
-def host_view(x: tf.Variable) -> None:
-    """None: variables have no NumPy views."""
-
-
-def address(x: tf.Tensor | tf.Variable) -> int:
+def address(x: tf.Tensor | tf.Variable | np.ndarray) -> int:
     """Equal only for the same variable, because variables have no views."""
-    return id(x)
+    return host.address(x) if isinstance(x, np.ndarray) else id(x)
 
 
-@_kernel
-def fill(x: tf.Variable, value: float) -> None:
-    x.assign(tf.fill(x.shape, np.float32(value)))
+def to_host(x: tf.Tensor | tf.Variable) -> np.ndarray:
+    """The current values of x as a read-only NumPy array, sharing memory on the CPU.
+
+    Raises:
+        TypeError: x is a symbolic tensor, of a tf.function that is being traced.
+    """
+    tensor = tf.convert_to_tensor(x)
+    if not hasattr(tensor, "numpy"):
+        raise TypeError(
+            f"got the symbolic tensor {x.name!r} of a tf.function, expected an eager one; "
+            "compress inside tf.numpy_function, or outside of the function"
+        )
+    return np.asarray(tensor)
 
 
-@_kernel
-def assign(x: tf.Variable, y: tf.Tensor | tf.Variable) -> None:
-    x.assign(y)
+def from_host(values: np.ndarray, device: str | None = None) -> tf.Tensor:
+    """A host array as a tensor on `device`, or where TensorFlow puts it."""
+    with _on(device):
+        return tf.convert_to_tensor(values)
 
 
 def read(x: tf.Variable, start: int, stop: int) -> np.ndarray:
     """A copy of x[start:stop] on the host, for checkpoints."""
-    return np.array(x[start:stop])
+    return _of(x)[start:stop].copy()
 
 
-def write(x: tf.Variable, start: int, values: tf.Tensor | np.ndarray) -> None:
-    """x[start : start + n] = values, of n numbers in any shape and float dtype."""
-    with tf.device(x.device):
-        _put(x, start, tf.cast(tf.reshape(values, [-1]), tf.float32))
+def assign(x: tf.Variable | np.ndarray, y: tf.Tensor | tf.Variable | np.ndarray) -> None:
+    """x = y."""
+    if isinstance(x, np.ndarray):
+        host.assign(x, _of(y))
+    else:
+        x.assign(y)
 
 
-@_kernel
-def divide(x: tf.Tensor | tf.Variable, divisor: float, out: tf.Variable) -> None:
-    out.assign(tf.convert_to_tensor(x) / np.float32(divisor))
+def _on(device: str | None) -> AbstractContextManager[Any]:
+    """Context that places ops on `device`; None keeps the caller's placement."""
+    return nullcontext() if device is None else tf.device(device)
 
 
-@_kernel
-def divide_checked(x: tf.Tensor | tf.Variable, divisor: float, out: tf.Variable) -> bool:
-    quotient = tf.convert_to_tensor(x) / np.float32(divisor)
-    out.assign(quotient)
-    return bool(tf.reduce_all(tf.math.is_finite(quotient)))
+def _of(values: Any) -> Any:
+    return to_host(values) if isinstance(values, tf.Tensor | tf.Variable) else values
 
 
-@_kernel
-def add(x: tf.Variable, y: tf.Tensor | tf.Variable, weight: float = 1.0) -> None:
-    x.assign_add(y if weight == 1.0 else tf.multiply(y, np.float32(weight)))
+def _reads(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A NumPy function of an array that it does not change, for tensors and variables."""
+
+    @functools.wraps(function)
+    def run(x: Any, *args: Any, **options: Any) -> Any:
+        return function(_of(x), *map(_of, args), **options)
+
+    return run
 
 
-@_kernel
-def average(x: tf.Variable, y: tf.Tensor | tf.Variable, weight: float, out: tf.Variable) -> None:
-    out.assign(tf.multiply(x, np.float32(1.0 - weight)) + tf.multiply(y, np.float32(weight)))
+def _changes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A NumPy function that changes its array, or `out`, or nothing with `subtract=False`."""
+    reads = _reads(function)
+
+    @functools.wraps(function)
+    def run(x: Any, *args: Any, out: Any = None, **options: Any) -> Any:
+        changed = x if out is None else out
+        if isinstance(changed, np.ndarray) or not options.get("subtract", True):
+            return reads(x, *args, **options, **({} if out is None else {"out": out}))
+        room = np.array(to_host(changed))
+        more = {} if out is None else {"out": room}
+        result = reads(room if changed is x else x, *args, **options, **more)
+        changed.assign(room)
+        return result
+
+    return run
 
 
-@_kernel
-def abs_sum(x: tf.Variable) -> float:
-    return _sum(x, tf.abs)
+fill = _changes(host.fill)
+write = _changes(host.write)
+divide = _changes(host.divide)
+divide_checked = _changes(host.divide_checked)
+add = _changes(host.add)
+average = _changes(host.average)
+scatter_add = _changes(host.scatter_add)
+scatter_put = _changes(host.scatter_put)
+pack_signs = _changes(host.pack_signs)
+add_signs = _changes(host.add_signs)
+narrow = _changes(host.narrow)
+add_widened = _changes(host.add_widened)
+quantize = _changes(host.quantize)
+add_quantized = _changes(host.add_quantized)
+shorten = _changes(host.shorten)
+add_shortened = _changes(host.add_shortened)
+add_sides = _changes(host.add_sides)
+put_slices = _changes(host.put_slices)
+add_slices = _changes(host.add_slices)
+add_products = _changes(host.add_products)
 
-
-@_kernel
-def abs_max(x: tf.Tensor | tf.Variable) -> float:
-    if x.shape[0] == 0:
-        return 0.0
-    # Whether a maximum propagates NaN depends on the device.
-    finite = tf.where(tf.math.is_finite(x), tf.abs(x), np.float32(np.inf))
-    return float(tf.reduce_max(finite))
-
-
-@_kernel
-def squared_norm(x: tf.Variable) -> float:
-    return _sum(x, tf.square)
-
-
-@_kernel
-def top_k(x: tf.Variable, k: int) -> tuple[np.ndarray, np.ndarray]:
-    k = min(k, x.shape[0])
-    # As integers, magnitudes sort like floats with infinity and NaN at the top, as on the host.
-    # TensorFlow documents that among equals the lower index comes first.
-    whole = tf.convert_to_tensor(x)
-    order = tf.bitwise.bitwise_and(tf.bitcast(whole, tf.int32), 0x7FFFFFFF)
-    chosen = tf.math.top_k(order, k).indices
-    indices, values = to_host(chosen).astype(np.int64), to_host(tf.gather(whole, chosen))
-    ascending = np.argsort(indices)
-    return indices[ascending], values[ascending]
-
-
-@_kernel
-def at_least(x: tf.Variable, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    whole = tf.convert_to_tensor(x)
-    indices = tf.reshape(tf.where(~(tf.abs(whole) < np.float32(threshold))), [-1])
-    return to_host(indices), to_host(tf.gather(whole, indices))
-
-
-@_kernel
-def encode_indices(x: tf.Variable, indices: np.ndarray) -> np.ndarray:
-    return host.encode_indices(x, indices)
-
-
-@_kernel
-def decode_indices(x: tf.Variable, code: np.ndarray, k: int) -> np.ndarray:
-    return host.decode_indices(x, code, k)
-
-
-@_kernel
-def take(x: tf.Variable, indices: np.ndarray) -> np.ndarray:
-    return to_host(tf.gather(x, indices))
-
-
-@_kernel
-def scatter_add(x: tf.Variable, indices: np.ndarray, values: np.ndarray, weight: float) -> None:
-    # The indices are distinct, so the order of additions does not matter.
-    x.scatter_nd_add(indices[:, None], values * np.float32(weight))
-
-
-@_kernel
-def scatter_put(x: tf.Variable, indices: np.ndarray, values: np.ndarray) -> None:
-    x.scatter_nd_update(indices[:, None], values)
-
-
-@_kernel
-def pack_signs(x: tf.Variable, scale: float, *, subtract: bool) -> np.ndarray:
-    weights = np.array([1, 2, 4, 8, 16, 32, 64, 128], np.float32)
-    packed = np.empty((x.shape[0] + 7) // 8, np.uint8)
-    for start, part in _parts(x, _WORK):
-        positive = part >= 0
-        padded = tf.pad(tf.cast(positive, tf.float32), [[0, -part.shape[0] % 8]])
-        octets = tf.reduce_sum(tf.reshape(padded, [-1, 8]) * weights, 1)  # exact: at most 255
-        packed[start // 8 : (start + _WORK) // 8] = to_host(tf.cast(octets, tf.uint8))
-        if subtract:
-            _put(x, start, part - _signed(positive, scale))
-    return packed
-
-
-@_kernel
-def add_signs(x: tf.Variable, bits: np.ndarray, scale: float) -> None:
-    shifts = np.arange(8, dtype=np.uint8)
-    for start, part in _parts(x, _WORK):
-        octets = tf.convert_to_tensor(bits[start // 8 : (start + _WORK) // 8, None])
-        signs = tf.bitwise.bitwise_and(tf.bitwise.right_shift(octets, shifts), np.uint8(1))
-        positive = tf.reshape(tf.cast(signs, tf.bool), [-1])[: part.shape[0]]
-        _put(x, start, part + _signed(positive, scale))
-
-
-@_kernel
-def narrow(x: tf.Variable, kind: str, shift: int, *, subtract: bool) -> np.ndarray:
-    codes, largest = np.empty(x.shape[0], np.uint16), host.LARGEST[kind]
-    for start, part in _parts(x, _WORK):
-        scaled = tf.cast(tf.cast(part, tf.float64) * 2.0**shift, tf.float32)
-        rounded = tf.cast(tf.clip_by_value(scaled, -largest, largest), kind)
-        codes[start : start + _WORK] = to_host(tf.bitcast(rounded, tf.uint16))
-        if subtract:
-            _put(x, start, part - _widen(rounded, shift))
-    return codes
-
-
-@_kernel
-def add_widened(x: tf.Variable, codes: np.ndarray, kind: str, shift: int, weight: float) -> None:
-    for start, part in _parts(x, _WORK):
-        half = tf.bitcast(tf.convert_to_tensor(codes[start : start + _WORK]), kind)
-        _put(x, start, part + _widen(half, shift) * np.float32(weight))
-
-
-def _widen(half: tf.Tensor, shift: int) -> tf.Tensor:
-    return tf.cast(tf.cast(half, tf.float64) * 2.0**-shift, tf.float32)
-
-
-def _signed(positive: tf.Tensor, scale: float) -> tf.Tensor:
-    return tf.where(positive, np.float32(scale), np.float32(-scale))
-
-
-def _sum(x: tf.Variable, term: Callable[[tf.Tensor], tf.Tensor]) -> float:
-    parts = [tf.reduce_sum(term(tf.cast(part, tf.float64))) for _, part in _parts(x, _WORK)]
-    return float(tf.add_n(parts)) if parts else 0.0
+abs_sum = _reads(host.abs_sum)
+abs_max = _reads(host.abs_max)
+squared_norm = _reads(host.squared_norm)
+top_k = _reads(host.top_k)
+at_least = _reads(host.at_least)
+take = _reads(host.take)
+take_slices = _reads(host.take_slices)
+block_max = _reads(host.block_max)
+block_squares = _reads(host.block_squares)
+block_halves = _reads(host.block_halves)
+factors = _reads(host.factors)
+encode_indices = _reads(host.encode_indices)
+decode_indices = _reads(host.decode_indices)

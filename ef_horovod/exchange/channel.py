@@ -79,7 +79,7 @@ class Channel:
 
     Args:
         name: equal on all ranks, unique among the channels of a transport.
-        like: float32[d] whose framework and device the channel's arrays get.
+        like: float32[d]; the channel's arrays are what its framework's `zeros` makes.
         method: error-feedback method.
         transport: to the other ranks.
         exchange: carries the payloads.
@@ -100,10 +100,11 @@ class Channel:
         seed: int = 0,
     ) -> None:
         exchange.require_fit(method)
-        xp, device = namespace(like), getattr(like, "device", None)
+        device = getattr(like, "device", None)
         self.name, self.method, self.exchange = name, method, exchange
-        self.gradient = xp.zeros(like.shape[0], device)  # float32[d], filled by the caller per step
-        self._xp, self._device, self._transport = xp, device, transport
+        # float32[d], filled by the caller per step; of NumPy also for TensorFlow.
+        self.gradient = namespace(like).zeros(like.shape[0], device)
+        self._xp, self._device, self._transport = namespace(self.gradient), device, transport
         self._key = Key(int(seed), 0, tensor_id(name), transport.rank, transport.size)
         self.worker, self.server = self._open(seed)
         self._lost = self.gradient  # after a step: its compression error

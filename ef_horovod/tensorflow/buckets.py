@@ -1,7 +1,7 @@
 """A bucket of TensorFlow variables, and one step of several buckets as graph ops.
 
 Each op here is a `tf.numpy_function`: Python code that the executor runs on views of the tensors'
-memory. On a GPU it is a `tf.py_function`, and tensors stay on the device.
+memory. Channels have NumPy arrays; what is on a GPU is copied to the host and back.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.arrays import tensorflow as tensors
 from ef_horovod.exchange.channel import conclude, settle
 from ef_horovod.tensorflow.graphs import WholeSteps, python_op
 from ef_horovod.tensorflow.server_transport import GraphTransport
-from ef_horovod.tensorflow.variables import native, on_gpu
 from ef_horovod.training.buckets import BucketPlan, Slot
 
 _ALIGNMENT = 64  # bytes; TensorFlow uses such arrays without a copy
@@ -37,9 +35,7 @@ class Bucket:
         self, plan: BucketPlan, transport: GraphTransport, *, exchange: str, seed: int
     ) -> None:
         self.slots: list[Slot] = plan.slots
-        first = native(self.slots[0].parameter)
-        self.on_gpu = on_gpu(first)
-        like = tensors.zeros(plan.length, first.device if self.on_gpu else None)
+        like = np.zeros(plan.length, np.float32)
         self._transport, self._bridge = transport, transport.bridge()
         self.channel = plan.open(like, self._bridge, exchange=exchange, seed=seed)
         self.whole = WholeSteps(self.channel.name)
@@ -62,12 +58,11 @@ class Bucket:
         """An op that runs a function as soon as its inputs exist."""
         # Stateless, so that no control dependency makes one bucket wait for another. The step
         # counter among the inputs keeps the order of steps.
-        return python_op(function, inputs, kinds, on_gpu=self.on_gpu, stateful=False)
+        return python_op(function, inputs, kinds, stateful=False)
 
-    def bring(self, arrived: Array) -> None:
+    def bring(self, arrived: np.ndarray) -> None:
         """Pass on the data received by `send`'s op."""
-        received = np.asarray(arrived) if self.channel.exchange.compresses else arrived
-        self._bridge.bring(self.channel.name, received)
+        self._bridge.bring(self.channel.name, arrived)
 
     @property
     def sliced(self) -> bool:
@@ -82,14 +77,13 @@ class Bucket:
         """The op that exchanges the answers of all ranks."""
         return self._transport.carry(self.channel.answers, tf.ensure_shape(answer, [None]))
 
-    def bring_answers(self, arrived: Array) -> None:
+    def bring_answers(self, arrived: np.ndarray) -> None:
         """Pass on the data received by that op."""
-        self._bridge.bring(self.channel.answers, np.asarray(arrived))
+        self._bridge.bring(self.channel.answers, arrived)
 
     def _push(self, step: Any, loss_scale: Any, *gradients: Array) -> Array:
         self._start(step, loss_scale, gradients)
-        message = self._bridge.collect(self.channel.name)
-        return tf.identity(message) if isinstance(message, tf.Variable) else message
+        return self._bridge.collect(self.channel.name)
 
     def _push_slices(self, step: Any, loss_scale: Any, *gradients: Array) -> list[Array]:
         self._start(step, loss_scale, gradients)
@@ -130,7 +124,6 @@ def receive(
         step is good, and the number of the next step.
     """
     slots = [slot for bucket in buckets for slot in bucket.slots]
-    gpu = any(bucket.on_gpu for bucket in buckets)
     sliced = [bucket for bucket in buckets if bucket.sliced]
     channels = [bucket.channel for bucket in buckets]
     if sliced:  # bad steps are known before the answers are sent; `arrived` is consumed here
@@ -155,7 +148,7 @@ def receive(
 
     kinds = [tf.bool, tf.int64] + [tf.float32] * len(slots)
     inputs = [step, factor, rows_good, *arrived]
-    good, next_step, *directions = python_op(finish, inputs, kinds, on_gpu=gpu)
+    good, next_step, *directions = python_op(finish, inputs, kinds)
     good, next_step = tf.ensure_shape(good, []), tf.ensure_shape(next_step, [])
     shaped = [
         tf.ensure_shape(direction, slot.parameter.shape)
@@ -183,9 +176,8 @@ def _answers(
         return [np.bool_(good), *answers]
 
     inputs, kinds = [rows_good, *arrived], [tf.bool] + [tf.uint8] * len(sliced)
-    gpu = any(bucket.on_gpu for bucket in buckets)
     # Stateless like `_push`: with Horovod's tape, each variable has one of these.
-    good, *answers = python_op(answer, inputs, kinds, on_gpu=gpu, stateful=False)
+    good, *answers = python_op(answer, inputs, kinds, stateful=False)
     good = tf.ensure_shape(good, [])
     pairs = zip(sliced, answers, strict=True)
     return good, [bucket.carry_answer(own) for bucket, own in pairs]
@@ -199,9 +191,6 @@ def _bring(buckets: Sequence[Bucket], arrived: Sequence[Array]) -> None:
 def _part(direction: Array | None, slot: Slot, factor: float) -> Array:
     """A copy of a variable's part of the aggregated gradient; NaN if there is none."""
     shape = tuple(slot.parameter.shape)
-    if direction is not None and not isinstance(direction, np.ndarray):  # on a GPU
-        part = tf.reshape(direction[slot.start : slot.stop], shape)
-        return part if factor == 1.0 else part * factor
     part = _aligned(slot.stop - slot.start)
     if direction is None:
         part.fill(np.nan)

@@ -15,12 +15,7 @@ from ef_horovod.transports.timeouts import last_words
 
 
 def python_op(
-    function: Callable[..., Any],
-    inputs: list[Any],
-    kinds: Any,
-    *,
-    on_gpu: bool = False,
-    stateful: bool = True,
+    function: Callable[..., Any], inputs: list[Any], kinds: Any, *, stateful: bool = True
 ) -> Any:
     """An op that runs a function when its inputs exist; see `tf.numpy_function`.
 
@@ -28,11 +23,10 @@ def python_op(
     repeated at the end of the output.
 
     Args:
-        function: gets arrays, or tensors if `on_gpu`.
+        function: gets NumPy arrays; TensorFlow copies what is on a GPU.
         inputs: tensors.
         kinds: dtype of the result, or of each result.
-        on_gpu: whether tensors stay on the device.
-        stateful: False for ops without automatic control dependencies (on the CPU).
+        stateful: False for ops without automatic control dependencies.
     """
 
     @functools.wraps(function)
@@ -43,9 +37,8 @@ def python_op(
             last_words.remember(str(error))
             raise
 
-    if on_gpu:
-        return tf.py_function(run, inputs, kinds)
-    return tf.numpy_function(run, inputs, kinds, stateful=stateful)
+    with tf.device("/CPU:0"):
+        return tf.numpy_function(run, inputs, kinds, stateful=stateful)
 
 
 class WholeSteps:

@@ -78,11 +78,6 @@ def name_variables(variables: Any) -> list[tuple[str, Any]]:
     return require_distinct([(f"{i}.{own_name(v)}", v) for i, v in enumerate(listed)])
 
 
-def on_gpu(variable: Any) -> bool:
-    """Whether a variable lies on a GPU."""
-    return "GPU" in native(variable).device.upper()
-
-
 def require_gradient_of(variable: Any, gradient: Any) -> None:
     """Raise unless a gradient is None, or of the variable's shape and of a floating type.
 

@@ -9,8 +9,7 @@
     >>> bool(numpy.linalg.norm(problem.mean_gradient(run.x)) < 1e-2)
     True
 
-"Recalled" in a docstring: written from memory of a paper, not checked against its text. "Derived
-here": the docstring gives the argument.
+"Derived here" in a docstring: not taken from a paper's text; the docstring gives the argument.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ef_horovod.theory.budget import (
     optimal_threshold,
     threshold_from_budget,
 )
-from ef_horovod.theory.cloning import Cloning, clone, cloned_L_QM
+from ef_horovod.theory.cloning import Cloning, clone
 from ef_horovod.theory.problems import Problem, Shard, contiguous_shards, load_libsvm
 from ef_horovod.theory.rare import (
     RareFeatures,
@@ -34,15 +33,11 @@ from ef_horovod.theory.rare import (
 )
 from ef_horovod.theory.smoothness import Smoothness, gram_norm, pl_constant, smoothness_constants
 from ef_horovod.theory.steps import (
-    alpha_of_variance,
-    beta,
     ef21_am_pl_step,
     ef21_am_step,
     ef21_pl_step,
     ef21_pp_step,
-    ef21_sgdm_recalled_step,
     ef21_step,
-    ef21_w_pl_step,
     ef21_w_pp_step,
     ef21_w_step,
     pp_best_s,
@@ -57,11 +52,8 @@ __all__ = [
     "RareFeatures",
     "Shard",
     "Smoothness",
-    "alpha_of_variance",
-    "beta",
     "calibrate",
     "clone",
-    "cloned_L_QM",
     "contiguous_shards",
     "dropped_error",
     "ef21_am_pl_step",
@@ -69,9 +61,7 @@ __all__ = [
     "ef21_bc_step",
     "ef21_pl_step",
     "ef21_pp_step",
-    "ef21_sgdm_recalled_step",
     "ef21_step",
-    "ef21_w_pl_step",
     "ef21_w_pp_step",
     "ef21_w_step",
     "gram_norm",

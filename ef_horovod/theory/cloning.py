@@ -42,43 +42,11 @@ def clone(L_i: Sequence[float]) -> Cloning:
         Richtarik, Gasanov, Burlachenko: Error Feedback Reloaded (ICLR 2024), for the factor
         sqrt(2), from its reviews; the formulas were derived again.
     """
-    each, mean = _constants(L_i)
+    checked = Smoothness(max(L_i, default=1.0), L_i)  # L is unused; the largest L_i bounds it
+    each, mean = np.array(checked.L_i), checked.L_AM
     # Slightly below the ratio: otherwise rounding of the mean could double all of equal L_i.
     copies = np.maximum(np.ceil(each / mean * (1 - 1e-12)), 1).astype(np.int64)
     total = int(copies.sum())
     scale = total / (each.size * copies)
-    bound = float(np.sqrt(2) * mean)
-    return Cloning(copies, total, scale, cloned_L_QM(L_i, copies), bound)
-
-
-def cloned_L_QM(L_i: Sequence[float], copies: Sequence[int] | np.ndarray) -> float:
-    """L_QM for any numbers of clones: sqrt((N / n^2) sum_i L_i^2 / N_i).
-
-    Args:
-        L_i: smoothness constants of the n workers, finite and positive.
-        copies: N_i >= 1 of each.
-
-    Raises:
-        ValueError: constants or numbers are out of range, or differ in length.
-
-    Example:
-        >>> import ef_horovod as ef
-        >>> round(ef.theory.cloned_L_QM([1, 1, 1, 100], [1, 1, 1, 2]), 2)
-        39.54
-
-    References:
-        Error Feedback Reloaded (ICLR 2024), Example 2.1.
-    """
-    each, _ = _constants(L_i)
-    numbers = np.asarray(copies)
-    if numbers.shape != each.shape or not np.all(numbers >= 1):
-        raise ValueError(
-            f"got {numbers.size} numbers of copies from {numbers.min(initial=1)} on for "
-            f"{each.size} workers, expected one of at least 1 for each; 1 leaves a worker as it is"
-        )
-    return float(np.sqrt(numbers.sum() * np.sum(each**2 / numbers)) / each.size)
-
-
-def _constants(L_i: Sequence[float]) -> tuple[np.ndarray, float]:
-    checked = Smoothness(max(L_i, default=1.0), L_i)  # L is unused; the largest L_i bounds it
-    return np.array(checked.L_i), checked.L_AM
+    L_QM = float(np.sqrt(total * np.sum(each**2 / copies)) / each.size)
+    return Cloning(copies, total, scale, L_QM, float(np.sqrt(2) * mean))

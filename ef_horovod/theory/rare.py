@@ -120,9 +120,7 @@ def rare_features_w_step(constants: Smoothness, alpha: float, W: float) -> float
     """EF21 with rare features and weights: 1 / (L + sqrt(W) L_AM xi).
 
     Derived here, under the condition of `rare_features_step`: W = max_j sum_{i owns j} w_i, and
-    Jensen within each coordinate gives ||mean a_i||^2 <= W sum ||a_i||^2 / (n^2 w_i). Error
-    Feedback Reloaded may have a form with c / n instead of W. That form is only recalled, and this
-    function does not compute it.
+    Jensen within each coordinate gives ||mean a_i||^2 <= W sum ||a_i||^2 / (n^2 w_i).
 
     Args:
         constants: of the problem.

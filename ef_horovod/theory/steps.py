@@ -28,30 +28,11 @@ def theta(alpha: float) -> float:
     return alpha / (1 + math.sqrt(1 - alpha))  # the same without cancellation for small alpha
 
 
-def beta(alpha: float) -> float:
-    """beta = (1 - alpha) / (1 - sqrt(1 - alpha)): how much a moved gradient adds to the error.
-
-    Args:
-        alpha: contraction in (0, 1].
-
-    Raises:
-        ValueError: alpha outside (0, 1].
-
-    Example:
-        >>> import ef_horovod as ef
-        >>> ef.theory.beta(0.75)
-        0.5
-
-    References:
-        Richtarik, Sokolov, Fatkhullin: EF21 (NeurIPS 2021), Theorem 2 of the authors' poster.
-    """
-    return (1 - alpha) / theta(alpha)
-
-
 def xi(alpha: float) -> float:
-    """xi = sqrt(beta / theta) = (1 + sqrt(1 - alpha)) / alpha - 1: the cost of compression.
+    """xi = (1 + sqrt(1 - alpha)) / alpha - 1: the cost of compression.
 
-    It is 0 for alpha = 1 and about 2 / alpha for small alpha.
+    It is 0 for alpha = 1 and about 2 / alpha for small alpha. In the paper xi = sqrt(beta / theta),
+    with beta = (1 - alpha) / theta, by which a moved gradient adds to the error.
 
     Args:
         alpha: contraction in (0, 1].
@@ -70,31 +51,6 @@ def xi(alpha: float) -> float:
     """
     require_fraction("alpha", alpha)  # before the square root
     return math.sqrt(1 - alpha) / theta(alpha)
-
-
-def alpha_of_variance(omega: float) -> float:
-    """The contraction of C / (1 + omega) for an unbiased C: alpha = 1 / (1 + omega).
-
-    Args:
-        omega: E||C(x) - x||^2 <= omega ||x||^2, at least 0.
-
-    Raises:
-        ValueError: omega is negative or not finite.
-
-    Example:
-        >>> import ef_horovod as ef
-        >>> ef.theory.alpha_of_variance(ef.RandomK(0.25, scale="unbiased").variance(8))
-        0.25
-
-    References:
-        Fatkhullin et al.: EF21 with Bells & Whistles (2021), equation (5).
-    """
-    if not 0 <= omega < math.inf:
-        raise ValueError(
-            f"got omega={omega}, expected a finite variance of at least 0; take it from "
-            "compressor.variance(d)"
-        )
-    return 1 / (1 + omega)
 
 
 def ef21_step(constants: Smoothness, alpha: float) -> float:
@@ -147,8 +103,9 @@ def ef21_am_step(constants: Smoothness, alpha: float) -> float:
 def ef21_w_step(constants: Smoothness, alpha: float) -> float:
     """EF21-W, nonconvex: 1 / (L + L_AM xi), the same as `ef21_am_step`.
 
-    Recalled, and derived here: EF21-W tracks grad f_i / (n w_i), each L_AM-smooth, with weights
-    w_i, so the proof of `ef21_step` applies with the weighted mean.
+    Derived here: EF21-W tracks grad f_i / (n w_i), each L_AM-smooth, with weights w_i, so the
+    proof of `ef21_step` applies with the weighted mean. Under the PL condition `ef21_am_pl_step`
+    is its step likewise.
 
     Args:
         constants: of the problem.
@@ -214,30 +171,6 @@ def ef21_am_pl_step(constants: Smoothness, alpha: float, mu: float) -> float:
         Error Feedback Reloaded (ICLR 2024) for the weights.
     """
     return _pl_step(constants.L, constants.L_AM, alpha, mu)
-
-
-def ef21_w_pl_step(constants: Smoothness, alpha: float, mu: float) -> float:
-    """EF21-W under the PL condition: min{1 / (L + sqrt(2) L_AM xi), theta / (2 mu)}.
-
-    Recalled, and derived here as `ef21_w_step`.
-
-    Args:
-        constants: of the problem.
-        alpha: contraction in (0, 1].
-        mu: as for `ef21_pl_step`.
-
-    Raises:
-        ValueError: alpha outside (0, 1], or mu not positive.
-
-    Example:
-        >>> import ef_horovod as ef
-        >>> ef.theory.ef21_w_pl_step(ef.theory.Smoothness(1.0, [1.0]), alpha=1.0, mu=2.0)
-        0.25
-
-    References:
-        Error Feedback Reloaded (ICLR 2024), EF21-W.
-    """
-    return ef21_am_pl_step(constants, alpha, mu)
 
 
 def ef21_pp_step(
@@ -326,33 +259,6 @@ def pp_best_s(alpha: float, p: float) -> float:
     require_fraction("p", p)
     root = math.sqrt(1 - p * alpha)
     return p * alpha / (root * (1 + root)) if root else 1.0
-
-
-def ef21_sgdm_recalled_step(constants: Smoothness, alpha: float, eta: float) -> float:
-    """EF21-SGDM: min{alpha / (20 L_QM), eta / (7 L)}. Recalled: the constants are not verified.
-
-    Use it as a first guess, then tune.
-
-    Args:
-        constants: of the problem.
-        alpha: contraction in (0, 1].
-        eta: weight of the new gradient in (0, 1], `EF21(momentum=eta)`.
-
-    Raises:
-        ValueError: alpha or eta outside (0, 1].
-
-    Example:
-        >>> import ef_horovod as ef
-        >>> ef.theory.ef21_sgdm_recalled_step(ef.theory.Smoothness(1.0, [1.0]), alpha=1.0, eta=0.07)
-        0.01
-
-    References:
-        Fatkhullin, Tyurin, Richtarik: Momentum Provably Improves Error Feedback (NeurIPS 2023),
-        from memory.
-    """
-    require_fraction("alpha", alpha)
-    require_fraction("eta", eta)
-    return min(alpha / (20 * constants.L_QM), eta / (7 * constants.L))
 
 
 def _pl_step(L: float, mean: float, alpha: float, mu: float) -> float:

@@ -19,7 +19,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from ef_horovod.arrays import Array, dtype_name, namespace
+from ef_horovod.arrays import Array
 from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.base import Measure, Transport, require_summable, split
 from ef_horovod.transports.horovod import HorovodTransport
@@ -193,15 +193,8 @@ class GraphBridge(Transport):
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
         self._leave(name, values)
-        self._count_allreduce(values.shape[0] * np.dtype(dtype_name(values)).itemsize)
-
-        def finish() -> Array:
-            if isinstance(values, np.ndarray):
-                return self._arrived.pop(name)
-            namespace(values).assign(values, self._arrived.pop(name))
-            return values
-
-        return finish
+        self._count_allreduce(values.nbytes)
+        return lambda: self._arrived.pop(name)
 
     def collect(self, name: str) -> np.ndarray:
         """The message to carry: uint8[m] to gather or floats to sum."""

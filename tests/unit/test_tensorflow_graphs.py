@@ -218,10 +218,7 @@ def test_a_loss_scale_does_not_reach_the_memories():
     )
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_an_error_in_a_graph_is_said_once_more_at_the_end(
-    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_a_graph_is_said_once_more_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(last_words, "remember", said.append)
 
@@ -230,7 +227,7 @@ def test_an_error_in_a_graph_is_said_once_more_at_the_end(
 
     one = tf.constant(1.0)
     with pytest.raises(tf.errors.OpError, match="got 1, expected 2; take 2"):
-        tf.function(lambda: python_op(fails, [one], tf.float32, on_gpu=on_gpu))()
+        tf.function(lambda: python_op(fails, [one], tf.float32))()
     assert said == ["got 1, expected 2; take 2"]
 
 

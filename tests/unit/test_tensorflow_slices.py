@@ -1,4 +1,4 @@
-"""The double pass as ops: the bits of NumPy, eager or in a graph, on the way for GPUs too."""
+"""The double pass as ops: the bits of NumPy, eager or in a graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import tensorflow as tf
 
 import ef_horovod as ef
 from ef_horovod.exchange.channel import finish_step
-from ef_horovod.tensorflow import buckets
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.echo_tensorflow import EchoOps
@@ -91,16 +90,12 @@ def by_ops(method, wrap, bad=None):
     return [facts_of(bucket, parts) for bucket, parts in pairs]
 
 
-@pytest.mark.parametrize("way", ["cpu", "gpu"])
 @pytest.mark.parametrize("wrap", [lambda f: f, tf.function], ids=["eager", "tf.function"])
 @pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_directions_and_memories_are_numpy_s(method, wrap, way, monkeypatch):
-    monkeypatch.setattr(buckets, "on_gpu", lambda variable: way == "gpu")
+def test_directions_and_memories_are_numpy_s(method, wrap):
     assert by_ops(method, wrap) == in_numpy(method)
 
 
-@pytest.mark.parametrize("way", ["cpu", "gpu"])
 @pytest.mark.parametrize("wrap", [lambda f: f, tf.function], ids=["eager", "tf.function"])
-def test_a_step_with_a_nan_in_one_bucket_leaves_no_trace_in_any(wrap, way, monkeypatch):
-    monkeypatch.setattr(buckets, "on_gpu", lambda variable: way == "gpu")
+def test_a_step_with_a_nan_in_one_bucket_leaves_no_trace_in_any(wrap):
     assert by_ops(METHODS[0], wrap, bad=3) == in_numpy(METHODS[0], bad=3)

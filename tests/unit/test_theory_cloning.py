@@ -17,7 +17,6 @@ def test_the_example_of_one_hard_worker():
     constants = theory.Smoothness(25.75, each)
     assert round(constants.L_QM, 4) == 50.0075
     assert constants.L_AM == 25.75
-    assert round(theory.cloned_L_QM(each, [1, 1, 1, 2]), 2) == 39.54
     cloning = theory.clone(each)
     assert cloning.copies.tolist() == [1, 1, 1, 4]
     assert cloning.total == 7
@@ -52,8 +51,6 @@ def test_equal_workers_are_not_cloned(value, n):
     [
         (lambda: theory.clone([]), "finite positive numbers"),
         (lambda: theory.clone([1.0, -1.0]), "from -1.0 to 1.0"),
-        (lambda: theory.cloned_L_QM([1, 2], [1]), "got 1 numbers of copies .* for 2 workers"),
-        (lambda: theory.cloned_L_QM([1, 2], [1, 0]), "at least 1 for each"),
     ],
 )
 def test_wrong_arguments_are_refused(call, message):
