@@ -61,6 +61,7 @@ from bandwidth_plan import (
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ef_horovod.common.arguments import argument
 from ef_horovod.common.units import read_rate, show_rate
 
 HERE = Path(__file__).resolve().parent
@@ -83,7 +84,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--hosts", nargs="+", type=int, default=list(HOSTS), help="that train")
-    parser.add_argument("--rates", nargs="+", type=_rate, default=list(RATES), metavar="RATE")
+    parser.add_argument(
+        "--rates", nargs="+", type=argument(read_rate), default=list(RATES), metavar="RATE"
+    )
     parser.add_argument(
         "--ways", nargs="+", default=[""], help="those that contain a word of these"
     )
@@ -104,13 +107,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         options.models, options.hosts, options.rates = ["mlp"], [2], [read_rate("1gbit")]
         options.every = True
     return options
-
-
-def _rate(text: str) -> int:
-    try:
-        return read_rate(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def chosen(options: argparse.Namespace) -> list[Case]:

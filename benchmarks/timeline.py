@@ -31,6 +31,7 @@ from bandwidth_plan import Case
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ef_horovod.common.arguments import argument
 from ef_horovod.common.units import read_rate, show_rate
 
 WAYS = ["Horovod dense, ring", "EF21 top-k", "DoubleSqueeze 1 bit"]
@@ -231,7 +232,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hosts", type=int, default=4)
-    parser.add_argument("--rates", type=read_rate, nargs="+", default=[read_rate("100mbit")])
+    parser.add_argument(
+        "--rates", type=argument(read_rate), nargs="+", default=[read_rate("100mbit")]
+    )
     parser.add_argument("--ways", nargs="+", default=WAYS)
     parser.add_argument("--bucket-mb", type=float, help="of the compressed ways (25)")
     parser.add_argument("--buckets", type=float, nargs="+", metavar="MB", help="time them all")

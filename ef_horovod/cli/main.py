@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+from ef_horovod.common.arguments import argument
 from ef_horovod.common.progress import CommandFailed
 from ef_horovod.common.registry import add_import_option, load
+from ef_horovod.common.units import read_count, read_rate, read_seconds
 from ef_horovod.errors import EFHorovodError
 from ef_horovod.horovod_build.build import FRAMEWORKS, BuildError, Options, build_horovod
 
@@ -172,13 +173,14 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         ),
     )
     add = parser.add_argument
-    add("--parameters", type=_read("read_count"), required=True, metavar="N", help="3.6M, 25000")
+    add("--parameters", type=argument(read_count), required=True, metavar="N", help="3.6M, 25000")
     add("--workers", type=_counts, required=True, metavar="N[,N...]", help="one on each host; 4")
     add(
-        "--bandwidth", type=_read("read_rate"), required=True, metavar="RATE", help="100mbit, 1gbit"
-    )
-    add("--latency", type=_read("read_seconds"), default=50e-6, metavar="TIME", help="50us")
-    add("--compute", type=_read("read_seconds"), metavar="TIME", help="of forward and backward")
+        "--bandwidth", type=argument(read_rate), required=True, metavar="RATE",
+        help="100mbit, 1gbit",
+    )  # fmt: skip
+    add("--latency", type=argument(read_seconds), default=50e-6, metavar="TIME", help="50us")
+    add("--compute", type=argument(read_seconds), metavar="TIME", help="of forward and backward")
     add("--method", action="append", default=[], help="'EF21(TopK(0.01))', ef21 (repeatable)")
     add("--compressor", action="append", default=[], help="topk:0.01: of each method (repeatable)")
     add(
@@ -226,20 +228,6 @@ def _run_advise(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise CommandFailed(str(error)) from None
     print((advise.as_json if arguments.json else advise.page)(question, answers))
-
-
-def _read(name: str) -> Callable[[str], Any]:
-    """A function of `units` as an argparse type that keeps its error message."""
-
-    def read(text: str) -> float:
-        from ef_horovod.common import units
-
-        try:
-            return getattr(units, name)(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read
 
 
 def _counts(text: str) -> list[int]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ef_horovod.common.arguments import argument
 from ef_horovod.common.extras import explained
 from ef_horovod.common.registry import add_import_option, load
 from ef_horovod.errors import EFHorovodError
@@ -139,7 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=argument(lambda text: require_limit(text, "--timeout")),
         metavar="SECONDS",
         help="limit of what some workers have begun and others not ($EF_HOROVOD_TIMEOUT, or 300)",
     )
@@ -152,13 +153,6 @@ def count(text: str) -> int:
     if not 1 <= number <= _MOST:
         raise argparse.ArgumentTypeError(f"received {text!r}, expected an integer of 1 or more")
     return number
-
-
-def _seconds(text: str) -> float:
-    try:
-        return require_limit(text, "--timeout")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _require_writable(arguments: argparse.Namespace) -> None:

@@ -9,10 +9,11 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ef_horovod.common.arguments import argument
 from ef_horovod.common.units import read_rate, show_rate
 from virtual_cluster import ClusterError, inside, namespaces
 from virtual_cluster.folder import remove_leftovers, run_folder
@@ -89,16 +90,16 @@ def make_parser(more: str = "") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--hosts", type=_argument(_read_count), metavar="N")
+    parser.add_argument("--hosts", type=argument(_read_count), metavar="N")
     parser.add_argument(
         "--rate",
-        type=_argument(_read_rates),
+        type=argument(_read_rates),
         metavar="RATE",
         help="of each host's link, each way: 100mbit, or one for each host: 1gbit,1gbit,100mbit",
     )
     parser.add_argument(
         "--delay",
-        type=_argument(read_delay),
+        type=argument(read_delay),
         metavar="TIME",
         help="of each packet: 5ms makes a round trip of 10 ms (the kernel must have netem)",
     )
@@ -236,15 +237,3 @@ def _read_count(text: str) -> int:
 
 def _read_rates(text: str) -> list[int]:
     return [read_rate(word) for word in text.split(",")]
-
-
-def _argument(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Convert ValueErrors to the exception type whose message argparse shows."""
-
-    def convert(text: str) -> Any:
-        try:
-            return read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return convert

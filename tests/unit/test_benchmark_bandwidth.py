@@ -51,6 +51,13 @@ def test_the_grid_fits_in_its_time(plan, driver):
     assert not [c for c in every if c.model != "mlp" and plan.WAYS[c.way].group == "tensorflow"]
 
 
+@pytest.mark.parametrize("benchmark", ["bandwidth", "timeline"])
+def test_a_rate_that_is_none_is_told_in_a_sentence(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(benchmark).parse(["--rates", "fast"])
+    assert "got the rate 'fast', expected 64kbit or more, as in 100mbit" in capsys.readouterr().err
+
+
 def test_filters_choose(driver):
     words = ["--hosts", "4", "--rates", "100mbit", "--models", "mlp", "--ways", "EF21"]
     cases = driver.chosen(driver.parse(words))

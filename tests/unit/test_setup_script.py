@@ -382,6 +382,7 @@ def test_help_needs_no_environment(script, tmp_path):
         ("launch/server", "-w 2", "received no program for the workers"),
         ("launch/server", "-w 2 --nosuch 3 -- x", "unrecognized arguments: --nosuch"),
         ("launch/server", "-w none -- x", "received 'none', expected an integer"),
+        ("launch/server", "-w 2 --timeout -1 -- x", "got --timeout='-1', expected a positive"),
         ("launch/cluster", "", "received no --hosts"),
         ("launch/cluster", "--hosts 2", "received no command"),
         ("launch/cluster", "--hosts 2 --nosuch -- x", "unrecognized arguments: --nosuch"),
