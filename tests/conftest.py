@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,7 @@ from sampling import (  # noqa: F401 - hooks
 )
 
 from ef_horovod.compressors.registry import COMPRESSORS
+from ef_horovod.exchange.registry import EXCHANGES
 from ef_horovod.methods.registry import METHODS
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -21,8 +23,10 @@ settings.load_profile("repeatable")
 
 @pytest.fixture
 def own_classes() -> Iterator[None]:
-    """Compressors and methods that the test registers are forgotten after it."""
-    before = [(table, dict(table)) for table in (COMPRESSORS, METHODS)]
+    """Compressors, methods and exchanges that the test registers are forgotten after it."""
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (table, dict(table)) for table in (COMPRESSORS, METHODS, EXCHANGES)
+    ]
     yield
     for table, entries in before:
         table.clear()

@@ -133,10 +133,15 @@ def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _run_list(arguments: argparse.Namespace) -> None:
     from ef_horovod.cli import listing
 
-    sys.path.insert(0, "")  # as `python -m` does, to find modules in the current folder
-    load(arguments.modules)
+    _load(arguments)
     chosen = (arguments.what,) if arguments.what else ("compressors", "methods")
     print(listing.page(chosen, arguments.elements, markdown=arguments.markdown))
+
+
+def _load(arguments: argparse.Namespace) -> None:
+    """Import the modules of --import."""
+    sys.path.insert(0, "")  # as `python -m` does, to find modules in the current folder
+    load(arguments.modules)
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -183,6 +188,7 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--compute", type=argument(read_seconds), metavar="TIME", help="of forward and backward")
     add("--method", action="append", default=[], help="'EF21(TopK(0.01))', ef21 (repeatable)")
     add("--compressor", action="append", default=[], help="topk:0.01: of each method (repeatable)")
+    add_import_option(parser)
     add(
         "--mpi", choices=("default", "ring", "ideal"), default="default",
         help="Open MPI as it comes, told to sum and gather by rings, or rings without TCP (RDMA)",
@@ -211,6 +217,7 @@ def _run_advise(arguments: argparse.Namespace) -> None:
     from ef_horovod.exchange.network import Network
     from ef_horovod.methods.parsing import read_compressor
 
+    _load(arguments)
     try:
         compressors = [read_compressor(text) for text in arguments.compressor]
         question = advise.Question(

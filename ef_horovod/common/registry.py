@@ -55,8 +55,8 @@ def add_import_option(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="modules",
         metavar="MODULE",
-        help="import this module or package first, for compressors and methods of yours "
-        "(repeatable)",
+        help="import this module or package first, which registers compressors, methods or "
+        "exchanges of yours (repeatable)",
     )
 
 

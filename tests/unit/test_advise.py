@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import pytest
@@ -87,6 +88,43 @@ def test_many_workers_get_a_row_each(capsys):
 
     assert network(answers[1], "gather") > 50 * network(answers[0], "gather")
     assert network(answers[1], "double_pass") < 3 * network(answers[0], "double_pass")
+
+
+OURS = """
+from dataclasses import dataclass
+import ef_horovod as ef
+from ef_horovod.compressors.registry import register_compressor
+from ef_horovod.exchange.gather import Gather
+from ef_horovod.exchange.registry import register_exchange
+from ef_horovod.methods.registry import register_method
+
+@register_compressor(wire_id=200)
+class OurTopK(ef.TopK): pass
+
+@register_method
+@dataclass(frozen=True)
+class OurFeedback(ef.ErrorFeedback): pass
+
+@register_exchange
+class Twice(Gather):
+    name = "twice"
+    def traffic(self, method, d, n):
+        once = super().traffic(method, d, n)
+        return type(once)(*(2 * nbytes for nbytes in once))
+"""
+
+
+def test_a_module_of_the_user_is_imported(capsys, tmp_path, monkeypatch, own_classes):
+    (tmp_path / "our_advise.py").write_text(OURS)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    ours = ["--method", "OurFeedback", "--compressor", "ourtopk:0.01", "--import", "our_advise"]
+    (answer,) = asked(capsys, "--workers", "4", "--bandwidth", "1gbit", *ours)
+    name = "OurFeedback(OurTopK(ratio=0.01)), "
+    sent = {c["choice"].removeprefix(name): c["bytes_out"] for c in answer["choices"]}
+    assert sent["twice"] == 2 * sent["gather"]
+    assert cli.main([*MODEL, "--workers=4", "--bandwidth=1gbit", "--import=not_there"]) == 1
+    assert "got no module 'not_there'" in capsys.readouterr().err
 
 
 def test_methods_and_compressors_are_combined():
