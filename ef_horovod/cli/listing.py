@@ -1,6 +1,6 @@
-"""Tables of all registered compressors and methods, from their attributes and docstrings.
+"""Tables of all registered compressors, methods and exchanges: their attributes and docstrings.
 
-All rows come from the registries, so compressors and methods of other packages are listed too.
+All rows come from the registries, so those of other packages are listed too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import numpy as np
 from ef_horovod.arrays.keys import Key
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.identity import Identity
+from ef_horovod.compressors.randomk import RandomK
 from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.compressors.topk import TopK
+from ef_horovod.exchange.base import Exchange
+from ef_horovod.exchange.registry import EXCHANGES
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.methods.registry import METHODS
@@ -26,6 +29,12 @@ from ef_horovod.training.choice import choose
 Row = list[str]
 _NOTHING = "-"
 _STEPS = 20
+_USUAL = (  # an exchange's bytes are those of the first one that it carries
+    NoFeedback(TopK(ratio=0.01), server_compressor=TopK(ratio=0.01)),
+    NoFeedback(RandomK(ratio=0.01)),
+    NoFeedback(Identity()),
+)
+_RANKS = (4, 64)
 
 
 class Table(NamedTuple):
@@ -42,7 +51,7 @@ def page(what: Sequence[str], d: int, *, markdown: bool = False) -> str:
     """All tables as one text.
 
     Args:
-        what: "compressors", "methods" or both.
+        what: "compressors", "methods", "exchanges" or several of them.
         d: vector length for the sizes.
         markdown: True for a page of the documentation.
 
@@ -57,7 +66,7 @@ def page(what: Sequence[str], d: int, *, markdown: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-_HEAD = """# Compressors and methods
+_HEAD = """# Compressors, methods and exchanges
 
 Made by `ef-horovod list --markdown > docs/compressors.md`; a test says when that is due. Without
 `--markdown` the command prints to a terminal, and with `--import PACKAGE` it lists what a package
@@ -115,7 +124,34 @@ def method_tables(d: int) -> list[Table]:
     return [numbers, words]
 
 
-_TABLES = {"compressors": compressor_tables, "methods": method_tables}
+def exchange_tables(d: int) -> list[Table]:
+    """What exchanges carry and send, one row per exchange; their descriptions."""
+    compressors = [c for kind in COMPRESSORS.values() for c in kind.examples()]
+    methods = [m for kind in METHODS.values() for c in compressors for m in kind.examples(c)]
+    numbers = Table(
+        f"Exchanges for {d:,} elements",
+        "compressors, methods: those whose payloads it carries, each in at least one combination. "
+        "summed: float32 values are summed in flight. server: only in a job with parameter "
+        "servers. bytes: sent by a rank per step, with the method beside, among so many ranks; "
+        "docs/cost-model.md has the formulas.",
+        [
+            *("exchange", "compressors", "methods", "summed", "server", "method of the bytes"),
+            *(f"bytes, {ranks} ranks" for ranks in _RANKS),
+        ],
+        [_exchange_row(exchange, methods, d) for exchange in EXCHANGES.values()],
+        (14, 24, 24, 6, 6, 36, 15, 15),
+    )
+    words = Table(
+        "What exchanges do",
+        "From their docstrings.",
+        ["exchange", "what it does"],
+        [[exchange.name, _words(type(exchange), ())[1]] for exchange in EXCHANGES.values()],
+        (14, 100),
+    )
+    return [numbers, words]
+
+
+_TABLES = {"compressors": compressor_tables, "methods": method_tables, "exchanges": exchange_tables}
 
 
 def _compressor_row(compressor: Compressor, d: int) -> Row:
@@ -141,6 +177,34 @@ def _method_row(method: Method, d: int) -> Row:
         *(_memory(method, x, half) for half in (0, 1)),
         choose("auto", method).name,
     ]
+
+
+def _exchange_row(exchange: Exchange, methods: Sequence[Method], d: int) -> Row:
+    carried = [method for method in methods if exchange.fits(method)]
+    sized = (m for m in (*_USUAL, *carried) if m.fixed_size and exchange.fits(m))
+    example = next(sized, None)
+    return [
+        exchange.name,
+        _out_of(COMPRESSORS, {type(method.compressor).__name__ for method in carried}),
+        _out_of(METHODS, {type(method).__name__ for method in carried}),
+        *("yes" if said else "no" for said in (exchange.sums, exchange.needs_server)),
+        *_bytes_sent(exchange, example, d),
+    ]
+
+
+def _out_of(known: Iterable[str], chosen: set[str]) -> str:
+    """Names out of the known ones, in their order, or the few that are left out."""
+    names, others = ([n for n in known if (n in chosen) == there] for there in (True, False))
+    if len(others) < len(names):
+        return f"all but {', '.join(others)}" if others else "all"
+    return ", ".join(names) or _NOTHING
+
+
+def _bytes_sent(exchange: Exchange, method: Method | None, d: int) -> Row:
+    if method is None:
+        return [_NOTHING] * (1 + len(_RANKS))
+    sent = (exchange.traffic(method, d, ranks).sent for ranks in _RANKS)
+    return [repr(method), *(f"{nbytes:,.0f}" for nbytes in sent)]
 
 
 def _message(method: Method, x: np.ndarray) -> str:
@@ -205,7 +269,7 @@ def _below_one(value: float | None) -> str:
 
 def _words(kind: type, sections: Iterable[str]) -> Row:
     """A class's name, the first paragraph of its docstring, and the given sections."""
-    text = inspect.cleandoc(kind.__doc__ or "")
+    text = inspect.cleandoc(kind.__doc__ or _NOTHING)
     if text.startswith(f"{kind.__name__}("):  # the default docstring of a dataclass
         text = _NOTHING
     first = " ".join(text.partition("\n\n")[0].split()).rstrip(":")

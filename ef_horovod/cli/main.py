@@ -107,19 +107,20 @@ def _share(text: str) -> float:
     return number
 
 
+_LISTED = ("compressors", "methods", "exchanges")
+
+
 def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "list",
-        help="tables of all compressors and methods: what is sent, bytes, guarantees, memory",
+        help="tables of all compressors, methods and exchanges: bytes, guarantees, memory",
         description=(
             "Lists what the registry knows, with numbers that the classes state and the contract "
             "tests check. Packages named with --import are listed as well: those of your own, "
             "which your training script imports."
         ),
     )
-    parser.add_argument(
-        "what", nargs="?", choices=("compressors", "methods"), help="one of the two (both)"
-    )
+    parser.add_argument("what", nargs="?", choices=_LISTED, help="one of the three (all)")
     add_import_option(parser)
     parser.add_argument(
         "--elements", type=_positive, default=1_000_000, metavar="D", help="length of a vector"
@@ -134,7 +135,7 @@ def _run_list(arguments: argparse.Namespace) -> None:
     from ef_horovod.cli import listing
 
     _load(arguments)
-    chosen = (arguments.what,) if arguments.what else ("compressors", "methods")
+    chosen = (arguments.what,) if arguments.what else _LISTED
     print(listing.page(chosen, arguments.elements, markdown=arguments.markdown))
 
 

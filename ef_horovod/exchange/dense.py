@@ -21,7 +21,7 @@ UNCOMPRESSED = NoFeedback(Identity())
 
 @register_exchange
 class Dense(Exchange):
-    """Plain data-parallel averaging."""
+    """An allreduce of the gradient itself: plain data-parallel averaging."""
 
     name = "dense"
     compresses = False

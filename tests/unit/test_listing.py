@@ -12,6 +12,8 @@ from ef_horovod.cli import listing
 from ef_horovod.cli import main as cli
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.compressors.registry import COMPRESSORS, register_compressor
+from ef_horovod.exchange.gather import Gather
+from ef_horovod.exchange.registry import EXCHANGES, register_exchange
 from ef_horovod.methods.error_feedback import ErrorFeedback
 from ef_horovod.methods.registry import METHODS, register_method
 
@@ -41,6 +43,7 @@ def test_every_class_and_example_has_a_row(capsys):
     for kind in COMPRESSORS.values():
         for example in kind.examples():
             assert row(text, f"{example!r} ")
+    assert all(f"\n| {name} " in text for name in EXCHANGES)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +69,54 @@ def test_rows_by_hand(start, expected, capsys):
     assert row(listed(["--markdown"], capsys), start)[1:] == expected
 
 
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ("gather", ["all", "all", "no", "no", "152,169", "3,195,549"]),  # 3 and 63 of 50,723
+        (
+            "reduce",
+            [
+                "Identity, RandomBlock, RandomK, RandomSparsify",
+                *("all but EF21Plus", "yes", "no", "60,000", "78,750"),
+            ],
+        ),
+        ("dense", ["Identity", "NoFeedback", "yes", "no", "6,000,000", "7,875,000"]),
+        ("server", ["all", "all", "no", "yes", "50,723", "50,723"]),
+    ],
+)
+def test_exchanges_by_hand(start, expected, capsys):
+    table = listed(["exchanges", "--markdown"], capsys).split("## ")[1]
+    found = row(table, f"{start} ")
+    assert [*found[1:5], *found[6:]] == expected
+
+
+def test_an_exchange_of_others_is_listed(own_classes, capsys):
+    @register_exchange
+    class OneBitOnly(Gather):
+        """Signs alone."""
+
+        name = "signs"
+
+        def require_fit(self, method):
+            if not isinstance(method.compressor, ef.OneBit):
+                raise ef.UnsupportedError("no")
+
+    @register_exchange
+    class Nothing(OneBitOnly):
+        name = "nothing"
+
+        def require_fit(self, method):
+            raise ef.UnsupportedError("no")
+
+    numbers, words = listed(["exchanges", "--markdown"], capsys).split("## ")[1:]
+    sent = ef.OneBit().nbytes(10**6)
+    assert row(numbers, "signs ")[1] == "OneBit, OneBitBlocks"
+    assert row(numbers, "signs ")[6:] == [f"{3 * sent:,}", f"{63 * sent:,}"]
+    assert row(numbers, "nothing ")[1:] == ["-", "-", "no", "no", "-", "-", "-"]
+    assert row(words, "signs ")[1:] == ["Signs alone."]
+    assert row(words, "nothing ")[1:] == ["-"]
+
+
 def test_steps_of_another_size_are_shown():
     method = ef.PerturbedCompressedSGD(ef.TopK(k=3), noise=0.1, reset_every=7)
     assert listing._method_row(method, 1000)[1] == f"{ef.TopK(k=3).nbytes(1000)} or 4,016"
@@ -76,8 +127,10 @@ def test_one_kind_and_another_length(capsys):
     text = listed(["compressors", "--elements", "800"], capsys)
     assert "for 800 elements" in text
     assert "Methods" not in text
+    assert "Exchanges" not in text
     onebit = next(line for line in text.splitlines() if line.startswith("OneBit() "))
     assert onebit.split()[1] == str(16 + 4 + 100)
+    text += listed(["exchanges"], capsys)
     assert max(map(len, text.splitlines())) <= 170
 
 
