@@ -72,7 +72,13 @@ def network_of(exchange: str) -> Network | None:
         ValueError: NETWORK is not a network.
     """
     _, colon, text = exchange.partition(":")
-    return Network.read(text) if colon else None
+    try:
+        return Network.read(text) if colon else None
+    except ValueError as error:
+        raise ValueError(
+            f"got exchange={exchange!r}, expected a network after 'auto:', as in 'auto:1gbit' or "
+            f"'auto:100mbit,2ms'; {error}"
+        ) from None
 
 
 def wants_server(exchange: str) -> bool:

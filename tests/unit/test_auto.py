@@ -172,7 +172,8 @@ def test_a_network_that_does_not_pay_is_no_reason_to_change_what_is_uncompressed
 
 @pytest.mark.parametrize("exchange", ["auto:", "auto:fast", "auto:1gbit,slow"])
 def test_a_network_that_is_none_is_refused(exchange):
-    with pytest.raises(ValueError, match="got the (rate|time)"):
+    message = f"^got exchange='{exchange}', expected a network .*; got the (rate|time) "
+    with pytest.raises(ValueError, match=message):
         choose(exchange, ONE_WAY)
 
 
