@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from subprocess import run
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def compare(
 ) -> list[Row]:
     """Measured and predicted, for each case."""
     network, rows = cost.Network.read(cell.rate), []
-    network = network._replace(burst=bucket(round(network.bandwidth))[0])
+    network = replace(network, burst=bucket(round(network.bandwidth))[0])
     share = max(1.0, cell.hosts / (os.cpu_count() or 1))
     options: dict[str, Any] = {"software": SOFTWARE[cell.mpi], "share": share}
     for case, (method, exchange) in cases.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
@@ -271,7 +271,7 @@ def as_json(question: Question, answers: Sequence[Answer]) -> str:
     """The answers as JSON, in seconds and bytes."""
     found = {
         "parameters": question.parameters,
-        "network": question.network._asdict(),
+        "network": asdict(question.network),
         "software": question.software,
         "compute": question.compute,
         "workers_per_core": question.share,

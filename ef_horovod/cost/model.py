@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ef_horovod.common.options import number
 from ef_horovod.cost.traffic import method_traffic
 from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.network import OPEN_MPI, Network, Software, Work
 from ef_horovod.exchange.registry import EXCHANGES, exchange_of
-from ef_horovod.exchange.traffic import Traffic, reduce_traffic
+from ef_horovod.exchange.traffic import Traffic, reduce_traffic, require_counts
 from ef_horovod.methods.base import Method
 
 
@@ -76,7 +77,8 @@ def step_cost(
         share: workers per core, if more than 1.
 
     Raises:
-        ValueError, UnsupportedError: as in `method_traffic`.
+        ValueError: as in `method_traffic`; a time or `share` is negative or not finite, or `share`
+            is 0.
 
     Example:
         >>> import ef_horovod as ef
@@ -86,6 +88,7 @@ def step_cost(
         >>> costs[0].step > 10 * costs[1].step
         True
     """
+    _require_times(compute, share, work)
     moved = method_traffic(method, d, n, exchange)
     way = exchange_of(exchange)
     before, after = (d * share * s for s in way.work(work or reference_work(method, d), n))
@@ -104,14 +107,23 @@ def half_precision_cost(
     A cast moves three quarters of the bytes of a copy.
 
     Raises:
-        ValueError: n < 1 or d < 0.
+        ValueError: n is no whole number from 1 on, or d none from 0 on; times as in `step_cost`.
     """
+    _require_times(compute, share, work)
+    require_counts(d, n)
     moved = reduce_traffic(2 * d, n)
     sums = software.allreduce.seconds(moved.sent, n, network) if n > 1 else 0.0
     seconds = share * software.start + sums if n > 1 else 0.0
     cast = 0.75 * d * share * (work or reference_work(UNCOMPRESSED, d)).copy
     on_core = share * software.core * (moved.sent + moved.received)
     return Cost("fp16", moved, compute, cast, max(seconds, on_core), cast)
+
+
+def _require_times(compute: float, share: float, work: Work | None) -> None:
+    number("ef.cost", "compute", compute, "[0, inf)", "give seconds, 0.06 for 60 ms")
+    number("ef.cost", "share", share, "(0, inf)", "give the workers per core, 1 for one")
+    for name, seconds in work._asdict().items() if work else ():
+        number("Work", name, seconds, "[0, inf)", "give seconds per element")
 
 
 def possible_exchanges(method: Method) -> list[str]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ef_horovod.common.options import choice
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.topk import TopK
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.base import Exchange
-from ef_horovod.exchange.registry import exchange_of
-from ef_horovod.exchange.traffic import Traffic, fixed_nbytes, require_sizes
+from ef_horovod.exchange.registry import EXCHANGES
+from ef_horovod.exchange.traffic import Traffic, fixed_nbytes, require_counts
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
+
+_WAY_OUT = (
+    "name one (`stats()` shows which one 'auto' took), or import the module that registers it"
+)
 
 
 def traffic(compressor: Compressor, d: int, n: int, exchange: str) -> Traffic:
@@ -25,8 +30,9 @@ def traffic(compressor: Compressor, d: int, n: int, exchange: str) -> Traffic:
         exchange: name of a registered exchange, such as "gather"; "dense" ignores the compressor.
 
     Raises:
-        ValueError: no such exchange, n < 1 or d < 0, "reduce" with a compressor whose payloads
-            cannot be summed, or payload sizes that depend on the data.
+        ValueError: no such exchange ("auto" is none), n is no whole number from 1 on or d none from
+            0 on, "reduce" with a compressor whose payloads cannot be summed, or payload sizes that
+            depend on the data.
 
     Example:
         >>> import ef_horovod as ef
@@ -51,8 +57,8 @@ def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
         exchange: name of a registered exchange, such as "gather" or "dense".
 
     Raises:
-        ValueError: no such exchange, n < 1 or d < 0, an exchange that the method cannot use, or
-            payload sizes that depend on the data.
+        ValueError: no such exchange ("auto" is none), n is no whole number from 1 on or d none from
+            0 on, an exchange that the method cannot use, or payload sizes that depend on the data.
 
     Example:
         >>> import ef_horovod as ef
@@ -62,8 +68,9 @@ def method_traffic(method: Method, d: int, n: int, exchange: str) -> Traffic:
         >>> ef.cost.method_traffic(ef.EF21(ef.TopK(0.01)), 10**6, 4, "double_pass").sent
         3038136.0
     """
-    require_sizes(n, d)
-    way = exchange_of(exchange)
+    require_counts(d, n)
+    name = choice("ef.cost", "exchange", exchange, [*EXCHANGES], _WAY_OUT)
+    way = EXCHANGES[name]
     if way.compresses:
         _require_known(method, d, way)
     return way.traffic(method, d, n)
@@ -93,7 +100,7 @@ def break_even_ranks(compressor: Compressor, d: int) -> float:
         d: number of elements, at least 1.
 
     Raises:
-        ValueError: d < 1, or the payload's size depends on the data.
+        ValueError: d is no whole number from 1 on, or the payload's size depends on the data.
 
     Example:
         >>> import ef_horovod as ef
@@ -102,8 +109,7 @@ def break_even_ranks(compressor: Compressor, d: int) -> float:
         >>> round(ef.cost.break_even_ranks(ef.TopK(ratio=0.01), 10**7))
         158
     """
-    if d < 1:
-        raise ValueError(f"got d={d}, expected at least one element")
+    require_counts(d, 1, least=1)
     return 8 * d / fixed_nbytes(compressor, d)
 
 
@@ -124,18 +130,15 @@ def break_even_density(
         The density; 0 if even one entry sends more.
 
     Raises:
-        ValueError: d < 1 or n < 2, or the payload's size depends on the data.
+        ValueError: d is no whole number from 1 on or n none from 2 on, or the payload's size
+            depends on the data.
 
     Example:
         >>> import ef_horovod as ef
         >>> ef.cost.break_even_density(10**6, n=16)
         0.107634
     """
-    if d < 1 or n < 2:
-        raise ValueError(
-            f"got d={d} and n={n}, expected at least one element and two workers; one worker sends "
-            "nothing in any case"
-        )
+    require_counts(d, n, least=1, fewest=2)  # one worker sends nothing
     make = sparsifier or (lambda k: TopK(k=k))
     pays, pays_not = 0, d + 1
     while pays_not - pays > 1:

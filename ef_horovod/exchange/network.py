@@ -6,15 +6,18 @@ docs/cost-model.md has the formulas, the sources of the constants, and the measu
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from ef_horovod.common.options import keep_number
 from ef_horovod.common.units import read_rate, read_seconds, show_rate, show_seconds
 
 # Ethernet frames of 1514 bytes carry 1448 bytes of TCP; 66 bytes acknowledge every second frame.
 _FRAMES = (1514 + 33) / 1448
 
 
-class Network(NamedTuple):
+@dataclass(frozen=True)
+class Network:
     """The network between the hosts, with one worker on each.
 
     Args:
@@ -22,6 +25,9 @@ class Network(NamedTuple):
         latency: seconds that a short message takes from host to host.
         burst: bytes that a link carries at once after a pause, if a token bucket limits it, as on
             virtual hosts.
+
+    Raises:
+        ValueError: a field is not a finite number of at least 0, or the bandwidth is 0.
 
     Example:
         >>> Network.read("100mbit,2ms")
@@ -33,6 +39,11 @@ class Network(NamedTuple):
     bandwidth: float
     latency: float = 50e-6
     burst: float = 0
+
+    def __post_init__(self) -> None:
+        keep_number(self, "bandwidth", "(0, inf)", "give bits per second, 1e9 for 1 Gbit/s")
+        keep_number(self, "latency", "[0, inf)", "give seconds, 50e-6 for 50 us")
+        keep_number(self, "burst", "[0, inf)", "give bytes, 0 for a link without a token bucket")
 
     def carry(self, nbytes: float) -> float:
         """Seconds to carry `nbytes` after a pause, at the link's full rate."""

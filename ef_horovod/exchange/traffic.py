@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ef_horovod.common.options import number, whole
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.methods.base import Method
+
+_OWNER = "ef.cost"  # in messages
 
 
 class Traffic(NamedTuple):
@@ -26,14 +29,14 @@ def gather_traffic(payload_nbytes: float, n: int) -> Traffic:
         n: number of workers.
 
     Raises:
-        ValueError: n < 1 or a negative size.
+        ValueError: n is no whole number from 1 on, or a size is negative or not finite.
 
     Example:
         >>> import ef_horovod as ef
         >>> ef.cost.gather_traffic(100, n=5)
         Traffic(sent=400, received=400, busiest=400)
     """
-    require_sizes(n, payload_nbytes)
+    require_sizes(n, payload_nbytes=payload_nbytes)
     sent = (n - 1) * payload_nbytes
     return Traffic(sent, sent, sent)
 
@@ -46,7 +49,7 @@ def reduce_traffic(summed_nbytes: float, n: int) -> Traffic:
         n: number of workers.
 
     Raises:
-        ValueError: n < 1 or a negative size.
+        ValueError: n is no whole number from 1 on, or a size is negative or not finite.
 
     Example:
         >>> import ef_horovod as ef
@@ -56,7 +59,7 @@ def reduce_traffic(summed_nbytes: float, n: int) -> Traffic:
     References:
         Patarasuk, Yuan: Bandwidth Optimal All-reduce Algorithms (2009).
     """
-    require_sizes(n, summed_nbytes)
+    require_sizes(n, summed_nbytes=summed_nbytes)
     sent = 2 * (n - 1) * summed_nbytes / n
     return Traffic(sent, sent, sent)
 
@@ -72,7 +75,7 @@ def double_pass_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic
         n: number of workers.
 
     Raises:
-        ValueError: n < 1 or a negative size.
+        ValueError: n is no whole number from 1 on, or a size is negative or not finite.
 
     Example:
         >>> import ef_horovod as ef
@@ -82,7 +85,7 @@ def double_pass_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic
     References:
         Tang et al.: DoubleSqueeze (ICML 2019), without a server, as in DeepSpeed's 1-bit Adam.
     """
-    require_sizes(n, up_nbytes, down_nbytes)
+    require_sizes(n, up_nbytes=up_nbytes, down_nbytes=down_nbytes)
     sent = (n - 1) * (up_nbytes + down_nbytes)
     return Traffic(sent, sent, sent)
 
@@ -96,7 +99,7 @@ def server_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic:
         n: number of workers, without the server.
 
     Raises:
-        ValueError: n < 1 or a negative size.
+        ValueError: n is no whole number from 1 on, or a size is negative or not finite.
 
     Example:
         >>> import ef_horovod as ef
@@ -106,7 +109,7 @@ def server_traffic(up_nbytes: float, down_nbytes: float, n: int) -> Traffic:
     References:
         Tang et al.: DoubleSqueeze (ICML 2019).
     """
-    require_sizes(n, up_nbytes, down_nbytes)
+    require_sizes(n, up_nbytes=up_nbytes, down_nbytes=down_nbytes)
     return Traffic(up_nbytes, down_nbytes, n * max(up_nbytes, down_nbytes))
 
 
@@ -118,13 +121,14 @@ def dense_traffic(d: int, n: int) -> Traffic:
         n: number of workers.
 
     Raises:
-        ValueError: n < 1 or d < 0.
+        ValueError: n is no whole number from 1 on, or d none from 0 on.
 
     Example:
         >>> import ef_horovod as ef
         >>> ef.cost.dense_traffic(100, n=4)
         Traffic(sent=600.0, received=600.0, busiest=600.0)
     """
+    require_counts(d, n)
     return reduce_traffic(4 * d, n)
 
 
@@ -167,13 +171,22 @@ def summed_nbytes(compressor: Compressor, d: int) -> int:
     return compressor.skip(np.broadcast_to(np.float32(0), d)).summands().nbytes
 
 
-def require_sizes(n: int, *sizes: float) -> None:
-    """Check the number of workers and the sizes.
+def require_counts(d: int, n: int, *, least: int = 0, fewest: int = 1) -> None:
+    """Check a number of elements, of at least `least`, and of workers, of at least `fewest`.
 
     Raises:
-        ValueError: n < 1, or a size is negative.
+        ValueError: one is smaller, or no whole number.
     """
-    if n < 1 or any(size < 0 for size in sizes):
-        raise ValueError(
-            f"got n={n} and sizes {sizes}, expected at least one worker and sizes of at least 0"
-        )
+    whole(_OWNER, "d", d, least, None, "count the elements of the vector: 10**6, not 1e6")
+    whole(_OWNER, "n", n, fewest, None, "count the workers")
+
+
+def require_sizes(n: int, **nbytes: float) -> None:
+    """Check the number of workers, and sizes in bytes by name.
+
+    Raises:
+        ValueError: n is no whole number from 1 on, or a size is negative or not finite.
+    """
+    require_counts(0, n)
+    for name, size in nbytes.items():
+        number(_OWNER, name, size, "[0, inf)", "give a number of bytes")

@@ -27,6 +27,7 @@ def _instances():
         if kind.__module__.startswith("ef_horovod.")
     ]
     others = [ef.STORM(0.5), ef.ROOTSGD(), ef.IGT(), ef.PAGE(0.5), ef.Decay(power=1)]
+    others += [ef.cost.Network(1e9)]
     return [one for one in (*compressors, *methods, *others) if dataclasses.is_dataclass(one)]
 
 
@@ -62,6 +63,7 @@ def test_all_numeric_options_are_found():
         "ErrorFeedback.step_inside", "ErrorCompensatedX.alpha", "ErrorCompensatedX.beta",
         "PerturbedCompressedSGD.noise", "PerturbedCompressedSGD.reset_every", "PAGE.probability",
         "PAGE.seed", "STORM.alpha", "Decay.power", "Decay.initial", "Decay.offset",
+        "Network.bandwidth", "Network.latency", "Network.burst",
     }  # fmt: skip
     assert expected <= set(FIELDS)
 
@@ -112,6 +114,10 @@ def test_numpy_numbers_become_plain_ones(where):
         lambda: ef.PowerSGD(shapes=((3, 4.5),)),
         lambda: ef.ErrorFeedback(ef.OneBit(), step_inside=math.inf),
         lambda: ef.Decay(math.inf),
+        lambda: ef.cost.Network(0),
+        lambda: ef.cost.Network(math.inf),
+        lambda: ef.cost.Network(1e9, latency=-1e-6),
+        lambda: ef.cost.Network(1e9, burst=-1),
     ],
 )
 def test_other_options_are_refused_in_the_same_form(make):

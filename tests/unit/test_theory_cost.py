@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_half_precision_sends_half():
 
 
 def test_a_burst_goes_at_once():
-    bucket = NETWORK._replace(burst=1e6)
+    bucket = dataclasses.replace(NETWORK, burst=1e6)
     assert bucket.carry(1e6) == 0.0
     assert bucket.carry(3e6) == NETWORK.carry(2e6) > 0
     slow, fast = (
@@ -170,13 +171,32 @@ def test_a_burst_goes_at_once():
     [("100mbit", (1e8, 50e-6)), ("2.5gbit,2ms", (2.5e9, 2e-3)), ("1gbit,0us", (1e9, 0.0))],
 )
 def test_networks_are_read_from_text(text, network):
-    assert cost.Network.read(text) == pytest.approx((*network, 0.0))
+    assert dataclasses.astuple(cost.Network.read(text)) == pytest.approx((*network, 0.0))
 
 
 @pytest.mark.parametrize("text", ["", "fast", "100mbit,", "100mbit,2", "1gbit,2ms,3", "100"])
 def test_what_is_no_network(text):
     with pytest.raises(ValueError, match="got the (rate|time)"):
         cost.Network.read(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": 2.5}, "ef.cost got n=2.5, expected a whole number"),
+        ({"exchange": "auto:1gbit"}, "ef.cost got exchange='auto:1gbit', expected one of"),
+        ({"share": 0.0}, r"ef.cost got share=0.0, expected a number in \(0, inf\)"),
+        ({"compute": -1.0}, "ef.cost got compute=-1.0, expected a number in"),
+        ({"work": cost.Work(0, 0, -1e-9, 0, 0)}, "Work got aggregate=-1e-09, expected a number"),
+    ],
+)
+def test_what_would_make_no_sense_of_a_step_is_refused(changes, message):
+    given = {"method": METHODS[0], "d": D, "n": 4, "exchange": "gather", "network": NETWORK}
+    with pytest.raises(ValueError, match=f"^{message}.*; "):
+        cost.step_cost(**{**given, **changes})
+    if "exchange" not in changes:
+        with pytest.raises(ValueError, match=f"^{message}.*; "):
+            cost.half_precision_cost(**{"d": D, "n": 4, "network": NETWORK, **changes})
 
 
 def test_units():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -116,10 +118,21 @@ class AnyNumber(EightBytes):
     ("call", "message"),
     [
         (lambda: cost.gather_traffic(10, 0), "got n=0"),
-        (lambda: cost.server_traffic(10, -1, 2), r"sizes \(10, -1\)"),
+        (lambda: cost.gather_traffic(10, 2.5), "got n=2.5, expected a whole number of at least 1"),
+        (lambda: cost.dense_traffic(10, True), "got n=True, expected a whole number"),
+        (lambda: cost.server_traffic(10, -1, 2), "got down_nbytes=-1, expected a number in"),
+        (lambda: cost.reduce_traffic(math.nan, 2), "got summed_nbytes=nan, expected a number in"),
+        (lambda: cost.dense_traffic(-1, 2), "got d=-1, expected a whole number of at least 0"),
+        (lambda: cost.traffic(ef.TopK(0.1), 1e6, 2, "gather"), "got d=1000000.0, .* 10\\*\\*6"),
+        (lambda: cost.traffic(ef.OneBit(), 10, math.nan, "gather"), "got n=nan, expected a whole"),
+        (lambda: cost.traffic(ef.OneBit(), 10, 2, ["gather"]), r"exchange=\['gather'\], expected"),
+        (
+            lambda: cost.traffic(ef.OneBit(), 10, 2, "auto"),
+            r"got exchange='auto', expected one of \('gather', .*'server'\); name one .*'auto'",
+        ),
         (lambda: cost.traffic(ef.OneBit(), 10, 2, "carrier pigeon"), "expected one of"),
         (lambda: cost.break_even_ranks(ef.OneBit(), 0), "got d=0"),
-        (lambda: cost.break_even_density(10, 1), "one worker sends nothing"),
+        (lambda: cost.break_even_density(10, 1), "got n=1, expected a whole number of at least 2"),
         (
             lambda: cost.traffic(ef.HardThreshold(0.1), 10, 2, "gather"),
             "whose payload size follows from d",
