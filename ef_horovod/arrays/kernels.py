@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 _LANES = 32  # independent accumulators: lets LLVM vectorise a sum without reordering it
+WIDE_LANES = 64  # the same for sums in float64: fewer are not vectorised
 _BLOCK = 4096  # entries per float32 partial sum, which is then added in float64; fits the cache
 # Times a word of eight bytes 0 or 1: their bits, packed into the uppermost byte.
 _GATHER = np.uint64(0x0102040810204080)
@@ -92,10 +93,16 @@ def abs_sum_wide(x):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def squared_norm(x):  # type: ignore[no-untyped-def]
     """Sum of x_i**2 as float64, in a fixed order."""
-    lanes = np.zeros(_LANES, np.float64)
-    whole = x.size - x.size % _LANES
-    for i in range(0, whole, _LANES):
-        for j in range(_LANES):
+    return squares(x, np.empty(WIDE_LANES, np.float64))
+
+
+@njit(cache=True, nogil=True)
+def squares(x, lanes):  # type: ignore[no-untyped-def]
+    """`squared_norm`, with float64[WIDE_LANES] to work in."""
+    lanes[:] = 0
+    whole = x.size - x.size % WIDE_LANES
+    for i in range(0, whole, WIDE_LANES):
+        for j in range(WIDE_LANES):
             value = np.float64(x[i + j])
             lanes[j] += value * value
     total = lanes.sum()

@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ef_horovod.arrays.kernels import _mix, largest
+from ef_horovod.arrays.kernels import WIDE_LANES, _mix, largest, squares
 
 _CHUNK = 5120  # entries: a multiple of 40, so that chunks start at whole bytes and base-3 groups
-_LANES = 64  # independent sums: fewer are not vectorised
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _WORD = np.uint64(0xFFFFFFFF)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -28,34 +27,20 @@ def block_max(bits, block, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _squares(x, lanes):  # type: ignore[no-untyped-def]
-    lanes[:] = 0
-    whole = x.size - x.size % _LANES
-    for i in range(0, whole, _LANES):
-        for j in range(_LANES):
-            value = np.float64(x[i + j])
-            lanes[j] += value * value
-    total = lanes.sum()
-    for i in range(whole, x.size):
-        total += np.float64(x[i]) * np.float64(x[i])
-    return total
-
-
-@njit(cache=True, nogil=True)
 def block_squares(x, block, out):  # type: ignore[no-untyped-def]
     """Sum of squares of each block as float64, in a fixed order."""
-    lanes = np.zeros(_LANES, np.float64)
+    lanes = np.zeros(WIDE_LANES, np.float64)
     for b in range(out.size):
-        out[b] = _squares(x[b * block : (b + 1) * block], lanes)
+        out[b] = squares(x[b * block : (b + 1) * block], lanes)
 
 
 @njit(cache=True, nogil=True)
 def _halves(x, sums):  # type: ignore[no-untyped-def]
     high, low, number = sums
     high[:], low[:], number[:] = 0, 0, 0
-    whole = x.size - x.size % _LANES
-    for i in range(0, whole, _LANES):
-        for j in range(_LANES):
+    whole = x.size - x.size % WIDE_LANES
+    for i in range(0, whole, WIDE_LANES):
+        for j in range(WIDE_LANES):
             value = np.float64(x[i + j])
             high[j] += value if value >= 0 else 0.0
             low[j] += 0.0 if value >= 0 else value
@@ -74,7 +59,7 @@ def block_halves(x, block, out):  # type: ignore[no-untyped-def]
 
     out is float64[3, blocks]; sums are in a fixed order.
     """
-    lanes = np.zeros(_LANES, np.float64)
+    lanes = np.zeros(WIDE_LANES, np.float64)
     sums = (lanes, lanes.copy(), lanes.copy())
     for b in range(out.shape[1]):
         out[0, b], out[1, b], out[2, b] = _halves(x[b * block : (b + 1) * block], sums)

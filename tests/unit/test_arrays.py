@@ -345,6 +345,13 @@ def test_abs_sum_has_one_order(length):
     assert host.abs_sum(x) == total
 
 
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 200, 5000])
+def test_a_squared_norm_is_the_squares_of_one_block(length):
+    x = np.random.default_rng(length).normal(size=length).astype(np.float32)
+    assert host.squared_norm(x) == host.block_squares(x, max(length, 1)).sum(), "to the last bit"
+    assert host.squared_norm(x) == pytest.approx(np.sum(x.astype(np.float64) ** 2))
+
+
 @pytest.mark.parametrize("length", [1, 63, 4096, 4097, 8200])
 def test_packed_and_collected_entries_are_those_of_numpy(length):
     x = np.random.default_rng(6).normal(size=length).astype(np.float32)
