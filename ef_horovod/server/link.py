@@ -51,8 +51,9 @@ def connect(role: int, timeout: float, comm: Any = None) -> Group:
         CollectiveTimeoutError: some ranks did not call this; rank 0 names them.
         UnsupportedError: there is no server or no worker.
     """
-    import ef_horovod.arrays.kernels  # noqa: F401 - Numba takes seconds, and others would wait
+    from ef_horovod.arrays.kernels import largest
 
+    largest(np.zeros(1, np.uint32))  # load Numba now: it takes seconds, and others would wait
     world = communicator(comm)
     _roll_call(world, role, timeout)
     private = world.Dup()
