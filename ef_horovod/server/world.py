@@ -8,6 +8,7 @@ the process with an error message.
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import linecache
 import os
@@ -28,6 +29,9 @@ _CALL = re.compile(
 )
 
 
+_GRACE_SECONDS = 10.0
+
+
 def watch(world: Any, rank: int, limit: float) -> threading.Event:
     """Start a watchdog for waits in collectives of a communicator.
 
@@ -40,10 +44,22 @@ def watch(world: Any, rank: int, limit: float) -> threading.Event:
         An event that ends the watchdog.
     """
     ended = threading.Event()
-    threading.Thread(
+    thread = threading.Thread(
         target=_watch, args=(world, rank, limit, ended), name="ef_horovod world", daemon=True
-    ).start()
+    )
+    thread.start()
+    atexit.register(_stop, thread, ended)
     return ended
+
+
+def _stop(thread: threading.Thread, ended: threading.Event) -> None:
+    """End the watchdog before the interpreter does.
+
+    The thread may hold the last reference to a frame that has returned. A torch tensor in it would
+    be freed while the interpreter ends, which aborts the process.
+    """
+    ended.set()
+    thread.join(_GRACE_SECONDS)
 
 
 def _watch(world: Any, rank: int, limit: float, ended: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -65,3 +66,17 @@ def test_all_collectives_of_mpi4py_are_known_by_name() -> None:
         assert _CALL.findall(f"x = comm.{name}(y)") == [("comm", name)]
     for name in ("Send", "recv", "Get_rank", "Ibarrier", "Iallreduce", "Free"):
         assert not _CALL.findall(f"comm.{name}()")
+
+
+def test_the_watchdog_ends_before_the_interpreter() -> None:
+    """It may hold the last reference to a tensor, and must not free it later."""
+    program = (
+        "import atexit, threading\n"
+        "atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))\n"
+        "from ef_horovod.server.world import watch\n"
+        "watch(None, 0, 100.0)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "['MainThread']\n"
