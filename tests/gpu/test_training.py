@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import horovodrun
+from launching import horovod_job
 from processes import BIN, run_job
 from same_gradients import digest, exchanges_of
 from test_equal_parameters import require_equal
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_methods_end_in_the_numbers_of_the_simulation(tmp_path: Path) -> None:
-    results = horovodrun(
-        2, "same_numbers.py", tmp_path, "torch:cuda", environment=FAST_CYCLE, timeout=400
+    results = horovod_job(
+        2, "same_numbers.py", tmp_path, "torch:cuda", "all", environment=FAST_CYCLE, timeout=400
     )
     ends = {
         f"{method} by {exchange}": digest(simulate(method, exchange))
@@ -39,7 +39,7 @@ def test_methods_end_in_the_numbers_of_the_simulation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapter", ["ef", "stock"])
 def test_ranks_stay_equal(adapter: str, tmp_path: Path) -> None:
     words = (adapter, "selection", "100", "cuda")
-    results = horovodrun(2, "train_all.py", tmp_path, *words, environment=FAST_CYCLE, timeout=400)
+    results = horovod_job(2, "train_all.py", tmp_path, *words, environment=FAST_CYCLE, timeout=400)
     require_equal(results, pairs.selection())
 
 

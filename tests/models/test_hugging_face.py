@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from launching import Results, horovodrun
+from launching import Results, horovod_job
 
 PROGRAMS = Path(__file__).parent / "programs"
 SHARED = Path(__file__).parents[1] / "parallel" / "programs"
@@ -30,7 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     paths = os.pathsep.join(filter(None, [str(SHARED), os.environ.get("PYTHONPATH")]))
     environment = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     program, out = str(PROGRAMS / "hugging_face.py"), tmp_path_factory.mktemp("models")
-    return horovodrun(2, program, out, environment=environment, timeout=600)
+    return horovod_job(2, program, out, environment=environment, timeout=600)
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "bfloat16" not in name])

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from launching import horovod_job, mpirun
-from same_gradients import SEED, SHAPE, STEPS, digest, exchanges_of, gradient
+from same_gradients import SEED, SHAPE, STEPS, cases, digest, gradient
 
 import ef_horovod as ef
-from ef_horovod.testing.pairs import every_method
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
@@ -23,11 +22,15 @@ FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
 
 
 @pytest.fixture(scope="module")
-def simulated() -> dict[str, str]:
+def chosen(pytestconfig: pytest.Config) -> str:
+    return "all" if pytestconfig.getoption("--all") else "sample"
+
+
+@pytest.fixture(scope="module")
+def simulated(chosen: str) -> dict[str, str]:
     return {
         f"{method} by {exchange}": digest(simulate(method, exchange))
-        for method in every_method()
-        for exchange in exchanges_of(method)
+        for method, exchange in cases(chosen == "all")
     }
 
 
@@ -48,10 +51,13 @@ def simulate(method: ef.Method, exchange: str) -> np.ndarray:
 
 @pytest.mark.parametrize("way", ["mpi", "torch", "tensorflow"])
 def test_every_method_compressor_and_exchange(
-    way: str, simulated: dict[str, str], tmp_path: Path
+    way: str, chosen: str, simulated: dict[str, str], tmp_path: Path
 ) -> None:
     launch: Any = mpirun if way == "mpi" else horovod_job
-    results = launch(RANKS, "same_numbers.py", tmp_path, way, timeout=600, environment=FAST_CYCLE)
+    words = (way, chosen)
+    results = launch(
+        RANKS, "same_numbers.py", tmp_path, *words, timeout=600, environment=FAST_CYCLE
+    )
     for rank, result in enumerate(results):
         different = [name for name, end in simulated.items() if result.get(name) != end]
         assert result.keys() == simulated.keys()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from pathlib import Path
 
 import numpy as np
 
 from ef_horovod import Identity, Method, NoFeedback
-from ef_horovod.testing.pairs import selection
+from ef_horovod.testing.pairs import every_method, selection
+
+sys.path.append(str(Path(__file__).parents[2]))  # of tests/, for the programs
+from sampling import covering
 
 SHAPE, SEED = (40, 30), 5  # enough elements for adapters to compress them
 STEPS = 8  # memories that are reset in the seventh step are used once more
@@ -28,6 +33,17 @@ def exchanges_of(method: Method) -> list[str]:
         *["dense"] * (method == NoFeedback(Identity())),
         *["double_pass"] * in_slices,
     ]
+
+
+def cases(every: bool) -> list[tuple[Method, str]]:
+    """Methods and exchanges: all of them, or a sample with every pair of values."""
+    product = [(method, exchange) for method in every_method() for exchange in exchanges_of(method)]
+    return product if every else covering(product, _factors)
+
+
+def _factors(case: tuple[Method, str]) -> tuple[str, str, str]:
+    method, exchange = case
+    return type(method).__name__, repr(method.compressor), exchange
 
 
 def digest(x: np.ndarray) -> str:

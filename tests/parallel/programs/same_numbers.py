@@ -1,16 +1,14 @@
 """Steps of every method x compressor x exchange on this rank; where they lead, as digests.
 
-Argument: "mpi" (a channel over mpi4py), "torch" or "tensorflow" (the adapters over Horovod), or
-"torch:cuda" for torch with its tensors on a GPU.
+Arguments: "mpi" (a channel over mpi4py), "torch" or "tensorflow" (the adapters over Horovod), or
+"torch:cuda" for torch with its tensors on a GPU; and "all", or "sample" for a part of the cases.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from common import ARGUMENTS, report
-from same_gradients import SEED, SHAPE, STEPS, digest, exchanges_of, gradient
-
-from ef_horovod.testing.pairs import every_method
+from same_gradients import SEED, SHAPE, STEPS, cases, digest, gradient
 
 
 def over_mpi():
@@ -88,8 +86,7 @@ def main() -> None:
         rank,
         {
             f"{method} by {exchange}": digest(walk(method, exchange))
-            for method in every_method()
-            for exchange in exchanges_of(method)
+            for method, exchange in cases(ARGUMENTS[1] == "all")
         },
     )
 
