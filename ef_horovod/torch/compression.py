@@ -24,10 +24,12 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.torch.buckets import Bucket, require_untouched
 from ef_horovod.torch.hooks import uncompiled, weak
+from ef_horovod.torch.momentum import require_no_momentum, require_no_weight_decay
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import BucketPlan, one_slot
 from ef_horovod.training.driver import StepDriver
+from ef_horovod.training.momentum import refuse_one_rank, refuse_rows
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -95,6 +97,7 @@ class Compression(StepDriver[Bucket]):
         prefix = next_prefix("ef.stock", process_set)
         transport = HorovodTorchTransport(prefix, process_set, timeout)
         watch_over(transport, hvd.shutdown)
+        refuse_one_rank(method, hvd.size())  # not that of the process set
         self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was dropped, and no optimizer has stepped since
@@ -117,6 +120,9 @@ class Compression(StepDriver[Bucket]):
             for plan in plans
         }
         super().__init__(method, transport, list(self._bucket_of.values()))
+        if method.sgd_momentum is not None:
+            hook = register_optimizer_step_pre_hook(weak(self._require_plain))
+            weakref.finalize(self, hook.remove)
         if transport.rank >= 0:  # not outside of the process set
             # Not in a hook: the order of hooks differs between ranks.
             self._compare([f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}"])
@@ -140,6 +146,7 @@ class Compression(StepDriver[Bucket]):
     ) -> torch.Tensor:
         """Called by Horovod for each parameter once all of them have been compressed."""
         if ctx is None:  # a sparse gradient: Horovod has gathered its rows
+            refuse_rows(self.method, "a parameter")
             return tensor
         name, gradient = ctx
         if self._directions is None:
@@ -182,6 +189,13 @@ class Compression(StepDriver[Bucket]):
     def _watch(self, hook: Any) -> None:
         """Keep a hook on optimizer steps until the next step is finished."""
         self._stop_watching = weakref.finalize(self, hook.remove)
+
+    @uncompiled
+    def _require_plain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Raise if an optimizer has momentum or weight decay beside the method's momentum."""
+        if self._owned_by(optimizer):
+            require_no_momentum(optimizer.param_groups, self.method)
+            require_no_weight_decay(optimizer.param_groups, self.method)
 
     @uncompiled
     def _after_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
