@@ -69,7 +69,8 @@ class Compression(StepDriver[Bucket]):
 
     Raises:
         ConfigMismatchError: on all ranks, if their options or parameters differ.
-        UnsupportedError: `method` is not a method, or the job is elastic, with the way out.
+        UnsupportedError: `method` is not a method, or the job is elastic, with the way out. After
+            the first step: the optimizer has momentum or weight decay beside `MomentumCorrection`.
         ValueError: a name or parameter occurs twice.
 
     Example:
@@ -120,9 +121,6 @@ class Compression(StepDriver[Bucket]):
             for plan in plans
         }
         super().__init__(method, transport, list(self._bucket_of.values()))
-        if method.sgd_momentum is not None:
-            hook = register_optimizer_step_pre_hook(weak(self._require_plain))
-            weakref.finalize(self, hook.remove)
         if transport.rank >= 0:  # not outside of the process set
             # Not in a hook: the order of hooks differs between ranks.
             self._compare([f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}"])
@@ -191,18 +189,13 @@ class Compression(StepDriver[Bucket]):
         self._stop_watching = weakref.finalize(self, hook.remove)
 
     @uncompiled
-    def _require_plain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Raise if an optimizer has momentum or weight decay beside the method's momentum."""
-        if self._owned_by(optimizer):
-            require_no_momentum(optimizer.param_groups, self.method)
-            require_no_weight_decay(optimizer.param_groups, self.method)
-
-    @uncompiled
     def _after_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Note that the averages were used."""
+        """Note that the averages were used; check the optimizer, unknown before its first step."""
         if self._owned_by(optimizer):
             self._unused = False
             self._stop_watching()
+            require_no_momentum(optimizer.param_groups, self.method)
+            require_no_weight_decay(optimizer.param_groups, self.method)
 
     @uncompiled
     def _before_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
