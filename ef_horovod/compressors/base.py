@@ -34,6 +34,8 @@ class Compressor(Shown):
     wire_id: ClassVar[int]
     # Whether `encode` accepts a share s as `residual` and leaves x - s C(x), as `Scaled` needs.
     weighs_residual: ClassVar[bool] = False
+    # Whether a payload has some entries with their places and nothing of the others; see `clear`.
+    sends_entries: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -154,6 +156,11 @@ class Compressor(Shown):
     @classmethod
     def summands(cls, body: np.ndarray) -> np.ndarray:
         """The part of a linear compressor's body that may be summed, as a float32 view."""
+        raise NotImplementedError
+
+    @classmethod
+    def clear(cls, body: np.ndarray, x: Array) -> None:
+        """x = 0 at the places of a body's entries, for float32[d] x, if it `sends_entries`."""
         raise NotImplementedError
 
     def nbytes(self, d: int) -> int:

@@ -166,6 +166,12 @@ class Payload(Generic[A]):
         if not self.is_absent:
             self.kind.accumulate(self._body, dense, weight)
 
+    def clear(self, x: Array) -> None:
+        """x = 0 where the payload has an entry, for float32[d] x; see `Compressor.clear`."""
+        self._require(x)
+        if not self.is_absent:
+            self.kind.clear(self._body, x)
+
     def _require(self, dense: Array) -> None:
         """Raise unless the payload has numbers and `dense` can take them."""
         namespace(dense)  # raises unless dense is an array

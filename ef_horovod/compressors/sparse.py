@@ -87,6 +87,7 @@ class Sparsifier(Compressor):
     values by another compressor instead.
     """
 
+    sends_entries: ClassVar[bool] = True
     ascending: ClassVar[bool] = False  # whether received places are `Coded`
 
     def gain(self, d: int) -> float:
@@ -163,6 +164,11 @@ class Sparsifier(Compressor):
         indices = [each.entries(out).indices for each in places]
         means.mean_of_entries(indices, values, workers, plus, out)
         return True
+
+    @classmethod
+    def clear(cls, body: np.ndarray, x: Array) -> None:
+        places, values = cls._read_all(body, x.shape[0])
+        places.put(x, np.zeros_like(values))
 
     @classmethod
     def _read_all(cls, body: np.ndarray, d: int) -> tuple[Places, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -69,6 +70,7 @@ class Then(Compressor):
 
     sparsifier: Sparsifier
     values: Compressor
+    sends_entries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsifier, Sparsifier):
@@ -148,6 +150,11 @@ class Then(Compressor):
     def accumulate(cls, body: np.ndarray, dense: Array, weight: float) -> None:
         places, values = cls._read(body, dense.shape[0])
         places.add(dense, values, weight)
+
+    @classmethod
+    def clear(cls, body: np.ndarray, x: Array) -> None:
+        places, values = cls._read(body, x.shape[0])
+        places.put(x, np.zeros_like(values))
 
     @classmethod
     def _read(cls, body: np.ndarray, d: int) -> tuple[Places, np.ndarray]:

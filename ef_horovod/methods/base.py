@@ -37,6 +37,13 @@ class MeanState(NamedTuple):
     mean: Array  # float32[d]
 
 
+class SGDMomentum(NamedTuple):
+    """Momentum as torch.optim.SGD defines it, without dampening."""
+
+    momentum: float
+    nesterov: bool
+
+
 @dataclass(frozen=True)
 class Method(Shown):
     """Base of all methods; single-pass ones without state at the aggregator inherit `reduce`.
@@ -83,6 +90,11 @@ class Method(Shown):
         """Whether the aggregator's answers have equal sizes in all steps."""
         down = getattr(self, "server_compressor", None)
         return not isinstance(down, Compressor) or down.fixed_size
+
+    @property
+    def sgd_momentum(self) -> SGDMomentum | None:
+        """Momentum that the method has in place of the optimizer's, which must be 0 then."""
+        return None
 
     @property
     def sliceable(self) -> bool:

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from ef_horovod.errors import UnsupportedError
@@ -23,6 +24,7 @@ from ef_horovod.tensorflow.graphs import refuse_xla
 from ef_horovod.tensorflow.variables import name_variables, path_of
 from ef_horovod.training.buckets import BucketPlan, one_slot
 from ef_horovod.training.driver import StepDriver
+from ef_horovod.training.momentum import refuse_one_rank
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -88,6 +90,7 @@ class Compression(StepDriver[Bucket], tf.Module):
         named = name_variables(variables)
         prefix = next_prefix("ef.stock", process_set)
         transport = open_lasting(prefix, process_set, timeout)
+        refuse_one_rank(method, hvd.size())
         if transport.size > 1:
             by_path = [(path_of(variable), variable) for _, variable in named]
             warn_of_surprises(by_path, method, dense, transport.rank)

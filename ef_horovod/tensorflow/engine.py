@@ -22,6 +22,7 @@ from ef_horovod.tensorflow.sync import in_sync_op
 from ef_horovod.tensorflow.variables import native, path_of, require_gradient_of
 from ef_horovod.training.buckets import plan_buckets
 from ef_horovod.training.driver import StepDriver
+from ef_horovod.training.momentum import refuse_rows
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 
@@ -209,6 +210,7 @@ class Engine(StepDriver[Bucket]):
         ]
 
     def _make_rows(self, name: str, variable: Any) -> Rows:
+        refuse_rows(self.method, path_of(variable))
         if isinstance(self.transport, ServerBridge):
             raise UnsupportedError(
                 f"the gradient of '{path_of(variable)}' is tf.IndexedSlices with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from types import new_class
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from ef_horovod.tensorflow.options import ReducerOptions, require_options
 from ef_horovod.tensorflow.reducer import Reducer, open_servers
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.training.choice import wants_server
+from ef_horovod.training.momentum import refuse_momentum
 from ef_horovod.training.options import check_options
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def DistributedOptimizer(
 
     For `keras.optimizers` (Keras 3) and `tf_keras.optimizers`, in `model.fit` and in custom loops,
     eager and inside `tf.function`. The result is an instance of the optimizer's class with the same
-    settings and variables. With a single rank it behaves like the plain optimizer. Clipping, weight
+    settings and variables. With a single rank it behaves like the plain optimizer, with the
+    momentum of `MomentumCorrection` if that is the method. Clipping, weight
     decay and learning rate schedules work on the averages. New are `stats()`,
     `compression_state_dict()`, `load_compression_state_dict()` and `checkpoint()`, which also makes
     servers save their state. `tf.train.Checkpoint` and Keras' files contain the error-feedback
@@ -77,6 +80,7 @@ def DistributedOptimizer(
             "an ef.Reducer, whose averages you may leave out; see ef.Reducer.discard"
         )
     require_options(compression, **options)
+    refuse_momentum(compression, _momenta(optimizer))
     wrapped = _rebuild(optimizer, family)
     own = _take_accumulation(wrapped)
     if own > 1 and backward_passes_per_step > 1:
@@ -235,6 +239,12 @@ def is_optimizer(what: Any) -> bool:
     import tf_keras
 
     return isinstance(what, tf_keras.optimizers.Optimizer)
+
+
+def _momenta(optimizer: Any) -> Iterator[tuple[str, Any]]:
+    holder = getattr(optimizer, "inner_optimizer", optimizer)
+    for option in ("momentum", "beta_1"):
+        yield option, getattr(holder, option, None)
 
 
 def _is_from(package: str, optimizer: Any) -> bool:

@@ -21,6 +21,7 @@ from ef_horovod.tensorflow.options import Options, ReducerOptions, require_optio
 from ef_horovod.tensorflow.server_transport import GraphTransport, ServerBridge
 from ef_horovod.tensorflow.variables import name_variables, path_of
 from ef_horovod.training.choice import wants_server
+from ef_horovod.training.momentum import for_one_rank
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -39,7 +40,8 @@ class Reducer(tf.Module):
 
     It holds this rank's error-feedback state, so keep it for the whole training.
     `tf.train.Checkpoint(model=model, reducer=reducer)` saves the state. With a single rank it
-    returns the gradients unchanged. It works in eager mode and inside `tf.function`, but not with
+    returns the gradients unchanged, or with the momentum of `MomentumCorrection`; apply these with
+    an optimizer that has none. It works in eager mode and inside `tf.function`, but not with
     `jit_compile=True`.
 
     If any rank's gradient has a NaN or an infinity, the step is dropped on all ranks: the
@@ -100,6 +102,11 @@ class Reducer(tf.Module):
         check_options("Reducer", **locals())
         super().__init__(name="ef_reducer")
         require_options(compression, op=op, exchange=exchange, process_set=process_set)
+        named = name_variables(variables)
+        alone = compression.sgd_momentum is not None
+        transport = transport or _open_transport(exchange, process_set, timeout, alone=alone)
+        if transport is not None and transport.size == 1 and not transport.has_server:
+            compression, exchange = for_one_rank(compression), "auto"
         options = Options(
             method=compression,
             average=op == hvd.Average,
@@ -111,14 +118,13 @@ class Reducer(tf.Module):
             check_sync=check_sync,
             discardable=discardable,
         )
-        named = name_variables(variables)
         self._count, self._discardable = len(named), discardable
         self._engine: Engine | None = None
         self.tracked_state: TrackedState | None = None
-        transport = transport or _open_transport(exchange, process_set, timeout)
         if transport is not None:
             by_path = [(path_of(variable), variable) for _, variable in named]
-            warn_of_surprises(by_path, compression, dense, transport.rank)
+            if transport.size > 1:
+                warn_of_surprises(by_path, compression, dense, transport.rank)
             self._engine = Engine(named, options, transport)
             # Tracked by checkpoints, unlike the model's variables.
             self.step = self._engine.step
@@ -128,7 +134,7 @@ class Reducer(tf.Module):
 
     @property
     def active(self) -> bool:
-        """Whether there are other ranks to average with."""
+        """Whether gradients are exchanged, or get a method's momentum on a single rank."""
         return self._engine is not None
 
     @property
@@ -250,14 +256,14 @@ class Reducer(tf.Module):
 
 
 def _open_transport(
-    exchange: str, process_set: Any, timeout: float | None
+    exchange: str, process_set: Any, timeout: float | None, *, alone: bool
 ) -> GraphTransport | None:
-    """Transport to the other ranks or the servers; None with a single rank."""
+    """Transport to the other ranks or the servers; None with a single rank, unless `alone`."""
     if wants_server(exchange):
         return open_servers(timeout)
     process_set = process_set or hvd.global_process_set
     prefix = next_prefix("ef", process_set)  # make reducers in the same order on all ranks
-    if process_set.included() and process_set.size() > 1:
+    if process_set.included() and (alone or process_set.size() > 1):
         return open_lasting(prefix, process_set, timeout)
     return None
 

@@ -26,6 +26,7 @@ from ef_horovod.testing.claims import (
 from ef_horovod.testing.damage import check_damage
 from ef_horovod.testing.inputs import (
     check_add_to,
+    check_clear,
     check_dtypes,
     check_finite,
     check_generator_untouched,
@@ -76,6 +77,7 @@ def each_check(compressor: Compressor, frameworks: Sequence[str] = ("numpy",)) -
     yield partial(check_largest_numbers, compressor)
     yield partial(check_add_to, compressor)
     yield partial(check_mean, compressor)
+    yield partial(check_clear, compressor)
     yield partial(check_damage, compressor)
     yield partial(check_keys, compressor)
     if compressor.contraction(64) is not None:

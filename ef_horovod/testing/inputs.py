@@ -10,6 +10,7 @@ import numpy as np
 
 from ef_horovod.arrays import Array
 from ef_horovod.compressors.base import Compressor, Payload, mean_at_once
+from ef_horovod.compressors.sparse import Sparsifier
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.testing.tools import (
     KEY,
@@ -240,3 +241,17 @@ def check_add_to(compressor: Compressor) -> None:
             limit = ROUNDING * (np.abs(start) + abs(weight) * np.abs(decoded))
             good = np.all(np.abs(dense - expected) <= limit)
             require(good, compressor, f"add_to(dense, {weight}) does not add {weight} * C(x)")
+
+
+def check_clear(compressor: Compressor) -> None:
+    """clear(x) puts zeros where a payload has an entry, and nowhere else."""
+    if not compressor.sends_entries:
+        return
+    for d in (1, 9, 4099):
+        x, kept = np.random.default_rng(d).normal(size=d).astype(np.float32), np.ones(d, np.float32)
+        payload = compressor.compress(x, KEY)
+        payload.clear(kept)
+        unsent = (payload.decompress() == 0).astype(np.float32)
+        # `Then` may send an entry as zero.
+        good = np.array_equal(kept, unsent if isinstance(compressor, Sparsifier) else kept * unsent)
+        require(good, compressor, f"has a clear that misses the entries sent of {d} elements")

@@ -24,10 +24,12 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.torch.buckets import Bucket, require_untouched
 from ef_horovod.torch.hooks import uncompiled, weak
+from ef_horovod.torch.momentum import require_no_momentum, require_no_weight_decay
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import BucketPlan, one_slot
 from ef_horovod.training.driver import StepDriver
+from ef_horovod.training.momentum import refuse_one_rank, refuse_rows
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -67,7 +69,8 @@ class Compression(StepDriver[Bucket]):
 
     Raises:
         ConfigMismatchError: on all ranks, if their options or parameters differ.
-        UnsupportedError: `method` is not a method, or the job is elastic, with the way out.
+        UnsupportedError: `method` is not a method, or the job is elastic, with the way out. After
+            the first step: the optimizer has momentum or weight decay beside `MomentumCorrection`.
         ValueError: a name or parameter occurs twice.
 
     Example:
@@ -95,6 +98,7 @@ class Compression(StepDriver[Bucket]):
         prefix = next_prefix("ef.stock", process_set)
         transport = HorovodTorchTransport(prefix, process_set, timeout)
         watch_over(transport, hvd.shutdown)
+        refuse_one_rank(method, hvd.size())  # not that of the process set
         self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was dropped, and no optimizer has stepped since
@@ -140,6 +144,7 @@ class Compression(StepDriver[Bucket]):
     ) -> torch.Tensor:
         """Called by Horovod for each parameter once all of them have been compressed."""
         if ctx is None:  # a sparse gradient: Horovod has gathered its rows
+            refuse_rows(self.method, "a parameter")
             return tensor
         name, gradient = ctx
         if self._directions is None:
@@ -185,10 +190,12 @@ class Compression(StepDriver[Bucket]):
 
     @uncompiled
     def _after_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Note that the averages were used."""
+        """Note that the averages were used; check the optimizer, unknown before its first step."""
         if self._owned_by(optimizer):
             self._unused = False
             self._stop_watching()
+            require_no_momentum(optimizer.param_groups, self.method)
+            require_no_weight_decay(optimizer.param_groups, self.method)
 
     @uncompiled
     def _before_any_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

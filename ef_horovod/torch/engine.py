@@ -17,11 +17,13 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.torch.averages import Averages
 from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
 from ef_horovod.torch.hooks import GradientHooks
+from ef_horovod.torch.momentum import DecayVelocity
 from ef_horovod.torch.options import Options
 from ef_horovod.torch.rows import RowsBucket, agree, make_buckets, no_rows
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import Slot
 from ef_horovod.training.driver import StepDriver
+from ef_horovod.training.momentum import refuse_rows
 from ef_horovod.training.state import load_state, move_state
 from ef_horovod.transports.base import Transport
 
@@ -52,6 +54,7 @@ class Engine(StepDriver[Bucket]):
         super().__init__(options.method, transport)
         self.options, self._frozen = options, frozen
         self.scaler, self._loss_scale = scaler, 1.0
+        self.decay = DecayVelocity(options.method)
         self._averages: Averages | None = None  # delivered, not yet applied
         self._config_checked = False
         parameters = [p for _, p in [*trainable, *frozen]]
@@ -227,8 +230,9 @@ class Engine(StepDriver[Bucket]):
         self._hooks.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's error-feedback state, and the rows sent by each parameter with rows."""
-        return {**super().state_dict(), "rows": dict(self._rows)}
+        """This rank's error-feedback state, what sends rows, and the weight decay's velocity."""
+        decay = self.decay.state_dict(self.named_parameters())
+        return {**super().state_dict(), "rows": dict(self._rows), "decay": decay}
 
     def checkpoint(self) -> dict[str, Any]:
         """See `StepDriver.checkpoint`."""
@@ -243,6 +247,7 @@ class Engine(StepDriver[Bucket]):
             buckets = self._make_buckets(rows)
         self.step = load_state(state, buckets, repr(self.method), self.transport)
         self._use(buckets, rows)
+        self.decay.load_state_dict(state.get("decay", {}), self.named_parameters())
 
     def _use(self, buckets: Sequence[Bucket], rows: dict[str, int]) -> None:
         self.buckets, self._rows = buckets, rows
@@ -257,6 +262,8 @@ class Engine(StepDriver[Bucket]):
         if self._rows_known:
             return
         rows, self._rows_known = agree(self._trainable, self._rows, self.transport)
+        for name in rows:
+            refuse_rows(self.method, name)
         if rows != self._rows:
             taken = {p: state for bucket in self.buckets for p, state in bucket.filled.items()}
             before = self.buckets

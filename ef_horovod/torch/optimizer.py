@@ -23,21 +23,18 @@ from ef_horovod.torch.loss_scale import (
     take_call,
     unscale_averages,
 )
-from ef_horovod.torch.options import Options, refuse_unsupported
+from ef_horovod.torch.momentum import require_no_momentum
+from ef_horovod.torch.options import Options, open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
-from ef_horovod.training.choice import wants_server
+from ef_horovod.training.momentum import for_one_rank
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
-    refuse_process_set,
     require_method,
     small_or_vector,
     warn_of_surprises,
 )
 from ef_horovod.transports.base import Transport
-from ef_horovod.transports.horovod import next_prefix
-from ef_horovod.transports.horovod_torch import HorovodTorchTransport
-from ef_horovod.transports.timeouts.ending import watch_over
 
 if TYPE_CHECKING:
     from ef_horovod.torch.typed import WrappedOptimizer
@@ -68,8 +65,9 @@ def DistributedOptimizer(
 
     The first ten keywords are those of `hvd.DistributedOptimizer`. The result is an instance of
     the wrapped optimizer's class with the same state and parameter groups. With a single rank it
-    is the plain optimizer. `synchronize()`, `skip_synchronize()`, `set_backward_passes_per_step()`
-    and `zero_grad(set_to_none=...)` work as in Horovod. New are `stats()`, `step_skipped`,
+    is the plain optimizer, with the momentum of `MomentumCorrection` if that is the method.
+    `synchronize()`, `skip_synchronize()`, `set_backward_passes_per_step()` and
+    `zero_grad(set_to_none=...)` work as in Horovod. New are `stats()`, `step_skipped`,
     `compression_state_dict()`, `load_compression_state_dict()` and `checkpoint()`. Every rank saves
     and loads its own error-feedback state. `checkpoint()` also makes servers save theirs.
 
@@ -84,7 +82,9 @@ def DistributedOptimizer(
     Args:
         optimizer: any torch optimizer that needs one gradient per step.
         named_parameters: `model.named_parameters()`; names must be equal on all ranks.
-        compression: error-feedback method with its compressor, such as EF21(TopK(ratio=0.01)).
+        compression: error-feedback method with its compressor, such as EF21(TopK(ratio=0.01)). With
+            `MomentumCorrection` the optimizer must have no momentum, and SGD's weight decay gets
+            that of the method.
         backward_passes_per_step: micro-batches whose gradients are summed before an exchange.
         op: `hvd.Average` or `hvd.Sum`.
         gradient_predivide_factor: must be 1.0; sums are float32, which do not overflow.
@@ -121,8 +121,18 @@ def DistributedOptimizer(
     """
     refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
     check_options("DistributedOptimizer", **locals())
+    method = require_method(compression)
+    require_no_momentum(optimizer.param_groups, method)
+    named, others = name_parameters(named_parameters, optimizer.param_groups)
+    wrapped = wrapping.wrap(optimizer, _Distributed)
+    alone = method.sgd_momentum is not None
+    transport = open_transport(exchange, process_set, timeout, alone=alone)
+    if transport is None:
+        return wrapped
+    if transport.size == 1 and not transport.has_server:
+        method, exchange = for_one_rank(method), "auto"
     options = Options(
-        method=require_method(compression),
+        method=method,
         dense=dense,
         exchange=exchange,
         bucket_bytes=bucket_bytes,
@@ -133,32 +143,13 @@ def DistributedOptimizer(
         overlap=overlap,
         check_sync=check_sync,
     )
-    named, others = name_parameters(named_parameters, optimizer.param_groups)
-    wrapped = wrapping.wrap(optimizer, _Distributed)
-    transport = _open_transport(exchange, process_set, timeout)
-    if transport is not None:
-        trainable = [(name, p) for name, p in named if p.requires_grad]
-        frozen = [(name, p) for name, p in named if not p.requires_grad]
-        warn_of_surprises(trainable, options.method, dense, transport.rank)
-        scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
-        wrapped._engine = Engine(trainable, frozen, options, transport, scaler, others)
+    trainable = [(name, p) for name, p in named if p.requires_grad]
+    frozen = [(name, p) for name, p in named if not p.requires_grad]
+    if transport.size > 1:
+        warn_of_surprises(trainable, method, dense, transport.rank)
+    scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+    wrapped._engine = Engine(trainable, frozen, options, transport, scaler, others)
     return wrapped
-
-
-def _open_transport(exchange: str, process_set: Any, timeout: float | None) -> Transport | None:
-    """Transport to the other ranks or the servers; None with a single rank."""
-    if wants_server(exchange):
-        from ef_horovod.server.client import ServerTransport
-
-        refuse_process_set(process_set)
-        return ServerTransport(timeout)
-    process_set = process_set or hvd.global_process_set
-    prefix = next_prefix("ef", process_set)  # wrap optimizers in the same order on all ranks
-    if process_set.included() and process_set.size() > 1:
-        transport = HorovodTorchTransport(prefix, process_set, timeout)
-        watch_over(transport, hvd.shutdown)
-        return transport
-    return None
 
 
 class _Distributed:
@@ -210,6 +201,7 @@ class _Distributed:
         engine = self._engine
         if engine is None:
             return self._base_step(loss, closure)
+        require_no_momentum(self.param_groups, engine.method)
         call = take_call(self)
         if self._should_synchronize and (engine.under_way or not self._synchronized):
             if engine.comes_in_rounds(scaled=call is not None):
@@ -233,9 +225,15 @@ class _Distributed:
         return self._base_step(loss, closure)
 
     def _base_step(self, loss: Any, closure: Callable[[], Any] | None) -> Any:
-        stepped = self._base.step(self)  # type: ignore[call-overload]
-        self.rounds += 1
+        stepped = self._apply()
         return loss if closure is not None else stepped
+
+    def _apply(self) -> Any:
+        """One step of the wrapped optimizer with the averages in `p.grad`."""
+        if self._engine is not None:
+            self._engine.decay.add_to_gradients(self)  # type: ignore[arg-type]
+        self.rounds += 1
+        return self._base.step(self)  # type: ignore[call-overload]
 
     def _step_by_rounds(self, engine: Engine) -> None:
         """One step per finished round, with the same settings on all workers."""
@@ -247,8 +245,7 @@ class _Distributed:
                     "register_step_post_hook(lambda *_: scheduler.step())"
                 )
         for _ in engine.rounds():
-            self._base.step(self)  # type: ignore[call-overload]
-            self.rounds += 1
+            self._apply()
         self._settings = _settings_of(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""How PyTorch gradients are averaged."""
+"""How PyTorch gradients are averaged, and over which transport."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.training.policy import DensePolicy, refuse_elastic
+from ef_horovod.training.choice import wants_server
+from ef_horovod.training.policy import DensePolicy, refuse_elastic, refuse_process_set
+from ef_horovod.transports.base import Transport
+from ef_horovod.transports.horovod import next_prefix
+from ef_horovod.transports.horovod_torch import HorovodTorchTransport
+from ef_horovod.transports.timeouts.ending import watch_over
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,21 @@ def refuse_unsupported(
             "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer, or call its "
             "unwrap() before"
         )
+
+
+def open_transport(
+    exchange: str, process_set: Any, timeout: float | None, *, alone: bool
+) -> Transport | None:
+    """Transport to the other ranks or the servers; None with a single rank, unless `alone`."""
+    if wants_server(exchange):
+        from ef_horovod.server.client import ServerTransport
+
+        refuse_process_set(process_set)
+        return ServerTransport(timeout)
+    process_set = process_set or hvd.global_process_set
+    prefix = next_prefix("ef", process_set)  # wrap optimizers in the same order on all ranks
+    if process_set.included() and (alone or process_set.size() > 1):
+        transport = HorovodTorchTransport(prefix, process_set, timeout)
+        watch_over(transport, hvd.shutdown)
+        return transport
+    return None

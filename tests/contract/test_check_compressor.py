@@ -76,6 +76,20 @@ class StatesNoVariance(RandomK):
         return None
 
 
+@breaks("clear that misses", None, 2)
+class ClearsNothing(TopK):
+    @classmethod
+    def clear(cls, body, x):
+        pass
+
+
+@breaks("clear that misses", None, 2)
+class ClearsAll(TopK):
+    @classmethod
+    def clear(cls, body, x):
+        x[:] = 0
+
+
 @breaks("compress changed its input", None, 2)
 class ChangesInput(TopK):
     def encode(self, x, key, *, residual):

@@ -46,6 +46,20 @@ def test_simulation_shows_what_feedback_is_for() -> None:
     assert sent[ef21] == sent[plain] < sent[exact] / 6
 
 
+@pytest.mark.slow
+def test_momentum_before_the_compression_is_for_large_learning_rates() -> None:
+    """docs/methods.md has this table."""
+    title, *rows = run_example("numpy_momentum.py").splitlines()
+    rates = [float(rate) for rate in title.removeprefix("learning rate").split()]
+    losses = {row[:24].strip(): [float(loss) for loss in row[24:].split()] for row in rows}
+    dense, after, masked, unmasked = losses.values()
+    assert rates[-1] == 0.3
+    assert masked[-1] < after[-1] / 5, "at a large one masking keeps it stable"
+    assert unmasked[-1] > 5 * masked[-1]
+    assert masked[0] > 1.2 * dense[0], "at a small one masking costs momentum"
+    assert unmasked[0] < 1.3 * dense[0]
+
+
 def test_a_server_and_its_workers() -> None:
     """By the command that launch/server runs; both ways at most 1/50 of dense."""
     options = ["-s", "1", "-w", "2", "--method", "DoubleSqueeze(TopK(0.01), TopK(0.01))"]

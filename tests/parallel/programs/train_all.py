@@ -16,7 +16,8 @@ from ef_horovod.testing import pairs
 
 
 def wrap(adapter: str, method: ef.Method, model: torch.nn.Module) -> torch.optim.Optimizer:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+    momentum = 0.0 if method.sgd_momentum else 0.5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
     if adapter == "ef":
         return ef.DistributedOptimizer(
             optimizer, model.named_parameters(), compression=method, bucket_bytes=10_000

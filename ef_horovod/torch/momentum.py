@@ -1,0 +1,94 @@
+"""A torch optimizer beside a method with momentum: no second one, and the weight decay's part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.training.momentum import refuse_momentum
+
+Groups = Iterable[Mapping[str, Any]]
+Named = Iterable[tuple[torch.Tensor, str]]
+
+
+def require_no_momentum(groups: Groups, method: Method) -> None:
+    """Raise if an optimizer has momentum beside that of the method.
+
+    Raises:
+        UnsupportedError: it has.
+    """
+    refuse_momentum(method, _momenta(groups))
+
+
+def _momenta(groups: Groups) -> Iterator[tuple[str, Any]]:
+    for group in groups:
+        yield "momentum", group.get("momentum")
+        yield "beta1", group.get("beta1")  # of Adafactor
+        betas = group.get("betas")
+        yield "betas", betas if betas and betas[0] else None
+
+
+def require_no_weight_decay(groups: Groups, method: Method) -> None:
+    """Raise if weight decay would act outside the momentum.
+
+    Raises:
+        UnsupportedError: it would.
+    """
+    for group in groups if method.sgd_momentum is not None else ():
+        if group.get("weight_decay"):
+            raise UnsupportedError(
+                f"got weight_decay={group['weight_decay']} beside {method!r} in ef.Compression, "
+                "expected none, because the decay would have no momentum; take "
+                "ef.DistributedOptimizer, which gives it momentum, or add the decay to the loss"
+            )
+
+
+class DecayVelocity:
+    """Gives the weight decay of `torch.optim.SGD` the momentum that a method gives to gradients.
+
+    SGD adds wd p to the averaged gradient, where the method's momentum does not reach it. Momentum
+    is linear, and p is the same on all ranks. So the decay has a velocity of its own, outside of
+    the compression: what SGD with momentum would add of earlier steps' wd p goes into p.grad.
+
+    Args:
+        method: of the gradients.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self._momentum = method.sgd_momentum
+        self._velocity: dict[torch.Tensor, torch.Tensor] = {}  # m times that of wd p
+
+    @torch.no_grad()
+    def add_to_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before a step of the optimizer with averaged gradients; only SGD's decay is of this kind.
+
+        With m = momentum: p.grad += u, u = m (u + wd p); Nesterov's form in the other order.
+        """
+        if self._momentum is None or not isinstance(optimizer, torch.optim.SGD):
+            return
+        momentum, nesterov = self._momentum
+        for group in optimizer.param_groups:
+            sign = -1 if group.get("maximize") else 1
+            for p in group["params"] if group["weight_decay"] else ():
+                if p.grad is None:
+                    continue
+                u = self._velocity.setdefault(p, torch.zeros_like(p))
+                if not nesterov:
+                    p.grad.add_(u, alpha=sign)
+                u.add_(p, alpha=group["weight_decay"]).mul_(momentum)
+                if nesterov:
+                    p.grad.add_(u, alpha=sign)
+
+    def state_dict(self, named: Named) -> dict[str, torch.Tensor]:
+        """The velocities by parameter name."""
+        return {name: self._velocity[p].clone() for p, name in named if p in self._velocity}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], named: Named) -> None:
+        """Load the result of `state_dict`."""
+        self._velocity = {
+            p: torch.zeros_like(p).copy_(state[name]) for p, name in named if name in state
+        }

@@ -1,0 +1,127 @@
+"""MomentumCorrection in training loops of PyTorch, on one rank or more; facts for the tests."""
+
+from __future__ import annotations
+
+import horovod.torch as hvd
+import torch
+from common import error_of, report
+from torch_common import batches, build_model, digest, flat, train
+
+import ef_horovod.torch as ef
+
+TOP = ef.MomentumCorrection(ef.TopK(ratio=0.05))
+cross_entropy = torch.nn.functional.cross_entropy
+
+
+def wrapped(model, method=TOP, kind=torch.optim.SGD, **options):
+    optimizer = kind(model.parameters(), lr=0.05, **options)
+    return ef.DistributedOptimizer(optimizer, model.named_parameters(), compression=method)
+
+
+def stock(model, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, **options)
+    return hvd.DistributedOptimizer(
+        optimizer,
+        model.named_parameters(),
+        compression=ef.Compression(TOP, model.named_parameters()),
+    )
+
+
+def sgd_of_pytorch(nesterov, weight_decay):
+    """The end of torch.optim.SGD with momentum on averages of plain Horovod."""
+    model, next_batch = build_model(), batches(hvd.rank())
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.05, momentum=0.9, nesterov=nesterov, weight_decay=weight_decay
+    )
+    for _ in range(20):
+        inputs, labels = next_batch()
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), labels).backward()
+        for p in model.parameters():
+            p.grad.copy_(hvd.allreduce(p.grad))
+        optimizer.step()
+    return flat(model)
+
+
+def without_compression():
+    """Largest differences from SGD with momentum, and how far its parameters went."""
+    facts, start = {}, flat(build_model())
+    for nesterov in (False, True):
+        for weight_decay in (0.0, 0.1):
+            model = build_model()
+            method = ef.MomentumCorrection(ef.Identity(), nesterov=nesterov)
+            optimizer = wrapped(model, method, weight_decay=weight_decay)
+            train(model, optimizer, batches(hvd.rank()), 20)
+            expected = sgd_of_pytorch(nesterov, weight_decay)
+            facts[f"nesterov={nesterov}, weight_decay={weight_decay}"] = {
+                "off": float((flat(model) - expected).abs().max()),
+                "moved": float((expected - start).abs().max()),
+            }
+    return facts
+
+
+def checkpoint():
+    """Stop after 7 of 20 steps and go on in new objects, with the decay's velocity."""
+
+    def run(model, optimizer, next_batch, steps):
+        train(model, optimizer, next_batch, steps)
+        return optimizer.compression_state_dict()
+
+    whole, next_batch = build_model(), batches(hvd.rank())
+    optimizer = wrapped(whole, weight_decay=0.1)
+    saved = run(whole, optimizer, next_batch, 7)
+    again = build_model(seed=9)
+    again.load_state_dict(whole.state_dict())
+    resumed = wrapped(again, weight_decay=0.1)
+    resumed.load_compression_state_dict(saved)
+    run(whole, optimizer, next_batch, 13)
+    next_batch = batches(hvd.rank())
+    for _ in range(7):
+        next_batch()
+    run(again, resumed, next_batch, 13)
+    return {"whole": digest(whole), "again": digest(again), "decays": sorted(saved["decay"])}
+
+
+def change_later():
+    model = build_model()
+    optimizer = wrapped(model)
+    train(model, optimizer, batches(hvd.rank()), 2)
+    optimizer.param_groups[0]["momentum"] = 0.5
+    return error_of(lambda: train(model, optimizer, batches(hvd.rank()), 1))
+
+
+def embedding():
+    model = torch.nn.EmbeddingBag(100, 50, sparse=True)
+    optimizer = wrapped(model)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    return error_of(optimizer.step)
+
+
+def refusals():
+    facts = {
+        "momentum": error_of(lambda: wrapped(build_model(), momentum=0.5)),
+        "betas": error_of(lambda: wrapped(build_model(), kind=torch.optim.Adam)),
+        "later": change_later(),
+    }
+    if hvd.size() == 1:
+        return facts | {"stock": error_of(lambda: stock(build_model()))}
+
+    def first_step(**options):
+        model = build_model()
+        return error_of(lambda: train(model, stock(model, **options), batches(hvd.rank()), 1))
+
+    return facts | {
+        "sparse": embedding(),
+        "stock, momentum": first_step(momentum=0.5),
+        "stock, weight decay": first_step(weight_decay=0.1),
+        "stock": first_step(),
+    }
+
+
+def main() -> None:
+    hvd.init()
+    scenarios = (without_compression, checkpoint, refusals)
+    report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
+
+
+main()

@@ -1,0 +1,76 @@
+"""MomentumCorrection in TensorFlow, on one rank or more; facts for the tests to judge."""
+
+from __future__ import annotations
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from common import error_of, report
+from tf_common import build_model, data, loss_of
+
+import ef_horovod.tensorflow as ef
+
+TOP = ef.MomentumCorrection(ef.TopK(ratio=0.05))
+DENSE = ef.NoFeedback(ef.Identity())
+
+
+def fit(optimizer, method):
+    """All parameters after 20 steps, as one vector."""
+    model = build_model()
+    optimizer = ef.DistributedOptimizer(optimizer, method)
+    model.compile(optimizer, loss=loss_of, jit_compile=False)
+    model.fit(*data(hvd.rank(), 20), batch_size=16, verbose=0, shuffle=False)
+    return np.concatenate([np.asarray(v).ravel() for v in model.trainable_variables])
+
+
+def without_compression():
+    """Largest differences from Keras' SGD with momentum, and how far its parameters went."""
+    facts = {}
+    start = np.concatenate([np.asarray(v).ravel() for v in build_model().trainable_variables])
+    for nesterov in (False, True):
+        expected = fit(keras.optimizers.SGD(0.05, momentum=0.9, nesterov=nesterov), DENSE)
+        method = ef.MomentumCorrection(ef.Identity(), nesterov=nesterov)
+        found = fit(keras.optimizers.SGD(0.05), method)
+        off, moved = np.abs(found - expected).max(), np.abs(expected - start).max()
+        facts[f"nesterov={nesterov}"] = {"off": float(off), "moved": float(moved)}
+    return facts
+
+
+def embedding():
+    table = tf.Variable(tf.ones((100, 50)))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.gather(table, [1, 2, 3]))
+    gradients = [tape.gradient(loss, table)]
+    rows = error_of(lambda: ef.Reducer([table], TOP).reduce(gradients))
+    dense = ef.Reducer([table], TOP, sparse_as_dense=True)
+    return rows, error_of(lambda: dense.reduce(gradients))
+
+
+def refusals():
+    def wrap(optimizer):
+        return error_of(lambda: ef.DistributedOptimizer(optimizer, TOP))
+
+    momentum, adam = keras.optimizers.SGD(0.1, momentum=0.5), keras.optimizers.Adam()
+    rows, dense = embedding()
+    variables = build_model().trainable_variables
+    return {
+        "momentum": wrap(momentum),
+        "loss scale": wrap(keras.optimizers.LossScaleOptimizer(momentum)),
+        "beta_1": wrap(adam),
+        "tf_keras": wrap(tf_keras.optimizers.SGD(0.1, momentum=0.5)),
+        "plain": wrap(keras.optimizers.SGD(0.1)) + wrap(keras.optimizers.RMSprop()),
+        "sparse": rows,
+        "sparse as dense": dense,
+        "stock": error_of(lambda: ef.Compression(TOP, variables)),
+    }
+
+
+def main() -> None:
+    hvd.init()
+    scenarios = (without_compression, refusals)
+    report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
+
+
+main()
