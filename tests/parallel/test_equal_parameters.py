@@ -24,7 +24,7 @@ FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
     ],
 )
 def test_every_compressor_and_every_method(adapter: str, ranks: int, tmp_path: Path) -> None:
-    words = (adapter, "selection", "200")
+    words = (adapter, "selection", "120")
     results = horovod_job(
         ranks, "train_all.py", tmp_path, *words, timeout=600, environment=FAST_CYCLE
     )

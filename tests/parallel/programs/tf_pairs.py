@@ -1,4 +1,4 @@
-"""Every compressor and method through a tape in a tf.function, for 200 steps; digests, losses."""
+"""Every compressor and method through a tape in a tf.function, for 120 steps; digests, losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tf_common import CLASSES, INPUTS, data, digest, loss_of
 import ef_horovod.tensorflow as ef
 from ef_horovod.testing.pairs import selection
 
-STEPS = 200
+STEPS = 120
 
 
 class Small(tf.Module):
