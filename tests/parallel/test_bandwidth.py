@@ -13,7 +13,7 @@ from launching import PROGRAMS
 from pages import python_blocks
 from processes import JobFailed, run_job
 
-pytestmark = [pytest.mark.alone, pytest.mark.parallel, pytest.mark.root]
+pytestmark = [pytest.mark.parallel, pytest.mark.root]
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -27,6 +27,7 @@ def run_benchmark(name: str, *words: str, timeout: float = 180) -> str:
     )
 
 
+@pytest.mark.alone
 def test_a_link_changes_its_rate_both_ways(tmp_path: Path) -> None:
     ask = f"{sys.executable} {PROGRAMS / 'tcp_rates.py'} node1:node2,node2:node1"
     (change,) = python_blocks("docs/cluster.md")  # to 20 Mbit/s
@@ -47,6 +48,7 @@ def test_outside_of_a_cluster_no_link_is_changed(tmp_path: Path) -> None:
         run_job([sys.executable, "-c", change], environment=CLUSTER_PATHS)
 
 
+@pytest.mark.alone
 def test_a_quick_run_measures_and_goes_on_where_it_was(tmp_path: Path) -> None:
     out = str(tmp_path / "found")
     printed = run_benchmark("bandwidth.py", "--quick", "--out", out)

@@ -13,12 +13,13 @@ from clusters import CLUSTER, run_in_cluster
 from launching import PROGRAMS
 from processes import BIN, JobFailed, run_job
 
-pytestmark = [pytest.mark.alone, pytest.mark.parallel, pytest.mark.root]
+pytestmark = [pytest.mark.parallel, pytest.mark.root]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MPIRUN = str(BIN / "mpirun")
 
 
+@pytest.mark.alone
 def test_tcp_has_the_rate_both_ways_and_no_long_queue(tmp_path: Path) -> None:
     rates = {"node1": 200e6, "node2": 100e6, "node3": 20e6}
     pairs = ["node1:node2", "node2:node1", "node1:node3", "node3:node1"]
@@ -91,6 +92,7 @@ def test_a_server_and_workers_on_hosts_of_their_own(tmp_path: Path) -> None:
     assert a == pytest.approx(b, rel=0.1), "workers send alike, to the server alone"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("method", ["dense", "topk"])
 def test_interfaces_count_what_the_library_counts(method: str, tmp_path: Path) -> None:
     program = [sys.executable, str(PROGRAMS / "wire_truth.py"), str(tmp_path), method]
@@ -108,6 +110,7 @@ def test_interfaces_count_what_the_library_counts(method: str, tmp_path: Path) -
         assert result["library"] <= {"dense": 1.0, "topk": 0.08}[method] * dense
 
 
+@pytest.mark.alone
 def test_delay_works_or_says_what_the_kernel_lacks(tmp_path: Path) -> None:
     program = [sys.executable, str(PROGRAMS / "tcp_rates.py"), "node1:node2"]
     options = ["--hosts", "2", "--rate", "100mbit", "--delay", "20ms"]
