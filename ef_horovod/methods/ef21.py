@@ -53,7 +53,8 @@ class EF21(Method):
       v_i = (1 - eta) v_i + eta g_i (EF21-SGDM). This removes the noise of small batches from the
       tracked gradient. v_i starts at the first gradient. eta = 1 is EF21-SGD.
     - `participation` = p in (0, 1]: in each step only max(1, floor(p n)) workers send. All ranks
-      draw the same ones. The others keep h_i and v_i, and send a header (EF21-PP).
+      draw the same ones. The others keep h_i and v_i, and send a header (EF21-PP). Their gradient
+      is not used in that step, so it drops no step if it is not finite.
     - `server_compressor` = C_down: the aggregator answers b = C_down(H - G), G += b, and the
       aggregated gradient is G (EF21-BC).
     - `weights` = smoothness constants L_i, one per worker: w_i = L_i / sum_j L_j, and

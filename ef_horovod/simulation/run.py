@@ -56,7 +56,7 @@ def simulate(
     name: str = "",
     exchange: str = "auto",
     estimator: Estimator = Estimator(),  # noqa: B008 - frozen
-    observe: Callable[[Array], dict[str, Any]] | None = None,
+    observe: Callable[[Array], dict[str, Any] | None] | None = None,
     stop: Callable[[dict[str, Any]], bool] | None = None,
     transport: Transport | None = None,
 ) -> Run:
@@ -78,7 +78,7 @@ def simulate(
             "double_pass": worker j reduces slice j of x, named NAME/j. The compressor sees slices,
             so the iterates differ. "auto:NETWORK" is refused, because no time passes on a network.
         estimator: computes the method's input from a worker's gradients.
-        observe: called with x after every step; its dict is added to the history.
+        observe: called with x after every step; a dict that it returns is added to the history.
         stop: called with the last entry of the history; True ends the run after this step.
         transport: of an MPI job. Its ranks share the workers, and all call this with the same
             arguments. Each returns the same x and history, and the states of its own workers. The
@@ -107,7 +107,9 @@ def simulate(
     estimator.require_fit(method)
     xp = float_namespace(x0, "x0")
     like = xp.like(x0)
-    x = before = xp.detached(x0) * 1  # a copy, because gradient() may change x in place
+    # NumPy makes a scalar of an array without dimensions where it computes.
+    array = np.asarray if isinstance(x0, np.ndarray) else lambda x: x
+    x = before = array(xp.detached(x0) * 1)  # a copy, because gradient() may change x in place
     if len(x0.shape) > 1:  # one dimension: any vector, not a parameter with that shape
         method = method.for_shapes([tuple(x0.shape)])
     kind = exchange_named(exchange, method, transport)
@@ -119,14 +121,14 @@ def simulate(
     for step in range(steps):
         direction = group.step((one.estimate(x, before, step) for one in crew), step)
         # A Python float, because a NumPy float would turn a float32 x into float64.
-        before, x = x, x - _at(step_size, step) * xp.restore(direction, like)
+        before, x = x, array(x - _at(step_size, step) * xp.restore(direction, like))
         entry = {
             "step": step,
             "bytes_sent": group.bytes_sent,
             "bytes_received": group.bytes_received,
             "direction_norm": float(np.sqrt(xp.squared_norm(direction))),
         }
-        run.history.append(entry | (observe(x) if observe else {}))
+        run.history.append(entry | _observed(observe, x, entry))
         if stop and stop(run.history[-1]):
             break
     run.x, run.states = x, group.states
@@ -171,6 +173,19 @@ class _Worker:
         if self._estimator.needs_last:
             self._last = estimate
         return namespace(x).flat_float32(estimate)
+
+
+def _observed(observe: Any, x: Array, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entries that `observe` adds; None adds none."""
+    found = observe(x) if observe else None
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or found.keys() & entry:
+        raise UnsupportedError(
+            f"simulate got {found!r} from observe, expected None or a dict with other keys than "
+            f"{list(entry)}; return for example {{'loss': loss}}"
+        )
+    return found
 
 
 def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:

@@ -241,13 +241,19 @@ class Engine(StepDriver[Bucket]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `StepDriver.load_state_dict`."""
+        decay = self.decay.loaded(state.get("decay", {}), self.named_parameters())
         rows, buckets = self._rows, self.buckets
         if not self._rows_known and state.get("rows"):
             rows = {n: state["rows"][n] for n, _ in self._trainable if n in state["rows"]}
             buckets = self._make_buckets(rows)
         self.step = load_state(state, buckets, repr(self.method), self.transport)
         self._use(buckets, rows)
-        self.decay.load_state_dict(state.get("decay", {}), self.named_parameters())
+        self.decay = decay
+
+    def forget(self) -> None:
+        """See `StepDriver.forget`."""
+        super().forget()
+        self.decay = DecayVelocity(self.method)
 
     def _use(self, buckets: Sequence[Bucket], rows: dict[str, int]) -> None:
         self.buckets, self._rows = buckets, rows

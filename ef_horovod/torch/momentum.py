@@ -59,7 +59,7 @@ class DecayVelocity:
     """
 
     def __init__(self, method: Method) -> None:
-        self._momentum = method.sgd_momentum
+        self._method, self._momentum = method, method.sgd_momentum
         self._velocity: dict[torch.Tensor, torch.Tensor] = {}  # m times that of wd p
 
     @torch.no_grad()
@@ -73,8 +73,9 @@ class DecayVelocity:
         momentum, nesterov = self._momentum
         for group in optimizer.param_groups:
             sign = -1 if group.get("maximize") else 1
-            for p in group["params"] if group["weight_decay"] else ():
-                if p.grad is None:
+            for p in group["params"]:
+                # A decay that ended fades with its velocity.
+                if p.grad is None or not (group["weight_decay"] or p in self._velocity):
                     continue
                 u = self._velocity.setdefault(p, torch.zeros_like(p))
                 if not nesterov:
@@ -87,8 +88,20 @@ class DecayVelocity:
         """The velocities by parameter name."""
         return {name: self._velocity[p].clone() for p, name in named if p in self._velocity}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor], named: Named) -> None:
-        """Load the result of `state_dict`."""
-        self._velocity = {
-            p: torch.zeros_like(p).copy_(state[name]) for p, name in named if name in state
-        }
+    def loaded(self, state: Mapping[str, torch.Tensor], named: Named) -> DecayVelocity:
+        """A new object with the result of `state_dict`.
+
+        Raises:
+            ValueError: a velocity has another shape than its parameter.
+        """
+        new = DecayVelocity(self._method)
+        for p, name in named:
+            if name in state:
+                if state[name].shape != p.shape:
+                    raise ValueError(
+                        f"got the weight decay's velocity of '{name}' in shape "
+                        f"{tuple(state[name].shape)}, expected {tuple(p.shape)}; load it into the "
+                        "same model"
+                    )
+                new._velocity[p] = torch.zeros_like(p).copy_(state[name])
+        return new

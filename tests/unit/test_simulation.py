@@ -245,3 +245,24 @@ def test_an_answer_that_overflows_is_a_non_finite_error() -> None:
             steps=1,
             step_size=0.1,
         )
+
+
+def test_a_scalar_is_simulated():
+    run = ef.simulate(
+        ef.EF21(ef.TopK(k=1)), lambda i, x, t: np.asarray(x - 1.0), np.array(0.0),
+        workers=2, steps=50, step_size=0.3,
+    )  # fmt: skip
+    assert run.x.shape == ()
+    assert abs(run.x - 1.0) < 1e-6
+
+
+def test_observe_may_return_nothing_but_not_the_keys_of_the_history():
+    def run(observe):
+        return ef.simulate(
+            ef.EF21(ef.TopK(k=1)), lambda i, x, t: x, np.ones(2),
+            workers=1, steps=1, step_size=0.1, observe=observe,
+        )  # fmt: skip
+
+    assert run(lambda x: None).history[0]["step"] == 0
+    with pytest.raises(ef.UnsupportedError, match="from observe, expected None or a dict"):
+        run(lambda x: {"step": 99})
