@@ -107,7 +107,7 @@ def simulate(
     estimator.require_fit(method)
     xp = float_namespace(x0, "x0")
     like = xp.like(x0)
-    # NumPy makes a scalar of an array without dimensions where it computes.
+    # NumPy's arithmetic on an array without dimensions returns a scalar, not an array.
     array = np.asarray if isinstance(x0, np.ndarray) else lambda x: x
     x = before = array(xp.detached(x0) * 1)  # a copy, because gradient() may change x in place
     if len(x0.shape) > 1:  # one dimension: any vector, not a parameter with that shape

@@ -50,9 +50,10 @@ def require_no_weight_decay(groups: Groups, method: Method) -> None:
 class DecayVelocity:
     """Gives the weight decay of `torch.optim.SGD` the momentum that a method gives to gradients.
 
-    SGD adds wd p to the averaged gradient, where the method's momentum does not reach it. Momentum
-    is linear, and p is the same on all ranks. So the decay has a velocity of its own, outside of
-    the compression: what SGD with momentum would add of earlier steps' wd p goes into p.grad.
+    SGD adds wd p to the averaged gradient, after the method's momentum. Momentum is linear, and p
+    is the same on all ranks. So the decay has a second velocity, which is not compressed. It is
+    added to p.grad and holds the part that SGD with momentum would add for the decay of earlier
+    steps.
 
     Args:
         method: of the gradients.
@@ -77,7 +78,9 @@ class DecayVelocity:
                 # A decay that ended fades with its velocity.
                 if p.grad is None or not (group["weight_decay"] or p in self._velocity):
                     continue
-                u = self._velocity.setdefault(p, torch.zeros_like(p))
+                if p not in self._velocity:
+                    self._velocity[p] = torch.zeros_like(p)
+                u = self._velocity[p]
                 if not nesterov:
                     p.grad.add_(u, alpha=sign)
                 u.add_(p, alpha=group["weight_decay"]).mul_(momentum)

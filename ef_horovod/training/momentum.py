@@ -1,4 +1,4 @@
-"""What does not go with a method that has momentum of its own (`Method.sgd_momentum`)."""
+"""Refusals for methods that contain momentum (`Method.sgd_momentum`)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import numpy as np
 from ef_horovod import Identity, Method, NoFeedback
 from ef_horovod.testing.pairs import every_method, selection
 
-sys.path.append(str(Path(__file__).parents[2]))  # of tests/, for the programs
+sys.path.append(str(Path(__file__).parents[2]))  # tests/, for sampling.py
 from sampling import covering
 
 SHAPE, SEED = (40, 30), 5  # enough elements for adapters to compress them
