@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ef_horovod.exchange.channel import ChannelStats, total_stats
+from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.tensorflow.broadcast import broadcast_variables
 from ef_horovod.tensorflow.optimizer import is_optimizer
 from ef_horovod.tensorflow.sync import require_horovod, require_in_sync

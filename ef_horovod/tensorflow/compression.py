@@ -148,6 +148,10 @@ class Compression(StepDriver[Bucket], tf.Module):
     def _steps_done(self) -> int:
         return int(self.steps[0].numpy())
 
+    def steps_tried(self) -> int:
+        """See `StepDriver.steps_tried`; these steps count dropped ones already."""
+        return self._steps_done()
+
     def _set_step(self, step: int) -> None:
         for counter in self.steps:
             counter.assign(step)
