@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ef_horovod.errors import EFHorovodError, UnsupportedError
+from ef_horovod.errors import LogError, UnsupportedError
 
 _NUMBER = (int, float)
 # Required fields of an entry, written by `ef_horovod.server.monitor`.
@@ -27,10 +27,6 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 Entry = dict[str, Any]
-
-
-class LogError(EFHorovodError, ValueError):
-    """A log that cannot be shown; the message says which line and why."""
 
 
 class Log(NamedTuple):
