@@ -19,7 +19,7 @@ from ef_horovod.training.log_file import Entry, TrainingRun, is_log, read_log
 
 _LAST = 10  # lines at the end over which loss and error are taken
 _LAYERS = 15  # in the table of a training
-_SMOOTHING = 50  # a curve's mean is over 1/50 of its lines
+_SMOOTHING = 20  # a curve's mean is over 1/20 of its lines
 Runs = dict[str, TrainingRun]
 
 
@@ -31,7 +31,7 @@ class Plot(NamedTuple):
     ylabel: str
     x: Callable[[Entry], float]
     y: Callable[[Entry], float]
-    logarithmic: bool = False
+    logarithmic: str = ""  # "x" or "y": the axis
 
 
 def _loss(line: Entry) -> float:
@@ -45,11 +45,14 @@ def _error(line: Entry) -> float:
 
 PLOTS = (
     Plot("loss-steps", "steps", "loss", lambda line: line["step"], _loss),
-    Plot("loss-bytes", "MB sent by a rank", "loss", lambda line: line["bytes_out"] / 1e6, _loss),
+    Plot(
+        "loss-bytes", "MB sent by a rank", "loss",
+        lambda line: line["bytes_out"] / 1e6, _loss, logarithmic="x",
+    ),
     Plot("loss-time", "seconds", "loss", lambda line: line["seconds"], _loss),
     Plot(
         "error", "steps", "compression error / gradient (norms)",
-        lambda line: line["step"], _error, logarithmic=True,
+        lambda line: line["step"], _error, logarithmic="y",
     ),
 )  # fmt: skip
 
@@ -178,14 +181,14 @@ def draw(plot: Plot, runs: Runs) -> bytes:
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for i, (name, run) in enumerate(runs.items()):
         points = [(plot.x(line), plot.y(line)) for line in run.lines]
-        points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not plot.logarithmic)]
+        points = [point for point in points if _fits(plot, *point)]
         if not points:
             continue
         color, xs, ys = COLORS[i % len(COLORS)], *map(list, zip(*points, strict=True))
         axes.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)
         axes.plot(xs, _smooth(ys), color=color, label=name)
-    if plot.logarithmic and axes.lines:
-        axes.set_yscale("log")
+    if axes.lines:
+        axes.set(**{f"{axis}scale": "log" for axis in plot.logarithmic})
     axes.set(xlabel=plot.xlabel, ylabel=plot.ylabel)
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -196,6 +199,12 @@ def draw(plot: Plot, runs: Runs) -> bytes:
     figure.savefig(image, format="png", dpi=110)
     pyplot.close(figure)
     return image.getvalue()
+
+
+def _fits(plot: Plot, x: float, y: float) -> bool:
+    """Whether a point can be drawn."""
+    positive = {"": True, "x": x > 0, "y": y > 0}
+    return math.isfinite(y) and positive[plot.logarithmic]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -259,9 +268,7 @@ def layers_table(run: TrainingRun, form: str) -> str:
         (line["layers"] for line in reversed(run.lines) if line.get("layers")), {}
     )
     known = [
-        (name, error, gradient)
-        for name, (error, gradient) in layers.items()
-        if error is not None and gradient
+        (name, error, gradient) for name, (error, gradient) in layers.items() if error and gradient
     ]
     known.sort(key=lambda row: row[1] / row[2], reverse=True)
     rows = [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import ef_horovod as ef
+from ef_horovod.common import extras
 from ef_horovod.errors import LogError
 from ef_horovod.exchange.channel import conclude, settle
 from ef_horovod.training.buckets import plan_buckets
@@ -265,3 +266,12 @@ def test_scalars_get_each_line(tmp_path):
     assert [step for step, _ in seen] == [2, 4]
     assert seen[0][1].keys() == {"loss", "ratio", "error_norm", "gradient_norm", "skipped"}
     assert seen[0][1]["loss"] == 0.5
+
+
+@pytest.mark.parametrize("adapter", ["torch", "tensorflow"])
+def test_without_tensorboard_it_says_what_to_install(tmp_path, monkeypatch, adapter):
+    log = pytest.importorskip(f"ef_horovod.{adapter}.log")
+    monkeypatch.setattr(extras.util, "find_spec", lambda name: None)
+    expected = r"no module 'tensorboard', which ef.TrainingLog\(tensorboard=\) needs: install it by"
+    with pytest.raises(ModuleNotFoundError, match=expected):
+        log.TrainingLog(tmp_path / "log", pair()[0], tensorboard=tmp_path)

@@ -33,7 +33,7 @@ def write(path, *, steps=40, sent=1000, loss=lambda step: 4 / step):
                 "dense_bytes_out": 8000 * step, "seconds_compress": 0.0015 * step,
                 "seconds_wait": 0.003 * step, "seconds_decompress": 0.0005 * step,
                 "error_norm": 6.0, "gradient_norm": 2.0,
-                "layers": {"0.weight": [6.0, 1.5], "<bias>": [0.0, 1.32]},
+                "layers": {"0.weight": [6.0, 1.5], "<out>": [1, 1], "1.bias": [0.0, 1.32]},
             }
         )  # fmt: skip
     return path
@@ -74,10 +74,11 @@ def test_the_page_has_plots_names_and_layers(tmp_path, capsys):
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
     assert len(set(images)) == 4
     about = "ErrorFeedback(TopK(0.01)), 2 ranks, exchanges: gather, 2,000 parameters"
-    shown = ["<h2>topk</h2>", "<h2>a&amp;b</h2>", "0.weight", "&lt;bias&gt;", "28 Mbit/s", about]
+    shown = ["<h2>topk</h2>", "<h2>a&amp;b</h2>", "0.weight", "&lt;out&gt;", "28 Mbit/s", about]
     for part in shown:
         assert part in text, part
-    assert "<bias>" not in text
+    assert "<out>" not in text
+    assert "1.bias" not in text, "it is not compressed"
 
 
 def test_markdown_and_images_in_a_folder(tmp_path, capsys):
