@@ -55,10 +55,9 @@ class StepDriver(Generic[B]):
         """Itself; optimizers and reducers have none with a single rank, or several."""
         return [self]
 
-    def steps_tried(self) -> int:
-        """Number of the last step: those before a loaded state and dropped ones included."""
-        skipped = max((channel.counters.skipped for channel in self._channels()), default=0)
-        return self._steps_done() + skipped
+    def steps_taken(self) -> int:
+        """Number of committed steps, those before a loaded state included."""
+        return self._steps_done()
 
     def measure(self) -> None:
         """Let the next step take the norms of its gradients for `layer_norms`."""
@@ -71,12 +70,13 @@ class StepDriver(Generic[B]):
 
         Dropped steps have none. Call it between steps.
         """
+        measured = [(b.slots, b.channel.measured()) for b in self.buckets if b.channel.pieces()]
+        if not all(norms for _, norms in measured):
+            return {}
         return {
             slot.name: LayerNorms(math.sqrt(error), math.sqrt(gradient))
-            for bucket in self.buckets
-            for slot, (error, gradient) in zip(
-                bucket.slots, bucket.channel.measured(), strict=False
-            )
+            for slots, norms in measured
+            for slot, (error, gradient) in zip(slots, norms, strict=True)
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -96,8 +96,8 @@ class TrainingLog:
         Args:
             loss: a number, or a tensor of one element, which is read only at logged steps. None if
                 unknown.
-            step: its number, if it is not that of the optimizer; with a single rank, pass it in a
-                training that was resumed.
+            step: number of steps taken, if it is not that of the optimizer; with a single rank,
+                pass it in a training that was resumed.
         """
         self._calls += 1
         if self._writes is None:
@@ -153,9 +153,9 @@ class TrainingLog:
         norms: dict[str, LayerNorms] = {}
         for driver in drivers:
             norms |= driver.layer_norms()
-        here = total.steps + total.skipped if drivers else self._calls  # steps of this log
+        here = total.steps if drivers else self._calls  # steps of this log
         if step is None:
-            step = max((driver.steps_tried() for driver in drivers), default=here)
+            step = max((driver.steps_taken() for driver in drivers), default=here)
         entry: dict[str, Any] = {
             "step": step,
             "loss": None if loss is None else float(loss),

@@ -29,7 +29,7 @@ class TrainingRun(NamedTuple):
 
     file: Path
     header: Entry  # the last one
-    lines: list[Entry]  # with ascending steps; counters from the start of the training
+    lines: list[Entry]  # with steps that do not fall; counters from the start of the training
     notes: list[str]  # what was left out
 
 
@@ -141,7 +141,7 @@ def read_log(file: Path) -> TrainingRun:
             before = found[-1] if found else {}
         else:
             entry = _checked_line(entry, where)
-            _drop_after(entry["step"] - 1, found)
+            _drop_after(entry["step"], found)  # after a state was loaded within the process
             found.append(entry | {name: entry[name] + before.get(name, 0) for name in COUNTERS})
     if not found:
         raise LogError(f"{file} has no steps, expected some; see whether the training got so far")

@@ -145,8 +145,11 @@ def test_a_dropped_step_is_counted_and_has_no_norms(tmp_path):
     finish(ranks)
     log.step(float("nan"))
     last = lines(path)[-1]
-    assert (last["step"], last["skipped"], last["loss"]) == (2, 1, None)
-    assert math.isnan(read_log(path).lines[-1]["loss"])
+    assert (last["step"], last["skipped"], last["loss"]) == (1, 1, None)
+    run = read_log(path)
+    assert [line["step"] for line in run.lines] == [1, 1], "the dropped step has a line"
+    assert math.isnan(run.lines[-1]["loss"])
+    assert (last["error_norm"], last["gradient_norm"], last["layers"]) == (None, None, {})
 
 
 def test_close_writes_the_last_step_once(tmp_path):
