@@ -14,7 +14,7 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import Estimator
 from ef_horovod.methods.schedules import Decay, Schedule, value_at
-from ef_horovod.simulation.workers import SimulatedWorkers, exchange_named
+from ef_horovod.simulation.workers import SimulatedWorkers, choice_of
 from ef_horovod.training.options import check_options
 from ef_horovod.transports.base import Transport
 
@@ -55,6 +55,7 @@ def simulate(
     seed: int = 0,
     name: str = "",
     exchange: str = "auto",
+    dense_steps: int = 0,
     estimator: Estimator = Estimator(),  # noqa: B008 - frozen
     observe: Callable[[Array], dict[str, Any] | None] | None = None,
     stop: Callable[[dict[str, Any]], bool] | None = None,
@@ -77,6 +78,8 @@ def simulate(
             method compresses both ways. These have the same iterates, but different byte counts.
             "double_pass": worker j reduces slice j of x, named NAME/j. The compressor sees slices,
             so the iterates differ. "auto:NETWORK" is refused, because no time passes on a network.
+        dense_steps: the first steps, so many, send uncompressed averages. Error feedback then
+            starts from zero, and `MomentumCorrection` from its momentum.
         estimator: computes the method's input from a worker's gradients.
         observe: called with x after every step; a dict that it returns is added to the history.
         stop: called with the last entry of the history; True ends the run after this step.
@@ -87,7 +90,8 @@ def simulate(
 
     Raises:
         UnsupportedError: `method` is not a method, the estimator or the exchange does not fit it,
-            a server or a double pass over a transport, or an exchange whose `start` waits.
+            a server or a double pass over a transport, dense steps with a server, or an exchange
+            whose `start` waits.
         NonFiniteError: a gradient was not finite; names the step.
         ValueError, TypeError: arguments out of range, or a gradient of another shape.
 
@@ -112,9 +116,9 @@ def simulate(
     x = before = array(xp.detached(x0) * 1)  # a copy, because gradient() may change x in place
     if len(x0.shape) > 1:  # one dimension: any vector, not a parameter with that shape
         method = method.for_shapes([tuple(x0.shape)])
-    kind = exchange_named(exchange, method, transport)
+    choice = choice_of(exchange, method, transport, dense_steps)
     group = SimulatedWorkers(
-        kind, method, xp.flat_float32(x0), workers, seed=seed, name=name, transport=transport
+        choice, xp.flat_float32(x0), workers, seed=seed, name=name, transport=transport
     )
     crew = [_Worker(rank, gradient, estimator) for rank in group.ranks]
     run = Run(x)
