@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import horovod.torch as hvd
 import torch
 from common import error_of, report
@@ -49,7 +51,7 @@ def bytes_by_step(make, options):
     for _ in range(8):
         train(model, optimizer, next_batch, 1)
         sent.append(optimizer.stats()[-1].bytes_out)
-    return {"digest": digest(model), "sent": [b - a for a, b in zip(sent, sent[1:], strict=False)]}
+    return {"digest": digest(model), "sent": [b - a for a, b in pairwise(sent)]}
 
 
 def resumed(make, options, stop):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
@@ -71,7 +73,7 @@ def bytes_by_step(kind, **options):
         sent.append(loop.state.stats()[-1].bytes_out)
     return {
         "digest": digest(loop.variables),
-        "sent": [b - a for a, b in zip(sent, sent[1:], strict=False)],
+        "sent": [b - a for a, b in pairwise(sent)],
     }
 
 
