@@ -10,10 +10,10 @@ import numpy as np
 
 from ef_horovod.arrays import Array, float_namespace, namespace
 from ef_horovod.common.options import number, seed_of, whole
+from ef_horovod.common.schedules import Schedule, Scheduled, value_at
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import Estimator
-from ef_horovod.methods.schedules import Decay, Schedule, value_at
 from ef_horovod.simulation.workers import SimulatedWorkers, choice_of
 from ef_horovod.training.options import check_options
 from ef_horovod.transports.base import Transport
@@ -51,7 +51,7 @@ def simulate(
     *,
     workers: int,
     steps: int,
-    step_size: Schedule | Callable[[int], float],
+    step_size: Scheduled | Callable[[int], float],
     seed: int = 0,
     name: str = "",
     exchange: str = "auto",
@@ -70,7 +70,7 @@ def simulate(
         x0: start, of any shape: NumPy, torch or an eager TensorFlow tensor; not changed.
         workers: number of workers n >= 1.
         steps: number of rounds.
-        step_size: a number, a `Decay`, or a function of the step.
+        step_size: a number, a schedule such as `Decay`, or a function of the step.
         seed: of random compressors.
         name: of the vector; random draws depend on it, as on a bucket's name ("bucket.0") in a job.
         exchange: "gather" or "reduce" between workers, or "auto" for one of the two. "server": one
@@ -146,8 +146,8 @@ def _checked_options(**given: Any) -> int:
     whole("simulate", "workers", given["workers"], 1, None, "2 is the least that shows an exchange")
     whole("simulate", "steps", given["steps"], 0, None, "1 is one round")
     step_size, estimator = given["step_size"], given["estimator"]
-    if not isinstance(step_size, Decay) and not callable(step_size):
-        also = ", or a Decay or a function of the step"
+    if not isinstance(step_size, Schedule) and not callable(step_size):
+        also = ", or a schedule or a function of the step"
         number("simulate", "step_size", step_size, "(-inf, inf)", "0.1 is a start", also=also)
     if not isinstance(estimator, Estimator):
         raise UnsupportedError(
@@ -192,7 +192,7 @@ def _observed(observe: Any, x: Array, entry: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:
+def _at(step_size: Scheduled | Callable[[int], float], step: int) -> float:
     if not callable(step_size):
         return value_at(step_size, step)
     way_out = "return a number, as of lambda step: 0.1"

@@ -1,4 +1,4 @@
-"""Dense steps first, in training loops of PyTorch; facts for the tests to judge."""
+"""Dense steps first, and a falling ratio, in training loops of PyTorch; facts for the tests to judge."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import ef_horovod.torch as ef
 N = 4
 TOP = ef.ErrorFeedback(ef.TopK(ratio=0.05))
 CORRECTED = ef.MomentumCorrection(ef.TopK(ratio=0.05))
+FALLING = ef.ErrorFeedback(ef.TopK(ratio=ef.Piecewise({0: 0.2, N: 0.05})))
 DENSE = ef.NoFeedback(ef.Identity())
 
 
@@ -41,6 +42,8 @@ KINDS = {
     "corrected": (wrapped, {"method": CORRECTED, "dense_steps": N}),
     "double pass": (wrapped, {"dense_steps": N, "exchange": "double_pass"}),
     "stock": (stock, {"dense_steps": N}),
+    "falling ratio": (wrapped, {"method": FALLING}),
+    "falling ratio, stock": (stock, {"method": FALLING}),
 }
 
 

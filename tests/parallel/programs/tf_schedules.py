@@ -1,4 +1,4 @@
-"""Dense steps first, in TensorFlow, eager and in graphs; facts for the tests to judge."""
+"""Dense steps first, and a falling ratio, in TensorFlow, eager and in graphs; facts for the tests to judge."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ KINDS = {
     "top": (TOP, {"dense_steps": N}),
     "corrected": (CORRECTED, {"dense_steps": N}),
     "double pass": (TOP, {"dense_steps": N, "exchange": "double_pass"}),
+    "falling ratio": (ef.ErrorFeedback(ef.TopK(ratio=ef.Piecewise({0: 0.2, N: 0.05}))), {}),
     "sums": (ef.ErrorFeedback(ef.RandomK(0.1)), {"dense_steps": N}),
 }
 SHAPES = {"a": (60, 40), "b": (50, 60), "bias": (50,)}
@@ -117,7 +118,7 @@ def main() -> None:
         "kinds": facts,
         "resumed": {
             f"{kind} {stop}": resumed(kind, stop)
-            for kind in ("top", "corrected")
+            for kind in ("top", "corrected", "falling ratio")
             for stop in (2, 6)
         },
         "bad": bad_steps(),
