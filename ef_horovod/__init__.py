@@ -17,6 +17,7 @@ from typing import Any
 
 from ef_horovod import compressors, methods  # noqa: F401 - registers them
 from ef_horovod.arrays.keys import Key
+from ef_horovod.common.schedules import Decay, Exponential, Linear, Piecewise, Schedule
 from ef_horovod.compressors.base import Compressor, Payload
 from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.errors import (
@@ -30,7 +31,6 @@ from ef_horovod.errors import (
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import IGT, PAGE, ROOTSGD, STORM, Estimator
 from ef_horovod.methods.registry import METHODS
-from ef_horovod.methods.schedules import Decay
 from ef_horovod.simulation import Run, simulate
 
 __version__ = "0.1.0"
@@ -46,12 +46,16 @@ __all__ = [
     "Decay",
     "EFHorovodError",
     "Estimator",
+    "Exponential",
     "Key",
+    "Linear",
     "Method",
     "NonFiniteError",
     "Payload",
+    "Piecewise",
     "PayloadError",
     "Run",
+    "Schedule",
     "UnsupportedError",
     "cost",
     "simulate",

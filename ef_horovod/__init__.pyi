@@ -3,6 +3,11 @@
 from ef_horovod import cost as cost
 from ef_horovod import theory as theory
 from ef_horovod.arrays.keys import Key as Key
+from ef_horovod.common.schedules import Decay as Decay
+from ef_horovod.common.schedules import Exponential as Exponential
+from ef_horovod.common.schedules import Linear as Linear
+from ef_horovod.common.schedules import Piecewise as Piecewise
+from ef_horovod.common.schedules import Schedule as Schedule
 from ef_horovod.compressors.base import Compressor as Compressor
 from ef_horovod.compressors.base import Payload as Payload
 from ef_horovod.compressors.cast import Cast as Cast
@@ -42,7 +47,6 @@ from ef_horovod.methods.momentum_correction import MomentumCorrection as Momentu
 from ef_horovod.methods.no_feedback import NoFeedback as NoFeedback
 from ef_horovod.methods.perturbed import PerturbedCompressedSGD as PerturbedCompressedSGD
 from ef_horovod.methods.powersgd import PowerSGD as PowerSGD
-from ef_horovod.methods.schedules import Decay as Decay
 from ef_horovod.simulation import Run as Run
 from ef_horovod.simulation import simulate as simulate
 

@@ -20,9 +20,9 @@ class Shown:
             cls.__repr__ = Shown.__repr__  # type: ignore[method-assign] # else dataclass adds one
 
     def __repr__(self) -> str:
-        words = []
+        words, schedules = [], dict(getattr(self, "schedules", ()))
         for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+            value = schedules.get(field.name, getattr(self, field.name))
             if isinstance(value, Shown) and field.default is MISSING:
                 words.append(repr(value))
             elif field.repr and (field.default is MISSING or value != field.default):

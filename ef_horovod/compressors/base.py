@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from ef_horovod.arrays import A, Array, float_namespace, namespace
 from ef_horovod.arrays.keys import Key
 from ef_horovod.arrays.numpy import Like
 from ef_horovod.common.repr import Shown
+from ef_horovod.common.schedules import Schedule
 from ef_horovod.compressors.payload import Payload as Payload
 from ef_horovod.compressors.payload import mean_at_once as mean_at_once
 from ef_horovod.errors import NonFiniteError, PayloadError
@@ -29,7 +31,13 @@ class Compressor(Shown):
     (`allreducible`, `unbiased`, `contraction`, `variance`) and lists `examples` for the contract
     tests.
     x is a vector of d float32 numbers. Other shapes are flattened, other float types converted.
+
+    A setting may be a schedule, as in `TopK(ratio=Exponential(0.25, 0.001, steps=2000))`. The field
+    then has the final value, and so have all claims and sizes. `compress` takes the value of the
+    key's step.
     """
+
+    schedules: tuple[tuple[str, Schedule], ...] = field(default=(), init=False, repr=False)
 
     wire_id: ClassVar[int]
     # Whether `encode` accepts a share s as `residual` and leaves x - s C(x), as `Scaled` needs.
@@ -45,9 +53,32 @@ class Compressor(Shown):
                 if name not in cls.__dict__:
                     setattr(cls, name, vars(Compressor)[name])
 
+    @cached_property
+    def changes(self) -> bool:
+        """Whether a setting, or one of a compressor inside, depends on the step."""
+        return bool(self.schedules) or any(inner.changes for _, inner in _inner(self))
+
+    def at(self, step: int) -> Compressor:
+        """The compressor of a step, without schedules; itself if it has none.
+
+        Example:
+            >>> import ef_horovod as ef
+            >>> ef.TopK(ratio=ef.Piecewise({0: 0.1, 1000: 0.01})).at(5)
+            TopK(ratio=0.1)
+        """
+        return _at(self, step) if self.changes else self
+
+    @property
+    def extremes(self) -> tuple[Compressor, ...]:
+        """The compressors with the smallest and with the largest values of all schedules."""
+        if not self.changes:
+            return (self,)
+        least = _with_values(self, lambda schedule: schedule.bounds[0])
+        return least, _with_values(self, lambda schedule: schedule.bounds[1])
+
     @property
     def fixed_size(self) -> bool:
-        """Whether a payload's size depends on d only, so that all ranks send equal sizes."""
+        """Whether a payload's size depends on d and step only: all ranks send equal sizes."""
         return True
 
     @property
@@ -186,7 +217,8 @@ class Compressor(Shown):
         """
         xp = _checked(x, key)
         flat = xp.flat_float32(x)
-        return self._payload(self.encode(flat, key, residual=False), flat.shape[0], xp.like(x))
+        parts = self.at(key.step).encode(flat, key, residual=False)
+        return self._payload(parts, flat.shape[0], xp.like(x))
 
     def compress_with_residual(self, x: A, key: Key = DEFAULT_KEY) -> tuple[Payload[A], A]:
         """Compress x and also return the compression error: (payload, x - C(x)).
@@ -209,7 +241,8 @@ class Compressor(Shown):
             payload = self.compress(x, key)
             return payload, xp.detached(x) - payload.decompress()
         flat = xp.flat_float32(x, writable=True)
-        payload = self._payload(self.encode(flat, key, residual=True), flat.shape[0], xp.like(x))
+        parts = self.at(key.step).encode(flat, key, residual=True)
+        payload = self._payload(parts, flat.shape[0], xp.like(x))
         return payload, xp.shaped(flat, xp.like(x))
 
     def skip(self, x: Array, key: Key = DEFAULT_KEY) -> Payload:
@@ -220,7 +253,7 @@ class Compressor(Shown):
         d = int(np.prod(x.shape))
         if self.allreducible and not self.fixed_size:
             return self.skip_like_zeros(x, key)
-        body = np.zeros(self.body_nbytes(d), np.uint8)
+        body = np.zeros(self.at(key.step).body_nbytes(d), np.uint8)
         return self._payload((body,), d, namespace(x).like(x)).as_skip()
 
     def skip_like_zeros(self, x: Array, key: Key) -> Payload:
@@ -245,6 +278,27 @@ class Compressor(Shown):
             )
         header = wire.Header(self.wire_id, 0, nbytes, d)
         return Payload(np.concatenate([header.pack(), *raw]), like)
+
+
+@lru_cache(maxsize=64)
+def _at(compressor: Compressor, step: int) -> Compressor:
+    return _with_values(compressor, lambda schedule: schedule.at(step))
+
+
+def _with_values(compressor: Compressor, value: Callable[[Schedule], float]) -> Compressor:
+    """The compressor with a value in place of each schedule; whole numbers are rounded."""
+    changed: dict[str, Any] = {
+        name: _with_values(inner, value) for name, inner in _inner(compressor) if inner.changes
+    }
+    for name, schedule in compressor.schedules:
+        final = getattr(compressor, name)
+        changed[name] = round(value(schedule)) if isinstance(final, int) else value(schedule)
+    return replace(compressor, **changed)
+
+
+def _inner(compressor: Compressor) -> list[tuple[str, Compressor]]:
+    held = ((field.name, getattr(compressor, field.name)) for field in fields(compressor))
+    return [(name, value) for name, value in held if isinstance(value, Compressor)]
 
 
 def require_finite(number: Any, compressor: Compressor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ef_horovod.common.options import keep_number
+from ef_horovod.common.schedules import keep_scheduled_number
 
 
 def kept(ratio: float | None, k: int | None, d: int) -> int:
@@ -16,10 +16,10 @@ def kept(ratio: float | None, k: int | None, d: int) -> int:
 
 
 def keep_ratio(compressor: Any) -> None:
-    """Check the field `ratio`: a fraction in (0, 1].
+    """Check the field `ratio`: a fraction in (0, 1], or a schedule of them.
 
     Raises:
         ValueError: it is something else.
     """
     way_out = "0.01 keeps one entry in a hundred"
-    keep_number(compressor, "ratio", "(0, 1]", way_out, "a kept fraction")
+    keep_scheduled_number(compressor, "ratio", "(0, 1]", way_out, "a kept fraction")

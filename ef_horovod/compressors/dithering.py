@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class NaturalDithering(RoundsToLevels):
 
     grid = "powers"
     max_levels = 127
-    levels: int
+    levels: int | Any
     norm: float = 2
     bucket: int | None = None
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common.options import keep_number
+from ef_horovod.common.schedules import keep_scheduled_number
 from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.sparse import (
@@ -53,12 +53,13 @@ class HardThreshold(Sparsifier):
         total error minimization (NeurIPS 2021).
     """
 
-    threshold: float
+    threshold: float | Any
     ascending: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         way_out = "theory.calibrate finds one for a number of entries a step"
-        keep_number(self, "threshold", "(0, inf)", way_out, "a number in the units of a gradient")
+        what = "a number in the units of a gradient"
+        keep_scheduled_number(self, "threshold", "(0, inf)", way_out, what)
 
     @property
     def fixed_size(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class QSGD(RoundsToLevels):
 
     grid = "uniform"
     max_levels = 2**15 - 1
-    levels: int
+    levels: int | Any
     bucket: int | None = 512
 
     def variance(self, d: int) -> float:

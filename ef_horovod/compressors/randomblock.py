@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class RandomBlock(RandomSparsifier):
         single entries.
     """
 
-    ratio: float
+    ratio: float | Any
     block: int = 4096
     scale: Scale = "contractive"
     shared: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class RandomK(RandomSparsifier):
         Stich, Cordonnier, Jaggi: Sparsified SGD with Memory (NeurIPS 2018), Definition 2.1.
     """
 
-    ratio: float
+    ratio: float | Any
     shared: bool = True
     scale: Scale = "contractive"
 

@@ -7,12 +7,13 @@ import struct
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common.options import keep_number
+from ef_horovod.common.schedules import keep_scheduled_number
 from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.sparse import (
@@ -67,13 +68,13 @@ class RandomSparsify(RandomSparsifier):
         equal probabilities.
     """
 
-    p: float
+    p: float | Any
     shared: bool = True
     scale: Scale = "contractive"
 
     def __post_init__(self) -> None:
         way_out = "0.01 keeps one entry in a hundred on average"
-        keep_number(self, "p", "(0, 1]", way_out, "a probability")
+        keep_scheduled_number(self, "p", "(0, 1]", way_out, "a probability")
         super().__post_init__()
 
     @property

@@ -11,7 +11,8 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.grid import Grid, bits_nbytes, blocks
 from ef_horovod.arrays.keys import Key
 from ef_horovod.arrays.numpy_quantize import largest_code
-from ef_horovod.common.options import LARGEST_FIELD, keep_block, keep_whole
+from ef_horovod.common.options import LARGEST_FIELD, keep_block
+from ef_horovod.common.schedules import keep_scheduled_whole
 from ef_horovod.compressors.base import Compressor, require_finite
 from ef_horovod.errors import PayloadError
 from ef_horovod.wire import Fields
@@ -84,7 +85,8 @@ class RoundsToLevels(Compressor):
     weighs_residual = True
 
     def __post_init__(self) -> None:
-        keep_whole(self, "levels", 1, self.max_levels, "powers of two less 1 use all codes")
+        way_out = "powers of two less 1 use all codes"
+        keep_scheduled_whole(self, "levels", 1, self.max_levels, way_out)
         keep_block(self, "bucket")
 
     def lowest(self, x: Array, block: int) -> np.ndarray:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common.options import keep_whole
+from ef_horovod.common.schedules import keep_scheduled_whole
 from ef_horovod.compressors.base import require_finite
 from ef_horovod.compressors.density import keep_ratio, kept
 from ef_horovod.compressors.registry import register_compressor
@@ -49,8 +49,8 @@ class TopK(Sparsifier):
         a contraction with delta = k / d.
     """
 
-    ratio: float | None = None
-    k: int | None = None
+    ratio: float | Any | None = None
+    k: int | Any | None = None
     ascending: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class TopK(Sparsifier):
         if self.ratio is not None:
             keep_ratio(self)
         else:
-            keep_whole(self, "k", 1, None, "use ratio= for a fraction")
+            keep_scheduled_whole(self, "k", 1, None, "use ratio= for a fraction")
 
     def contraction(self, d: int) -> float:
         return self.count(d) / max(d, 1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ef_horovod.arrays import Array
 from ef_horovod.arrays.grid import bits_nbytes
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common.options import keep_whole
+from ef_horovod.common.schedules import keep_scheduled_whole
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.registry import register_compressor
 from ef_horovod.compressors.shortening import add_shortened, shorten
@@ -48,10 +49,10 @@ class TruncateMantissa(Compressor):
         Tang, Yu, Lian, Zhang, Liu: DoubleSqueeze (ICML 2019), Section 3.2, "Clipping".
     """
 
-    bits: int
+    bits: int | Any
 
     def __post_init__(self) -> None:
-        keep_whole(self, "bits", 0, _MAX_BITS, "7 is bfloat16's precision")
+        keep_scheduled_whole(self, "bits", 0, _MAX_BITS, "7 is bfloat16's precision")
 
     def contraction(self, d: int) -> float:
         return 1 - (2.0**self.bits + 1) ** -2

@@ -65,6 +65,9 @@ class Channel:
         UnsupportedError: the exchange cannot carry the method's payloads.
     """
 
+    # In steps before this one, floats are summed although the exchange moves bytes later.
+    sums_before: int = 0
+
     def __init__(
         self,
         name: str,

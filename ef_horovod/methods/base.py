@@ -134,6 +134,14 @@ class Method(Shown):
         """The equivalent method for uncompressed parameters; None if plain averages suffice."""
         return None
 
+    def warm_up(self) -> Method | None:
+        """The method of the dense steps before compression (`dense_steps`); None: plain averages.
+
+        It works on this method's states, so that what it learns there is not lost. The default is
+        `uncompressed()`, which must accept this method's states.
+        """
+        return self.uncompressed()
+
     def message_length(self, d: int, step: int) -> int:
         """Numbers in a step's payloads and in their mean, for gradients of d numbers."""
         return d

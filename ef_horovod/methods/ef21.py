@@ -215,8 +215,9 @@ def require_contraction(method: str, compressor: Compressor) -> None:
     Raises:
         ValueError: the compressor is not a contraction.
     """
-    if not compressor.contracts:
+    weak = next((c for c in compressor.extremes if not c.contracts), None)
+    if weak is not None:
         raise ValueError(
-            f"{method} got {compressor}, expected a contraction, because h_i diverges without "
+            f"{method} got {weak}, expected a contraction, because h_i diverges without "
             "one; take TopK, OneBit or RandomK(scale='contractive')"
         )

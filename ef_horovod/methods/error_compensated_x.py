@@ -14,7 +14,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.error_feedback import require_no_amplifier
 from ef_horovod.methods.registry import register_method
-from ef_horovod.methods.schedules import Schedule, keep_weight, value_at
+from ef_horovod.methods.schedules import Scheduled, keep_weight, value_at
 from ef_horovod.methods.server_compressor import decoded, require_server_compressor
 
 
@@ -90,7 +90,7 @@ class ErrorCompensatedX(Method):
     """
 
     server_compressor: Compressor = Identity()  # noqa: RUF009 - frozen
-    alpha: Schedule = 0.1
+    alpha: Scheduled = 0.1
     beta: float = 0.3
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "answer", "next_filtered", "alpha"})
     reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # vectors are swapped

@@ -11,7 +11,7 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.registry import register_method
-from ef_horovod.methods.schedules import Schedule, keep_schedule, value_at
+from ef_horovod.methods.schedules import Scheduled, keep_schedule, value_at
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -50,7 +50,7 @@ class ErrorFeedback(Method):
         Feedback Fixes SignSGD (ICML 2019), Algorithm 2 (both with the step size inside the error).
     """
 
-    step_inside: Schedule | None = None
+    step_inside: Scheduled | None = None
     pulled_in_place: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -94,15 +94,16 @@ def require_no_amplifier(method: str, compressor: Compressor) -> None:
     Raises:
         ValueError: the compressor has no such bound.
     """
-    if compressor.supports_error_feedback:
+    weak = next((c for c in compressor.extremes if not c.supports_error_feedback), None)
+    if weak is None:
         return
-    if compressor.unbiased:
+    if weak.unbiased:
         raise ValueError(
-            f"{method} got {compressor}, whose error can be larger than what it compresses, "
+            f"{method} got {weak}, whose error can be larger than what it compresses, "
             "expected one that keeps the error smaller; take RandomK(scale='contractive') and the "
             "like, Scaled(...) or a smaller bucket for quantizers, or NoFeedback for unbiased ones"
         )
     raise ValueError(
-        f"{method} got {compressor}, of whose error no bound is known, expected a contraction; "
+        f"{method} got {weak}, of whose error no bound is known, expected a contraction; "
         "state contraction(d), or supports_error_feedback if the error has a bound of another kind"
     )

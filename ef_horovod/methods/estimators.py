@@ -21,7 +21,7 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_number, keep_seed
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.methods.schedules import Decay, Schedule, keep_weight, value_at
+from ef_horovod.methods.schedules import Decay, Scheduled, keep_weight, value_at
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class STORM(Estimator):
         Tang, Li, Liu, Yan: ErrorCompensatedX (NeurIPS 2021), for this form.
     """
 
-    alpha: Schedule = Decay(2 / 3)  # noqa: RUF009 - frozen
+    alpha: Scheduled = Decay(2 / 3)  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         keep_weight(self, "alpha")
@@ -120,7 +120,7 @@ class ROOTSGD(STORM):
         Li, Mou, Wainwright, Jordan: ROOT-SGD (COLT 2022).
     """
 
-    alpha: Schedule = Decay(1.0)  # noqa: RUF009 - frozen
+    alpha: Scheduled = Decay(1.0)  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class IGT(STORM):
         (NeurIPS 2019). Tang, Li, Liu, Yan: ErrorCompensatedX (NeurIPS 2021).
     """
 
-    alpha: Schedule = 0.1
+    alpha: Scheduled = 0.1
 
     def points(self, x: Array, before: Array, step: int) -> list[Array]:
         alpha = value_at(self.alpha, step)

@@ -11,12 +11,12 @@ import math
 from dataclasses import fields
 from typing import Any
 
+from ef_horovod.common.schedules import SCHEDULES
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.registry import METHODS
-from ef_horovod.methods.schedules import Decay
 
 
 def read_compressor(text: str) -> Compressor:
@@ -82,7 +82,8 @@ def read_method(
 
 def _read(text: str, options: dict[str, Any] | None = None) -> Any:
     head, colon, tail = text.partition(":")
-    written = f"{head}({tail})" if colon else text
+    short = colon and head.strip().isidentifier()  # else a colon within brackets
+    written = f"{head}({tail})" if short else text
     try:
         if "\0" in text:  # Python up to 3.11.3 raises another error
             raise SyntaxError
@@ -134,5 +135,5 @@ def _call(tree: ast.expr, options: dict[str, Any] | None = None) -> Any:
 
 
 def _known() -> dict[str, Any]:
-    kinds: dict[str, Any] = {**METHODS, **COMPRESSORS, "Decay": Decay}
+    kinds: dict[str, Any] = {**METHODS, **COMPRESSORS, **SCHEDULES}
     return {name.lower(): kind for name, kind in kinds.items()}

@@ -10,11 +10,11 @@ import numpy as np
 
 from ef_horovod.arrays import Array, float_namespace, namespace
 from ef_horovod.common.options import number, seed_of, whole
+from ef_horovod.common.schedules import Schedule, Scheduled, value_at
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.estimators import Estimator
-from ef_horovod.methods.schedules import Decay, Schedule, value_at
-from ef_horovod.simulation.workers import SimulatedWorkers, exchange_named
+from ef_horovod.simulation.workers import SimulatedWorkers, choice_of
 from ef_horovod.training.options import check_options
 from ef_horovod.transports.base import Transport
 
@@ -51,10 +51,11 @@ def simulate(
     *,
     workers: int,
     steps: int,
-    step_size: Schedule | Callable[[int], float],
+    step_size: Scheduled | Callable[[int], float],
     seed: int = 0,
     name: str = "",
     exchange: str = "auto",
+    dense_steps: int = 0,
     estimator: Estimator = Estimator(),  # noqa: B008 - frozen
     observe: Callable[[Array], dict[str, Any] | None] | None = None,
     stop: Callable[[dict[str, Any]], bool] | None = None,
@@ -69,7 +70,7 @@ def simulate(
         x0: start, of any shape: NumPy, torch or an eager TensorFlow tensor; not changed.
         workers: number of workers n >= 1.
         steps: number of rounds.
-        step_size: a number, a `Decay`, or a function of the step.
+        step_size: a number, a schedule such as `Decay`, or a function of the step.
         seed: of random compressors.
         name: of the vector; random draws depend on it, as on a bucket's name ("bucket.0") in a job.
         exchange: "gather" or "reduce" between workers, or "auto" for one of the two. "server": one
@@ -77,6 +78,8 @@ def simulate(
             method compresses both ways. These have the same iterates, but different byte counts.
             "double_pass": worker j reduces slice j of x, named NAME/j. The compressor sees slices,
             so the iterates differ. "auto:NETWORK" is refused, because no time passes on a network.
+        dense_steps: the first steps, so many, send uncompressed averages. Error feedback then
+            starts from zero, and `MomentumCorrection` from its momentum.
         estimator: computes the method's input from a worker's gradients.
         observe: called with x after every step; a dict that it returns is added to the history.
         stop: called with the last entry of the history; True ends the run after this step.
@@ -87,7 +90,8 @@ def simulate(
 
     Raises:
         UnsupportedError: `method` is not a method, the estimator or the exchange does not fit it,
-            a server or a double pass over a transport, or an exchange whose `start` waits.
+            a server or a double pass over a transport, dense steps with a server, or an exchange
+            whose `start` waits.
         NonFiniteError: a gradient was not finite; names the step.
         ValueError, TypeError: arguments out of range, or a gradient of another shape.
 
@@ -112,9 +116,9 @@ def simulate(
     x = before = array(xp.detached(x0) * 1)  # a copy, because gradient() may change x in place
     if len(x0.shape) > 1:  # one dimension: any vector, not a parameter with that shape
         method = method.for_shapes([tuple(x0.shape)])
-    kind = exchange_named(exchange, method, transport)
+    choice = choice_of(exchange, method, transport, dense_steps)
     group = SimulatedWorkers(
-        kind, method, xp.flat_float32(x0), workers, seed=seed, name=name, transport=transport
+        choice, xp.flat_float32(x0), workers, seed=seed, name=name, transport=transport
     )
     crew = [_Worker(rank, gradient, estimator) for rank in group.ranks]
     run = Run(x)
@@ -142,8 +146,8 @@ def _checked_options(**given: Any) -> int:
     whole("simulate", "workers", given["workers"], 1, None, "2 is the least that shows an exchange")
     whole("simulate", "steps", given["steps"], 0, None, "1 is one round")
     step_size, estimator = given["step_size"], given["estimator"]
-    if not isinstance(step_size, Decay) and not callable(step_size):
-        also = ", or a Decay or a function of the step"
+    if not isinstance(step_size, Schedule) and not callable(step_size):
+        also = ", or a schedule or a function of the step"
         number("simulate", "step_size", step_size, "(-inf, inf)", "0.1 is a start", also=also)
     if not isinstance(estimator, Estimator):
         raise UnsupportedError(
@@ -188,7 +192,7 @@ def _observed(observe: Any, x: Array, entry: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _at(step_size: Schedule | Callable[[int], float], step: int) -> float:
+def _at(step_size: Scheduled | Callable[[int], float], step: int) -> float:
     if not callable(step_size):
         return value_at(step_size, step)
     way_out = "return a number, as of lambda step: 0.1"

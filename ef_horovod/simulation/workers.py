@@ -9,15 +9,18 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import NonFiniteError, UnsupportedError
 from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.channel import Channel, conclude, settle
+from ef_horovod.exchange.warmup import WarmupChannel, refuse_dense_steps
 from ef_horovod.methods.base import Method
 from ef_horovod.simulation.endpoints import RankWorker, ServedWorker
-from ef_horovod.training.choice import choose
+from ef_horovod.training.choice import Choice, choose
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.local import LocalTransport, local_group
 
 
-def exchange_named(exchange: str, method: Method, transport: Transport | None) -> Exchange:
-    """The exchange of simulated workers.
+def choice_of(
+    exchange: str, method: Method, transport: Transport | None, dense_steps: int
+) -> Choice:
+    """The exchange of simulated workers, with method and dense steps.
 
     Raises:
         UnsupportedError: it does not fit the method or the transport, or names a network.
@@ -39,15 +42,15 @@ def exchange_named(exchange: str, method: Method, transport: Transport | None) -
             f"got exchange={exchange!r} with a transport, expected none, because each worker has a "
             "slice here, and ranks may share workers; leave transport= out"
         )
-    return kind
+    refuse_dense_steps(kind, dense_steps)
+    return Choice(kind, method, dense_steps)
 
 
 class SimulatedWorkers:
     """The workers in this process.
 
     Args:
-        exchange: between the workers.
-        method: error-feedback method.
+        choice: exchange between the workers, error-feedback method and dense steps.
         x: float32[d], like the vectors to exchange.
         workers: number of workers in all processes.
         seed: of random compressors.
@@ -60,8 +63,7 @@ class SimulatedWorkers:
 
     def __init__(
         self,
-        exchange: Exchange,
-        method: Method,
+        choice: Choice,
         x: Array,
         workers: int,
         *,
@@ -69,24 +71,33 @@ class SimulatedWorkers:
         name: str,
         transport: Transport | None,
     ) -> None:
-        self._xp, self._transport, self._served = namespace(x), transport, exchange.needs_server
+        self._xp, self._transport = namespace(x), transport
+        self._served = choice.exchange.needs_server
         self._ends: list[LocalTransport]
-        if exchange.needs_server:
-            self._ends = ServedWorker.group(method, x, workers, seed=seed, name=name)
+        if self._served:
+            self._ends = ServedWorker.group(choice.method, x, workers, seed=seed, name=name)
         elif transport is None:
             self._ends = local_group(workers, one_thread=True)
         else:
             self._ends = RankWorker.group(transport, workers)
-        self._channels: list[Channel] = []
-        together = type(exchange).open is Exchange.open
+        self._channels = self._open(choice, name, x, seed)
+        first = choice.warm_up()
+        if first is not None:
+            dense = self._open(first, name, x, seed)
+            self._channels = [
+                WarmupChannel(one, other, choice.dense_steps)
+                for one, other in zip(dense, self._channels, strict=True)
+            ]
+
+    def _open(self, choice: Choice, name: str, x: Array, seed: int) -> list[Channel]:
+        exchange, method, _ = choice
+        if type(exchange).open is not Exchange.open:
+            return [exchange.open(name, x, method, end, seed=seed) for end in self._ends]
+        channels: list[Channel] = []
         for end in self._ends:
-            if together:
-                channel: Channel = _Together(
-                    name, x, method, end, exchange, seed=seed, first=self._channels[:1]
-                )
-            else:
-                channel = exchange.open(name, x, method, end, seed=seed)
-            self._channels.append(channel)
+            first = channels[:1]
+            channels.append(_Together(name, x, method, end, exchange, seed=seed, first=first))
+        return channels
 
     @property
     def ranks(self) -> list[int]:
@@ -126,10 +137,11 @@ class SimulatedWorkers:
     @property
     def states(self) -> list[Any]:
         """Each worker's state; if the exchange cuts vectors into slices, a list of each slice's."""
+        all_pieces = [channel.pieces() for channel in self._channels]
         return [
-            channel.worker if pieces[0].channel is channel else [p.channel.worker for p in pieces]
-            for channel in self._channels
-            for pieces in [channel.pieces()]
+            [piece.channel.worker for piece in pieces] if pieces[0].name else first.worker
+            for pieces in all_pieces
+            for first in [pieces[0].channel]
         ]
 
     @property

@@ -51,8 +51,15 @@ class Bucket:
             message, lengths = tf.ensure_shape(message, [None]), tf.ensure_shape(lengths, [None])
             return self._transport.carry_slices(name, message, lengths)
         kind = tf.float32 if self.channel.exchange.sums else tf.uint8
-        message = self._now(self._push, inputs, kind)
-        return self._transport.carry(name, tf.ensure_shape(message, [None]))
+        message = tf.ensure_shape(self._now(self._push, inputs, kind), [None])
+        if not self.channel.sums_before:
+            return self._transport.carry(name, message)
+        with tf.device("/CPU:0"):
+            return tf.cond(
+                step < self.channel.sums_before,
+                lambda: _as_bytes(self._transport.carry(name, _as_floats(message))),
+                lambda: self._transport.carry(name, message),
+            )
 
     def _now(self, function: Callable[..., Any], inputs: list[Any], kinds: Any) -> Any:
         """An op that runs a function as soon as its inputs exist."""
@@ -83,7 +90,8 @@ class Bucket:
 
     def _push(self, step: Any, loss_scale: Any, *gradients: Array) -> Array:
         self._start(step, loss_scale, gradients)
-        return self._bridge.collect(self.channel.name)
+        message = self._bridge.collect(self.channel.name)
+        return message.view(np.uint8) if self.channel.sums_before else message
 
     def _push_slices(self, step: Any, loss_scale: Any, *gradients: Array) -> list[Array]:
         self._start(step, loss_scale, gradients)
@@ -181,6 +189,16 @@ def _answers(
     good = tf.ensure_shape(good, [])
     pairs = zip(sliced, answers, strict=True)
     return good, [bucket.carry_answer(own) for bucket, own in pairs]
+
+
+def _as_floats(data: tf.Tensor) -> tf.Tensor:
+    """uint8[4 m] as float32[m], the same memory."""
+    return tf.bitcast(tf.reshape(data, [-1, 4]), tf.float32)
+
+
+def _as_bytes(numbers: tf.Tensor) -> tf.Tensor:
+    """The reverse."""
+    return tf.reshape(tf.bitcast(numbers, tf.uint8), [-1])
 
 
 def _bring(buckets: Sequence[Bucket], arrived: Sequence[Array]) -> None:

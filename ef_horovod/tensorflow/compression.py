@@ -59,6 +59,7 @@ class Compression(StepDriver[Bucket], tf.Module):
         dense: `dense(path, variable)` says which variables stay uncompressed.
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
+        dense_steps: as in `ef.Reducer`.
         process_set: as passed to Horovod.
         timeout: seconds that a wait may take; default $EF_HOROVOD_TIMEOUT or 300.
 
@@ -80,6 +81,7 @@ class Compression(StepDriver[Bucket], tf.Module):
         dense: DensePolicy = small_or_vector,
         exchange: str = "auto",
         seed: int = 0,
+        dense_steps: int = 0,
         process_set: Any = None,
         timeout: float | None = None,
     ) -> None:
@@ -96,11 +98,9 @@ class Compression(StepDriver[Bucket], tf.Module):
             warn_of_surprises(by_path, method, dense, transport.rank)
         buckets = tuple(
             Bucket(
-                BucketPlan(
-                    name,
-                    one_slot(name, variable),
-                    method.uncompressed() if dense(path_of(variable), variable) else method,
-                ),
+                BucketPlan(name, one_slot(name, variable), method.uncompressed())
+                if dense(path_of(variable), variable)
+                else BucketPlan(name, one_slot(name, variable), method, dense_steps),
                 transport,
                 exchange=exchange,
                 seed=seed,
@@ -114,7 +114,7 @@ class Compression(StepDriver[Bucket], tf.Module):
         self._next_place, self._trace = 0, None
         self._config_checked = False
         follow(self)
-        self._facts = f"exchange={exchange!r}, seed={seed}"
+        self._facts = f"exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}"
 
     @tf.autograph.experimental.do_not_convert
     def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, _UnderWay]:

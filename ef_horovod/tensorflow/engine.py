@@ -198,6 +198,7 @@ class Engine(StepDriver[Bucket]):
             dense=lambda _, variable: options.dense(path_of(variable), variable),
             bucket_bytes=options.bucket_bytes,
             device_of=lambda variable: native(variable).device,
+            dense_steps=options.dense_steps,
         )
         self._rows = {
             i: self._make_rows(name, variable)
@@ -226,6 +227,7 @@ class Engine(StepDriver[Bucket]):
         )
         return [
             f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
+            f"dense_steps={options.dense_steps}, "
             f"sparse_as_dense={options.sparse_as_dense}, step={self._steps_done()}",
             f"gradients of {gradients}",
         ]

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import horovod.tensorflow as hvd
 
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.exchange.warmup import refuse_dense_steps
 from ef_horovod.methods.base import Method
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.training.choice import choose, wants_server
@@ -28,6 +29,7 @@ class ReducerOptions(TypedDict, total=False):
     exchange: str
     bucket_bytes: int
     seed: int
+    dense_steps: int
     sparse_as_dense: bool
     check_sync: bool
     discardable: bool
@@ -46,6 +48,7 @@ class Options:
     exchange: str
     bucket_bytes: int
     seed: int
+    dense_steps: int
     sparse_as_dense: bool
     check_sync: bool
     discardable: bool
@@ -57,6 +60,7 @@ def require_options(
     op: Any = hvd.Average,
     exchange: str = "auto",
     process_set: Any = None,
+    dense_steps: int = 0,
     **others: Any,
 ) -> None:
     """Reject options that `ef.Reducer` would reject, before the variables exist.
@@ -67,7 +71,8 @@ def require_options(
         ValueError: there is no such exchange.
     """
     refuse_elastic()
-    check_options("Reducer", exchange=exchange, process_set=process_set, **others)
+    given = {"exchange": exchange, "process_set": process_set, "dense_steps": dense_steps}
+    check_options("Reducer", **given, **others)
     known = list(ReducerOptions.__annotations__)
     for name in others:
         if name not in known:
@@ -81,4 +86,4 @@ def require_options(
         )
     if wants_server(exchange):
         refuse_process_set(process_set)
-    choose(exchange, require_method(compression))
+    refuse_dense_steps(choose(exchange, require_method(compression)), dense_steps)

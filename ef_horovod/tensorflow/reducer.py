@@ -63,6 +63,8 @@ class Reducer(tf.Module):
         bucket_bytes: variables are packed into buckets of about this many bytes of float32. Each
             is compressed as one vector and sent in one collective as soon as its gradients exist.
         seed: of random compressors.
+        dense_steps: the first steps, so many, send uncompressed averages. Error feedback then
+            starts from zero, and `MomentumCorrection` from its momentum.
         sparse_as_dense: compress `tf.IndexedSlices` like all others. Otherwise their rows are sent
             uncompressed, each once.
         check_sync: after the first step, compare the ranks' variables by hash and raise if they
@@ -92,6 +94,7 @@ class Reducer(tf.Module):
         exchange: str = "auto",
         bucket_bytes: int = 25 * 2**20,
         seed: int = 0,
+        dense_steps: int = 0,
         sparse_as_dense: bool = False,
         check_sync: bool = True,
         discardable: bool = False,
@@ -101,7 +104,13 @@ class Reducer(tf.Module):
     ) -> None:
         check_options("Reducer", **locals())
         super().__init__(name="ef_reducer")
-        require_options(compression, op=op, exchange=exchange, process_set=process_set)
+        require_options(
+            compression,
+            op=op,
+            exchange=exchange,
+            process_set=process_set,
+            dense_steps=dense_steps,
+        )
         named = name_variables(variables)
         alone = compression.sgd_momentum is not None
         transport = transport or _open_transport(exchange, process_set, timeout, alone=alone)
@@ -114,6 +123,7 @@ class Reducer(tf.Module):
             exchange=exchange,
             bucket_bytes=bucket_bytes,
             seed=seed,
+            dense_steps=dense_steps,
             sparse_as_dense=sparse_as_dense,
             check_sync=check_sync,
             discardable=discardable,

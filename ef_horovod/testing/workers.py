@@ -111,13 +111,19 @@ def memory(method: Method, state: Any) -> dict[str, Any]:
 
 
 def channels(
-    method: Method, count: int, like: Array = None, exchange: str = "auto"
+    method: Method,
+    count: int,
+    like: Array = None,
+    exchange: str = "auto",
+    dense_steps: int = 0,
 ) -> list[Channel]:
     """One channel of float32[D], named "weights", for each of `count` ranks."""
     like = float32_zeros(D) if like is None else like
     return [
-        open_channel("weights", like, method, transport, exchange=exchange, seed=1)
-        for transport in local_group(count, timeout=5)
+        open_channel(
+            "weights", like, method, end, exchange=exchange, seed=1, dense_steps=dense_steps
+        )
+        for end in local_group(count, timeout=5)
     ]
 
 

@@ -59,6 +59,7 @@ class Compression(StepDriver[Bucket]):
         dense: `dense(name, parameter)` says which parameters stay uncompressed.
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
+        dense_steps: as in `ef.DistributedOptimizer`.
         process_set: as passed to Horovod.
         grad_scaler: the scaler, if one is used. It keeps error-feedback state in unscaled units.
         check_sync: compare the ranks' parameters by hash before the first step changes them, and
@@ -87,6 +88,7 @@ class Compression(StepDriver[Bucket]):
         dense: DensePolicy = small_or_vector,
         exchange: str = "auto",
         seed: int = 0,
+        dense_steps: int = 0,
         process_set: Any = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         check_sync: bool = True,
@@ -113,7 +115,9 @@ class Compression(StepDriver[Bucket]):
         self._in_sync = SyncCheck([p for _, p in trainable], transport, check_sync, frozen)
         self._order, self._next_place = list(reversed(self._parameters)), 0
         plans = [
-            BucketPlan(n, one_slot(n, p), method.uncompressed() if dense(n, p) else method)
+            BucketPlan(n, one_slot(n, p), method.uncompressed())
+            if dense(n, p)
+            else BucketPlan(n, one_slot(n, p), method, dense_steps)
             for n, p in self._parameters.items()
         ]
         self._bucket_of = {
@@ -123,7 +127,8 @@ class Compression(StepDriver[Bucket]):
         super().__init__(method, transport, list(self._bucket_of.values()))
         if transport.rank >= 0:  # not outside of the process set
             # Not in a hook: the order of hooks differs between ranks.
-            self._compare([f"exchange={exchange!r}, seed={seed}, check_sync={check_sync}"])
+            options = f"exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}"
+            self._compare([f"{options}, check_sync={check_sync}"])
 
     @uncompiled
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:

@@ -373,6 +373,7 @@ class Engine(StepDriver[Bucket]):
         options = self.options
         return (
             f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
+            f"dense_steps={options.dense_steps}, "
             f"backward_passes_per_step={options.passes}, grad_scaler={self.scaler is not None}, "
             f"check_sync={options.check_sync}, sparse_as_dense={options.sparse_as_dense}"
         )

@@ -56,6 +56,7 @@ def DistributedOptimizer(
     exchange: str = "auto",
     bucket_bytes: int = 25 * 2**20,
     seed: int = 0,
+    dense_steps: int = 0,
     grad_scaler: torch.amp.GradScaler | None = None,
     overlap: bool = True,
     check_sync: bool = True,
@@ -103,6 +104,8 @@ def DistributedOptimizer(
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32. Each
             is compressed as one vector and sent in one collective, during backward.
         seed: of random compressors.
+        dense_steps: the first steps, so many, send uncompressed averages. Error feedback then
+            starts from zero, and `MomentumCorrection` from its momentum.
         grad_scaler: the scaler. Needed only if you call `synchronize()` yourself.
         overlap: send buckets during backward (False: all of them in `synchronize`).
         check_sync: compare the ranks' parameters by hash (frozen ones too, once) before the first
@@ -138,6 +141,7 @@ def DistributedOptimizer(
         bucket_bytes=bucket_bytes,
         passes=backward_passes_per_step,
         seed=seed,
+        dense_steps=dense_steps,
         average=op == hvd.Average,
         sparse_as_dense=sparse_as_dense,
         overlap=overlap,

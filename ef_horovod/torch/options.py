@@ -29,6 +29,7 @@ class Options:
         bucket_bytes: size of a compressed bucket in bytes of float32.
         passes: backward passes accumulated before an exchange.
         seed: of random compressors.
+        dense_steps: how many steps are uncompressed averages before compression starts.
         average: deliver means over ranks (False: sums).
         sparse_as_dense: whether sparse gradients are densified; otherwise they are sent as rows.
         overlap: start exchanges during backward (False: all in `finish`). The first step's always
@@ -42,6 +43,7 @@ class Options:
     bucket_bytes: int
     passes: int
     seed: int
+    dense_steps: int
     average: bool
     sparse_as_dense: bool
     overlap: bool

@@ -98,6 +98,7 @@ def make_buckets(
         dense=options.dense,
         bucket_bytes=options.bucket_bytes,
         device_of=lambda parameter: parameter.device,
+        dense_steps=options.dense_steps,
     )
     dense = [bucket for plan in plans for bucket in _open(plan, options, transport)]
     return dense + [RowsBucket(name, named[name], dims, transport) for name, dims in rows.items()]

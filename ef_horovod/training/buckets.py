@@ -31,13 +31,14 @@ class BucketPlan(NamedTuple):
     name: str
     slots: list[Slot]
     method: Method | None
+    dense_steps: int = 0  # before compression starts
 
     def decide(self, transport: Transport, exchange: str = "auto") -> Choice:
         """The bucket's exchange and method; see `choice.decide`."""
         method = self.method
         if method is not None:
             method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
-        return decide(exchange, method, self.length, transport)
+        return decide(exchange, method, self.length, transport, self.dense_steps)
 
     def open(
         self, like: Array, transport: Transport, *, exchange: str = "auto", seed: int = 0
@@ -65,6 +66,7 @@ def plan_buckets(
     dense: DensePolicy,
     bucket_bytes: int,
     device_of: Callable[[Parameter], Any],
+    dense_steps: int = 0,
 ) -> list[BucketPlan]:
     """Buckets of parameters, last registered first: the order of gradients in backward.
 
@@ -74,6 +76,7 @@ def plan_buckets(
         dense: selects the uncompressed parameters; they share one bucket per device.
         bucket_bytes: bytes of float32 per compressed bucket; a larger parameter gets its own.
         device_of: device of a parameter; a bucket has parameters of one device.
+        dense_steps: how many steps are uncompressed averages before compression starts.
     """
     named = list(named)
     small = [(name, p) for name, p in named if dense(name, p)]
@@ -82,7 +85,7 @@ def plan_buckets(
         BucketPlan(f"dense.{i}", slots, method.uncompressed())
         for i, slots in enumerate(_pack(small, _NO_LIMIT, device_of))
     ] + [
-        BucketPlan(f"bucket.{i}", slots, method)
+        BucketPlan(f"bucket.{i}", slots, method, dense_steps)
         for i, slots in enumerate(_pack(large, bucket_bytes, device_of))
     ]
 

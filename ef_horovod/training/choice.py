@@ -20,6 +20,7 @@ from ef_horovod.exchange.channel import Channel
 from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.network import IDEAL, Network
 from ef_horovod.exchange.registry import EXCHANGES, exchange_of
+from ef_horovod.exchange.warmup import WarmupChannel, refuse_dense_steps
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Transport
 
@@ -31,14 +32,30 @@ _SAVING = 0.6
 
 
 class Choice(NamedTuple):
-    """A vector's exchange and method."""
+    """A vector's exchange and method, and how many dense steps come first."""
 
     exchange: Exchange
     method: Method
+    dense_steps: int = 0
 
     def open(self, name: str, like: Array, transport: Transport, *, seed: int = 0) -> Channel:
         """The vector's channel; arguments as in `Channel`."""
-        return self.exchange.open(name, like, self.method, transport, seed=seed)
+        channel = self.exchange.open(name, like, self.method, transport, seed=seed)
+        first = self.warm_up()
+        if first is None:
+            return channel
+        dense = first.open(name, like, transport, seed=seed)
+        return WarmupChannel(dense, channel, self.dense_steps)
+
+    def warm_up(self) -> Choice | None:
+        """Exchange and method of the dense steps; None if there are none."""
+        method = self.method.warm_up() or UNCOMPRESSED
+        if not self.dense_steps or method == self.method:
+            return None
+        # A double pass of uncompressed slices sends as much as a dense ring.
+        return Choice(
+            self.exchange if self.exchange.has_answers else choose("auto", method), method
+        )
 
 
 def open_channel(
@@ -49,14 +66,16 @@ def open_channel(
     *,
     exchange: str = "auto",
     seed: int = 0,
+    dense_steps: int = 0,
 ) -> Channel:
     """The channel for a vector; other arguments as in `Channel`.
 
     Args:
         exchange: as users write it. With "auto:NETWORK" the channel may not compress; see its
             `stats()`.
+        dense_steps: as in `decide`.
     """
-    choice = decide(exchange, method, like.shape[0], transport)
+    choice = decide(exchange, method, like.shape[0], transport, dense_steps)
     return choice.open(name, like, transport, seed=seed)
 
 
@@ -113,7 +132,9 @@ def choose(exchange: str, method: Method) -> Exchange:
     return found
 
 
-def decide(exchange: str, method: Method | None, d: int, transport: Transport) -> Choice:
+def decide(
+    exchange: str, method: Method | None, d: int, transport: Transport, dense_steps: int = 0
+) -> Choice:
     """The exchange and the method of a vector; another method if it stays uncompressed.
 
     Args:
@@ -121,25 +142,28 @@ def decide(exchange: str, method: Method | None, d: int, transport: Transport) -
         method: the requested method; None to leave the vector uncompressed.
         d: length of the vector.
         transport: to the other ranks.
+        dense_steps: how many steps are uncompressed averages before compression starts. The
+            predicted time is that of the later steps.
 
     Raises:
-        ValueError, UnsupportedError: as in `choose`.
+        ValueError, UnsupportedError: as in `choose`, or dense steps with a server.
     """
     if transport.has_server and (is_auto(exchange) or method is None):
         exchange = "server"
     if method is None:
         return Choice(EXCHANGES["server" if wants_server(exchange) else "dense"], UNCOMPRESSED)
     usual = choose(exchange, method)
+    refuse_dense_steps(usual, dense_steps)
     if not is_auto(exchange) or not usual.compresses or transport.size == 1:
-        return Choice(usual, method)
+        return Choice(usual, method, dense_steps)
     if not method.fixed_size:  # bytes are unknown
-        return Choice(usual, method)
+        return Choice(usual, method, dense_steps)
     slices = type(transport).alltoall is not Transport.alltoall
     slices = slices and EXCHANGES["double_pass"].fits(method)
     best, pays = _best(exchange, method, d, transport.size, usual, slices=slices)
     rest = method.uncompressed() or UNCOMPRESSED
     if pays or rest == method:
-        return Choice(best, method)
+        return Choice(best, method, dense_steps)
     if transport.rank == 0:
         warnings.warn(
             f"exchange={exchange!r} leaves gradients uncompressed where {method!r} is not "

@@ -33,6 +33,10 @@ def _count(owner: str, name: str, value: Any) -> None:
     whole(owner, name, value, 1, None, "1 exchanges gradients in every step")
 
 
+def _steps(owner: str, name: str, value: Any) -> None:
+    whole(owner, name, value, 0, None, "0 compresses from the first step on")
+
+
 def _bytes(owner: str, name: str, value: Any) -> None:
     whole(owner, name, value, 1, None, "25 * 2**20 is the default")
 
@@ -60,6 +64,7 @@ def _kind(expected: str, way_out: str, fits: Callable[[Any], bool]) -> Callable[
 _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     "backward_passes_per_step": _count,
     "bucket_bytes": _bytes,
+    "dense_steps": _steps,
     "seed": _seed,
     "timeout": _seconds,
     "overlap": flag,

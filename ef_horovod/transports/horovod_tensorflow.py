@@ -194,7 +194,8 @@ class GraphBridge(Transport):
         require_summable(values)
         self._leave(name, values)
         self._count_allreduce(values.nbytes)
-        return lambda: self._arrived.pop(name)
+        # A view, because a graph whose collectives change carries floats as bytes.
+        return lambda: self._arrived.pop(name).view(values.dtype)
 
     def collect(self, name: str) -> np.ndarray:
         """The message to carry: uint8[m] to gather or floats to sum."""

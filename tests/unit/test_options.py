@@ -13,7 +13,7 @@ from ef_horovod.compressors.registry import COMPRESSORS
 from ef_horovod.methods.parsing import read_method, write_method
 from ef_horovod.methods.registry import METHODS
 
-NUMBERS = ("int", "float", "Schedule")
+NUMBERS = ("int", "float", "Scheduled")
 
 
 def _instances():
@@ -27,6 +27,7 @@ def _instances():
         if kind.__module__.startswith("ef_horovod.")
     ]
     others = [ef.STORM(0.5), ef.ROOTSGD(), ef.IGT(), ef.PAGE(0.5), ef.Decay(power=1)]
+    others += [ef.Exponential(1.0, 2.0, steps=8), ef.Linear(1.0, 2.0, steps=8)]
     others += [ef.cost.Network(1e9)]
     return [one for one in (*compressors, *methods, *others) if dataclasses.is_dataclass(one)]
 
@@ -49,6 +50,8 @@ NO_NUMBERS = (True, "0.01", "auto", math.nan, [1], np.array([1, 2]), 1j, b"1", o
 def _with(instance, field, value):
     """The instance, with another value in the field; without the option that it excludes."""
     changes = {field.name: value}
+    if field.name == "steps":
+        changes["stages"] = 1
     if isinstance(instance, ef.TopK):
         changes = {"ratio": None, "k": None, **changes}
     return dataclasses.replace(instance, **changes)
@@ -63,6 +66,8 @@ def test_all_numeric_options_are_found():
         "ErrorFeedback.step_inside", "ErrorCompensatedX.alpha", "ErrorCompensatedX.beta",
         "PerturbedCompressedSGD.noise", "PerturbedCompressedSGD.reset_every", "PAGE.probability",
         "PAGE.seed", "STORM.alpha", "Decay.power", "Decay.initial", "Decay.offset",
+        "Exponential.start", "Exponential.end", "Exponential.steps", "Exponential.stages",
+        "Linear.start", "Linear.end", "Linear.steps", "Linear.stages",
         "Network.bandwidth", "Network.latency", "Network.burst",
     }  # fmt: skip
     assert expected <= set(FIELDS)
