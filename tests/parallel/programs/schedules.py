@@ -1,4 +1,4 @@
-"""Dense steps first, and a falling ratio, in training loops of PyTorch; facts for the tests to judge."""
+"""Dense steps first, and a falling ratio, in training loops of PyTorch; the tests judge."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def stock(model, method=TOP, **options):
 KINDS = {
     "top": (wrapped, {"dense_steps": N}),
     "corrected": (wrapped, {"method": CORRECTED, "dense_steps": N}),
+    "adam": (wrapped, {"method": ef.FrozenAdam(ef.OneBit()), "dense_steps": N}),
     "double pass": (wrapped, {"dense_steps": N, "exchange": "double_pass"}),
     "stock": (stock, {"dense_steps": N}),
     "falling ratio": (wrapped, {"method": FALLING}),

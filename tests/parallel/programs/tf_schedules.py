@@ -1,4 +1,4 @@
-"""Dense steps first, and a falling ratio, in TensorFlow, eager and in graphs; facts for the tests to judge."""
+"""Dense steps first, and a falling ratio, in TensorFlow, eager and in graphs."""
 
 from __future__ import annotations
 
