@@ -22,7 +22,7 @@ from ef_horovod.tensorflow.options import ReducerOptions, require_options
 from ef_horovod.tensorflow.reducer import Reducer, open_servers
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.training.choice import wants_server
-from ef_horovod.training.momentum import refuse_momentum, require_plain_sgd
+from ef_horovod.training.momentum import refuse_momentum, require_plain_sgd, warn_of_adam
 from ef_horovod.training.options import check_options
 
 if TYPE_CHECKING:
@@ -94,8 +94,16 @@ def DistributedOptimizer(
         options["transport"] = options.get("transport") or open_servers(options.get("timeout"))
     wrapped._ef_transport = options.get("transport")
     wrapped._ef_own_accumulation = own
+
+    def reducer_of(variables: list[Any]) -> Reducer:
+        reducer = Reducer(variables, compression, **options)
+        if reducer.transport is not None and reducer.transport.size > 1:
+            inner = getattr(optimizer, "inner_optimizer", optimizer)
+            warn_of_adam(inner, compression, reducer.transport.rank)
+        return reducer
+
     wrapped._ef = Averaging(
-        lambda variables: Reducer(variables, compression, **options),
+        reducer_of,
         passes=max(own, backward_passes_per_step),
         mean=own > 1 or average_aggregated_gradients,
         handles_nan=_is_loss_scaler(wrapped),

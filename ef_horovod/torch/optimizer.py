@@ -26,7 +26,7 @@ from ef_horovod.torch.loss_scale import (
 from ef_horovod.torch.momentum import require_fit
 from ef_horovod.torch.options import Options, open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
-from ef_horovod.training.momentum import for_one_rank, refuse_synchronize
+from ef_horovod.training.momentum import for_one_rank, refuse_synchronize, warn_of_adam
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -151,6 +151,7 @@ def DistributedOptimizer(
     frozen = [(name, p) for name, p in named if not p.requires_grad]
     if transport.size > 1:
         warn_of_surprises(trainable, method, dense, transport.rank)
+        warn_of_adam(optimizer, method, transport.rank)
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
     wrapped._engine = Engine(trainable, frozen, options, transport, scaler, others)
     return wrapped

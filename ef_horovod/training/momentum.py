@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
+from ef_horovod.methods.no_feedback import NoFeedback
+
+_ADAPTIVE = {"adam", "adamw", "adamax", "nadam", "radam"}  # classes, in lower case
 
 
 def refuse_momentum(method: Method, found: Iterable[tuple[str, Any]]) -> None:
@@ -46,6 +50,25 @@ def require_plain_sgd(method: Method, found: str) -> None:
             f"got an optimizer with {found} and {method!r}, whose aggregated gradients are the "
             "finished updates of Adam, expected plain SGD; take SGD without momentum and clipping, "
             "with Adam's learning rate and AdamW's weight decay"
+        )
+
+
+def warn_of_adam(optimizer: Any, method: Method, rank: int) -> None:
+    """Warn on rank 0 if Adam or the like gets gradients with error feedback.
+
+    Args:
+        optimizer: of any framework.
+        method: of the gradients.
+        rank: of this process.
+    """
+    kinds = {kind.__name__.lower() for kind in type(optimizer).__mro__}
+    if rank == 0 and kinds & _ADAPTIVE and not isinstance(method, NoFeedback):
+        warnings.warn(
+            f"got {type(optimizer).__name__} with {method!r}, expected SGD with FrozenAdam, "
+            "because Adam learns less per step from compressed gradients; take the optimizer's SGD with "
+            "Adam's learning rate, and FrozenAdam(...) with dense_steps, or compare losses with "
+            "dense training",
+            stacklevel=3,
         )
 
 
