@@ -65,9 +65,8 @@ def warn_of_adam(optimizer: Any, method: Method, rank: int) -> None:
     if rank == 0 and kinds & _ADAPTIVE and not isinstance(method, NoFeedback):
         warnings.warn(
             f"got {type(optimizer).__name__} with {method!r}, expected SGD with FrozenAdam, "
-            "because Adam learns less per step from compressed gradients; take the optimizer's SGD with "
-            "Adam's learning rate, and FrozenAdam(...) with dense_steps, or compare losses with "
-            "dense training",
+            "because Adam learns less per step from compressed gradients; take SGD with Adam's "
+            "learning rate, FrozenAdam(...) and dense_steps, or compare losses with dense training",
             stacklevel=3,
         )
 

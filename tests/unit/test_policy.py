@@ -58,7 +58,7 @@ class Mine(AdamW):
 
 
 def test_adam_beside_error_feedback_is_advised_once_on_rank_0(recwarn):
-    for method in (ef.NoFeedback(ef.Cast()), ef.NoFeedback(ef.Identity())):
+    for method in (ef.NoFeedback(ef.Natural()), ef.NoFeedback(ef.Identity())):
         warn_of_adam(AdamW(), method, 0)
     warn_of_adam(AdamW(), METHOD, 1)
     warn_of_adam(object(), METHOD, 0)
