@@ -49,10 +49,14 @@ WAYS = {
     "dense AdamW": Way(ef.NoFeedback(ef.Identity())),
     "FrozenAdam, 1 bit": Way(ef.FrozenAdam(ef.OneBit(), clip=1.0), True, 0.15),
     "FrozenAdam, signs of 4 %": Way(ef.FrozenAdam(FEW_SIGNS, clip=1.0), True, 0.15),
+    "the same, 10 % dense steps": Way(ef.FrozenAdam(FEW_SIGNS, clip=1.0), True, 0.1),
+    "the same, 5 % dense steps": Way(ef.FrozenAdam(FEW_SIGNS, clip=1.0), True, 0.05),
     "FrozenAdam, top-k 1 %": Way(ef.FrozenAdam(ef.TopK(ratio=0.01), clip=1.0), True, 0.15),
     "error feedback, 1 bit, AdamW": Way(ef.ErrorFeedback(ef.OneBit())),
     "error feedback, top-k 1 %, AdamW": Way(ef.ErrorFeedback(ef.TopK(ratio=0.01))),
-    "the same, 15 % dense steps": Way(ef.ErrorFeedback(ef.TopK(ratio=0.01)), dense_part=0.15),
+    "top-k 1 %, 15 % dense steps, AdamW": Way(
+        ef.ErrorFeedback(ef.TopK(ratio=0.01)), dense_part=0.15
+    ),
     "EF21, top-k 1 %, AdamW": Way(ef.EF21(ef.TopK(ratio=0.01))),
 }
 
