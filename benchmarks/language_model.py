@@ -7,8 +7,8 @@ Any plain text of some megabytes does (`.xz` too), for example the King James Bi
 Gutenberg. Each way is run at each learning rate with one seed, and then at its best rate with the
 other seeds, and in a longer run. Runs that the file has already are left out, so an interrupted
 command goes on where it was. Each rank has its own batches of 16 x 64 characters. Rates warm up for
-100 steps and fall by a cosine to a tenth. Gradients are clipped at a norm of 1: after the averages
-in dense training, in the method otherwise where it can.
+100 steps and fall by a cosine to a tenth. Gradients are clipped at a norm of 1: their averages, or
+each rank's own where updates or momenta are averaged.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,27 +38,31 @@ WARM_UP, WEIGHT_DECAY = 100, 0.01
 
 
 class Way(NamedTuple):
-    """A method beside an optimizer."""
+    """A method, what it compresses, and the inner optimizer."""
 
     method: Any
-    plain_sgd: bool = False  # the method makes the updates
+    what: str = "gradient"  # or "momentum" (FrozenAdam), or "update" (CompressedUpdates)
     dense_part: float = 0.0  # of all steps
+    muon: bool = False  # for matrices; AdamW for the rest
 
 
-FEW_SIGNS = ef.Then(ef.TopK(ratio=0.04), ef.OneBit())
+DENSE, SIGNS = ef.NoFeedback(ef.Identity()), ef.ErrorFeedback(ef.OneBit())
+TOP = ef.ErrorFeedback(ef.TopK(ratio=0.01))
+FEW_SIGNS = ef.FrozenAdam(ef.Then(ef.TopK(ratio=0.04), ef.OneBit()), clip=1.0)
 WAYS = {
-    "dense AdamW": Way(ef.NoFeedback(ef.Identity())),
-    "FrozenAdam, 1 bit": Way(ef.FrozenAdam(ef.OneBit(), clip=1.0), True, 0.15),
-    "FrozenAdam, signs of 4 %": Way(ef.FrozenAdam(FEW_SIGNS, clip=1.0), True, 0.15),
-    "the same, 10 % dense steps": Way(ef.FrozenAdam(FEW_SIGNS, clip=1.0), True, 0.1),
-    "the same, 5 % dense steps": Way(ef.FrozenAdam(FEW_SIGNS, clip=1.0), True, 0.05),
-    "FrozenAdam, top-k 1 %": Way(ef.FrozenAdam(ef.TopK(ratio=0.01), clip=1.0), True, 0.15),
-    "error feedback, 1 bit, AdamW": Way(ef.ErrorFeedback(ef.OneBit())),
-    "error feedback, top-k 1 %, AdamW": Way(ef.ErrorFeedback(ef.TopK(ratio=0.01))),
-    "top-k 1 %, 15 % dense steps, AdamW": Way(
-        ef.ErrorFeedback(ef.TopK(ratio=0.01)), dense_part=0.15
-    ),
+    "dense AdamW": Way(DENSE),
+    "FrozenAdam, 1 bit": Way(ef.FrozenAdam(ef.OneBit(), clip=1.0), "momentum", 0.15),
+    "FrozenAdam, signs of 4 %": Way(FEW_SIGNS, "momentum", 0.15),
+    "the same, 10 % dense steps": Way(FEW_SIGNS, "momentum", 0.1),
+    "the same, 5 % dense steps": Way(FEW_SIGNS, "momentum", 0.05),
+    "FrozenAdam, top-k 1 %": Way(ef.FrozenAdam(ef.TopK(ratio=0.01), clip=1.0), "momentum", 0.15),
+    "AdamW's updates, 1 bit": Way(SIGNS, "update"),
+    "error feedback, 1 bit, AdamW": Way(SIGNS),
+    "error feedback, top-k 1 %, AdamW": Way(TOP),
+    "top-k 1 %, 15 % dense steps, AdamW": Way(TOP, dense_part=0.15),
     "EF21, top-k 1 %, AdamW": Way(ef.EF21(ef.TopK(ratio=0.01))),
+    "dense Muon": Way(DENSE, muon=True),
+    "Muon's updates, 1 bit": Way(SIGNS, "update", muon=True),
 }
 
 
@@ -135,30 +140,34 @@ def train(way: Way, text: Text, *, lr: float, steps: int, seed: int) -> dict[str
     """One training; loss, bytes a rank sent relative to dense, and seconds."""
     torch.manual_seed(seed)
     model = Transformer(text.characters)
-    kind = torch.optim.SGD if way.plain_sgd else torch.optim.AdamW
-    inner = kind(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
     dense_steps = round(way.dense_part * steps)
-    optimizer = ef.DistributedOptimizer(
-        inner, model.named_parameters(), compression=way.method, dense_steps=dense_steps
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _rate(t, steps))
+    inner = optimizers(way, model, lr)
+    wrapped = [wrap(way, one, model, dense_steps) for one in inner]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(one, lambda t: _rate(t, steps))
+        for one in (inner if way.what == "update" else wrapped)
+    ]
     draw = torch.Generator().manual_seed(1000 * seed + hvd.rank())
     begin, before = time.perf_counter(), (0, 0)
     for step in range(steps):
         if step == dense_steps:
-            before = _bytes(optimizer)
+            before = _bytes(wrapped)
         x, y = text.batch(draw)
-        optimizer.zero_grad()
+        model.zero_grad()
         cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
-        if way.plain_sgd:
-            optimizer.step()
-        else:
-            optimizer.synchronize()
+        if way.what == "gradient":
+            for one in wrapped:
+                one.synchronize()
+        if way.what != "momentum":
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            with optimizer.skip_synchronize():
-                optimizer.step()
-        schedule.step()
-    sent, dense = _bytes(optimizer)
+        for one in wrapped:
+            with one.skip_synchronize() if way.what == "gradient" else nullcontext():
+                one.step()
+        for schedule in schedules:
+            schedule.step()
+    sent, dense = _bytes(wrapped)
+    for one in wrapped if way.what != "update" else ():
+        one.unwrap()
     return {
         "loss": text.loss(model),
         "bytes": sent / dense,
@@ -167,14 +176,42 @@ def train(way: Way, text: Text, *, lr: float, steps: int, seed: int) -> dict[str
     }
 
 
+def optimizers(way: Way, model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """What a single rank would train with; plain SGD where the method makes the updates."""
+    if way.what == "momentum":
+        return [torch.optim.SGD(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)]
+    blocks = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks")]
+    matrices = blocks if way.muon else []
+    known = set(matrices)
+    others = [p for p in model.parameters() if p not in known]
+    adam = torch.optim.AdamW(others, lr=lr, weight_decay=WEIGHT_DECAY)
+    if not matrices:
+        return [adam]
+    muon = torch.optim.Muon(
+        matrices, lr=lr, momentum=0.9, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, adam]
+
+
+def wrap(way: Way, optimizer: torch.optim.Optimizer, model: nn.Module, dense_steps: int) -> Any:
+    """The optimizer on all ranks."""
+    owned = {p for group in optimizer.param_groups for p in group["params"]}
+    named = [(name, p) for name, p in model.named_parameters() if p in owned]
+    if way.what == "update":
+        return ef.CompressedUpdates(optimizer, named, way.method)
+    return ef.DistributedOptimizer(
+        optimizer, named, compression=way.method, dense_steps=dense_steps
+    )
+
+
 def _rate(step: int, steps: int) -> float:
     done = max(0, step - WARM_UP) / max(1, steps - WARM_UP)
     return min(1, (step + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
-def _bytes(optimizer: Any) -> tuple[int, int]:
-    total = optimizer.stats()[-1]
-    return total.bytes_out, total.dense_bytes_out
+def _bytes(optimizers: list[Any]) -> tuple[int, int]:
+    totals = [one.stats()[-1] for one in optimizers]
+    return sum(t.bytes_out for t in totals), sum(t.dense_bytes_out for t in totals)
 
 
 def plan(

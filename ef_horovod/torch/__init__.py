@@ -25,10 +25,12 @@ with explained("ef_horovod.torch"):
     from ef_horovod.torch.log import TrainingLog
     from ef_horovod.torch.optimizer import DistributedOptimizer
     from ef_horovod.torch.sync import require_in_sync
+    from ef_horovod.torch.updates import CompressedUpdates
 
 openmpi.set_prefix()  # before hvd.init(): without mpirun it would not find Open MPI's files
 
 __all__ = [
+    "CompressedUpdates",
     "Compression",
     "DistributedOptimizer",
     "EstimatedGradient",

@@ -6,4 +6,5 @@ from ef_horovod.torch.estimation import EstimatedGradient as EstimatedGradient
 from ef_horovod.torch.log import TrainingLog as TrainingLog
 from ef_horovod.torch.optimizer import DistributedOptimizer as DistributedOptimizer
 from ef_horovod.torch.sync import require_in_sync as require_in_sync
+from ef_horovod.torch.updates import CompressedUpdates as CompressedUpdates
 from ef_horovod.training.policy import small_or_vector as small_or_vector
