@@ -29,12 +29,7 @@ class GradientHooks:
     def __init__(
         self, names: Mapping[torch.Tensor, str], call: Callable[[torch.Tensor], None]
     ) -> None:
-        for other in _live:
-            for parameter in names.keys() & other._parameters:
-                raise UnsupportedError(
-                    f"the gradient of '{names[parameter]}' is averaged by another wrapped "
-                    "optimizer already, expected one; call unwrap() on the other one first"
-                )
+        require_free(names)
         self._parameters: set[torch.Tensor] = set(names)
         hook = torch.compiler.disable(weak(call))
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in names]
@@ -48,6 +43,20 @@ class GradientHooks:
 
 
 _live: weakref.WeakSet[GradientHooks] = weakref.WeakSet()
+
+
+def require_free(names: Mapping[torch.Tensor, str]) -> None:
+    """Raise if another wrapped optimizer averages the gradients of some of these parameters.
+
+    Raises:
+        UnsupportedError: names the first one.
+    """
+    for other in _live:
+        for parameter in names.keys() & other._parameters:
+            raise UnsupportedError(
+                f"the gradient of '{names[parameter]}' is averaged by another wrapped optimizer "
+                "already, expected one; call unwrap() on the other one first"
+            )
 
 
 def weak(method: Callable[..., None]) -> Callable[..., None]:

@@ -18,6 +18,7 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.torch.buckets import Bucket
+from ef_horovod.torch.hooks import require_free
 from ef_horovod.torch.options import open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.sync import SyncCheck
@@ -104,6 +105,7 @@ class CompressedUpdates:
         _refuse(method, exchange)
         self.optimizer, self._engine = optimizer, None
         named, others = name_parameters(named_parameters, optimizer.param_groups)
+        require_free({p: name for name, p in named})
         transport = open_transport(exchange, process_set, timeout, alone=False)
         if transport is None:
             return

@@ -51,3 +51,4 @@ def test_what_cannot_work_is_refused(results: Results) -> None:
         assert facts["state"].startswith("ValueError: got a state with ['a'], expected")
         if len(results) > 1:
             assert facts["seed"].startswith("ConfigMismatchError: ")
+            assert "is averaged by another wrapped optimizer already" in facts["twice"]

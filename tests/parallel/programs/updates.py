@@ -103,7 +103,15 @@ def refusals():
 
     model = build_model()
     optimizer = updates(model, "SGD", seed=hvd.rank())
+    taken = build_model()
+    other = ef.DistributedOptimizer(
+        torch.optim.SGD(taken.parameters(), lr=0.1), taken.named_parameters(), SIGNS
+    )
+    twice = error_of(lambda: updates(taken, "SGD"))
+    if hvd.size() > 1:
+        other.unwrap()
     return {
+        "twice": twice,
         "momentum": make(ef.MomentumCorrection(ef.OneBit())),
         "adam": make(ef.FrozenAdam(ef.OneBit()), dense_steps=3),
         "server": make(exchange="server"),
