@@ -25,6 +25,7 @@ from ef_horovod.training.momentum import for_one_rank
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
+    method_of,
     small_or_vector,
     warn_of_surprises,
 )
@@ -53,7 +54,8 @@ class Reducer(tf.Module):
         compression: error-feedback method with its compressor, such as EF21(TopK(ratio=0.01)).
         op: `hvd.Average` or `hvd.Sum`.
         dense: `dense(path, variable)` says which variables stay uncompressed (they share one
-            allreduce); default `small_or_vector`.
+            allreduce); default `small_or_vector`. A method that it returns is that variable's own;
+            see also `ef.by_name`, `ef.dense_below` and `ef.dense_unless_smaller`.
         exchange: "auto" takes the cheapest exchange by the cost model. "auto:NETWORK", such as
             "auto:10gbit" or "auto:1gbit,2ms", takes the cheapest on that network, dense allreduce
             included. "gather" works with any compressor, "reduce" with linear ones. "double_pass"
@@ -115,7 +117,7 @@ class Reducer(tf.Module):
         alone = compression.sgd_momentum is not None
         transport = transport or _open_transport(exchange, process_set, timeout, alone=alone)
         if transport is not None and transport.size == 1 and not transport.has_server:
-            compression, exchange = for_one_rank(compression), "auto"
+            (compression, dense), exchange = for_one_rank(compression, dense), "auto"
         options = Options(
             method=compression,
             average=op == hvd.Average,
@@ -299,5 +301,7 @@ def meaning_of(
     bound.apply_defaults()
     meaning = dict(bound.arguments)
     dense = meaning["dense"]
-    meaning["dense"] = tuple(bool(dense(path_of(v), v)) for v in meaning.pop("variables"))
+    meaning["dense"] = tuple(
+        method_of(dense, path_of(v), v, compression) for v in meaning.pop("variables")
+    )
     return meaning

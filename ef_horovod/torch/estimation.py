@@ -60,7 +60,8 @@ class EstimatedGradient:
                 "there; start the job with horovodrun -np 2"
             )
         options, scaled = engine.options, engine.scaler is not None
-        estimator.require_fit(options.method)
+        for method in (options.method, *engine.other_methods()):
+            estimator.require_fit(method)
         if estimator.needs_last and (options.passes > 1 or scaled):
             raise UnsupportedError(
                 f"{estimator} got backward_passes_per_step={options.passes} and "

@@ -94,7 +94,8 @@ def DistributedOptimizer(
             uncompressed, each once, and stay sparse.
         process_set: Horovod process set to average over; default all ranks.
         dense: `dense(name, parameter)` says which parameters stay uncompressed (they share one
-            allreduce); default `small_or_vector`.
+            allreduce); default `small_or_vector`. A method that it returns is that parameter's own;
+            see also `ef.by_name`, `ef.dense_below` and `ef.dense_unless_smaller`.
         exchange: "auto" takes the cheapest exchange by the cost model. "auto:NETWORK", such as
             "auto:10gbit" or "auto:1gbit,2ms", takes the cheapest on that network, dense allreduce
             included. "gather" works with any compressor, "reduce" with linear ones. "double_pass"
@@ -133,7 +134,7 @@ def DistributedOptimizer(
     if transport is None:
         return wrapped
     if transport.size == 1 and not transport.has_server:
-        method, exchange = for_one_rank(method), "auto"
+        (method, dense), exchange = for_one_rank(method, dense), "auto"
     options = Options(
         method=method,
         dense=dense,

@@ -16,7 +16,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 
 Parameter = Any  # torch.Tensor, tensorflow.Variable or keras.Variable
-DensePolicy = Callable[[str, Parameter], bool]
+DensePolicy = Callable[[str, Parameter], bool | Method]
 MIN_COMPRESSED_ELEMENTS = 1024
 
 
@@ -24,10 +24,39 @@ def small_or_vector(name: str, parameter: Parameter) -> bool:
     """The default policy: biases, norms and small parameters stay uncompressed.
 
     They are a small part of the bytes, but compressing them often harms training. A policy gets
-    name and parameter and returns whether the parameter stays uncompressed. It must decide the same
-    on all ranks. `lambda name, parameter: False` compresses everything.
+    name and parameter and returns whether the parameter stays uncompressed, or a method for it. It
+    must decide the same on all ranks. `lambda name, parameter: False` compresses everything.
     """
     return len(parameter.shape) <= 1 or math.prod(parameter.shape) < MIN_COMPRESSED_ELEMENTS
+
+
+def method_of(dense: DensePolicy, name: str, parameter: Parameter, method: Method) -> Method | None:
+    """The method that a policy gives to a parameter; None if it stays uncompressed.
+
+    Args:
+        dense: the policy.
+        name, parameter: its arguments.
+        method: of the parameters for which the policy returns False.
+
+    Raises:
+        UnsupportedError: the policy returns something else than True, False or a method, or a
+            method with another momentum.
+    """
+    answer = dense(name, parameter)
+    if isinstance(answer, Method):
+        if answer.sgd_momentum != method.sgd_momentum:
+            raise UnsupportedError(
+                f"dense= gives '{name}' {answer!r} beside {method!r}, expected one with the same "
+                "momentum, because the optimizer has momentum for all parameters or for none; "
+                "take MomentumCorrection with that momentum for both, or for neither"
+            )
+        return answer
+    if isinstance(answer, (str, Compressor)):
+        raise UnsupportedError(
+            f"dense= returned {answer!r} for '{name}', expected True, False or a method; write "
+            "for example EF21(TopK(0.1)), or use ef.by_name"
+        )
+    return None if answer else method
 
 
 def require_distinct(named: list[tuple[str, Parameter]]) -> list[tuple[str, Parameter]]:
@@ -93,7 +122,9 @@ def warn_of_surprises(
             "float32, or without this package if float64 sums are needed",
             stacklevel=3,
         )
-    if method != NoFeedback(Identity()) and all(dense(name, p) for name, p in named):
+    if method != NoFeedback(Identity()) and not any(
+        method_of(dense, name, p, method) for name, p in named
+    ):
         largest = max(math.prod(parameter.shape) for _, parameter in named)
         warnings.warn(
             f"got no parameter to compress by {method!r}: dense= keeps all {len(named)} "

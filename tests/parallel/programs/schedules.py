@@ -1,4 +1,4 @@
-"""Dense steps first, and a falling ratio, in training loops of PyTorch; facts for the tests to judge."""
+"""Dense steps, a falling ratio and a policy in training loops of PyTorch; facts for the tests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ N = 4
 TOP = ef.ErrorFeedback(ef.TopK(ratio=0.05))
 CORRECTED = ef.MomentumCorrection(ef.TopK(ratio=0.05))
 FALLING = ef.ErrorFeedback(ef.TopK(ratio=ef.Piecewise({0: 0.2, N: 0.05})))
+POLICY = ef.by_name({"0.*": ef.EF21(ef.TopK(ratio=0.05)), "3.*": "dense"})
 DENSE = ef.NoFeedback(ef.Identity())
 
 
@@ -42,6 +43,8 @@ KINDS = {
     "corrected": (wrapped, {"method": CORRECTED, "dense_steps": N}),
     "double pass": (wrapped, {"dense_steps": N, "exchange": "double_pass"}),
     "stock": (stock, {"dense_steps": N}),
+    "two methods": (wrapped, {"dense_steps": N, "dense": POLICY}),
+    "two methods, stock": (stock, {"dense_steps": N, "dense": POLICY}),
     "falling ratio": (wrapped, {"method": FALLING}),
     "falling ratio, stock": (stock, {"method": FALLING}),
 }

@@ -1,4 +1,4 @@
-"""Dense steps first, and a falling ratio, in TensorFlow, eager and in graphs; facts for the tests to judge."""
+"""Dense steps, a falling ratio and a policy in TensorFlow, eager and in graphs; facts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ import ef_horovod.tensorflow as ef
 N, STEPS = 4, 8
 TOP = ef.ErrorFeedback(ef.TopK(ratio=0.05))
 CORRECTED = ef.MomentumCorrection(ef.TopK(ratio=0.05))
+POLICY = ef.by_name({"a": ef.EF21(ef.TopK(ratio=0.05)), "b*": "compressed"})
 KINDS = {
     "top": (TOP, {"dense_steps": N}),
     "corrected": (CORRECTED, {"dense_steps": N}),
     "double pass": (TOP, {"dense_steps": N, "exchange": "double_pass"}),
     "falling ratio": (ef.ErrorFeedback(ef.TopK(ratio=ef.Piecewise({0: 0.2, N: 0.05}))), {}),
+    "two methods": (TOP, {"dense_steps": N, "dense": POLICY}),
     "sums": (ef.ErrorFeedback(ef.RandomK(0.1)), {"dense_steps": N}),
 }
 SHAPES = {"a": (60, 40), "b": (50, 60), "bias": (50,)}
@@ -118,7 +120,7 @@ def main() -> None:
         "kinds": facts,
         "resumed": {
             f"{kind} {stop}": resumed(kind, stop)
-            for kind in ("top", "corrected", "falling ratio")
+            for kind in ("top", "corrected", "falling ratio", "two methods")
             for stop in (2, 6)
         },
         "bad": bad_steps(),

@@ -1,0 +1,89 @@
+"""Ready policies for `dense=`: by name, by size, and by the bytes that compression saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from ef_horovod.common.options import whole
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.training.policy import DensePolicy, Parameter, small_or_vector
+
+_WORDS = {"dense": True, "compressed": False}
+
+
+def by_name(
+    patterns: Mapping[str, str | Method], otherwise: DensePolicy = small_or_vector
+) -> DensePolicy:
+    """A policy that goes by the names of parameters; the first pattern that fits decides.
+
+    Args:
+        patterns: {pattern: "dense", "compressed" (by the optimizer's method), or another method}.
+            `*` stands for any text, `?` for one character.
+        otherwise: for names that fit no pattern.
+
+    Raises:
+        UnsupportedError: a pattern stands for something else.
+
+    Example:
+        >>> import ef_horovod as ef, numpy
+        >>> policy = by_name({"*embed*": "dense", "head.*": ef.EF21(ef.TopK(0.1))})
+        >>> table = numpy.zeros((100, 50))
+        >>> policy("embedding.weight", table), policy("head.weight", table), policy("0.w", table)
+        (True, EF21(TopK(ratio=0.1)), False)
+    """
+    for pattern, answer in patterns.items():
+        if answer not in _WORDS and not isinstance(answer, Method):
+            raise UnsupportedError(
+                f"by_name got {answer!r} for {pattern!r}, expected 'dense', 'compressed' or a "
+                "method; write for example {'*.embed*': 'dense', 'head.*': EF21(TopK(0.1))}"
+            )
+
+    def policy(name: str, parameter: Parameter) -> bool | Method:
+        for pattern, answer in patterns.items():
+            if fnmatchcase(name, pattern):
+                return answer if isinstance(answer, Method) else _WORDS[answer]
+        return otherwise(name, parameter)
+
+    return policy
+
+
+def dense_below(elements: int) -> DensePolicy:
+    """A policy that keeps parameters of fewer elements uncompressed, and compresses all others.
+
+    Raises:
+        ValueError: `elements` is no whole number.
+
+    Example:
+        >>> import numpy
+        >>> dense_below(100)("bias", numpy.zeros(99)), dense_below(100)("bias", numpy.zeros(100))
+        (True, False)
+    """
+    whole("dense_below", "elements", elements, 0, None, "0 compresses all parameters")
+    return lambda name, parameter: math.prod(parameter.shape) < elements
+
+
+def dense_unless_smaller(method: Method, otherwise: DensePolicy = small_or_vector) -> DensePolicy:
+    """A policy that keeps a parameter uncompressed if its payload is not smaller than float32.
+
+    Args:
+        method: of the optimizer; of a compressor without a fixed size, the smallest payload counts.
+        otherwise: for the other parameters.
+
+    Example:
+        >>> import ef_horovod as ef, numpy
+        >>> policy = dense_unless_smaller(ef.EF21(ef.TopK(k=1000)), dense_below(0))
+        >>> policy("w", numpy.zeros((30, 30))), policy("w", numpy.zeros((300, 300)))
+        (True, False)
+    """
+
+    def policy(name: str, parameter: Parameter) -> bool | Method:
+        d, own = math.prod(parameter.shape), method.for_shapes([tuple(parameter.shape)])
+        lengths = [own.message_length(d, step) for step in (0, 1)]
+        if sum(own.compressor.nbytes(length) for length in lengths) / 2 >= 4 * d:
+            return True
+        return otherwise(name, parameter)
+
+    return policy
