@@ -41,7 +41,8 @@ import ef_horovod.arrays.numpy as xp
 from ef_horovod.arrays.numpy_indices import indices_nbytes
 from ef_horovod.cli.listing import examples_of
 from ef_horovod.common.registry import add_import_option, load
-from ef_horovod.exchange.channel import ChannelStats, finish_step
+from ef_horovod.exchange.channel import finish_step
+from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.registry import METHODS
 from ef_horovod.testing.echo import EchoTransport
 from ef_horovod.testing.pairs import every_compressor

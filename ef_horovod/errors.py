@@ -47,6 +47,10 @@ class ServerError(EFHorovodError, RuntimeError):
     """The parameter server ended the job; the message is its reason."""
 
 
+class LogError(EFHorovodError, ValueError):
+    """A log that cannot be read or shown; the message says which file and why."""
+
+
 def without_adapter(compression: object) -> UnsupportedError:
     """The error for a method or a compressor passed directly to stock Horovod."""
     return UnsupportedError(

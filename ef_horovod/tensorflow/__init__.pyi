@@ -4,6 +4,7 @@ from ef_horovod import *  # noqa: F403
 from ef_horovod.tensorflow.broadcast import broadcast_variables as broadcast_variables
 from ef_horovod.tensorflow.callback import TrainingCallback as TrainingCallback
 from ef_horovod.tensorflow.compression import Compression as Compression
+from ef_horovod.tensorflow.log import TrainingLog as TrainingLog
 from ef_horovod.tensorflow.optimizer import DistributedOptimizer as DistributedOptimizer
 from ef_horovod.tensorflow.reducer import Reducer as Reducer
 from ef_horovod.tensorflow.sync import require_in_sync as require_in_sync

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import ChannelStats, total_stats
+from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.tensorflow.checkpoint import TrackedState
-from ef_horovod.tensorflow.engine import appeared
+from ef_horovod.tensorflow.engine import Engine, appeared
 from ef_horovod.tensorflow.reducer import Reducer
 from ef_horovod.tensorflow.variables import path_of
 
@@ -89,6 +89,11 @@ class Averaging(tf.Module):
             return tf.cond(good, applied, lambda: tf.constant(False))
 
         self.accumulation.run(gradients, variables, average_and_apply)
+
+    @property
+    def drivers(self) -> list[Engine]:
+        """The engines of all reducers."""
+        return [engine for reducer in self._reducers() for engine in reducer.drivers]
 
     def stats(self) -> list[ChannelStats]:
         """Rows of all buckets, and the total."""

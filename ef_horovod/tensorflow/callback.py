@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from ef_horovod.exchange.channel import ChannelStats, total_stats
+from ef_horovod.common.options import whole
+from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.tensorflow.broadcast import broadcast_variables
+from ef_horovod.tensorflow.log import TrainingLog
 from ef_horovod.tensorflow.optimizer import is_optimizer
 from ef_horovod.tensorflow.sync import require_horovod, require_in_sync
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
@@ -42,8 +45,12 @@ class TrainingCallback(keras.callbacks.Callback):
         root_rank: the rank whose values all ranks start from.
         average_metrics: whether logs become means over ranks.
         check_sync: whether parameters are compared after the first batch.
+        log: path of an `ef.TrainingLog` about the model's wrapped optimizers, or None. Its loss is
+            Keras' mean since the epoch began.
+        log_every: batches per line of the log.
 
     Raises:
+        LogError: `log` is another file, or cannot be written.
         ConfigMismatchError: ranks have different weights or optimizer variables.
         OutOfSyncError: parameters differ after the first batch.
         UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
@@ -53,9 +60,18 @@ class TrainingCallback(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, root_rank: int = 0, *, average_metrics: bool = True, check_sync: bool = True
+        self,
+        root_rank: int = 0,
+        *,
+        average_metrics: bool = True,
+        check_sync: bool = True,
+        log: str | Path | None = None,
+        log_every: int = 10,
     ) -> None:
         super().__init__()
+        whole("TrainingCallback", "log_every", log_every, 1, None, "10 writes every tenth batch")
+        self._log_path, self._log_every = log, log_every
+        self._log: TrainingLog | None = None
         self._root_rank = root_rank
         self._average_metrics, self._check_sync = average_metrics, check_sync
         self._started = self._checked = False
@@ -81,6 +97,13 @@ class TrainingCallback(keras.callbacks.Callback):
         if self._check_sync and not self._checked:
             require_in_sync(self.model.trainable_variables)
         self._checked = True
+        if self._log is not None:
+            self._log.step((logs or {}).get("loss"))
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Write the log's last line."""
+        if self._log is not None:
+            self._log.close()
 
     def _build_in_first_step(self) -> None:
         """Make `fit` trace one step before its first one; tracing creates all variables."""
@@ -106,6 +129,9 @@ class TrainingCallback(keras.callbacks.Callback):
         for optimizer in self._optimizers():
             variables += optimizer.variables
         broadcast_variables(variables, self._root_rank)
+        if self._log_path is not None and self._log is None:
+            ours = [one for one in self._optimizers() if hasattr(one, "drivers")]
+            self._log = TrainingLog(self._log_path, ours, self._log_every)
 
     def _optimizers(self) -> list[Any]:
         """The model's optimizers, each once: from `compile` or in attributes (GANs)."""

@@ -152,6 +152,10 @@ class Compression(StepDriver[Bucket], tf.Module):
     def _steps_done(self) -> int:
         return int(self.steps[0].numpy())
 
+    def steps_taken(self) -> int:
+        """See `StepDriver.steps_taken`; the counters in `steps` count dropped steps too."""
+        return self._steps_done() - max(bucket.channel.counters.skipped for bucket in self.buckets)
+
     def _set_step(self, step: int) -> None:
         for counter in self.steps:
             counter.assign(step)

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import ChannelStats, total_stats
 from ef_horovod.exchange.config_check import require_same_config
+from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.tensorflow.broadcast import follow
 from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.graphs import refuse_replicas, refuse_xla

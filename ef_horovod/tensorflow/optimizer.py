@@ -12,11 +12,12 @@ import tensorflow as tf
 
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import ChannelStats
+from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.averaging import Averaging
 from ef_horovod.tensorflow.checkpoint import StateInKeras
+from ef_horovod.tensorflow.engine import Engine
 from ef_horovod.tensorflow.options import ReducerOptions, require_options
 from ef_horovod.tensorflow.reducer import Reducer, open_servers
 from ef_horovod.tensorflow.server_transport import GraphTransport
@@ -132,6 +133,11 @@ class _Distributed:
         """As `ef.Reducer.transport`; known before the optimizer is built if there are servers."""
         reducer = self._ef.reducer
         return reducer.transport if reducer is not None else self._ef_transport
+
+    @property
+    def drivers(self) -> list[Engine]:
+        """For `ef.TrainingLog`."""
+        return self._ef.drivers
 
     def stats(self) -> list[ChannelStats]:
         """As `ef.Reducer.stats`; empty before the first step."""

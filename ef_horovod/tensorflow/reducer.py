@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import ChannelStats
+from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.tensorflow.checkpoint import TrackedState
@@ -228,6 +228,11 @@ class Reducer(tf.Module):
             )
         if self._engine is not None:
             self._engine.discard()
+
+    @property
+    def drivers(self) -> list[Engine]:
+        """For `ef.TrainingLog`."""
+        return [] if self._engine is None else [self._engine]
 
     def stats(self) -> list[ChannelStats]:
         """One row per bucket, then the total; empty with a single rank.

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from ef_horovod.exchange import rows
-from ef_horovod.exchange.channel import ChannelStats
+from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.tensorflow.graphs import WholeSteps, python_op
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 

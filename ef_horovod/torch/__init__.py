@@ -23,6 +23,7 @@ from ef_horovod.training.policy import small_or_vector
 with explained("ef_horovod.torch"):
     from ef_horovod.torch.compression import Compression
     from ef_horovod.torch.estimation import EstimatedGradient
+    from ef_horovod.torch.log import TrainingLog
     from ef_horovod.torch.optimizer import DistributedOptimizer
     from ef_horovod.torch.sync import require_in_sync
 
@@ -32,6 +33,7 @@ __all__ = [
     "Compression",
     "DistributedOptimizer",
     "EstimatedGradient",
+    "TrainingLog",
     "by_name",
     "dense_below",
     "dense_unless_smaller",

@@ -3,6 +3,7 @@
 from ef_horovod import *  # noqa: F403
 from ef_horovod.torch.compression import Compression as Compression
 from ef_horovod.torch.estimation import EstimatedGradient as EstimatedGradient
+from ef_horovod.torch.log import TrainingLog as TrainingLog
 from ef_horovod.torch.optimizer import DistributedOptimizer as DistributedOptimizer
 from ef_horovod.torch.sync import require_in_sync as require_in_sync
 from ef_horovod.training.policies import by_name as by_name

@@ -12,7 +12,7 @@ import torch
 
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.channel import ChannelStats
+from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.torch import wrapping
@@ -340,6 +340,11 @@ class _Distributed:
     def transport(self) -> Transport | None:
         """Transport to the other workers, with `rank` and `size`; None with a single rank."""
         return self._engine.transport if self._engine is not None else None
+
+    @property
+    def drivers(self) -> list[Engine]:
+        """For `ef.TrainingLog`."""
+        return [] if self._engine is None else [self._engine]
 
     def stats(self) -> list[ChannelStats]:
         """One row per bucket, then the total; empty with a single rank.

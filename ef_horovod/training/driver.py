@@ -6,18 +6,28 @@ out of them. Each adapter's order of a step is in docs/design.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ef_horovod.arrays import Array
-from ef_horovod.exchange.channel import Channel, ChannelStats, finish_step, total_stats
+from ef_horovod.exchange.channel import Channel, finish_step
 from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.server import finish_rounds
+from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.methods.base import Method
 from ef_horovod.training.buckets import describe
 from ef_horovod.training.state import Filled, keeps_state, load_state, save_state
 from ef_horovod.transports.base import Transport
+
+
+class LayerNorms(NamedTuple):
+    """Euclidean norms at one step, over a parameter of this rank."""
+
+    error: float  # ||x - C(x)||, where x is what was compressed: the gradient and older errors
+    gradient: float
+
 
 B = TypeVar("B", bound=Filled)
 
@@ -40,6 +50,35 @@ class StepDriver(Generic[B]):
         """One row per bucket, then the total; call it between steps."""
         rows = [channel.stats() for channel in self._channels()]
         return [*rows, total_stats(rows)]
+
+    @property
+    def drivers(self) -> list[StepDriver[Any]]:
+        """Itself; optimizers and reducers have none with a single rank, or several."""
+        return [self]
+
+    def steps_taken(self) -> int:
+        """Number of committed steps, those before a loaded state included."""
+        return self._steps_done()
+
+    def measure(self) -> None:
+        """Let the next step take the norms of its gradients for `layer_norms`."""
+        for bucket in self.buckets:
+            if bucket.channel.pieces():  # not rows, which are sent as they are
+                bucket.channel.measure([(slot.start, slot.stop) for slot in bucket.slots])
+
+    def layer_norms(self) -> dict[str, LayerNorms]:
+        """Norms by parameter at the last step, if `measure` was called before it.
+
+        Dropped steps have none. Call it between steps.
+        """
+        measured = [(b.slots, b.channel.measured()) for b in self.buckets if b.channel.pieces()]
+        if not all(norms for _, norms in measured):
+            return {}
+        return {
+            slot.name: LayerNorms(math.sqrt(error), math.sqrt(gradient))
+            for slots, norms in measured
+            for slot, (error, gradient) in zip(slots, norms, strict=True)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's error-feedback state by parameter name; save one file per rank."""

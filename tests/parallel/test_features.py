@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from launching import Results, horovod_job
+
+from ef_horovod.training.log_file import read_log
 
 pytestmark = pytest.mark.parallel
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovod_job(2, "features.py", tmp_path_factory.mktemp("features"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    return horovod_job(2, "features.py", folder)
 
 
 def test_two_half_batches_are_one_batch(results: Results) -> None:
@@ -106,3 +115,34 @@ def test_statistics_say_what_was_sent(results: Results) -> None:
     assert 0 < facts["error"] < 1
     assert all(seconds > 0 for seconds in facts["seconds"])
     assert facts["lr"] == 0.025, "the scheduler did not reach the wrapped optimizer"
+
+
+def test_a_log_has_the_bytes_of_both_parts_of_a_training(results: Results, folder: Path) -> None:
+    facts, run = results[0]["training_log"], read_log(folder / "log.jsonl")
+    assert [line["step"] for line in run.lines] == [2, 4, 5, 7, 8]
+    first, second = facts["sent"]
+    assert [run.lines[2][name] for name in ("bytes_out", "bytes_in")] == first
+    assert [run.lines[4][name] for name in ("bytes_out", "bytes_in")] == [
+        a + b for a, b in zip(first, second, strict=True)
+    ]
+    assert (run.header["start"], run.header["ranks"]) == (5, 2)
+    assert {"torch", "horovod"} <= run.header["versions"].keys()
+    assert facts["losses"] == [1.5] * 5
+
+
+def test_a_log_has_the_error_of_each_parameter(results: Results, folder: Path) -> None:
+    """Line 7 was measured before its step; those that `close` wrote, 5 and 8, were not."""
+    facts, run = results[0]["training_log"], read_log(folder / "log.jsonl")
+    assert set(run.lines[3]["layers"]) == set(facts["names"])
+    assert run.lines[4]["layers"] == {}
+    for name, (error, gradient) in run.lines[3]["layers"].items():
+        assert gradient > 0, name
+        assert (error > 0) == (facts["errors"].get(name, 0) > 0), name
+
+
+def test_with_the_stock_optimizer_each_rank_may_write_a_log(results: Results, folder: Path) -> None:
+    for rank, result in enumerate(results):
+        run = read_log(folder / f"stock{rank}.jsonl")
+        assert (run.header["rank"], run.lines[-1]["step"]) == (rank, 3)
+        assert run.lines[-1]["bytes_out"] == result["training_log"]["stock"]
+        assert all(gradient > 0 for _, gradient in run.lines[-1]["layers"].values())

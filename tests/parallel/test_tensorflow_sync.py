@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from launching import Results, horovod_job
+
+from ef_horovod.training.log_file import read_log
 
 pytestmark = pytest.mark.parallel
 
@@ -13,8 +16,13 @@ OUT_OF_SYNC = "the parameters of rank 0 and rank 1 differ, expected the same bit
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovod_job(2, "tf_sync.py", tmp_path_factory.mktemp("tf_sync"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tf_sync")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    return horovod_job(2, "tf_sync.py", folder)
 
 
 @pytest.mark.parametrize("family", ["keras", "tf_keras"])
@@ -131,3 +139,24 @@ def test_the_callback_works_for_tf_keras(results: Results) -> None:
     assert first["end"] == second["end"]
     assert first["history"]["loss"] == second["history"]["loss"]
     assert math.isfinite(first["history"]["loss"][-1])
+
+
+def test_the_callback_writes_a_training_log(results: Results, folder: Path) -> None:
+    """Two epochs of four batches, the third of which is skipped; a line at every third batch."""
+    run = read_log(folder / "fit.jsonl")
+    assert [line["step"] for line in run.lines] == [2, 5, 6]
+    last = run.lines[-1]
+    sent = results[0]["skipped_steps"]["log"]["bytes"]
+    assert [last["bytes_out"], last["bytes_in"], last["skipped"]] == [*sent, 2]
+    assert run.lines[1]["layers"], "the sixth batch was good and measured"
+    assert all(gradient > 0 for _, gradient in run.lines[1]["layers"].values())
+    assert {"tensorflow", "keras"} <= run.header["versions"].keys()
+
+
+def test_a_reducer_has_a_log_and_tensorboard(results: Results, folder: Path) -> None:
+    facts, run = results[0]["skipped_steps"]["log"]["reducer"], read_log(folder / "loop.jsonl")
+    (line,) = run.lines
+    assert (line["step"], line["bytes_out"]) == (3, facts["bytes"])
+    assert line["loss"] == pytest.approx(facts["loss"])
+    assert facts["shown"]["ef/loss"] == [pytest.approx(facts["loss"])]
+    assert {"ef/ratio", "ef/skipped"} <= facts["shown"].keys()

@@ -23,7 +23,7 @@ from typing_extensions import assert_type
 import ef_horovod as ef
 import ef_horovod.tensorflow as etf
 import ef_horovod.torch as et
-from ef_horovod.exchange.channel import ChannelStats
+from ef_horovod.exchange.stats import ChannelStats
 
 payload = ef.TopK(k=1).compress(torch.zeros(3))
 assert_type(payload.decompress(), torch.Tensor)

@@ -8,7 +8,8 @@ import weakref
 
 import horovod.torch as hvd
 import torch
-from common import error_of, report
+from common import OUT, error_of, report
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch_common import batches, build_model, digest, flat, train
 
@@ -282,12 +283,54 @@ def statistics():
     }
 
 
+def training_log():
+    """A log beside a training that is interrupted after 5 of 8 steps, and what `stats()` says."""
+    path, sent = OUT / "log.jsonl", []
+    model, next_batch = build_model(), batches(hvd.rank())
+    state = None
+    for steps in (5, 3):
+        optimizer = wrapped(model, ef.ErrorFeedback(ef.TopK(ratio=0.1)))
+        if state is not None:
+            optimizer.load_compression_state_dict(state)
+        log = ef.TrainingLog(path, optimizer, every=2, tensorboard=OUT / "events")
+        for _ in range(steps):
+            train(model, optimizer, next_batch, 1)
+            log.step(loss := torch.tensor(1.5, requires_grad=True))
+        log.close()
+        assert loss.requires_grad
+        state = optimizer.compression_state_dict()
+        sent.append([optimizer.stats()[-1].bytes_out, optimizer.stats()[-1].bytes_in])
+        optimizer.unwrap()
+    errors = {n: float(v["worker.error"].norm()) for n, v in state["parameters"].items()}
+    events = EventAccumulator(str(OUT / "events")).Reload() if hvd.rank() == 0 else None
+    return {
+        "sent": sent,
+        "errors": errors,
+        "names": [name for name, _ in model.named_parameters()],
+        "losses": [event.value for event in events.Scalars("ef/loss")] if events else [],
+        "stock": stock_log(),
+    }
+
+
+def stock_log():
+    """The same with `ef.Compression`, each rank in its own file."""
+    model, next_batch = build_model(), batches(hvd.rank())
+    compression = ef.Compression(METHOD, model.named_parameters())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = hvd.DistributedOptimizer(sgd, model.named_parameters(), compression=compression)
+    log = ef.TrainingLog(OUT / "stock{rank}.jsonl", compression, every=3)
+    for _ in range(3):
+        train(model, optimizer, next_batch, 1)
+        log.step()
+    return compression.stats()[-1].bytes_out
+
+
 def main() -> None:
     hvd.init()
     scenarios = (
         accumulation, too_many_passes, clipping, loss_scaling, checkpoint, unused_parameters,
         sparse_gradients, restored_on_one_rank, hooks_in_another_order, hooks_of_dropped_steps,
-        refused, statistics,
+        refused, statistics, training_log,
     )  # fmt: skip
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 

@@ -193,8 +193,37 @@ def skipped_steps():
     if hvd.rank() == 1:
         inputs[40, 3] = np.nan
     model = build_model()
-    history = fit(model, sgd(), ef.TrainingCallback(), inputs=inputs, epochs=2)
-    return {"skipped": history["ef_skipped"], "bytes": history["ef_bytes"], "end": ends(model)}
+    optimizer, callback = sgd(), ef.TrainingCallback(log=OUT / "fit.jsonl", log_every=3)
+    history = fit(model, optimizer, callback, inputs=inputs, epochs=2)
+    total = optimizer.stats()[-1]
+    logged = {"bytes": [total.bytes_out, total.bytes_in], "reducer": reducer_log()}
+    return {
+        "log": logged,
+        "skipped": history["ef_skipped"],
+        "bytes": history["ef_bytes"],
+        "end": ends(model),
+    }
+
+
+def reducer_log():
+    """The log of a reducer in a `tf.function`, with TensorBoard."""
+    model = build_model()
+    reducer = ef.Reducer(model.trainable_variables, METHOD)
+    log = ef.TrainingLog(OUT / "loop.jsonl", reducer, every=1, tensorboard=OUT / "log_events")
+
+    @tf.function
+    def step(inputs, labels):
+        with tf.GradientTape() as tape:
+            loss = loss_of(labels, model(inputs))
+        reducer.reduce(tape.gradient(loss, model.trainable_variables))
+        return loss
+
+    inputs, labels = map(tf.constant, data(hvd.rank(), 1))
+    losses = [step(inputs, labels) for _ in range(3)]
+    for loss in losses[2:]:  # one call only: the number is that of the steps
+        log.step(loss)
+    shown = scalars(OUT / "log_events", "ef/") if hvd.rank() == 0 else {}
+    return {"bytes": reducer.stats()[-1].bytes_out, "loss": float(losses[-1]), "shown": shown}
 
 
 def tensorboard():
@@ -207,14 +236,14 @@ def tensorboard():
     return {"history": history, "events": scalars(directory / "train")}
 
 
-def scalars(directory: Path):
+def scalars(directory: Path, prefix="epoch_ef_"):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(directory)).Reload()
     return {
         tag: [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)]
         for tag in events.Tags()["tensors"]
-        if tag.startswith("epoch_ef_")
+        if tag.startswith(prefix)
     }
 
 
