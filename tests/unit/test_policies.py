@@ -102,7 +102,7 @@ def test_momentum_is_in_all_methods_or_in_none():
     for method, other in ((METHOD, corrected), (corrected, METHOD)):
         policy = by_name({"0.*": other})
         with pytest.raises(
-            ef.UnsupportedError, match=r"'0.weight' .* expected one with the same mo"
+            ef.UnsupportedError, match=r"'0.weight' .*, expected one with the same m"
         ):
             plans_of(policy, method)
     same = ef.MomentumCorrection(ef.TopK(0.3))
