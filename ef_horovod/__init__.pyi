@@ -43,6 +43,7 @@ from ef_horovod.methods.estimators import PAGE as PAGE
 from ef_horovod.methods.estimators import ROOTSGD as ROOTSGD
 from ef_horovod.methods.estimators import STORM as STORM
 from ef_horovod.methods.estimators import Estimator as Estimator
+from ef_horovod.methods.frozen_adam import FrozenAdam as FrozenAdam
 from ef_horovod.methods.momentum_correction import MomentumCorrection as MomentumCorrection
 from ef_horovod.methods.no_feedback import NoFeedback as NoFeedback
 from ef_horovod.methods.perturbed import PerturbedCompressedSGD as PerturbedCompressedSGD

@@ -29,6 +29,27 @@ def add(x, y, weight):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def average_square(x, y, keep, weight, out):  # type: ignore[no-untyped-def]
+    """out = keep * x + weight * y**2, all float32[n]."""
+    for i in range(x.size):
+        out[i] = keep * x[i] + y[i] * y[i] * weight
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def divide_by_root(x, squares, least, eps, out):  # type: ignore[no-untyped-def]
+    """out = x / (max(sqrt(squares), least) + eps), all float32[n]."""
+    for i in range(x.size):
+        out[i] = x[i] / (max(np.sqrt(squares[i]), least) + eps)
+
+
+@njit(cache=True, nogil=True)
+def multiply_by_root(x, squares, least, eps, out):  # type: ignore[no-untyped-def]
+    """out = x * (max(sqrt(squares), least) + eps), all float32[n]."""
+    for i in range(x.size):
+        out[i] = x[i] * (max(np.sqrt(squares[i]), least) + eps)
+
+
+@njit(cache=True, nogil=True)
 def largest(bits):  # type: ignore[no-untyped-def]
     """Largest magnitude of uint32[n] float bits, as float bits; NaN ranks above infinity."""
     most = np.uint32(0)

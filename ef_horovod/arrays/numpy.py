@@ -142,6 +142,25 @@ def average(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray) -> Non
     _kernels().add(out, y, np.float32(weight))
 
 
+def average_square(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray) -> None:
+    """out = (1 - weight) * x + weight * y**2; `out` may be x."""
+    _kernels().average_square(x, y, np.float32(1.0 - weight), np.float32(weight), out)
+
+
+def divide_by_root(
+    x: np.ndarray, squares: np.ndarray, least: float, eps: float, out: np.ndarray
+) -> None:
+    """out = x / (max(sqrt(squares), least) + eps); `out` may be x."""
+    _kernels().divide_by_root(x, squares, np.float32(least), np.float32(eps), out)
+
+
+def multiply_by_root(
+    x: np.ndarray, squares: np.ndarray, least: float, eps: float, out: np.ndarray
+) -> None:
+    """out = x * (max(sqrt(squares), least) + eps); `out` may be x."""
+    _kernels().multiply_by_root(x, squares, np.float32(least), np.float32(eps), out)
+
+
 def abs_sum(x: np.ndarray) -> float:
     """Sum of magnitudes, in float64; not finite if an entry is not."""
     total = float(_kernels().abs_sum(x))

@@ -129,6 +129,26 @@ def average(x: torch.Tensor, y: torch.Tensor, weight: float, out: torch.Tensor) 
 
 
 @_kernel
+def average_square(x: torch.Tensor, y: torch.Tensor, weight: float, out: torch.Tensor) -> None:
+    torch.mul(x, 1.0 - weight, out=out)
+    out.add_(y * y * weight)
+
+
+@_kernel
+def divide_by_root(
+    x: torch.Tensor, squares: torch.Tensor, least: float, eps: float, out: torch.Tensor
+) -> None:
+    torch.div(x, squares.sqrt().clamp_(min=least).add_(eps), out=out)
+
+
+@_kernel
+def multiply_by_root(
+    x: torch.Tensor, squares: torch.Tensor, least: float, eps: float, out: torch.Tensor
+) -> None:
+    torch.mul(x, squares.sqrt().clamp_(min=least).add_(eps), out=out)
+
+
+@_kernel
 def abs_sum(x: torch.Tensor) -> float:
     return float(x.abs().sum(dtype=torch.float64))
 

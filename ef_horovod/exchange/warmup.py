@@ -12,6 +12,7 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.channel import Channel, ChannelStats, Piece
 from ef_horovod.exchange.dense import UNCOMPRESSED
+from ef_horovod.methods.base import Method
 
 
 def refuse_dense_steps(exchange: Exchange, dense_steps: int) -> None:
@@ -25,6 +26,19 @@ def refuse_dense_steps(exchange: Exchange, dense_steps: int) -> None:
             f"got dense_steps={dense_steps} with exchange={exchange.name!r}, expected 0, because a "
             "server reduces by one method in all steps; leave dense_steps out, or take another "
             "exchange"
+        )
+
+
+def require_dense_steps(method: Method | None, dense_steps: int) -> None:
+    """Raise if a method that learns in dense steps has none.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    if method is not None and method.needs_dense_steps and not dense_steps:
+        raise UnsupportedError(
+            f"got {method!r} with dense_steps=0, expected some dense steps, because it learns "
+            "Adam's second moment in them; pass dense_steps= of about a tenth of all steps"
         )
 
 

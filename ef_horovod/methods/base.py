@@ -67,6 +67,10 @@ class Method(Shown):
     # Whether workers may miss rounds and call `listen`: decoding a round must not depend on the
     # last step that the worker took part in.
     can_listen: ClassVar[bool] = True
+    # Whether aggregated gradients are finished updates; the optimizer must be plain SGD then.
+    makes_updates: ClassVar[bool] = False
+    # Whether compression must not start before some dense steps (`warm_up`).
+    needs_dense_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -95,6 +99,11 @@ class Method(Shown):
     def sgd_momentum(self) -> SGDMomentum | None:
         """Momentum that the method has in place of the optimizer's, which must be 0 then."""
         return None
+
+    @property
+    def replaces_optimizer(self) -> bool:
+        """Whether the method does a part of the optimizer's work: then it is needed on one rank."""
+        return self.makes_updates or self.sgd_momentum is not None
 
     @property
     def sliceable(self) -> bool:

@@ -12,6 +12,7 @@ from ef_horovod.common.options import keep_flag, keep_number
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import MeanState, Method, SGDMomentum, vector_like
+from ef_horovod.methods.clipping import clip_norm, keep_clip
 from ef_horovod.methods.error_feedback import require_no_amplifier
 from ef_horovod.methods.registry import register_method
 
@@ -83,8 +84,7 @@ class MomentumCorrection(Method):
                 f"MomentumCorrection got masking=True with {self.compressor}, which sends no "
                 "single entries, expected a sparsifier; leave masking out, or take TopK"
             )
-        what, way_out = "the norm of the clipped sum over workers", "leave it out for no clipping"
-        keep_number(self, "clip", "(0, inf)", way_out, what, optional=True)
+        keep_clip(self)
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:
@@ -112,7 +112,7 @@ class MomentumCorrection(Method):
     ) -> tuple[Payload, MomentumCorrectionState]:
         xp, velocity = namespace(gradient), state.next_velocity
         if self.clip is not None:
-            _clip(gradient, self.clip / math.sqrt(key.workers))
+            clip_norm(gradient, self.clip / math.sqrt(key.workers))
         if self.nesterov:
             xp.assign(velocity, gradient)
             xp.add(velocity, state.velocity, self.momentum)
@@ -126,11 +126,3 @@ class MomentumCorrection(Method):
         if masks and velocity is not None:
             message.clear(velocity)
         return message, MomentumCorrectionState(residual, velocity, state.velocity)
-
-
-def _clip(x: Array, norm: float) -> None:
-    """Scale float32[d] x down to a norm of at most `norm`, if it is finite."""
-    xp = namespace(x)
-    excess = math.sqrt(xp.squared_norm(x)) / norm
-    if 1 < excess < math.inf:
-        xp.divide(x, excess, out=x)

@@ -22,7 +22,7 @@ from ef_horovod.tensorflow.options import ReducerOptions, require_options
 from ef_horovod.tensorflow.reducer import Reducer, open_servers
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.training.choice import wants_server
-from ef_horovod.training.momentum import refuse_momentum
+from ef_horovod.training.momentum import refuse_momentum, require_plain_sgd, warn_of_adam
 from ef_horovod.training.options import check_options
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def DistributedOptimizer(
         )
     require_options(compression, **options)
     refuse_momentum(compression, _momenta(optimizer))
+    require_plain_sgd(compression, _beyond_sgd(optimizer))
     wrapped = _rebuild(optimizer, family)
     own = _take_accumulation(wrapped)
     if own > 1 and backward_passes_per_step > 1:
@@ -93,8 +94,16 @@ def DistributedOptimizer(
         options["transport"] = options.get("transport") or open_servers(options.get("timeout"))
     wrapped._ef_transport = options.get("transport")
     wrapped._ef_own_accumulation = own
+
+    def reducer_of(variables: list[Any]) -> Reducer:
+        reducer = Reducer(variables, compression, **options)
+        if reducer.transport is not None and reducer.transport.size > 1:
+            inner = getattr(optimizer, "inner_optimizer", optimizer)
+            warn_of_adam(inner, compression, reducer.transport.rank)
+        return reducer
+
     wrapped._ef = Averaging(
-        lambda variables: Reducer(variables, compression, **options),
+        reducer_of,
         passes=max(own, backward_passes_per_step),
         mean=own > 1 or average_aggregated_gradients,
         handles_nan=_is_loss_scaler(wrapped),
@@ -251,6 +260,16 @@ def _momenta(optimizer: Any) -> Iterator[tuple[str, Any]]:
     holder = getattr(optimizer, "inner_optimizer", optimizer)
     for option in ("momentum", "beta_1"):
         yield option, getattr(holder, option, None)
+
+
+def _beyond_sgd(optimizer: Any) -> str:
+    """What the optimizer is or has beyond plain SGD, or ""."""
+    holder = getattr(optimizer, "inner_optimizer", optimizer)
+    if not any(kind.__name__ == "SGD" for kind in type(holder).__mro__):
+        return f"the rule of {type(holder).__name__}"
+    options = ("momentum", "clipnorm", "clipvalue", "global_clipnorm", "use_ema")
+    found = [(name, getattr(holder, name, None)) for name in options]
+    return next((f"{name}={value}" for name, value in found if value), "")
 
 
 def _is_from(package: str, optimizer: Any) -> bool:

@@ -114,7 +114,7 @@ class Reducer(tf.Module):
             dense_steps=dense_steps,
         )
         named = name_variables(variables)
-        alone = compression.sgd_momentum is not None
+        alone = compression.replaces_optimizer
         transport = transport or _open_transport(exchange, process_set, timeout, alone=alone)
         if transport is not None and transport.size == 1 and not transport.has_server:
             (compression, dense), exchange = for_one_rank(compression, dense), "auto"

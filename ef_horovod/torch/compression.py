@@ -24,7 +24,7 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.torch.buckets import Bucket, require_untouched
 from ef_horovod.torch.hooks import uncompiled, weak
-from ef_horovod.torch.momentum import require_no_momentum, require_no_weight_decay
+from ef_horovod.torch.momentum import require_fit, require_no_weight_decay
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import plan_one
@@ -198,7 +198,7 @@ class Compression(StepDriver[Bucket]):
         if self._owned_by(optimizer):
             self._unused = False
             self._stop_watching()
-            require_no_momentum(optimizer.param_groups, self.method)
+            require_fit(optimizer, self.method)
             require_no_weight_decay(optimizer.param_groups, self.method)
 
     @uncompiled

@@ -9,10 +9,29 @@ import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.training.momentum import refuse_momentum
+from ef_horovod.training.momentum import refuse_momentum, require_plain_sgd
 
 Groups = Iterable[Mapping[str, Any]]
 Named = Iterable[tuple[torch.Tensor, str]]
+
+
+def require_fit(optimizer: Any, method: Method) -> None:
+    """Raise if a torch optimizer does again what the method does.
+
+    Raises:
+        UnsupportedError: it has momentum too, or is not plain SGD beside a method that makes
+            updates.
+    """
+    require_no_momentum(optimizer.param_groups, method)
+    found = "" if isinstance(optimizer, torch.optim.SGD) else f"the rule of {_name(optimizer)}"
+    momenta = [group["momentum"] for group in optimizer.param_groups if group.get("momentum")]
+    require_plain_sgd(method, found or (f"momentum={momenta[0]}" if momenta else ""))
+
+
+def _name(optimizer: Any) -> str:
+    """Of the user's class, not of a class that wraps it."""
+    kinds = (kind for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch."))
+    return next(kinds, type(optimizer)).__name__
 
 
 def require_no_momentum(groups: Groups, method: Method) -> None:

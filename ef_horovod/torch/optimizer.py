@@ -23,10 +23,10 @@ from ef_horovod.torch.loss_scale import (
     take_call,
     unscale_averages,
 )
-from ef_horovod.torch.momentum import require_no_momentum
+from ef_horovod.torch.momentum import require_fit
 from ef_horovod.torch.options import Options, open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
-from ef_horovod.training.momentum import for_one_rank
+from ef_horovod.training.momentum import for_one_rank, refuse_synchronize, warn_of_adam
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -126,10 +126,10 @@ def DistributedOptimizer(
     refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
     check_options("DistributedOptimizer", **locals())
     method = require_method(compression)
-    require_no_momentum(optimizer.param_groups, method)
+    require_fit(optimizer, method)
     named, others = name_parameters(named_parameters, optimizer.param_groups)
     wrapped = wrapping.wrap(optimizer, _Distributed)
-    alone = method.sgd_momentum is not None
+    alone = method.replaces_optimizer
     transport = open_transport(exchange, process_set, timeout, alone=alone)
     if transport is None:
         return wrapped
@@ -152,6 +152,7 @@ def DistributedOptimizer(
     frozen = [(name, p) for name, p in named if not p.requires_grad]
     if transport.size > 1:
         warn_of_surprises(trainable, method, dense, transport.rank)
+        warn_of_adam(optimizer, method, transport.rank)
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
     wrapped._engine = Engine(trainable, frozen, options, transport, scaler, others)
     return wrapped
@@ -181,6 +182,7 @@ class _Distributed:
         error-feedback state. If parameters have changed meanwhile, the averages count as applied.
         """
         if self._engine is not None and (self._engine.under_way or not self._synchronized):
+            refuse_synchronize(self._engine.method)
             self.step_skipped = not self._engine.finish(undoable=True)
         self._synchronized = True
 
@@ -206,7 +208,7 @@ class _Distributed:
         engine = self._engine
         if engine is None:
             return self._base_step(loss, closure)
-        require_no_momentum(self.param_groups, engine.method)
+        require_fit(self, engine.method)
         call = take_call(self)
         if self._should_synchronize and (engine.under_way or not self._synchronized):
             if engine.comes_in_rounds(scaled=call is not None):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ef_horovod.arrays import Array
 from ef_horovod.exchange.channel import Channel
+from ef_horovod.exchange.warmup import require_dense_steps
 from ef_horovod.methods.base import Method
 from ef_horovod.training.choice import Choice, decide
 from ef_horovod.training.policy import DensePolicy, Parameter, method_of
@@ -38,6 +39,7 @@ class BucketPlan(NamedTuple):
         method = self.method
         if method is not None:
             method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
+        require_dense_steps(method, self.dense_steps)
         return decide(exchange, method, self.length, transport, self.dense_steps)
 
     def open(

@@ -1,4 +1,4 @@
-"""MomentumCorrection in training loops: SGD with momentum without compression, and refusals."""
+"""MomentumCorrection and FrozenAdam in training loops: against the optimizers, and refusals."""
 
 from __future__ import annotations
 
@@ -31,6 +31,42 @@ def test_keras_ends_where_sgd_with_momentum_does(tensorflow_results: Results) ->
     for result in tensorflow_results:
         for form, facts in result["without_compression"].items():
             assert facts["off"] < 1e-5 < 0.1 < facts["moved"], form
+
+
+def check_adam(results: Results) -> None:
+    for result in results:
+        facts = result["adam"]
+        assert facts["off, 20"] < 1e-5 < 0.01 < facts["moved"]
+        if len(results) > 1:  # one rank compresses nothing
+            assert 1e-5 < facts["off, 12"] < 0.3 * facts["moved"]
+
+
+def test_the_dense_steps_of_frozen_adam_end_where_adamw_of_pytorch_does(
+    torch_results: Results,
+) -> None:
+    check_adam(torch_results)
+
+
+def test_the_dense_steps_of_frozen_adam_end_where_adamw_of_keras_does(
+    tensorflow_results: Results,
+) -> None:
+    check_adam(tensorflow_results)
+
+
+def test_beside_frozen_adam_only_plain_sgd_is_taken(
+    torch_results: Results, tensorflow_results: Results
+) -> None:
+    for result in [*torch_results, *tensorflow_results]:
+        facts = result["of_adam"]
+        assert "got an optimizer with the rule of AdamW and FrozenAdam(OneBit()" in facts["AdamW"]
+        assert "got an optimizer with momentum=0.5 and FrozenAdam(" in facts["momentum"]
+    for result in torch_results:
+        assert "got synchronize() with " in result["of_adam"]["synchronize"]
+    for result in tensorflow_results:
+        assert "with global_clipnorm=1.0 and FrozenAdam(" in result["of_adam"]["clipping"]
+    for results in (torch_results, tensorflow_results):
+        for result in results if len(results) > 1 else ():
+            assert "with dense_steps=0, expected some dense" in result["of_adam"]["dense steps"]
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(torch_results: Results) -> None:

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 
 import ef_horovod as ef
+from ef_horovod.training.momentum import warn_of_adam
 from ef_horovod.training.policy import small_or_vector, warn_of_surprises
 
 METHOD = ef.EF21(ef.TopK(ratio=0.01))
@@ -46,3 +47,23 @@ def test_float64_is_said_to_be_reduced_in_float32():
 
 def test_one_rank_speaks_for_all():
     assert said([ADAPTER], rank=1) == []
+
+
+class AdamW:
+    """Named as an optimizer of any framework."""
+
+
+class Mine(AdamW):
+    """A user's own."""
+
+
+def test_adam_beside_error_feedback_is_advised_once_on_rank_0(recwarn):
+    for method in (ef.NoFeedback(ef.Natural()), ef.NoFeedback(ef.Identity())):
+        warn_of_adam(AdamW(), method, 0)
+    warn_of_adam(AdamW(), METHOD, 1)
+    warn_of_adam(object(), METHOD, 0)
+    assert not recwarn.list
+    warn_of_adam(Mine(), METHOD, 0)
+    (warning,) = recwarn.list
+    assert "got Mine with EF21(" in str(warning.message)
+    assert "expected SGD with FrozenAdam" in str(warning.message)

@@ -1,4 +1,4 @@
-"""MomentumCorrection in training loops of PyTorch, on one rank or more; facts for the tests."""
+"""MomentumCorrection and FrozenAdam in training loops of PyTorch, on one rank or more."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ TOP = ef.MomentumCorrection(ef.TopK(ratio=0.05))
 cross_entropy = torch.nn.functional.cross_entropy
 
 
-def wrapped(model, method=TOP, kind=torch.optim.SGD, **options):
-    optimizer = kind(model.parameters(), lr=0.05, **options)
-    return ef.DistributedOptimizer(optimizer, model.named_parameters(), compression=method)
+ADAM = ef.FrozenAdam(ef.OneBit())
+
+
+def wrapped(model, method=TOP, kind=torch.optim.SGD, *, lr=0.05, dense_steps=0, **options):
+    return ef.DistributedOptimizer(
+        kind(model.parameters(), lr=lr, **options),
+        model.named_parameters(),
+        compression=method,
+        dense_steps=dense_steps,
+    )
 
 
 def stock(model, **options):
@@ -29,10 +36,13 @@ def stock(model, **options):
 
 def sgd_of_pytorch(nesterov, weight_decay):
     """The end of torch.optim.SGD with momentum on averages of plain Horovod."""
+    options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": weight_decay}
+    return end_of_pytorch(torch.optim.SGD, lr=0.05, **options)
+
+
+def end_of_pytorch(kind, **options):
     model, next_batch = build_model(), batches(hvd.rank())
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.05, momentum=0.9, nesterov=nesterov, weight_decay=weight_decay
-    )
+    optimizer = kind(model.parameters(), **options)
     for _ in range(20):
         inputs, labels = next_batch()
         optimizer.zero_grad()
@@ -58,6 +68,38 @@ def without_compression():
                 "moved": float((expected - start).abs().max()),
             }
     return facts
+
+
+def adam():
+    """Dense steps only, and with compression after them, against torch.optim.AdamW."""
+    expected, start = (
+        end_of_pytorch(torch.optim.AdamW, lr=0.003, weight_decay=0.1),
+        flat(build_model()),
+    )
+    facts = {"moved": float((expected - start).abs().max())}
+    for dense_steps in (20, 12):
+        model = build_model()
+        optimizer = wrapped(model, ADAM, lr=0.003, weight_decay=0.1, dense_steps=dense_steps)
+        train(model, optimizer, batches(hvd.rank()), 20)
+        facts[f"off, {dense_steps}"] = float((flat(model) - expected).abs().max())
+    return facts
+
+
+def of_adam():
+    """What is refused beside FrozenAdam."""
+    kinds = {
+        "AdamW": lambda: wrapped(build_model(), ADAM, torch.optim.AdamW, dense_steps=2),
+        "momentum": lambda: wrapped(build_model(), ADAM, momentum=0.5, dense_steps=2),
+        "dense steps": lambda: wrapped(build_model(), ADAM),
+    }
+    model = build_model()
+    optimizer = wrapped(model, ADAM, dense_steps=2)
+    train(model, optimizer, batches(hvd.rank()), 1)
+    inputs, labels = batches(hvd.rank())()
+    cross_entropy(model(inputs), labels).backward()
+    return {name: error_of(kind) for name, kind in kinds.items()} | {
+        "synchronize": error_of(optimizer.synchronize)
+    }
 
 
 def checkpoint():
@@ -120,7 +162,7 @@ def refusals():
 
 def main() -> None:
     hvd.init()
-    scenarios = (without_compression, checkpoint, refusals)
+    scenarios = (without_compression, adam, of_adam, checkpoint, refusals)
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 
 

@@ -41,6 +41,7 @@ def stock(model, method=TOP, **options):
 KINDS = {
     "top": (wrapped, {"dense_steps": N}),
     "corrected": (wrapped, {"method": CORRECTED, "dense_steps": N}),
+    "adam": (wrapped, {"method": ef.FrozenAdam(ef.OneBit()), "dense_steps": N}),
     "double pass": (wrapped, {"dense_steps": N, "exchange": "double_pass"}),
     "stock": (stock, {"dense_steps": N}),
     "two methods": (wrapped, {"dense_steps": N, "dense": POLICY}),

@@ -1,4 +1,4 @@
-"""MomentumCorrection in TensorFlow, on one rank or more; facts for the tests to judge."""
+"""MomentumCorrection and FrozenAdam in TensorFlow, on one rank or more."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ TOP = ef.MomentumCorrection(ef.TopK(ratio=0.05))
 DENSE = ef.NoFeedback(ef.Identity())
 
 
-def fit(optimizer, method):
+ADAM = ef.FrozenAdam(ef.OneBit(), eps=1e-12)  # Keras adds it elsewhere
+
+
+def fit(optimizer, method, **options):
     """All parameters after 20 steps, as one vector."""
     model = build_model()
-    optimizer = ef.DistributedOptimizer(optimizer, method)
+    optimizer = ef.DistributedOptimizer(optimizer, method, **options)
     model.compile(optimizer, loss=loss_of, jit_compile=False)
     model.fit(*data(hvd.rank(), 20), batch_size=16, verbose=0, shuffle=False)
     return np.concatenate([np.asarray(v).ravel() for v in model.trainable_variables])
@@ -36,6 +39,32 @@ def without_compression():
         off, moved = np.abs(found - expected).max(), np.abs(expected - start).max()
         facts[f"nesterov={nesterov}"] = {"off": float(off), "moved": float(moved)}
     return facts
+
+
+def adam():
+    """Dense steps only, and with compression after them, against Keras' AdamW."""
+    start = np.concatenate([np.asarray(v).ravel() for v in build_model().trainable_variables])
+    expected = fit(keras.optimizers.AdamW(0.003, weight_decay=0.1, epsilon=1e-12), DENSE)
+    facts = {"moved": float(np.abs(expected - start).max())}
+    for dense_steps in (20, 12):
+        sgd = keras.optimizers.SGD(0.003, weight_decay=0.1)
+        found = fit(sgd, ADAM, dense_steps=dense_steps)
+        facts[f"off, {dense_steps}"] = float(np.abs(found - expected).max())
+    return facts
+
+
+def of_adam():
+    """What is refused beside FrozenAdam."""
+
+    def wrap(optimizer, dense_steps=2):
+        return error_of(lambda: ef.DistributedOptimizer(optimizer, ADAM, dense_steps=dense_steps))
+
+    return {
+        "AdamW": wrap(keras.optimizers.AdamW()),
+        "momentum": wrap(keras.optimizers.SGD(0.1, momentum=0.5)),
+        "clipping": wrap(keras.optimizers.SGD(0.1, global_clipnorm=1.0)),
+        "dense steps": error_of(lambda: fit(keras.optimizers.SGD(0.1), ADAM)),
+    }
 
 
 def embedding():
@@ -69,7 +98,7 @@ def refusals():
 
 def main() -> None:
     hvd.init()
-    scenarios = (without_compression, refusals)
+    scenarios = (without_compression, adam, of_adam, refusals)
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 
 
