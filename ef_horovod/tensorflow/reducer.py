@@ -26,6 +26,7 @@ from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
     method_of,
+    require_answers,
     small_or_vector,
     warn_of_surprises,
 )
@@ -114,6 +115,8 @@ class Reducer(tf.Module):
             dense_steps=dense_steps,
         )
         named = name_variables(variables)
+        by_path = [(path_of(variable), variable) for _, variable in named]
+        require_answers(by_path, dense, compression)
         alone = compression.replaces_optimizer
         transport = transport or _open_transport(exchange, process_set, timeout, alone=alone)
         if transport is not None and transport.size == 1 and not transport.has_server:
@@ -134,7 +137,6 @@ class Reducer(tf.Module):
         self._engine: Engine | None = None
         self.tracked_state: TrackedState | None = None
         if transport is not None:
-            by_path = [(path_of(variable), variable) for _, variable in named]
             if transport.size > 1:
                 warn_of_surprises(by_path, compression, dense, transport.rank)
             self._engine = Engine(named, options, transport)

@@ -60,7 +60,7 @@ class EstimatedGradient:
                 "there; start the job with horovodrun -np 2"
             )
         options, scaled = engine.options, engine.scaler is not None
-        for method in (options.method, *engine.other_methods()):
+        for method in (options.method, *own_methods(engine.buckets, options.method).values()):
             estimator.require_fit(method)
         if estimator.needs_last and (options.passes > 1 or scaled):
             raise UnsupportedError(

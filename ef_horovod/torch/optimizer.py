@@ -25,11 +25,12 @@ from ef_horovod.torch.loss_scale import (
 )
 from ef_horovod.torch.momentum import require_fit
 from ef_horovod.torch.options import Options, open_transport, refuse_unsupported
-from ef_horovod.torch.parameters import name_parameters
+from ef_horovod.torch.parameters import name_parameters, settings_of
 from ef_horovod.training.momentum import for_one_rank, refuse_synchronize, warn_of_adam
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
+    require_answers,
     require_method,
     small_or_vector,
     warn_of_surprises,
@@ -128,6 +129,9 @@ def DistributedOptimizer(
     method = require_method(compression)
     require_fit(optimizer, method)
     named, others = name_parameters(named_parameters, optimizer.param_groups)
+    trainable = [(name, p) for name, p in named if p.requires_grad]
+    frozen = [(name, p) for name, p in named if not p.requires_grad]
+    require_answers(trainable, dense, method)
     wrapped = wrapping.wrap(optimizer, _Distributed)
     alone = method.replaces_optimizer
     transport = open_transport(exchange, process_set, timeout, alone=alone)
@@ -148,8 +152,6 @@ def DistributedOptimizer(
         overlap=overlap,
         check_sync=check_sync,
     )
-    trainable = [(name, p) for name, p in named if p.requires_grad]
-    frozen = [(name, p) for name, p in named if not p.requires_grad]
     if transport.size > 1:
         warn_of_surprises(trainable, method, dense, transport.rank)
         warn_of_adam(optimizer, method, transport.rank)
@@ -244,7 +246,7 @@ class _Distributed:
 
     def _step_by_rounds(self, engine: Engine) -> None:
         """One step per finished round, with the same settings on all workers."""
-        for place, value in _settings_of(self.param_groups).items():
+        for place, value in settings_of(self.param_groups).items():
             if self._settings.get(place, value) != value:
                 raise UnsupportedError(
                     f"got {place[1]!r} changed between two steps with a quorum, expected a change "
@@ -253,7 +255,7 @@ class _Distributed:
                 )
         for _ in engine.rounds():
             self._apply()
-        self._settings = _settings_of(self.param_groups)
+        self._settings = settings_of(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; raises while gradients are under way."""
@@ -394,13 +396,3 @@ class _Distributed:
 
 # The base's step runs the users' hooks. `hooked` keeps torch from running them in ours again.
 _Distributed.step.hooked = True  # type: ignore[attr-defined]
-
-
-def _settings_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
-    """Learning rates and all other settings of parameter groups, by group and name."""
-    return {
-        (i, name): float(value) if isinstance(value, torch.Tensor) else value
-        for i, group in enumerate(groups)
-        for name, value in group.items()
-        if name != "params"
-    }

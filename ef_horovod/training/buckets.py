@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ef_horovod.arrays import Array
 from ef_horovod.exchange.channel import Channel
+from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.warmup import require_dense_steps
 from ef_horovod.methods.base import Method
 from ef_horovod.training.choice import Choice, decide
@@ -125,6 +126,17 @@ def describe(buckets: Iterable[Any]) -> list[str]:
         for bucket in buckets
         for slot in bucket.slots
     ]
+
+
+def own_methods(buckets: Iterable[Any], method: Method) -> dict[str, Method]:
+    """{parameter name: its method}, where a policy gave it another one than the usual `method`."""
+    usual = {repr(one) for one in (method, method.uncompressed(), UNCOMPRESSED)}
+    return {
+        slot.name: bucket.channel.method
+        for bucket in buckets
+        if repr(bucket.channel.method) not in usual
+        for slot in bucket.slots
+    }
 
 
 def one_slot(name: str, parameter: Parameter) -> list[Slot]:

@@ -13,7 +13,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from ef_horovod.arrays import Array
 from ef_horovod.exchange.channel import Channel, finish_step
 from ef_horovod.exchange.config_check import require_same_config
-from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.server import finish_rounds
 from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.methods.base import Method
@@ -82,7 +81,7 @@ class StepDriver(Generic[B]):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's error-feedback state by parameter name; save one file per rank."""
-        return save_state(self.buckets, self._steps_done(), self._compression(), self.transport)
+        return save_state(self.buckets, self._steps_done(), self.method, self.transport)
 
     def checkpoint(self) -> dict[str, Any]:
         """`state_dict` after the servers, if any, have saved their state; collective.
@@ -103,7 +102,7 @@ class StepDriver(Generic[B]):
             UnsupportedError: with servers, after the first step; servers load their state before.
             ValueError: the rank, number of ranks, method or model differs.
         """
-        self._set_step(load_state(state, self.buckets, self._compression(), self.transport))
+        self._set_step(load_state(state, self.buckets, self.method, self.transport))
 
     def forget(self) -> None:
         """Reset the error-feedback state to that before the first step; call it on all ranks."""
@@ -114,16 +113,6 @@ class StepDriver(Generic[B]):
     def has_state(self) -> bool:
         """Whether error-feedback state is kept between steps."""
         return keeps_state(self.buckets)
-
-    def other_methods(self) -> list[Method]:
-        """The methods that the policy gives to some parameters beside the usual one."""
-        usual = [self.method, self.method.uncompressed() or UNCOMPRESSED, UNCOMPRESSED]
-        found = {repr(m): m for m in (channel.method for channel in self._channels())}
-        return [m for name, m in found.items() if name not in map(repr, usual)]
-
-    def _compression(self) -> str:
-        """The methods, for the comparison of a checkpoint with this job."""
-        return ", ".join([repr(self.method), *sorted(map(repr, self.other_methods()))])
 
     def _compare(self, options: Iterable[str], *, several_rounds: bool = False) -> None:
         """Before the first exchange: compare options and buckets, connect to servers; collective.

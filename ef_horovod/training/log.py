@@ -187,6 +187,11 @@ class TrainingLog:
             "start": max(now.start, 0),
             "time": round(time.time(), 3),
             "method": repr(drivers[0].method) if drivers else None,
+            "own_methods": {
+                name: repr(method)
+                for one in drivers
+                for name, method in own_methods(one.buckets, one.method).items()
+            },
             "exchanges": sorted({row.exchange for row in now.rows}),
             "rank": transport.rank if transport is not None else 0,
             "ranks": transport.size if transport is not None else 1,

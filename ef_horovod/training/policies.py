@@ -21,7 +21,8 @@ def by_name(
 
     Args:
         patterns: {pattern: "dense", "compressed" (by the optimizer's method), or another method}.
-            `*` stands for any text, `?` for one character.
+            `*` stands for any text, `?` for one character, `[ab]` for one of some, as in `fnmatch`.
+            Names are those of `named_parameters()`, in TensorFlow the paths of variables.
         otherwise: for names that fit no pattern.
 
     Raises:
@@ -34,15 +35,16 @@ def by_name(
         >>> policy("embedding.weight", table), policy("head.weight", table), policy("0.w", table)
         (True, EF21(TopK(ratio=0.1)), False)
     """
-    for pattern, answer in patterns.items():
-        if answer not in _WORDS and not isinstance(answer, Method):
+    decided = dict(patterns)
+    for pattern, answer in decided.items():
+        if not (isinstance(answer, Method) or (isinstance(answer, str) and answer in _WORDS)):
             raise UnsupportedError(
                 f"by_name got {answer!r} for {pattern!r}, expected 'dense', 'compressed' or a "
                 "method; write for example {'*.embed*': 'dense', 'head.*': EF21(TopK(0.1))}"
             )
 
     def policy(name: str, parameter: Parameter) -> bool | Method:
-        for pattern, answer in patterns.items():
+        for pattern, answer in decided.items():
             if fnmatchcase(name, pattern):
                 return answer if isinstance(answer, Method) else _WORDS[answer]
         return otherwise(name, parameter)
@@ -68,8 +70,12 @@ def dense_below(elements: int) -> DensePolicy:
 def dense_unless_smaller(method: Method, otherwise: DensePolicy = small_or_vector) -> DensePolicy:
     """A policy that keeps a parameter uncompressed if its payload is not smaller than float32.
 
+    The payload is that of the parameter alone. In a bucket, `TopK(k=1000)` keeps 1000 entries of
+    all its parameters together.
+
     Args:
-        method: of the optimizer; of a compressor without a fixed size, the smallest payload counts.
+        method: of the optimizer. Of a compressor whose payloads vary in size, the smallest counts;
+            of a schedule, the final value.
         otherwise: for the other parameters.
 
     Example:

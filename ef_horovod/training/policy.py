@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
@@ -51,12 +53,20 @@ def method_of(dense: DensePolicy, name: str, parameter: Parameter, method: Metho
                 "take MomentumCorrection with that momentum for both, or for neither"
             )
         return answer
-    if isinstance(answer, (str, Compressor)):
+    if not isinstance(answer, (bool, np.bool_)):
         raise UnsupportedError(
-            f"dense= returned {answer!r} for '{name}', expected True, False or a method; write "
-            "for example EF21(TopK(0.1)), or use ef.by_name"
+            f"dense= returned {answer!r} for '{name}', expected True (uncompressed), False or a "
+            "method; write for example bool(...) or EF21(TopK(0.1)), or take ef.by_name"
         )
     return None if answer else method
+
+
+def require_answers(
+    named: list[tuple[str, Parameter]], dense: DensePolicy, method: Method
+) -> None:
+    """Ask the policy about all parameters, before anything is sent; raises as `method_of` does."""
+    for name, parameter in named:
+        method_of(dense, name, parameter, method)
 
 
 def require_distinct(named: list[tuple[str, Parameter]]) -> list[tuple[str, Parameter]]:
