@@ -10,6 +10,7 @@ import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.estimators import Estimator
+from ef_horovod.training.buckets import own_methods
 
 Vectors = list[torch.Tensor]
 _KINDS = ("now", "before", "newest", "last")

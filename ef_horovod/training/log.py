@@ -16,6 +16,7 @@ from ef_horovod.common.options import flag, whole
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.training.advice import Advice
+from ef_horovod.training.buckets import own_methods
 from ef_horovod.training.driver import LayerNorms, StepDriver
 from ef_horovod.training.log_file import COUNTERS, FORMAT, VERSION, LogFile, refuse_others
 

@@ -42,15 +42,15 @@ def method_of(dense: DensePolicy, name: str, parameter: Parameter, method: Metho
 
     Raises:
         UnsupportedError: the policy returns something else than True, False or a method, or a
-            method with another momentum.
+            method that leaves another part of its work to the optimizer.
     """
     answer = dense(name, parameter)
     if isinstance(answer, Method):
-        if answer.sgd_momentum != method.sgd_momentum:
+        if _part_of_optimizer(answer) != _part_of_optimizer(method):
             raise UnsupportedError(
                 f"dense= gives '{name}' {answer!r} beside {method!r}, expected one with the same "
-                "momentum, because the optimizer has momentum for all parameters or for none; "
-                "take MomentumCorrection with that momentum for both, or for neither"
+                "momentum, because one optimizer steps all parameters; take MomentumCorrection "
+                "with that momentum for both or for neither, and likewise FrozenAdam"
             )
         return answer
     if not isinstance(answer, (bool, np.bool_)):
@@ -61,9 +61,12 @@ def method_of(dense: DensePolicy, name: str, parameter: Parameter, method: Metho
     return None if answer else method
 
 
-def require_answers(
-    named: list[tuple[str, Parameter]], dense: DensePolicy, method: Method
-) -> None:
+def _part_of_optimizer(method: Method) -> tuple[Any, bool]:
+    """What the method does in place of the optimizer."""
+    return method.sgd_momentum, method.makes_updates
+
+
+def require_answers(named: list[tuple[str, Parameter]], dense: DensePolicy, method: Method) -> None:
     """Ask the policy about all parameters, before anything is sent; raises as `method_of` does."""
     for name, parameter in named:
         method_of(dense, name, parameter, method)

@@ -1,4 +1,4 @@
-"""What changes with the step, on real ranks of both frameworks: dense steps, the kept ratio."""
+"""What changes with the step, on real ranks of both frameworks; and two methods in one model."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def test_ranks_with_other_numbers_of_dense_steps_are_found(results: Results) -> 
         assert result["differs"].startswith("ConfigMismatchError: rank 0 has ")
         assert "dense_steps=0" in result["differs"]
         assert "dense_steps=1" in result["differs"]
+
+
+def test_ranks_with_other_methods_for_a_parameter_are_found(results: Results) -> None:
+    for result in results:
+        assert result["policy differs"].startswith("ConfigMismatchError: rank 0 has parameter '")
+        assert "by EF21(TopK(ratio=0.05))" in result["policy differs"]
+        assert "by ErrorFeedback(TopK(ratio=0.05))" in result["policy differs"]
 
 
 def test_in_pytorch_dense_steps_are_those_of_no_compression(results: Results) -> None:

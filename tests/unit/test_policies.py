@@ -10,10 +10,11 @@ import pytest
 import ef_horovod as ef
 from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.testing.workers import gradients, run_channels
-from ef_horovod.training.buckets import plan_buckets, plan_one
+from ef_horovod.training.buckets import describe, plan_buckets, plan_one
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.momentum import for_one_rank
 from ef_horovod.training.policies import by_name, dense_below, dense_unless_smaller
+from ef_horovod.training.policy import require_answers
 from ef_horovod.transports.local import local_group
 
 METHOD, OTHER = ef.ErrorFeedback(ef.TopK(ratio=0.1)), ef.EF21(ef.OneBit())
@@ -85,13 +86,20 @@ def test_what_does_not_shrink_stays_dense():
     assert power("w", np.zeros((60, 60))) is False
 
 
-@pytest.mark.parametrize("answer", ["dense", "compressed", ef.TopK(0.1)], ids=repr)
+@pytest.mark.parametrize("answer", ["dense", None, 1, ef.TopK(0.1), ef.EF21], ids=repr)
 def test_another_answer_is_refused_by_name(answer):
     with pytest.raises(ef.UnsupportedError, match=r"dense= returned .* for 'embed.weight', expec"):
         plans_of(lambda name, p: answer)
+    with pytest.raises(ef.UnsupportedError, match=r"dense= returned .* for 'embed.weight', expec"):
+        require_answers(NAMED, lambda name, p: answer, METHOD)
 
 
-@pytest.mark.parametrize("answer", [True, "sparse", ef.TopK(0.1)], ids=repr)
+def test_numpys_booleans_are_answers():
+    policy = lambda name, p: np.prod(p.shape) < 41  # noqa: E731
+    assert contents(plans_of(policy)) == contents(plans_of(dense_below(41)))
+
+
+@pytest.mark.parametrize("answer", [True, "sparse", ["dense"], ef.TopK(0.1)], ids=repr)
 def test_by_name_refuses_other_words(answer):
     with pytest.raises(ef.UnsupportedError, match=r"by_name got .* for 'x', expected 'dense', 'c"):
         by_name({"x": answer})
@@ -105,6 +113,11 @@ def test_momentum_is_in_all_methods_or_in_none():
             ef.UnsupportedError, match=r"'0.weight' .*, expected one with the same m"
         ):
             plans_of(policy, method)
+    adam = ef.FrozenAdam(ef.TopK(0.1))
+    for method, other in ((METHOD, adam), (adam, METHOD), (corrected, adam)):
+        with pytest.raises(ef.UnsupportedError, match="expected one with the same momentum"):
+            require_answers(NAMED, by_name({"0.*": other}), method)
+    require_answers(NAMED, by_name({"0.*": ef.FrozenAdam(ef.OneBit())}), adam)
     same = ef.MomentumCorrection(ef.TopK(0.3))
     assert same in [plan.method for plan in plans_of(by_name({"0.*": same}), corrected)]
     alone, policy = for_one_rank(corrected, by_name({"0.*": same}))
@@ -137,8 +150,24 @@ def test_each_bucket_is_that_of_a_job_with_its_method():
 def test_a_checkpoint_of_other_methods_is_refused():
     end, again = local_group(1)[0], local_group(1)[0]
     saved = Driver(POLICY, end).state_dict()
-    assert saved["compression"] == f"{METHOD!r}, {OTHER!r}"
+    others = ("head.weight", "1.weight", "0.bias", "0.weight")
+    assert saved["methods"] == dict.fromkeys(others, repr(OTHER))
     Driver(POLICY, again).load_state_dict(saved)
-    for policy in (lambda name, p: False, by_name({"*": ef.EF21(ef.TopK(0.5))})):
-        with pytest.raises(ValueError, match="got a compression state of compression"):
+    swapped = by_name({"embed.*": "dense", "head.bias": OTHER, "*": "compressed"})
+    for policy in (lambda name, p: False, by_name({"*": ef.EF21(ef.TopK(0.5))}), swapped):
+        with pytest.raises(
+            ValueError, match=r"got a compression state of '.*' by .*, expec"
+        ):
             Driver(policy, local_group(1)[0]).load_state_dict(saved)
+
+
+def test_a_checkpoint_of_one_method_names_no_other():
+    saved = Driver(lambda name, p: False, local_group(1)[0]).state_dict()
+    assert saved.pop("methods") == {}
+    Driver(lambda name, p: False, local_group(1)[0]).load_state_dict(saved)  # of earlier versions
+
+
+def test_the_config_that_ranks_compare_names_the_method_of_each_parameter():
+    facts = describe(Driver(POLICY, local_group(1)[0]).buckets)
+    (fact,) = (fact for fact in facts if "'1.weight'" in fact)
+    assert fact.endswith(f"of shape (50, 40) in bucket.1 by {OTHER!r} (gather)")

@@ -96,6 +96,13 @@ def differs():
     )
 
 
+def policy_differs():
+    """Each rank gives the second method to another layer."""
+    own = ef.by_name({f"{3 * hvd.rank()}.*": ef.EF21(ef.TopK(ratio=0.05))}, lambda name, p: False)
+    model = build_model()
+    return error_of(lambda: train(model, wrapped(model, dense=own), batches(hvd.rank()), 1))
+
+
 def main() -> None:
     hvd.init()
     results = {
@@ -107,6 +114,7 @@ def main() -> None:
         },
         "as dense": as_dense(),
         "differs": differs(),
+        "policy differs": policy_differs(),
     }
     report(hvd.rank(), results)
 

@@ -103,6 +103,15 @@ def bad_steps():
     return digest(calm.variables), digest(loop.variables), loop.state.stats()[-1].skipped
 
 
+def policy_differs():
+    """Each rank gives the second method to another variable."""
+    own = ef.by_name({"ab"[hvd.rank()]: ef.EF21(ef.TopK(ratio=0.05))})
+    variables = [tf.Variable(tf.zeros(SHAPES[name]), name=name) for name in "ab"]
+    return error_of(
+        lambda: ef.Reducer(variables, TOP, dense=own).reduce([tf.zeros(v.shape) for v in variables])
+    )
+
+
 def main() -> None:
     hvd.init()
     ways = {
@@ -114,7 +123,7 @@ def main() -> None:
         f"{kind}, {way}": bytes_by_step(kind, **options)
         for kind in KINDS
         for way, options in ways.items()
-        if way == "graph" or kind == "top"
+        if way == "graph" or kind in ("top", "two methods")
     }
     results = {
         "kinds": facts,
@@ -124,6 +133,7 @@ def main() -> None:
             for stop in (2, 6)
         },
         "bad": bad_steps(),
+        "policy differs": policy_differs(),
         "differs": error_of(
             lambda: ef.Reducer([tf.Variable(tf.zeros(2000))], TOP, dense_steps=hvd.rank()).reduce(
                 [tf.zeros(2000)]
