@@ -15,7 +15,6 @@ from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.channel import Channel, Piece, Span
 from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.stats import ChannelStats
-from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 
 

@@ -155,9 +155,7 @@ def test_a_checkpoint_of_other_methods_is_refused():
     Driver(POLICY, again).load_state_dict(saved)
     swapped = by_name({"embed.*": "dense", "head.bias": OTHER, "*": "compressed"})
     for policy in (lambda name, p: False, by_name({"*": ef.EF21(ef.TopK(0.5))}), swapped):
-        with pytest.raises(
-            ValueError, match=r"got a compression state of '.*' by .*, expec"
-        ):
+        with pytest.raises(ValueError, match=r"got a compression state of '.*' by .*, expec"):
             Driver(policy, local_group(1)[0]).load_state_dict(saved)
 
 
