@@ -16,7 +16,7 @@ from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.exchange.server import finish_rounds
 from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.methods.base import Method
-from ef_horovod.training.buckets import describe
+from ef_horovod.training.buckets import describe, own_methods
 from ef_horovod.training.state import Filled, keeps_state, load_state, save_state
 from ef_horovod.transports.base import Transport
 
@@ -120,8 +120,10 @@ class StepDriver(Generic[B]):
         Raises:
             ConfigMismatchError: they differ between ranks.
         """
-        facts = describe(self.buckets)
-        require_same_config(self.transport, [f"compression {self.method!r}", *options, *facts])
+        facts, own = describe(self.buckets), own_methods(self.buckets, self.method)
+        policy = [f"parameter '{name}' by {method!r} of its own" for name, method in own.items()]
+        usual = f"compression {self.method!r}"
+        require_same_config(self.transport, [usual, *options, *policy, *facts])
         self.transport.handshake(facts, self._steps_done(), several_rounds=several_rounds)
 
     def _finish(

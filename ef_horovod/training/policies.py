@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from ef_horovod.common.options import whole
@@ -22,7 +22,8 @@ def by_name(
     Args:
         patterns: {pattern: "dense", "compressed" (by the optimizer's method), or another method}.
             `*` stands for any text, `?` for one character, `[ab]` for one of some, as in `fnmatch`.
-            Names are those of `named_parameters()`, in TensorFlow the paths of variables.
+            Names are those of `named_parameters()`, in TensorFlow the paths of variables, with or
+            without their ":0". Rank 0 warns of a pattern that fits no name.
         otherwise: for names that fit no pattern.
 
     Raises:
@@ -35,21 +36,34 @@ def by_name(
         >>> policy("embedding.weight", table), policy("head.weight", table), policy("0.w", table)
         (True, EF21(TopK(ratio=0.1)), False)
     """
-    decided = dict(patterns)
-    for pattern, answer in decided.items():
+    for pattern, answer in patterns.items():
         if not (isinstance(answer, Method) or (isinstance(answer, str) and answer in _WORDS)):
             raise UnsupportedError(
                 f"by_name got {answer!r} for {pattern!r}, expected 'dense', 'compressed' or a "
                 "method; write for example {'*.embed*': 'dense', 'head.*': EF21(TopK(0.1))}"
             )
+    return _ByName(dict(patterns), otherwise)
 
-    def policy(name: str, parameter: Parameter) -> bool | Method:
-        for pattern, answer in decided.items():
-            if fnmatchcase(name, pattern):
+
+class _ByName:
+    """The policy of `by_name`."""
+
+    def __init__(self, patterns: dict[str, str | Method], otherwise: DensePolicy) -> None:
+        self._patterns, self._otherwise = patterns, otherwise
+
+    def __call__(self, name: str, parameter: Parameter) -> bool | Method:
+        for pattern, answer in self._patterns.items():
+            if _fits(pattern, name):
                 return answer if isinstance(answer, Method) else _WORDS[answer]
-        return otherwise(name, parameter)
+        return self._otherwise(name, parameter)
 
-    return policy
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """The patterns that fit none of the names; for `warn_of_surprises`."""
+        return [p for p in self._patterns if not any(_fits(p, name) for name in names)]
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(":0"), pattern)
 
 
 def dense_below(elements: int) -> DensePolicy:

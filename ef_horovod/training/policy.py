@@ -115,7 +115,7 @@ def require_method(compression: Any) -> Method:
 def warn_of_surprises(
     named: list[tuple[str, Parameter]], method: Method, dense: DensePolicy, rank: int
 ) -> None:
-    """Warn on rank 0 if float64 is reduced in float32, or if nothing is compressed.
+    """Warn on rank 0 of float64, of patterns that fit no name, or if nothing is compressed.
 
     Call it once per optimizer, from the function that the user calls.
 
@@ -133,6 +133,14 @@ def warn_of_surprises(
             f"got float64 in {len(doubles)} of {len(named)} parameters (such as '{doubles[0]}'), "
             "expected float32 or less, because all gradients are reduced in float32; train in "
             "float32, or without this package if float64 sums are needed",
+            stacklevel=3,
+        )
+    unused = getattr(dense, "unused", None)  # of `by_name`
+    for pattern in unused([name for name, _ in named]) if unused is not None else ():
+        warnings.warn(
+            f"got the pattern {pattern!r} in by_name, which fits none of {len(named)} parameters "
+            f"(such as '{named[0][0]}'), expected it to fit some; correct it, unless it is for "
+            "another optimizer's parameters",
             stacklevel=3,
         )
     if method != NoFeedback(Identity()) and not any(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ef_horovod.training.buckets import describe, plan_buckets, plan_one
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.momentum import for_one_rank
 from ef_horovod.training.policies import by_name, dense_below, dense_unless_smaller
-from ef_horovod.training.policy import require_answers
+from ef_horovod.training.policy import require_answers, warn_of_surprises
 from ef_horovod.transports.local import local_group
 
 METHOD, OTHER = ef.ErrorFeedback(ef.TopK(ratio=0.1)), ef.EF21(ef.OneBit())
@@ -59,6 +60,20 @@ def test_a_policy_may_leave_a_parameter_to_a_plain_average_of_its_own():
     assert [plan.method for plan in plans] == [None, METHOD, UNCOMPRESSED]
     (end,) = local_group(1)
     assert plans[-1].decide(end).exchange.name == "dense"
+
+
+def test_names_of_tensorflow_need_no_zero_and_patterns_that_fit_nothing_are_named():
+    policy = by_name({"net/w": OTHER, "b:0": "dense", "emmbed*": "dense"})
+    assert [policy(f"{name}:0", np.zeros((60, 60))) for name in ("net/w", "b")] == [OTHER, True]
+    named = [("net/w:0", np.zeros((60, 60), "f4")), ("b:0", np.zeros(3, "f4"))]
+    with pytest.warns(
+        UserWarning, match=r"'emmbed\*' in by_name, which fits none of 2 .*'net/w:0'"
+    ):
+        warn_of_surprises(named, METHOD, policy, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_surprises(named, METHOD, policy, 1)
+        warn_of_surprises(named, METHOD, by_name({"net/*": OTHER}), 0)
 
 
 def test_names_without_a_pattern_go_to_the_next_policy():

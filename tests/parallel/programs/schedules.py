@@ -58,7 +58,11 @@ def bytes_by_step(make, options):
     for _ in range(8):
         train(model, optimizer, next_batch, 1)
         sent.append(optimizer.stats()[-1].bytes_out)
-    return {"digest": digest(model), "sent": [b - a for a, b in pairwise(sent)]}
+    return {
+        "digest": digest(model),
+        "sent": [b - a for a, b in pairwise(sent)],
+        "methods": sorted({row.method for row in optimizer.stats()[:-1]}),
+    }
 
 
 def resumed(make, options, stop):

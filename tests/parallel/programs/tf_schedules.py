@@ -77,6 +77,7 @@ def bytes_by_step(kind, **options):
     return {
         "digest": digest(loop.variables),
         "sent": [b - a for a, b in pairwise(sent)],
+        "methods": sorted({row.method for row in loop.state.stats()[:-1]}),
     }
 
 
