@@ -7,11 +7,14 @@ dense steps (`Method.warm_up`) works on that state: `MomentumCorrection` goes on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ef_horovod.arrays import Array
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.base import Exchange
-from ef_horovod.exchange.channel import Channel, ChannelStats, Piece
+from ef_horovod.exchange.channel import Channel, Piece, Span
 from ef_horovod.exchange.dense import UNCOMPRESSED
+from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 
 
@@ -60,6 +63,7 @@ class WarmupChannel(Channel):
         self.exchange = compressed.exchange
         self.sums_before = steps if dense.exchange.sums and not compressed.exchange.sums else 0
         dense._stats = compressed._stats
+        self._spans: Sequence[Span] = ()
         self._lend()
 
     # Both channels use one buffer, which some methods swap with a vector of their state.
@@ -103,6 +107,8 @@ class WarmupChannel(Channel):
         self._active = self._dense if step < self._steps else self._compressed
         if self._active is self._dense:
             self._lend()
+        self._active.measure(self._spans)
+        self._spans = ()
         self._active.start(step)
 
     def arrived(self) -> bool:
@@ -130,8 +136,15 @@ class WarmupChannel(Channel):
     def drop(self) -> None:
         self._active.drop()
 
+    @property
+    def counters(self) -> ChannelStats:
+        return self._compressed.counters
+
     def stats(self) -> ChannelStats:
         return self._active.stats()
 
     def squared_norms(self) -> tuple[float, float] | None:
         return self._active.squared_norms()
+
+    def measured(self) -> list[tuple[float, float]]:
+        return self._active.measured()

@@ -36,8 +36,8 @@ class Worker(StepDriver["_Bucket"]):
         parameters: {name: array}, or a list of arrays, named "0", "1", ...; only their shapes
             matter.
         compression: error-feedback method with its compressor.
-        dense: `dense(name, array)` says which parameters stay uncompressed; default biases and
-            parameters with fewer than 1024 elements.
+        dense: `dense(name, array)` says which parameters stay uncompressed, or returns a method
+            for one; default biases and parameters with fewer than 1024 elements.
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32, last
             one first. A bucket is compressed as one vector and belongs to one server.
         seed: of random compressors.

@@ -22,7 +22,7 @@ from ef_horovod.tensorflow.buckets import Bucket, receive
 from ef_horovod.tensorflow.checkpoint import TrackedState
 from ef_horovod.tensorflow.graphs import refuse_xla
 from ef_horovod.tensorflow.variables import name_variables, path_of
-from ef_horovod.training.buckets import BucketPlan, one_slot
+from ef_horovod.training.buckets import plan_one
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.momentum import refuse_one_rank
 from ef_horovod.training.options import check_options
@@ -56,7 +56,7 @@ class Compression(StepDriver[Bucket], tf.Module):
     Args:
         method: error-feedback method with its compressor.
         variables: in the order of `tape.gradient(loss, variables)`.
-        dense: `dense(path, variable)` says which variables stay uncompressed.
+        dense: `dense(path, variable)` says which variables stay uncompressed, or returns a method.
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
         dense_steps: as in `ef.Reducer`.
@@ -98,9 +98,13 @@ class Compression(StepDriver[Bucket], tf.Module):
             warn_of_surprises(by_path, method, dense, transport.rank)
         buckets = tuple(
             Bucket(
-                BucketPlan(name, one_slot(name, variable), method.uncompressed())
-                if dense(path_of(variable), variable)
-                else BucketPlan(name, one_slot(name, variable), method, dense_steps),
+                plan_one(
+                    name,
+                    (path_of(variable), variable),
+                    method,
+                    dense=dense,
+                    dense_steps=dense_steps,
+                ),
                 transport,
                 exchange=exchange,
                 seed=seed,

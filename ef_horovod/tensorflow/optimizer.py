@@ -61,8 +61,8 @@ def DistributedOptimizer(
         backward_passes_per_step: as in Horovod: number of calls whose gradients are summed before
             they are exchanged and applied.
         average_aggregated_gradients: take their mean, not their sum.
-        options: `op`, `dense`, `exchange`, `bucket_bytes`, `seed`, `sparse_as_dense`, `check_sync`,
-            `process_set`, `timeout`; see `ef.Reducer`.
+        options: `op`, `dense`, `exchange`, `bucket_bytes`, `seed`, `dense_steps`,
+            `sparse_as_dense`, `check_sync`, `process_set`, `timeout`; see `ef.Reducer`.
 
     Raises:
         UnsupportedError: the combination cannot work; the message names an alternative.

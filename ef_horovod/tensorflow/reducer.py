@@ -25,6 +25,8 @@ from ef_horovod.training.momentum import for_one_rank
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
+    method_of,
+    require_answers,
     small_or_vector,
     warn_of_surprises,
 )
@@ -53,7 +55,8 @@ class Reducer(tf.Module):
         compression: error-feedback method with its compressor, such as EF21(TopK(ratio=0.01)).
         op: `hvd.Average` or `hvd.Sum`.
         dense: `dense(path, variable)` says which variables stay uncompressed (they share one
-            allreduce); default `small_or_vector`.
+            allreduce); default `small_or_vector`. A method that it returns is that variable's own;
+            see also `ef.by_name`, `ef.dense_below` and `ef.dense_unless_smaller`.
         exchange: "auto" takes the cheapest exchange by the cost model. "auto:NETWORK", such as
             "auto:10gbit" or "auto:1gbit,2ms", takes the cheapest on that network, dense allreduce
             included. "gather" works with any compressor, "reduce" with linear ones. "double_pass"
@@ -112,10 +115,12 @@ class Reducer(tf.Module):
             dense_steps=dense_steps,
         )
         named = name_variables(variables)
+        by_path = [(path_of(variable), variable) for _, variable in named]
+        require_answers(by_path, dense, compression)
         alone = compression.replaces_optimizer
         transport = transport or _open_transport(exchange, process_set, timeout, alone=alone)
         if transport is not None and transport.size == 1 and not transport.has_server:
-            compression, exchange = for_one_rank(compression), "auto"
+            (compression, dense), exchange = for_one_rank(compression, dense), "auto"
         options = Options(
             method=compression,
             average=op == hvd.Average,
@@ -132,7 +137,6 @@ class Reducer(tf.Module):
         self._engine: Engine | None = None
         self.tracked_state: TrackedState | None = None
         if transport is not None:
-            by_path = [(path_of(variable), variable) for _, variable in named]
             if transport.size > 1:
                 warn_of_surprises(by_path, compression, dense, transport.rank)
             self._engine = Engine(named, options, transport)
@@ -304,5 +308,7 @@ def meaning_of(
     bound.apply_defaults()
     meaning = dict(bound.arguments)
     dense = meaning["dense"]
-    meaning["dense"] = tuple(bool(dense(path_of(v), v)) for v in meaning.pop("variables"))
+    meaning["dense"] = tuple(
+        method_of(dense, path_of(v), v, compression) for v in meaning.pop("variables")
+    )
     return meaning

@@ -17,6 +17,7 @@ from typing import Any
 import ef_horovod as _core
 from ef_horovod.common import openmpi
 from ef_horovod.common.extras import explained
+from ef_horovod.training.policies import by_name, dense_below, dense_unless_smaller
 from ef_horovod.training.policy import small_or_vector
 
 with explained("ef_horovod.torch"):
@@ -35,6 +36,9 @@ __all__ = [
     "DistributedOptimizer",
     "EstimatedGradient",
     "TrainingLog",
+    "by_name",
+    "dense_below",
+    "dense_unless_smaller",
     "require_in_sync",
     "small_or_vector",
     *_core.__all__,

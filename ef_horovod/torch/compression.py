@@ -27,7 +27,7 @@ from ef_horovod.torch.hooks import uncompiled, weak
 from ef_horovod.torch.momentum import require_fit, require_no_weight_decay
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
-from ef_horovod.training.buckets import BucketPlan, one_slot
+from ef_horovod.training.buckets import plan_one
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.momentum import refuse_one_rank, refuse_rows
 from ef_horovod.training.options import check_options
@@ -56,7 +56,8 @@ class Compression(StepDriver[Bucket]):
     Args:
         method: error-feedback method with its compressor.
         named_parameters: `model.named_parameters()`, as passed to Horovod.
-        dense: `dense(name, parameter)` says which parameters stay uncompressed.
+        dense: `dense(name, parameter)` says which parameters stay uncompressed, or returns a
+            method.
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
         seed: of random compressors.
         dense_steps: as in `ef.DistributedOptimizer`.
@@ -115,10 +116,8 @@ class Compression(StepDriver[Bucket]):
         self._in_sync = SyncCheck([p for _, p in trainable], transport, check_sync, frozen)
         self._order, self._next_place = list(reversed(self._parameters)), 0
         plans = [
-            BucketPlan(n, one_slot(n, p), method.uncompressed())
-            if dense(n, p)
-            else BucketPlan(n, one_slot(n, p), method, dense_steps)
-            for n, p in self._parameters.items()
+            plan_one(name, (name, p), method, dense=dense, dense_steps=dense_steps)
+            for name, p in self._parameters.items()
         ]
         self._bucket_of = {
             plan.name: Bucket.open(plan, plan.decide(transport, exchange), transport, seed=seed)

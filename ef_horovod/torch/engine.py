@@ -246,7 +246,7 @@ class Engine(StepDriver[Bucket]):
         if not self._rows_known and state.get("rows"):
             rows = {n: state["rows"][n] for n, _ in self._trainable if n in state["rows"]}
             buckets = self._make_buckets(rows)
-        self.step = load_state(state, buckets, repr(self.method), self.transport)
+        self.step = load_state(state, buckets, self.method, self.transport)
         self._use(buckets, rows)
         self.decay = decay
 

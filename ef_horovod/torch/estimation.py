@@ -10,6 +10,7 @@ import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.estimators import Estimator
+from ef_horovod.training.buckets import own_methods
 
 Vectors = list[torch.Tensor]
 _KINDS = ("now", "before", "newest", "last")
@@ -60,7 +61,8 @@ class EstimatedGradient:
                 "there; start the job with horovodrun -np 2"
             )
         options, scaled = engine.options, engine.scaler is not None
-        estimator.require_fit(options.method)
+        for method in (options.method, *own_methods(engine.buckets, options.method).values()):
+            estimator.require_fit(method)
         if estimator.needs_last and (options.passes > 1 or scaled):
             raise UnsupportedError(
                 f"{estimator} got backward_passes_per_step={options.passes} and "

@@ -25,11 +25,12 @@ from ef_horovod.torch.loss_scale import (
 )
 from ef_horovod.torch.momentum import require_fit
 from ef_horovod.torch.options import Options, open_transport, refuse_unsupported
-from ef_horovod.torch.parameters import name_parameters
+from ef_horovod.torch.parameters import name_parameters, settings_of
 from ef_horovod.training.momentum import for_one_rank, refuse_synchronize, warn_of_adam
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
+    require_answers,
     require_method,
     small_or_vector,
     warn_of_surprises,
@@ -94,7 +95,8 @@ def DistributedOptimizer(
             uncompressed, each once, and stay sparse.
         process_set: Horovod process set to average over; default all ranks.
         dense: `dense(name, parameter)` says which parameters stay uncompressed (they share one
-            allreduce); default `small_or_vector`.
+            allreduce); default `small_or_vector`. A method that it returns is that parameter's own;
+            see also `ef.by_name`, `ef.dense_below` and `ef.dense_unless_smaller`.
         exchange: "auto" takes the cheapest exchange by the cost model. "auto:NETWORK", such as
             "auto:10gbit" or "auto:1gbit,2ms", takes the cheapest on that network, dense allreduce
             included. "gather" works with any compressor, "reduce" with linear ones. "double_pass"
@@ -127,13 +129,16 @@ def DistributedOptimizer(
     method = require_method(compression)
     require_fit(optimizer, method)
     named, others = name_parameters(named_parameters, optimizer.param_groups)
+    trainable = [(name, p) for name, p in named if p.requires_grad]
+    frozen = [(name, p) for name, p in named if not p.requires_grad]
+    require_answers(trainable, dense, method)
     wrapped = wrapping.wrap(optimizer, _Distributed)
     alone = method.replaces_optimizer
     transport = open_transport(exchange, process_set, timeout, alone=alone)
     if transport is None:
         return wrapped
     if transport.size == 1 and not transport.has_server:
-        method, exchange = for_one_rank(method), "auto"
+        (method, dense), exchange = for_one_rank(method, dense), "auto"
     options = Options(
         method=method,
         dense=dense,
@@ -147,8 +152,6 @@ def DistributedOptimizer(
         overlap=overlap,
         check_sync=check_sync,
     )
-    trainable = [(name, p) for name, p in named if p.requires_grad]
-    frozen = [(name, p) for name, p in named if not p.requires_grad]
     if transport.size > 1:
         warn_of_surprises(trainable, method, dense, transport.rank)
         warn_of_adam(optimizer, method, transport.rank)
@@ -243,7 +246,7 @@ class _Distributed:
 
     def _step_by_rounds(self, engine: Engine) -> None:
         """One step per finished round, with the same settings on all workers."""
-        for place, value in _settings_of(self.param_groups).items():
+        for place, value in settings_of(self.param_groups).items():
             if self._settings.get(place, value) != value:
                 raise UnsupportedError(
                     f"got {place[1]!r} changed between two steps with a quorum, expected a change "
@@ -252,7 +255,7 @@ class _Distributed:
                 )
         for _ in engine.rounds():
             self._apply()
-        self._settings = _settings_of(self.param_groups)
+        self._settings = settings_of(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; raises while gradients are under way."""
@@ -393,13 +396,3 @@ class _Distributed:
 
 # The base's step runs the users' hooks. `hooked` keeps torch from running them in ours again.
 _Distributed.step.hooked = True  # type: ignore[attr-defined]
-
-
-def _settings_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
-    """Learning rates and all other settings of parameter groups, by group and name."""
-    return {
-        (i, name): float(value) if isinstance(value, torch.Tensor) else value
-        for i, group in enumerate(groups)
-        for name, value in group.items()
-        if name != "params"
-    }

@@ -102,3 +102,13 @@ def _shown(given: Any) -> str:
         if isinstance(given, Method | Compressor)
         else f"something of type {type(given).__name__}"
     )
+
+
+def settings_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
+    """Learning rates and all other settings of parameter groups, by group and name."""
+    return {
+        (i, name): float(value) if isinstance(value, torch.Tensor) else value
+        for i, group in enumerate(groups)
+        for name, value in group.items()
+        if name != "params"
+    }

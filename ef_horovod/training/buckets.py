@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from ef_horovod.arrays import Array
 from ef_horovod.exchange.channel import Channel
+from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.warmup import require_dense_steps
 from ef_horovod.methods.base import Method
 from ef_horovod.training.choice import Choice, decide
-from ef_horovod.training.policy import DensePolicy, Parameter
+from ef_horovod.training.policy import DensePolicy, Parameter, method_of
 from ef_horovod.transports.base import Transport
 
 _NO_LIMIT = 1 << 62
@@ -75,21 +76,46 @@ def plan_buckets(
     Args:
         named: (name, parameter) in the order of registration.
         method: for the compressed parameters.
-        dense: selects the uncompressed parameters; they share one bucket per device.
+        dense: selects the uncompressed parameters; they share one bucket per device. It may give
+            others a method of their own; each method has its own buckets.
         bucket_bytes: bytes of float32 per compressed bucket; a larger parameter gets its own.
         device_of: device of a parameter; a bucket has parameters of one device.
         dense_steps: how many steps are uncompressed averages before compression starts.
     """
-    named = list(named)
-    small = [(name, p) for name, p in named if dense(name, p)]
-    large = [(name, p) for name, p in named if not dense(name, p)]
-    return [
-        BucketPlan(f"dense.{i}", slots, method.uncompressed())
-        for i, slots in enumerate(_pack(small, _NO_LIMIT, device_of))
-    ] + [
-        BucketPlan(f"bucket.{i}", slots, method, dense_steps)
-        for i, slots in enumerate(_pack(large, bucket_bytes, device_of))
+    by_method: dict[Method | None, list[tuple[str, Parameter]]] = {None: [], method: []}
+    for name, p in named:
+        by_method.setdefault(method_of(dense, name, p, method), []).append((name, p))
+    small = _pack(by_method.pop(None), _NO_LIMIT, device_of)
+    plans = [BucketPlan(f"dense.{i}", s, method.uncompressed()) for i, s in enumerate(small)]
+    packed = [
+        (own, slots)
+        for own, parameters in by_method.items()
+        for slots in _pack(parameters, bucket_bytes, device_of)
     ]
+    return plans + [
+        BucketPlan(f"bucket.{i}", slots, own, dense_steps) for i, (own, slots) in enumerate(packed)
+    ]
+
+
+def plan_one(
+    bucket: str,
+    named: tuple[str, Parameter],
+    method: Method,
+    *,
+    dense: DensePolicy,
+    dense_steps: int = 0,
+) -> BucketPlan:
+    """The bucket of a single parameter.
+
+    Args:
+        bucket: its name.
+        named: name, as the policy knows it, and parameter.
+        method, dense, dense_steps: as in `plan_buckets`.
+    """
+    own, slots = method_of(dense, *named, method), one_slot(bucket, named[1])
+    if own is None:
+        return BucketPlan(bucket, slots, method.uncompressed())
+    return BucketPlan(bucket, slots, own, dense_steps)
 
 
 def describe(buckets: Iterable[Any]) -> list[str]:
@@ -100,6 +126,17 @@ def describe(buckets: Iterable[Any]) -> list[str]:
         for bucket in buckets
         for slot in bucket.slots
     ]
+
+
+def own_methods(buckets: Iterable[Any], method: Method) -> dict[str, Method]:
+    """{parameter name: its method}, where a policy gave it another one than the usual `method`."""
+    usual = {repr(one) for one in (method, method.uncompressed(), UNCOMPRESSED)}
+    return {
+        slot.name: bucket.channel.method
+        for bucket in buckets
+        if repr(bucket.channel.method) not in usual
+        for slot in bucket.slots
+    }
 
 
 def one_slot(name: str, parameter: Parameter) -> list[Slot]:

@@ -16,7 +16,7 @@ from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.exchange.server import finish_rounds
 from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.methods.base import Method
-from ef_horovod.training.buckets import describe
+from ef_horovod.training.buckets import describe, own_methods
 from ef_horovod.training.state import Filled, keeps_state, load_state, save_state
 from ef_horovod.transports.base import Transport
 
@@ -81,7 +81,7 @@ class StepDriver(Generic[B]):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's error-feedback state by parameter name; save one file per rank."""
-        return save_state(self.buckets, self._steps_done(), repr(self.method), self.transport)
+        return save_state(self.buckets, self._steps_done(), self.method, self.transport)
 
     def checkpoint(self) -> dict[str, Any]:
         """`state_dict` after the servers, if any, have saved their state; collective.
@@ -102,7 +102,7 @@ class StepDriver(Generic[B]):
             UnsupportedError: with servers, after the first step; servers load their state before.
             ValueError: the rank, number of ranks, method or model differs.
         """
-        self._set_step(load_state(state, self.buckets, repr(self.method), self.transport))
+        self._set_step(load_state(state, self.buckets, self.method, self.transport))
 
     def forget(self) -> None:
         """Reset the error-feedback state to that before the first step; call it on all ranks."""
@@ -120,8 +120,10 @@ class StepDriver(Generic[B]):
         Raises:
             ConfigMismatchError: they differ between ranks.
         """
-        facts = describe(self.buckets)
-        require_same_config(self.transport, [f"compression {self.method!r}", *options, *facts])
+        facts, own = describe(self.buckets), own_methods(self.buckets, self.method)
+        policy = [f"parameter '{name}' by {method!r} of its own" for name, method in own.items()]
+        usual = f"compression {self.method!r}"
+        require_same_config(self.transport, [usual, *options, *policy, *facts])
         self.transport.handshake(facts, self._steps_done(), several_rounds=several_rounds)
 
     def _finish(

@@ -16,6 +16,7 @@ from ef_horovod.common.options import flag, whole
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.training.advice import Advice
+from ef_horovod.training.buckets import own_methods
 from ef_horovod.training.driver import LayerNorms, StepDriver
 from ef_horovod.training.log_file import COUNTERS, FORMAT, VERSION, LogFile, refuse_others
 
@@ -187,6 +188,11 @@ class TrainingLog:
             "start": max(now.start, 0),
             "time": round(time.time(), 3),
             "method": repr(drivers[0].method) if drivers else None,
+            "own_methods": {
+                name: repr(method)
+                for one in drivers
+                for name, method in own_methods(one.buckets, one.method).items()
+            },
             "exchanges": sorted({row.exchange for row in now.rows}),
             "rank": transport.rank if transport is not None else 0,
             "ranks": transport.size if transport is not None else 1,

@@ -9,6 +9,7 @@ from typing import Any
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
+from ef_horovod.training.policy import DensePolicy, Parameter, method_of
 
 _ADAPTIVE = {"adam", "adamw", "adamax", "nadam", "radam"}  # classes, in lower case
 
@@ -112,6 +113,11 @@ def refuse_one_rank(method: Method, ranks: int) -> None:
         )
 
 
-def for_one_rank(method: Method) -> Method:
-    """The method of a rank without others: momentum and clipping, without compression."""
-    return method.uncompressed() or method
+def for_one_rank(method: Method, dense: DensePolicy) -> tuple[Method, DensePolicy]:
+    """Method and policy of a rank without others: momentum and clipping, without compression."""
+
+    def policy(name: str, parameter: Parameter) -> bool | Method:
+        own = method_of(dense, name, parameter, method)
+        return True if own is None else own.uncompressed() or True
+
+    return method.uncompressed() or method, policy

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ef_horovod.compressors.base import Compressor
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
@@ -16,7 +18,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 
 Parameter = Any  # torch.Tensor, tensorflow.Variable or keras.Variable
-DensePolicy = Callable[[str, Parameter], bool]
+DensePolicy = Callable[[str, Parameter], bool | Method]
 MIN_COMPRESSED_ELEMENTS = 1024
 
 
@@ -24,10 +26,50 @@ def small_or_vector(name: str, parameter: Parameter) -> bool:
     """The default policy: biases, norms and small parameters stay uncompressed.
 
     They are a small part of the bytes, but compressing them often harms training. A policy gets
-    name and parameter and returns whether the parameter stays uncompressed. It must decide the same
-    on all ranks. `lambda name, parameter: False` compresses everything.
+    name and parameter and returns whether the parameter stays uncompressed, or a method for it. It
+    must decide the same on all ranks. `lambda name, parameter: False` compresses everything.
     """
     return len(parameter.shape) <= 1 or math.prod(parameter.shape) < MIN_COMPRESSED_ELEMENTS
+
+
+def method_of(dense: DensePolicy, name: str, parameter: Parameter, method: Method) -> Method | None:
+    """The method that a policy gives to a parameter; None if it stays uncompressed.
+
+    Args:
+        dense: the policy.
+        name, parameter: its arguments.
+        method: of the parameters for which the policy returns False.
+
+    Raises:
+        UnsupportedError: the policy returns something else than True, False or a method, or a
+            method that leaves another part of its work to the optimizer.
+    """
+    answer = dense(name, parameter)
+    if isinstance(answer, Method):
+        if _part_of_optimizer(answer) != _part_of_optimizer(method):
+            raise UnsupportedError(
+                f"dense= gives '{name}' {answer!r} beside {method!r}, expected one with the same "
+                "momentum, because one optimizer steps all parameters; take MomentumCorrection "
+                "with that momentum for both or for neither, and likewise FrozenAdam"
+            )
+        return answer
+    if not isinstance(answer, (bool, np.bool_)):
+        raise UnsupportedError(
+            f"dense= returned {answer!r} for '{name}', expected True (uncompressed), False or a "
+            "method; write for example bool(...) or EF21(TopK(0.1)), or take ef.by_name"
+        )
+    return None if answer else method
+
+
+def _part_of_optimizer(method: Method) -> tuple[Any, bool]:
+    """What the method does in place of the optimizer."""
+    return method.sgd_momentum, method.makes_updates
+
+
+def require_answers(named: list[tuple[str, Parameter]], dense: DensePolicy, method: Method) -> None:
+    """Ask the policy about all parameters, before anything is sent; raises as `method_of` does."""
+    for name, parameter in named:
+        method_of(dense, name, parameter, method)
 
 
 def require_distinct(named: list[tuple[str, Parameter]]) -> list[tuple[str, Parameter]]:
@@ -73,7 +115,7 @@ def require_method(compression: Any) -> Method:
 def warn_of_surprises(
     named: list[tuple[str, Parameter]], method: Method, dense: DensePolicy, rank: int
 ) -> None:
-    """Warn on rank 0 if float64 is reduced in float32, or if nothing is compressed.
+    """Warn on rank 0 of float64, of patterns that fit no name, or if nothing is compressed.
 
     Call it once per optimizer, from the function that the user calls.
 
@@ -93,7 +135,17 @@ def warn_of_surprises(
             "float32, or without this package if float64 sums are needed",
             stacklevel=3,
         )
-    if method != NoFeedback(Identity()) and all(dense(name, p) for name, p in named):
+    unused = getattr(dense, "unused", None)  # of `by_name`
+    for pattern in unused([name for name, _ in named]) if unused is not None else ():
+        warnings.warn(
+            f"got the pattern {pattern!r} in by_name, which fits none of {len(named)} parameters "
+            f"(such as '{named[0][0]}'), expected it to fit some; correct it, unless it is for "
+            "another optimizer's parameters",
+            stacklevel=3,
+        )
+    if method != NoFeedback(Identity()) and not any(
+        method_of(dense, name, p, method) for name, p in named
+    ):
         largest = max(math.prod(parameter.shape) for _, parameter in named)
         warnings.warn(
             f"got no parameter to compress by {method!r}: dense= keeps all {len(named)} "

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from ef_horovod.arrays import namespace
 from ef_horovod.exchange.channel import Channel, Piece
-from ef_horovod.training.buckets import Slot
+from ef_horovod.methods.base import Method
+from ef_horovod.training.buckets import Slot, own_methods
 from ef_horovod.transports.base import Transport
 
 
@@ -19,15 +20,15 @@ class Filled(Protocol):
 
 
 def save_state(
-    buckets: Sequence[Filled], step: int, compression: str, transport: Transport
+    buckets: Sequence[Filled], step: int, method: Method, transport: Transport
 ) -> dict[str, Any]:
     """One rank's error-feedback state, with the facts that identify the job."""
-    facts = {"compression": compression, "rank": transport.rank, "size": transport.size}
-    return {**facts, "step": step, "parameters": read_state(buckets)}
+    facts, methods = _facts(method, transport), _texts(own_methods(buckets, method))
+    return {**facts, "methods": methods, "step": step, "parameters": read_state(buckets)}
 
 
 def load_state(
-    state: dict[str, Any], buckets: Sequence[Filled], compression: str, transport: Transport
+    state: dict[str, Any], buckets: Sequence[Filled], method: Method, transport: Transport
 ) -> int:
     """Load the result of `save_state` from this rank of an equal job; returns its step.
 
@@ -36,12 +37,19 @@ def load_state(
         UnsupportedError: there are servers, and the first step has begun.
     """
     transport.require_not_begun()
-    facts = {"compression": compression, "rank": transport.rank, "size": transport.size}
-    for fact, expected in facts.items():
+    for fact, expected in _facts(method, transport).items():
         if state.get(fact) != expected:
             raise ValueError(
                 f"got a compression state of {fact} {state.get(fact)!r}, expected {expected!r}; "
                 "load each rank's own file into an equal job, or start without it"
+            )
+    mine, theirs = _texts(own_methods(buckets, method)), state.get("methods", {})
+    for name in sorted(mine.keys() | theirs.keys()):
+        found, wanted = theirs.get(name, repr(method)), mine.get(name, repr(method))
+        if found != wanted:
+            raise ValueError(
+                f"got a compression state of '{name}' by {found}, expected one by {wanted}; pass "
+                "the dense= of the job that saved it, or start without the state"
             )
     write_state(buckets, state["parameters"])
     return int(state["step"])
@@ -137,6 +145,14 @@ def _entries(bucket: Filled) -> Iterator[_Entry]:
                         yield _Entry(piece, half, f"{field}.{i}", part)
                 else:
                     yield _Entry(piece, half, field, value)
+
+
+def _facts(method: Method, transport: Transport) -> dict[str, Any]:
+    return {"compression": repr(method), "rank": transport.rank, "size": transport.size}
+
+
+def _texts(methods: dict[str, Method]) -> dict[str, str]:
+    return {name: repr(method) for name, method in methods.items()}
 
 
 def _is_vector(value: Any) -> bool:

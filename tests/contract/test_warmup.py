@@ -222,3 +222,23 @@ def test_a_number_of_steps_is_a_whole_number(steps):
             step_size=0.1,
             dense_steps=steps,
         )
+
+
+@pytest.mark.parametrize("method", [PLAIN[0], ef.MomentumCorrection(ef.TopK(k=7))], ids=repr)
+@each_exchange
+def test_norms_are_those_of_the_channel_in_use(method, exchange):
+    """A dense step loses nothing; the gradient's norm is its own. Only where it was asked for."""
+    group, g = channels(method, 3, exchange=exchange, dense_steps=N), gradients(3, 12)
+    for t, own in enumerate(g):
+        for channel in group:
+            channel.measure([(0, 100), (100, D)] if t in (3, 8) else [])
+        run_channels(group, own, t)
+        for channel, mine in zip(group, own, strict=True):
+            assert channel.counters.steps == t + 1
+            if t not in (3, 8):
+                assert channel.measured() == []
+                continue
+            (lost, first), (_, second) = channel.measured()
+            assert (lost > 0) is (t >= N)
+            for norm, part in ((first, mine[:100]), (second, mine[100:])):
+                assert norm == pytest.approx(np.square(part.astype(float)).sum(), rel=1e-5)

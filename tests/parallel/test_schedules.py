@@ -1,4 +1,4 @@
-"""What changes with the step, on real ranks of both frameworks: dense steps, the kept ratio."""
+"""What changes with the step, on real ranks of both frameworks; and two methods in one model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def test_all_ranks_end_with_the_same_bits(results: Results) -> None:
         assert all(result["kinds"][kind]["digest"] == facts["digest"] for result in results), kind
 
 
+def test_each_method_of_a_policy_is_in_use(results: Results) -> None:
+    for result in results:
+        kinds = [kind for kind in result["kinds"] if kind.startswith("two methods")]
+        assert kinds
+        for kind in kinds:
+            methods = " ".join(result["kinds"][kind]["methods"])
+            assert "EF21(TopK(ratio=0.05))" in methods
+            assert "ErrorFeedback(TopK(ratio=0.05))" in methods
+
+
 def test_a_run_resumed_in_either_phase_ends_as_an_uninterrupted_one(results: Results) -> None:
     for result in results:
         for kind, (whole, again) in result["resumed"].items():
@@ -39,6 +49,13 @@ def test_ranks_with_other_numbers_of_dense_steps_are_found(results: Results) -> 
         assert result["differs"].startswith("ConfigMismatchError: rank 0 has ")
         assert "dense_steps=0" in result["differs"]
         assert "dense_steps=1" in result["differs"]
+
+
+def test_ranks_with_other_methods_for_a_parameter_are_found(results: Results) -> None:
+    for result in results:
+        found = result["policy differs"]
+        assert found.startswith("ConfigMismatchError: rank 0 has parameter '")
+        assert found.count("by EF21(TopK(ratio=0.05)) of its own") == 2
 
 
 def test_in_pytorch_dense_steps_are_those_of_no_compression(results: Results) -> None:

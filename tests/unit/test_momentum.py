@@ -104,7 +104,8 @@ def test_what_would_go_without_momentum_is_refused():
         shared.refuse_one_rank(METHOD, 1)
     shared.refuse_one_rank(METHOD, 2)
     shared.refuse_rows(ef.ErrorFeedback(ef.OneBit()), "emb")
-    assert shared.for_one_rank(METHOD) == ef.MomentumCorrection(ef.Identity(), momentum=0.8)
+    alone, dense = shared.for_one_rank(METHOD, lambda name, parameter: False)
+    assert alone == dense("w", None) == ef.MomentumCorrection(ef.Identity(), momentum=0.8)
 
 
 def test_a_velocity_of_another_shape_is_refused():

@@ -109,6 +109,7 @@ def test_servers_refuse_sparse_gradients_with_the_way_out() -> None:
         bucket_bytes=1 << 20,
         passes=1,
         seed=0,
+        dense_steps=0,
         average=True,
         sparse_as_dense=False,
         overlap=True,

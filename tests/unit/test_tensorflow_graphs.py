@@ -32,6 +32,7 @@ def engine_of(variables, method, **changes):
         "exchange": "auto",
         "bucket_bytes": 1,
         "seed": 0,
+        "dense_steps": 0,
         "sparse_as_dense": False,
         "check_sync": False,
         "discardable": False,

@@ -1,4 +1,4 @@
-"""Dense steps first, and a falling ratio, in training loops of PyTorch; the tests judge."""
+"""Dense steps, a falling ratio and a policy in training loops of PyTorch; facts for the tests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ N = 4
 TOP = ef.ErrorFeedback(ef.TopK(ratio=0.05))
 CORRECTED = ef.MomentumCorrection(ef.TopK(ratio=0.05))
 FALLING = ef.ErrorFeedback(ef.TopK(ratio=ef.Piecewise({0: 0.2, N: 0.05})))
+POLICY = ef.by_name({"0.*": ef.EF21(ef.TopK(ratio=0.05)), "3.*": "dense"})
 DENSE = ef.NoFeedback(ef.Identity())
 
 
@@ -43,6 +44,8 @@ KINDS = {
     "adam": (wrapped, {"method": ef.FrozenAdam(ef.OneBit()), "dense_steps": N}),
     "double pass": (wrapped, {"dense_steps": N, "exchange": "double_pass"}),
     "stock": (stock, {"dense_steps": N}),
+    "two methods": (wrapped, {"dense_steps": N, "dense": POLICY}),
+    "two methods, stock": (stock, {"dense_steps": N, "dense": POLICY}),
     "falling ratio": (wrapped, {"method": FALLING}),
     "falling ratio, stock": (stock, {"method": FALLING}),
 }
@@ -55,7 +58,11 @@ def bytes_by_step(make, options):
     for _ in range(8):
         train(model, optimizer, next_batch, 1)
         sent.append(optimizer.stats()[-1].bytes_out)
-    return {"digest": digest(model), "sent": [b - a for a, b in pairwise(sent)]}
+    return {
+        "digest": digest(model),
+        "sent": [b - a for a, b in pairwise(sent)],
+        "methods": sorted({row.method for row in optimizer.stats()[:-1]}),
+    }
 
 
 def resumed(make, options, stop):
@@ -93,6 +100,13 @@ def differs():
     )
 
 
+def policy_differs():
+    """Each rank gives the second method to another layer."""
+    own = ef.by_name({f"{3 * hvd.rank()}.*": ef.EF21(ef.TopK(ratio=0.05))}, lambda name, p: False)
+    model = build_model()
+    return error_of(lambda: train(model, wrapped(model, dense=own), batches(hvd.rank()), 1))
+
+
 def main() -> None:
     hvd.init()
     results = {
@@ -104,6 +118,7 @@ def main() -> None:
         },
         "as dense": as_dense(),
         "differs": differs(),
+        "policy differs": policy_differs(),
     }
     report(hvd.rank(), results)
 

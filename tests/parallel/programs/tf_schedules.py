@@ -1,4 +1,4 @@
-"""Dense steps first, and a falling ratio, in TensorFlow, eager and in graphs."""
+"""Dense steps, a falling ratio and a policy in TensorFlow, eager and in graphs; facts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ import ef_horovod.tensorflow as ef
 N, STEPS = 4, 8
 TOP = ef.ErrorFeedback(ef.TopK(ratio=0.05))
 CORRECTED = ef.MomentumCorrection(ef.TopK(ratio=0.05))
+POLICY = ef.by_name({"a": ef.EF21(ef.TopK(ratio=0.05)), "b*": "compressed"})
 KINDS = {
     "top": (TOP, {"dense_steps": N}),
     "corrected": (CORRECTED, {"dense_steps": N}),
     "double pass": (TOP, {"dense_steps": N, "exchange": "double_pass"}),
     "falling ratio": (ef.ErrorFeedback(ef.TopK(ratio=ef.Piecewise({0: 0.2, N: 0.05}))), {}),
+    "two methods": (TOP, {"dense_steps": N, "dense": POLICY}),
     "sums": (ef.ErrorFeedback(ef.RandomK(0.1)), {"dense_steps": N}),
 }
 SHAPES = {"a": (60, 40), "b": (50, 60), "bias": (50,)}
@@ -75,6 +77,7 @@ def bytes_by_step(kind, **options):
     return {
         "digest": digest(loop.variables),
         "sent": [b - a for a, b in pairwise(sent)],
+        "methods": sorted({row.method for row in loop.state.stats()[:-1]}),
     }
 
 
@@ -101,6 +104,15 @@ def bad_steps():
     return digest(calm.variables), digest(loop.variables), loop.state.stats()[-1].skipped
 
 
+def policy_differs():
+    """Each rank gives the second method to another variable."""
+    own = ef.by_name({"ab"[hvd.rank()]: ef.EF21(ef.TopK(ratio=0.05))})
+    variables = [tf.Variable(tf.zeros(SHAPES[name]), name=name) for name in "ab"]
+    return error_of(
+        lambda: ef.Reducer(variables, TOP, dense=own).reduce([tf.zeros(v.shape) for v in variables])
+    )
+
+
 def main() -> None:
     hvd.init()
     ways = {
@@ -112,16 +124,17 @@ def main() -> None:
         f"{kind}, {way}": bytes_by_step(kind, **options)
         for kind in KINDS
         for way, options in ways.items()
-        if way == "graph" or kind == "top"
+        if way == "graph" or kind in ("top", "two methods")
     }
     results = {
         "kinds": facts,
         "resumed": {
             f"{kind} {stop}": resumed(kind, stop)
-            for kind in ("top", "corrected", "falling ratio")
+            for kind in ("top", "corrected", "falling ratio", "two methods")
             for stop in (2, 6)
         },
         "bad": bad_steps(),
+        "policy differs": policy_differs(),
         "differs": error_of(
             lambda: ef.Reducer([tf.Variable(tf.zeros(2000))], TOP, dense_steps=hvd.rank()).reduce(
                 [tf.zeros(2000)]
