@@ -50,6 +50,7 @@ COMMON = {
     "exchange": "auto",
     "bucket_bytes": 25 * 2**20,
     "seed": 0,
+    "dense_steps": 0,
     "sparse_as_dense": False,
 }
 METHODS = [
