@@ -54,7 +54,7 @@ CONTENTS = {
     "Results": """
         results/README results/demo results/bandwidth results/ef21 results/ef21-w
         results/ef21-variants results/doublesqueeze results/ecx results/hard-threshold
-        results/saddle results/server
+        results/saddle results/server results/learning
     """,
     "Design": """
         design design/building design/compression design/contracts design/exchanges

@@ -19,19 +19,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ef_horovod.common.extras import explained
-from ef_horovod.training.log import TrainingLog
 
 if TYPE_CHECKING:
     from ef_horovod.server.client import ServerTransport as ServerTransport
     from ef_horovod.server.server import Server as Server
     from ef_horovod.server.worker import Worker as Worker
+    from ef_horovod.training.log import TrainingLog as TrainingLog
 
-_PLACES = {"Server": "server", "ServerTransport": "client", "Worker": "worker"}
+_PLACES = {
+    "Server": "server.server",
+    "ServerTransport": "server.client",
+    "TrainingLog": "training.log",
+    "Worker": "server.worker",
+}
 __all__ = ["Server", "ServerTransport", "TrainingLog", "Worker"]
 
 
-def __getattr__(name: str) -> Any:  # parts that need MPI are loaded on first use
+def __getattr__(name: str) -> Any:  # parts that need MPI or NumPy are loaded on first use
     if name not in _PLACES:
         raise AttributeError(f"module 'ef_horovod.server' has no attribute {name!r}")
     with explained("ef_horovod.server"):
-        return getattr(importlib.import_module(f"ef_horovod.server.{_PLACES[name]}"), name)
+        return getattr(importlib.import_module(f"ef_horovod.{_PLACES[name]}"), name)

@@ -40,7 +40,6 @@ class BucketPlan(NamedTuple):
         method = self.method
         if method is not None:
             method = method.for_shapes([tuple(slot.parameter.shape) for slot in self.slots])
-        require_dense_steps(method, self.dense_steps)
         return decide(exchange, method, self.length, transport, self.dense_steps)
 
     def open(
@@ -85,6 +84,8 @@ def plan_buckets(
     by_method: dict[Method | None, list[tuple[str, Parameter]]] = {None: [], method: []}
     for name, p in named:
         by_method.setdefault(method_of(dense, name, p, method), []).append((name, p))
+    for own in by_method:
+        require_dense_steps(own, dense_steps)
     small = _pack(by_method.pop(None), _NO_LIMIT, device_of)
     plans = [BucketPlan(f"dense.{i}", s, method.uncompressed()) for i, s in enumerate(small)]
     packed = [
@@ -113,6 +114,7 @@ def plan_one(
         method, dense, dense_steps: as in `plan_buckets`.
     """
     own, slots = method_of(dense, *named, method), one_slot(bucket, named[1])
+    require_dense_steps(own, dense_steps)
     if own is None:
         return BucketPlan(bucket, slots, method.uncompressed())
     return BucketPlan(bucket, slots, own, dense_steps)

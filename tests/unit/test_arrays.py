@@ -131,6 +131,9 @@ def on_cpu_tensor(function):
             "assign",
             "add",
             "average",
+            "average_square",
+            "divide_by_root",
+            "multiply_by_root",
             "divide",
             "divide_checked",
         )
@@ -141,6 +144,7 @@ def on_cpu_tensor(function):
 rng = np.random.default_rng(2)
 BITS = rng.integers(0, 256, 1251).astype(np.uint8)
 Y = rng.normal(size=10_001).astype(np.float32)
+SQUARES = Y * Y
 INDICES = np.sort(rng.choice(10_001, 500, replace=False))
 VALUES = Y[:500] * 3
 CODE, COUNT = "the code of INDICES", "their number"  # of those that fit
@@ -172,6 +176,9 @@ CALLS = {
     "divide_checked": [(3,), (1,)],
     "add": [(Y,), (Y, -1.0), (Y, 0.5)],
     "average": [(Y, 0.25), (Y, 1.0)],
+    "average_square": [(Y, 0.25), (Y, 1.0)],
+    "divide_by_root": [(SQUARES, 0.0, 1e-8), (SQUARES, 0.5, 1e-3)],
+    "multiply_by_root": [(SQUARES, 0.0, 1e-8), (SQUARES, 0.5, 1e-3)],
     "abs_sum": [()],
     "abs_max": [()],
     "squared_norm": [()],
@@ -238,7 +245,10 @@ IN_ANOTHER_ORDER = {  # sums: equal up to rounding, of so much where terms cance
     "block_halves": 0,
     "factors": 1e-3,
 }
-WITH_OUT = ("divide", "divide_checked", "average")
+WITH_OUT = (
+    *("divide", "divide_checked", "average"),
+    *("average_square", "divide_by_root", "multiply_by_root"),
+)
 DEVICE_OPS = {name for name in vars(device) if hasattr(getattr(device, name), "on_device")}
 
 

@@ -33,7 +33,12 @@ METHODS = [
     m for cls in methods.registry.METHODS.values() for c in COMPRESSORS for m in cls.examples(c)
 ]
 STAGED = {name for name, value in vars(device).items() if hasattr(value, "__wrapped__")}
-WITH_VECTORS = {"assign", "add", "average"}  # the kinds of arrays that they are tried with:
+WITH_VECTORS = {
+    "assign",
+    "add",
+    "average",
+    "average_square",
+}  # the kinds of arrays that they are tried with:
 KINDS = {"numpy": np.array, "tensor": tf.constant, "variable": tf.Variable}
 CASES = [
     (name, call, kind)
@@ -90,10 +95,16 @@ def test_parts_of_a_variable_are_written_and_read():
 
 @pytest.mark.parametrize("name", sorted(WITH_OUT))
 def test_out_may_be_another_variable(name):
-    x, y, out = variable(np.float32([1, 2])), variable(np.float32([5, 4])), variable([0, 0])
-    getattr(device, name)(x, *(y, 0.5) if name == "average" else (4.0,), out=out)
+    x, y, out = variable(np.float32([1, 2])), variable(np.float32([4, 16])), variable([0, 0])
+    arguments, expected = {
+        "average": ((y, 0.5), [2.5, 9]),
+        "average_square": ((y, 0.5), [8.5, 129]),
+        "divide_by_root": ((y, 3.0, 1.0), [0.25, 0.4]),
+        "multiply_by_root": ((y, 3.0, 1.0), [4, 10]),
+    }.get(name, ((4.0,), [0.25, 0.5]))
+    getattr(device, name)(x, *arguments, out=out)
     assert x.numpy().tolist() == [1, 2]
-    assert out.numpy().tolist() == ([3, 3] if name == "average" else [0.25, 0.5])
+    assert out.numpy() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", adversaries())
