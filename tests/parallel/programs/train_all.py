@@ -16,16 +16,21 @@ from ef_horovod.testing import pairs
 
 
 def wrap(adapter: str, method: ef.Method, model: torch.nn.Module) -> torch.optim.Optimizer:
-    momentum = 0.0 if method.sgd_momentum else 0.5
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+    momentum = 0.0 if method.replaces_optimizer else 0.5
+    lr, dense_steps = (0.003, 10) if method.makes_updates else (0.05, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     if adapter == "ef":
         return ef.DistributedOptimizer(
-            optimizer, model.named_parameters(), compression=method, bucket_bytes=10_000
+            optimizer,
+            model.named_parameters(),
+            compression=method,
+            bucket_bytes=10_000,
+            dense_steps=dense_steps,
         )
     return hvd.DistributedOptimizer(
         optimizer,
         model.named_parameters(),
-        compression=ef.Compression(method, model.named_parameters()),
+        compression=ef.Compression(method, model.named_parameters(), dense_steps=dense_steps),
     )
 
 
