@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from launching import horovod_job, mpirun
-from same_gradients import SEED, SHAPE, STEPS, cases, digest, gradient
+from same_gradients import SEED, SHAPE, STEPS, cases, dense_steps_of, digest, gradient
 
 import ef_horovod as ef
 
@@ -45,6 +45,7 @@ def simulate(method: ef.Method, exchange: str) -> np.ndarray:
         seed=SEED,
         name="bucket.0",
         exchange=exchange,
+        dense_steps=dense_steps_of(method),
     )
     return run.x
 

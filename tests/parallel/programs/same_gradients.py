@@ -35,6 +35,11 @@ def exchanges_of(method: Method) -> list[str]:
     ]
 
 
+def dense_steps_of(method: Method) -> int:
+    """A few for the methods that need some."""
+    return 2 if method.needs_dense_steps else 0
+
+
 def cases(every: bool) -> list[tuple[Method, str]]:
     """Methods and exchanges: all of them, or a sample with every pair of values."""
     product = [(method, exchange) for method in every_method() for exchange in exchanges_of(method)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from common import ARGUMENTS, report
-from same_gradients import SEED, SHAPE, STEPS, cases, digest, gradient
+from same_gradients import SEED, SHAPE, STEPS, cases, dense_steps_of, digest, gradient
 
 
 def over_mpi():
@@ -21,7 +21,8 @@ def over_mpi():
     def walk(method, exchange):
         x = np.zeros(SHAPE, np.float32).reshape(-1)
         method = method.for_shapes([SHAPE])
-        channel = open_channel("bucket.0", x, method, transport, exchange=exchange, seed=SEED)
+        options = {"exchange": exchange, "seed": SEED, "dense_steps": dense_steps_of(method)}
+        channel = open_channel("bucket.0", x, method, transport, **options)
         for step in range(STEPS):
             channel.gradient[:] = gradient(transport.rank, step).reshape(-1)
             channel.start(step)
@@ -48,6 +49,7 @@ def with_torch(device=None):
             compression=method,
             exchange=exchange,
             seed=SEED,
+            dense_steps=dense_steps_of(method),
         )
         for step in range(STEPS):
             optimizer.zero_grad()
@@ -69,7 +71,8 @@ def with_tensorflow():
 
     def walk(method, exchange):
         x = tf.Variable(tf.zeros(SHAPE))
-        reducer = ef.Reducer([x], method, exchange=exchange, seed=SEED)
+        dense_steps = dense_steps_of(method)
+        reducer = ef.Reducer([x], method, exchange=exchange, seed=SEED, dense_steps=dense_steps)
         for step in range(STEPS):
             (direction,) = reducer.reduce([tf.constant(gradient(hvd.rank(), step))])
             x.assign_sub(direction)
