@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ef_horovod.cli.plotting import COLORS, load_pyplot
 from ef_horovod.errors import LogError
+from ef_horovod.training.log_file import Entry, parsed
 
 _NUMBER = (int, float)
 # Required fields of an entry, written by `ef_horovod.server.monitor`.
@@ -26,7 +27,6 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "dropped": (int,),
     "refused": (int,),
 }
-Entry = dict[str, Any]
 
 
 class Log(NamedTuple):
@@ -113,14 +113,7 @@ def _is_cut_off(line: str) -> bool:
 
 
 def _entry(line: str, where: str) -> Entry:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise LogError(
-            f"{where} is no JSON ({error}), expected an entry of a server; name its --log"
-        ) from None
-    if not isinstance(entry, dict):
-        raise LogError(f"{where} has {line[:60]!r}, expected an entry of a server; name its --log")
+    entry = parsed(line, where, "an entry of a server; name its --log")
     for name, kinds in _FIELDS.items():
         if not isinstance(entry.get(name, _FIELDS), kinds) or isinstance(entry[name], bool):
             got = repr(entry[name]) if name in entry else "nothing"

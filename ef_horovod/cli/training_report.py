@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -210,8 +211,9 @@ def _fits(plot: Plot, x: float, y: float) -> bool:
 def _smooth(values: Sequence[float]) -> list[float]:
     """The mean over the last values, up to a part of all."""
     width = max(1, len(values) // _SMOOTHING)
-    parts = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+    sums = [0.0, *accumulate(values)]
+    starts = [max(0, end - width) for end in range(1, len(sums))]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
 
 
 def html_page(runs: Runs, images: dict[str, bytes]) -> str:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-from ef_horovod.common.extras import require
-from ef_horovod.training import log
+from ef_horovod.training.log import TensorBoardLog
 
 
-class TrainingLog(log.TrainingLog):
+class TrainingLog(TensorBoardLog):
     """Writes a JSON line about every `every`-th step; `ef-horovod report` draws it.
 
     Make it on all ranks and call `step` on all ranks after each step. Rank 0 writes, or each rank
@@ -42,25 +39,10 @@ class TrainingLog(log.TrainingLog):
         log.close()
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        optimizer: log.Watched | Sequence[log.Watched],
-        every: int = 10,
-        *,
-        layers: bool = True,
-        tensorboard: Any = None,
-    ) -> None:
-        if tensorboard is not None:
-            require("tensorboard", "ef.TrainingLog(tensorboard=)")
-        self._tensorboard = tensorboard
-        shown = None if tensorboard is None else self._show
-        super().__init__(path, optimizer, every, layers=layers, scalars=shown)
+    def _open(self, folder: str) -> Any:
+        return tf.summary.create_file_writer(folder)
 
-    def _show(self, scalars: dict[str, float], step: int) -> None:
-        if isinstance(self._tensorboard, (str, Path)):  # opened only by ranks that write
-            self._tensorboard = tf.summary.create_file_writer(str(self._tensorboard))
+    def _write(self, scalars: dict[str, float], step: int) -> None:
         with self._tensorboard.as_default():
             for name, value in scalars.items():
-                tf.summary.scalar(f"ef/{name}", value, step=step)
-        self._tensorboard.flush()
+                tf.summary.scalar(name, value, step=step)

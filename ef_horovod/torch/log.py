@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ef_horovod.common.extras import require
-from ef_horovod.training import log
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from ef_horovod.training.log import TensorBoardLog
 
 
-class TrainingLog(log.TrainingLog):
+class TrainingLog(TensorBoardLog):
     """Writes a JSON line about every `every`-th step; `ef-horovod report` draws it.
 
     Make it on all ranks and call `step` on all ranks after each step. Rank 0 writes, or each rank
@@ -46,26 +40,11 @@ class TrainingLog(log.TrainingLog):
         log.close()
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        optimizer: log.Watched | Sequence[log.Watched],
-        every: int = 10,
-        *,
-        layers: bool = True,
-        tensorboard: str | Path | SummaryWriter | None = None,
-    ) -> None:
-        if tensorboard is not None:
-            require("tensorboard", "ef.TrainingLog(tensorboard=)")
-        self._tensorboard: Any = tensorboard
-        shown = None if tensorboard is None else self._show
-        super().__init__(path, optimizer, every, layers=layers, scalars=shown)
+    def _open(self, folder: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
 
-    def _show(self, scalars: dict[str, float], step: int) -> None:
-        if isinstance(self._tensorboard, (str, Path)):  # opened only by ranks that write
-            from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(folder)
 
-            self._tensorboard = SummaryWriter(str(self._tensorboard))
+    def _write(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
-            self._tensorboard.add_scalar(f"ef/{name}", value, step)
-        self._tensorboard.flush()
+            self._tensorboard.add_scalar(name, value, step)

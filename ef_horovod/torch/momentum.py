@@ -23,6 +23,8 @@ def require_fit(optimizer: Any, method: Method) -> None:
             updates.
     """
     require_no_momentum(optimizer.param_groups, method)
+    if not method.makes_updates:
+        return
     found = "" if isinstance(optimizer, torch.optim.SGD) else f"the rule of {_name(optimizer)}"
     momenta = [group["momentum"] for group in optimizer.param_groups if group.get("momentum")]
     require_plain_sgd(method, found or (f"momentum={momenta[0]}" if momenta else ""))

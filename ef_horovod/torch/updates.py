@@ -140,7 +140,7 @@ class CompressedUpdates:
         engine.begin()
         self._in_sync.check()
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        self.step_skipped = not engine.agree(all(_is_finite(g) for g in gradients))
+        self.step_skipped = not engine.agree(_are_finite(gradients))
         if not self.step_skipped:
             self.step_skipped = not engine.average(self.optimizer.step)
 
@@ -256,8 +256,11 @@ def _refuse(method: Method, exchange: str) -> None:
         )
 
 
-def _is_finite(gradient: torch.Tensor | None) -> bool:
-    if gradient is None:
-        return True
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return bool(torch.isfinite(values).all())
+def _are_finite(gradients: Iterable[torch.Tensor | None]) -> bool:
+    """One wait for each device, not for each gradient."""
+    good: dict[torch.device, list[torch.Tensor]] = {}
+    for g in gradients:
+        if g is not None:
+            values = g.coalesce().values() if g.is_sparse else g
+            good.setdefault(g.device, []).append(torch.isfinite(values).all())
+    return all(bool(torch.stack(each).all()) for each in good.values())

@@ -6,12 +6,14 @@ import os
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from ef_horovod.common.extras import require
 from ef_horovod.common.options import flag, whole
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.stats import ChannelStats, total_stats
@@ -225,6 +227,48 @@ class TrainingLog:
         transport = self._transport()
         rank = transport.rank if transport is not None else 0
         return Path(str(self._path).replace("{rank}", str(rank)))
+
+
+class TensorBoardLog(TrainingLog, ABC):
+    """Base of the logs of the frameworks: lines, and the same numbers in TensorBoard.
+
+    Args:
+        path, optimizer, every, layers: as in `TrainingLog`.
+        tensorboard: a folder for TensorBoard, or the framework's writer.
+
+    Raises:
+        LogError, UnsupportedError, ValueError: as in `TrainingLog`.
+        ModuleNotFoundError: TensorBoard is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        optimizer: Watched | Sequence[Watched],
+        every: int = 10,
+        *,
+        layers: bool = True,
+        tensorboard: Any = None,
+    ) -> None:
+        if tensorboard is not None:
+            require("tensorboard", "ef.TrainingLog(tensorboard=)")
+        self._tensorboard = tensorboard
+        shown = None if tensorboard is None else self._show
+        super().__init__(path, optimizer, every, layers=layers, scalars=shown)
+
+    def _show(self, scalars: dict[str, float], step: int) -> None:
+        if isinstance(self._tensorboard, (str, Path)):  # opened only by ranks that write
+            self._tensorboard = self._open(str(self._tensorboard))
+        self._write({f"ef/{name}": value for name, value in scalars.items()}, step)
+        self._tensorboard.flush()
+
+    @abstractmethod
+    def _open(self, folder: str) -> Any:
+        """The framework's writer into a folder."""
+
+    @abstractmethod
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        """Pass numbers on to the writer."""
 
 
 class _Now(NamedTuple):

@@ -22,6 +22,7 @@ COUNTERS = (
 )  # fmt: skip
 _NORMS = ("loss", "error_norm", "gradient_norm")
 Entry = dict[str, Any]
+_A_LINE = "a line of a training log; name a file of ef.TrainingLog"
 
 
 class TrainingRun(NamedTuple):
@@ -132,7 +133,7 @@ def read_log(file: Path) -> TrainingRun:
     before: Entry = {}
     for number, line in enumerate(lines, 1):
         where = f"{file}, line {number}"
-        entry = _parsed(line, where)
+        entry = parsed(line, where, _A_LINE)
         if number == 1 or "format" in entry:
             header = _checked_header(entry, where)
             if header["start"] == 0 and found:
@@ -154,19 +155,23 @@ def _unreadable(file: Path, error: Exception) -> LogError:
     )
 
 
-def _parsed(line: str, where: str) -> Entry:
+def parsed(line: str, where: str, expected: str) -> Entry:
+    """The JSON object in a line.
+
+    Args:
+        line: of a log.
+        where: names file and line.
+        expected: ends the message: what was expected, and the way out.
+
+    Raises:
+        LogError: the line is something else.
+    """
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise LogError(
-            f"{where} is no JSON ({error}), expected a line of a training log; name a file of "
-            "ef.TrainingLog"
-        ) from None
+        raise LogError(f"{where} is no JSON ({error}), expected {expected}") from None
     if not isinstance(entry, dict):
-        raise LogError(
-            f"{where} has {line[:60]!r}, expected a line of a training log; name a file of "
-            "ef.TrainingLog"
-        )
+        raise LogError(f"{where} has {line[:60]!r}, expected {expected}")
     return entry
 
 

@@ -196,32 +196,20 @@ def test_what_is_not_compressed_needs_no_warm_up():
     assert decide("auto", PLAIN[0], D, end, 0).warm_up() is None
 
 
+def simulate(**options):
+    x = float32_zeros(4)
+    ef.simulate(PLAIN[0], lambda i, x, t: x, x, workers=2, steps=1, step_size=0.1, **options)
+
+
 def test_servers_are_refused():
     with pytest.raises(UnsupportedError, match="got dense_steps=3 with exchange='server', expect"):
-        ef.simulate(
-            PLAIN[0],
-            lambda i, x, t: x,
-            float32_zeros(4),
-            workers=2,
-            steps=1,
-            step_size=0.1,
-            exchange="server",
-            dense_steps=3,
-        )
+        simulate(exchange="server", dense_steps=3)
 
 
 @pytest.mark.parametrize("steps", [-1, 1.5, True, None])
 def test_a_number_of_steps_is_a_whole_number(steps):
     with pytest.raises(ValueError, match=r"got dense_steps=.*expected .*; 0 compresses from the"):
-        ef.simulate(
-            PLAIN[0],
-            lambda i, x, t: x,
-            float32_zeros(4),
-            workers=2,
-            steps=1,
-            step_size=0.1,
-            dense_steps=steps,
-        )
+        simulate(dense_steps=steps)
 
 
 @pytest.mark.parametrize("method", [PLAIN[0], ef.MomentumCorrection(ef.TopK(k=7))], ids=repr)

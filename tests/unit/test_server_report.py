@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import re
 
 import pytest
+from reports import hide_matplotlib, run
 
-from ef_horovod.cli import main as cli
 from ef_horovod.cli.server_report import read_log, summarize
 from ef_horovod.server.monitor import ServerMonitor, Totals
 
@@ -27,12 +26,6 @@ def write(log, server=0, every=10.0, rounds=(40, 60), workers=3):
         totals[0] = Totals(done, 100 * done, 200 * done, 3, 1)
         watch.look()
     watch.close()
-
-
-def run(capsys, *words):
-    status = cli.main(["report", *map(str, words)])
-    said = capsys.readouterr()
-    return status, said.out, said.err
 
 
 def test_table_and_plot_of_a_server(tmp_path, capsys):
@@ -169,14 +162,7 @@ def test_images_that_cannot_be_written_are_named_in_one_sentence(name, problem, 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     log = tmp_path / "log.jsonl"
     write(log)
-    plain = builtins.__import__
-
-    def without(name, *rest):
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return plain(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    hide_matplotlib(monkeypatch)
     status, out, err = run(capsys, log)
     assert status == 1
     assert "1/80.0" in out, "the table needs none"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import builtins
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+from reports import hide_matplotlib, run
 
-from ef_horovod.cli import main as cli
 from ef_horovod.training.log_file import FORMAT, LogFile
 
 
@@ -37,12 +36,6 @@ def write(path, *, steps=40, sent=1000, loss=lambda step: 4 / step):
             }
         )  # fmt: skip
     return path
-
-
-def run(capsys, *words):
-    status = cli.main(["report", *map(str, words)])
-    said = capsys.readouterr()
-    return status, said.out, said.err
 
 
 def cells(text, name):
@@ -149,14 +142,8 @@ def test_wrong_files_are_refused_by_name(tmp_path, capsys, monkeypatch, words, p
 
 
 def test_without_matplotlib_the_table_is_printed(tmp_path, capsys, monkeypatch):
-    log, plain = write(tmp_path / "log"), builtins.__import__
-
-    def without(name, *rest):
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return plain(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    log = write(tmp_path / "log")
+    hide_matplotlib(monkeypatch)
     status, out, err = run(capsys, log)
     assert status == 1
     assert "28 Mbit/s" in out
