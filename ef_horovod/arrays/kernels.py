@@ -36,17 +36,19 @@ def average_square(x, y, keep, weight, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def divide_by_root(x, squares, least, eps, out):  # type: ignore[no-untyped-def]
-    """out = x / (max(sqrt(squares), least) + eps), all float32[n]."""
+def divide_by_root(x, squares, least, of_zero, eps, out):  # type: ignore[no-untyped-def]
+    """out = x / (max(sqrt(squares), least) + eps), all float32[n]; of_zero for sqrt(0)."""
     for i in range(x.size):
-        out[i] = x[i] / (max(np.sqrt(squares[i]), least) + eps)
+        root = of_zero if squares[i] == 0 else max(np.sqrt(squares[i]), least)
+        out[i] = x[i] / (root + eps)
 
 
 @njit(cache=True, nogil=True)
-def multiply_by_root(x, squares, least, eps, out):  # type: ignore[no-untyped-def]
-    """out = x * (max(sqrt(squares), least) + eps), all float32[n]."""
+def multiply_by_root(x, squares, least, of_zero, eps, out):  # type: ignore[no-untyped-def]
+    """out = x * (max(sqrt(squares), least) + eps), all float32[n]; of_zero for sqrt(0)."""
     for i in range(x.size):
-        out[i] = x[i] * (max(np.sqrt(squares[i]), least) + eps)
+        root = of_zero if squares[i] == 0 else max(np.sqrt(squares[i]), least)
+        out[i] = x[i] * (root + eps)
 
 
 @njit(cache=True, nogil=True)

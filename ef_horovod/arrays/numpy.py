@@ -148,17 +148,31 @@ def average_square(x: np.ndarray, y: np.ndarray, weight: float, out: np.ndarray)
 
 
 def divide_by_root(
-    x: np.ndarray, squares: np.ndarray, least: float, eps: float, out: np.ndarray
+    x: np.ndarray,
+    squares: np.ndarray,
+    least: float,
+    of_zero: float,
+    eps: float,
+    out: np.ndarray,
 ) -> None:
-    """out = x / (max(sqrt(squares), least) + eps); `out` may be x."""
-    _kernels().divide_by_root(x, squares, np.float32(least), np.float32(eps), out)
+    """out = x / (max(sqrt(squares), least) + eps), of_zero for sqrt(0); `out` may be x."""
+    _kernels().divide_by_root(
+        x, squares, np.float32(least), np.float32(of_zero), np.float32(eps), out
+    )
 
 
 def multiply_by_root(
-    x: np.ndarray, squares: np.ndarray, least: float, eps: float, out: np.ndarray
+    x: np.ndarray,
+    squares: np.ndarray,
+    least: float,
+    of_zero: float,
+    eps: float,
+    out: np.ndarray,
 ) -> None:
-    """out = x * (max(sqrt(squares), least) + eps); `out` may be x."""
-    _kernels().multiply_by_root(x, squares, np.float32(least), np.float32(eps), out)
+    """out = x * (max(sqrt(squares), least) + eps), of_zero for sqrt(0); `out` may be x."""
+    _kernels().multiply_by_root(
+        x, squares, np.float32(least), np.float32(of_zero), np.float32(eps), out
+    )
 
 
 def abs_sum(x: np.ndarray) -> float:

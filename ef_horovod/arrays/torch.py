@@ -136,16 +136,26 @@ def average_square(x: torch.Tensor, y: torch.Tensor, weight: float, out: torch.T
 
 @_kernel
 def divide_by_root(
-    x: torch.Tensor, squares: torch.Tensor, least: float, eps: float, out: torch.Tensor
+    x: torch.Tensor,
+    squares: torch.Tensor,
+    least: float,
+    of_zero: float,
+    eps: float,
+    out: torch.Tensor,
 ) -> None:
-    torch.div(x, squares.sqrt().clamp_(min=least).add_(eps), out=out)
+    torch.div(x, _roots(squares, least, of_zero).add_(eps), out=out)
 
 
 @_kernel
 def multiply_by_root(
-    x: torch.Tensor, squares: torch.Tensor, least: float, eps: float, out: torch.Tensor
+    x: torch.Tensor,
+    squares: torch.Tensor,
+    least: float,
+    of_zero: float,
+    eps: float,
+    out: torch.Tensor,
 ) -> None:
-    torch.mul(x, squares.sqrt().clamp_(min=least).add_(eps), out=out)
+    torch.mul(x, _roots(squares, least, of_zero).add_(eps), out=out)
 
 
 @_kernel
@@ -272,6 +282,10 @@ def add_widened(x: torch.Tensor, codes: np.ndarray, kind: str, shift: int, weigh
     for start in range(0, x.numel(), _WORK):
         wide = (half[start : start + _WORK].double() * 2.0**-shift).float()
         _add_product(x[start : start + _WORK], wide, weight)
+
+
+def _roots(squares: torch.Tensor, least: float, of_zero: float) -> torch.Tensor:
+    return squares.sqrt().clamp_(min=least).masked_fill_(squares == 0, of_zero)
 
 
 def _divide(x: torch.Tensor, divisor: float, out: torch.Tensor) -> None:

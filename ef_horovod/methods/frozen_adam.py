@@ -11,6 +11,7 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.common.options import keep_flag, keep_number
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.clipping import clip_norm, keep_clip
 from ef_horovod.methods.error_feedback import require_no_amplifier
@@ -50,8 +51,8 @@ class FrozenAdam(Method):
         beta1: of the momentum, as in torch.optim.AdamW.
         beta2: of the second moment.
         eps: added to the root of the second moment.
-        floor: a frozen root is at least this part of the largest one in the vector. Else an entry
-            without a gradient in the dense steps would take huge steps later.
+        floor: a frozen root is at least this part of the largest one in the vector. An entry
+            without any gradient in the dense steps has the largest: it moves little.
         precondition: compress p / sqrt(v); None: for sparsifiers only. One scale for all signs
             suits p.
         clip: before all else, each worker scales its gradient down to a norm of at most
@@ -61,6 +62,7 @@ class FrozenAdam(Method):
     Raises:
         ValueError: a number out of range, or a compressor without a known bound on the error
             memory.
+        UnsupportedError: in a step, if a whole vector had no gradient in the dense steps.
 
     Example:
         >>> import ef_horovod as ef
@@ -127,6 +129,7 @@ class FrozenAdam(Method):
         self, state: FrozenAdamState, aggregate: Array | Payload
     ) -> tuple[Array, FrozenAdamState]:
         xp, momentum, update = namespace(state.momentum), state.momentum, state.update
+        self._require_learnt(state, aggregate)
         if self._preconditions:
             xp.assign(update, aggregate)
             xp.multiply_by_root(aggregate, state.second, *self._limits(state), out=momentum)
@@ -139,10 +142,21 @@ class FrozenAdam(Method):
     def _preconditions(self) -> bool:
         return self.compressor.sends_entries if self.precondition is None else self.precondition
 
-    def _limits(self, state: FrozenAdamState) -> tuple[float, float]:
-        """The least root, and eps."""
+    def _limits(self, state: FrozenAdamState) -> tuple[float, float, float]:
+        """The least root, the root of zero, and eps."""
         # Of the largest: a mean could differ between processors, and all ranks need the same.
-        return self.floor * math.sqrt(namespace(state.second).abs_max(state.second)), self.eps
+        largest = math.sqrt(namespace(state.second).abs_max(state.second)) or 1.0
+        return self.floor * largest, largest, self.eps
+
+    def _require_learnt(self, state: FrozenAdamState, aggregate: Array) -> None:
+        """Raise on all ranks for a vector whose first gradient comes after the dense steps."""
+        xp = namespace(state.second)
+        if not xp.abs_max(state.second) and xp.abs_max(aggregate):
+            raise UnsupportedError(
+                f"got the first gradient of a bucket after the dense steps with {self!r}, expected "
+                "one in them, because Adam's second moment is learnt there; raise dense_steps, or "
+                "keep these parameters uncompressed by dense="
+            )
 
     def _clip(self, gradient: Array, key: Key) -> None:
         if self.clip is not None:
@@ -171,7 +185,7 @@ class DenseAdam(FrozenAdam):
         xp, (_, momentum, second, update, steps) = namespace(state.momentum), state
         xp.average(momentum, aggregate, _weight(self.beta1, steps), out=momentum)
         xp.average_square(second, aggregate, _weight(self.beta2, steps), out=second)
-        xp.divide_by_root(momentum, second, 0.0, self.eps, out=update)
+        xp.divide_by_root(momentum, second, 0.0, 0.0, self.eps, out=update)
         return update, state
 
 

@@ -99,8 +99,8 @@ def test_out_may_be_another_variable(name):
     arguments, expected = {
         "average": ((y, 0.5), [2.5, 9]),
         "average_square": ((y, 0.5), [8.5, 129]),
-        "divide_by_root": ((y, 3.0, 1.0), [0.25, 0.4]),
-        "multiply_by_root": ((y, 3.0, 1.0), [4, 10]),
+        "divide_by_root": ((y, 3.0, 9.0, 1.0), [0.25, 0.4]),
+        "multiply_by_root": ((y, 3.0, 9.0, 1.0), [4, 10]),
     }.get(name, ((4.0,), [0.25, 0.5]))
     getattr(device, name)(x, *arguments, out=out)
     assert x.numpy().tolist() == [1, 2]
