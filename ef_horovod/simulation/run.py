@@ -78,7 +78,7 @@ def simulate(
             method compresses both ways. These have the same iterates, but different byte counts.
             "double_pass": worker j reduces slice j of x, named NAME/j. The compressor sees slices,
             so the iterates differ. "auto:NETWORK" is refused, because no time passes on a network.
-        dense_steps: the first steps, so many, send uncompressed averages. Error feedback then
+        dense_steps: number of first steps that send uncompressed averages. Error feedback then
             starts from zero, and `MomentumCorrection` from its momentum.
         estimator: computes the method's input from a worker's gradients.
         observe: called with x after every step; a dict that it returns is added to the history.

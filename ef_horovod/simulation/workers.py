@@ -9,7 +9,7 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import NonFiniteError, UnsupportedError
 from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.channel import Channel, conclude, settle
-from ef_horovod.exchange.warmup import WarmupChannel, refuse_dense_steps
+from ef_horovod.exchange.warmup import WarmupChannel, refuse_dense_steps, require_dense_steps
 from ef_horovod.methods.base import Method
 from ef_horovod.simulation.endpoints import RankWorker, ServedWorker
 from ef_horovod.training.choice import Choice, choose
@@ -43,6 +43,7 @@ def choice_of(
             "slice here, and ranks may share workers; leave transport= out"
         )
     refuse_dense_steps(kind, dense_steps)
+    require_dense_steps(method, dense_steps)
     return Choice(kind, method, dense_steps)
 
 

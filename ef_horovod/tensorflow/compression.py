@@ -24,7 +24,7 @@ from ef_horovod.tensorflow.graphs import refuse_xla
 from ef_horovod.tensorflow.variables import name_variables, path_of
 from ef_horovod.training.buckets import plan_one
 from ef_horovod.training.driver import StepDriver
-from ef_horovod.training.momentum import refuse_one_rank
+from ef_horovod.training.momentum import refuse_one_rank, require_included
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -93,6 +93,7 @@ class Compression(StepDriver[Bucket], tf.Module):
         prefix = next_prefix("ef.stock", process_set)
         transport = open_lasting(prefix, process_set, timeout)
         refuse_one_rank(method, hvd.size())
+        require_included(method, transport.rank >= 0)
         if transport.size > 1:
             by_path = [(path_of(variable), variable) for _, variable in named]
             warn_of_surprises(by_path, method, dense, transport.rank)
@@ -137,7 +138,8 @@ class Compression(StepDriver[Bucket], tf.Module):
     @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: _UnderWay) -> tf.Tensor:
         """Called by Horovod after `compress`; makes the ops that finish the exchange."""
-        factor = tf.round(tensor)[0]
+        # Adam's update of a sum of gradients is that of their mean.
+        factor = tf.ones([]) if self.method.makes_updates else tf.round(tensor)[0]
         bucket = self.buckets[ctx.place]
         (direction,), _, _ = receive([bucket], [ctx.arrived], ctx.step, factor, tf.constant(True))
         with tf.control_dependencies([direction]):

@@ -27,7 +27,7 @@ class TrainingLog(TensorBoardLog):
             ef/error_norm, ef/gradient_norm and ef/skipped of each line.
 
     Raises:
-        LogError: the path is another file, or cannot be written.
+        LogError: the path is another file, or its folder cannot be written.
         ModuleNotFoundError: TensorBoard is not installed.
         UnsupportedError: `optimizer` is something else.
         ValueError: `every` is out of range.

@@ -21,7 +21,7 @@ from ef_horovod.tensorflow.options import Options, ReducerOptions, require_optio
 from ef_horovod.tensorflow.server_transport import GraphTransport, ServerBridge
 from ef_horovod.tensorflow.variables import name_variables, path_of
 from ef_horovod.training.choice import wants_server
-from ef_horovod.training.momentum import for_one_rank
+from ef_horovod.training.momentum import for_one_rank, require_included
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -66,7 +66,7 @@ class Reducer(tf.Module):
         bucket_bytes: variables are packed into buckets of about this many bytes of float32. Each
             is compressed as one vector and sent in one collective as soon as its gradients exist.
         seed: of random compressors.
-        dense_steps: the first steps, so many, send uncompressed averages. Error feedback then
+        dense_steps: number of first steps that send uncompressed averages. Error feedback then
             starts from zero, and `MomentumCorrection` from its momentum.
         sparse_as_dense: compress `tf.IndexedSlices` like all others. Otherwise their rows are sent
             uncompressed, each once.
@@ -117,13 +117,13 @@ class Reducer(tf.Module):
         named = name_variables(variables)
         by_path = [(path_of(variable), variable) for _, variable in named]
         require_answers(by_path, dense, compression)
-        alone = compression.replaces_optimizer
-        transport = transport or _open_transport(exchange, process_set, timeout, alone=alone)
+        transport = transport or _open_transport(exchange, process_set, timeout, compression)
         if transport is not None and transport.size == 1 and not transport.has_server:
             (compression, dense), exchange = for_one_rank(compression, dense), "auto"
         options = Options(
             method=compression,
-            average=op == hvd.Average,
+            # Adam's update of a sum of gradients is that of their mean.
+            average=op == hvd.Average or compression.makes_updates,
             dense=dense,
             exchange=exchange,
             bucket_bytes=bucket_bytes,
@@ -275,14 +275,15 @@ class Reducer(tf.Module):
 
 
 def _open_transport(
-    exchange: str, process_set: Any, timeout: float | None, *, alone: bool
+    exchange: str, process_set: Any, timeout: float | None, method: Method
 ) -> GraphTransport | None:
-    """Transport to the other ranks or the servers; None with a single rank, unless `alone`."""
+    """Transport to the other ranks or the servers; None where plain gradients are enough."""
     if wants_server(exchange):
         return open_servers(timeout)
     process_set = process_set or hvd.global_process_set
     prefix = next_prefix("ef", process_set)  # make reducers in the same order on all ranks
-    if process_set.included() and (alone or process_set.size() > 1):
+    require_included(method, process_set.included())
+    if process_set.included() and (method.replaces_optimizer or process_set.size() > 1):
         return open_lasting(prefix, process_set, timeout)
     return None
 

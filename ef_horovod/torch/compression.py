@@ -29,7 +29,7 @@ from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import plan_one
 from ef_horovod.training.driver import StepDriver
-from ef_horovod.training.momentum import refuse_one_rank, refuse_rows
+from ef_horovod.training.momentum import refuse_one_rank, refuse_rows, require_included
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -102,6 +102,7 @@ class Compression(StepDriver[Bucket]):
         transport = HorovodTorchTransport(prefix, process_set, timeout)
         watch_over(transport, hvd.shutdown)
         refuse_one_rank(method, hvd.size())  # not that of the process set
+        require_included(method, transport.rank >= 0)
         self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was dropped, and no optimizer has stepped since
@@ -157,7 +158,9 @@ class Compression(StepDriver[Bucket]):
         direction = self._directions.pop(name)
         if not self._directions:
             self._directions = None
-        factor = tensor.round()[0] * self._loss_scale
+        # Adam's update of a sum of gradients is that of their mean.
+        summed = 1.0 if self.method.makes_updates else tensor.round()[0]
+        factor = summed * self._loss_scale
         return gradient.copy_(direction.view(gradient.shape)).mul_(factor)
 
     def _begin(self) -> None:

@@ -106,7 +106,7 @@ def DistributedOptimizer(
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32. Each
             is compressed as one vector and sent in one collective, during backward.
         seed: of random compressors.
-        dense_steps: the first steps, so many, send uncompressed averages. Error feedback then
+        dense_steps: number of first steps that send uncompressed averages. Error feedback then
             starts from zero, and `MomentumCorrection` from its momentum.
         grad_scaler: the scaler. Needed only if you call `synchronize()` yourself.
         overlap: send buckets during backward (False: all of them in `synchronize`).
@@ -133,8 +133,7 @@ def DistributedOptimizer(
     frozen = [(name, p) for name, p in named if not p.requires_grad]
     require_answers(trainable, dense, method)
     wrapped = wrapping.wrap(optimizer, _Distributed)
-    alone = method.replaces_optimizer
-    transport = open_transport(exchange, process_set, timeout, alone=alone)
+    transport = open_transport(exchange, process_set, timeout, method)
     if transport is None:
         return wrapped
     if transport.size == 1 and not transport.has_server:
@@ -147,7 +146,8 @@ def DistributedOptimizer(
         passes=backward_passes_per_step,
         seed=seed,
         dense_steps=dense_steps,
-        average=op == hvd.Average,
+        # Adam's update of a sum of gradients is that of their mean.
+        average=op == hvd.Average or method.makes_updates,
         sparse_as_dense=sparse_as_dense,
         overlap=overlap,
         check_sync=check_sync,

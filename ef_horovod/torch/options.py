@@ -11,6 +11,7 @@ import torch
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.training.choice import wants_server
+from ef_horovod.training.momentum import require_included
 from ef_horovod.training.policy import DensePolicy, refuse_elastic, refuse_process_set
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.horovod import next_prefix
@@ -93,9 +94,9 @@ def refuse_unsupported(
 
 
 def open_transport(
-    exchange: str, process_set: Any, timeout: float | None, *, alone: bool
+    exchange: str, process_set: Any, timeout: float | None, method: Method
 ) -> Transport | None:
-    """Transport to the other ranks or the servers; None with a single rank, unless `alone`."""
+    """Transport to the other ranks or the servers; None where the plain optimizer is enough."""
     if wants_server(exchange):
         from ef_horovod.server.client import ServerTransport
 
@@ -103,7 +104,8 @@ def open_transport(
         return ServerTransport(timeout)
     process_set = process_set or hvd.global_process_set
     prefix = next_prefix("ef", process_set)  # wrap optimizers in the same order on all ranks
-    if process_set.included() and (alone or process_set.size() > 1):
+    require_included(method, process_set.included())
+    if process_set.included() and (method.replaces_optimizer or process_set.size() > 1):
         transport = HorovodTorchTransport(prefix, process_set, timeout)
         watch_over(transport, hvd.shutdown)
         return transport

@@ -61,7 +61,7 @@ class CompressedUpdates:
         exchange: as in `ef.DistributedOptimizer`, but no server.
         bucket_bytes: bytes of float32 per compressed bucket.
         seed: of random compressors.
-        dense_steps: the first steps, so many, average uncompressed updates.
+        dense_steps: number of first steps that average uncompressed updates.
         process_set: Horovod process set to average over; default all ranks.
         check_sync: as in `ef.DistributedOptimizer`.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
@@ -106,7 +106,7 @@ class CompressedUpdates:
         self.optimizer, self._engine = optimizer, None
         named, others = name_parameters(named_parameters, optimizer.param_groups)
         require_free({p: name for name, p in named})
-        transport = open_transport(exchange, process_set, timeout, alone=False)
+        transport = open_transport(exchange, process_set, timeout, method)
         if transport is None:
             return
         self._engine = _Engine(

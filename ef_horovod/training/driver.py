@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ef_horovod.arrays import Array
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.channel import Channel, finish_step
 from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.exchange.server import finish_rounds
@@ -105,7 +106,18 @@ class StepDriver(Generic[B]):
         self._set_step(load_state(state, self.buckets, self.method, self.transport))
 
     def forget(self) -> None:
-        """Reset the error-feedback state to that before the first step; call it on all ranks."""
+        """Reset the error-feedback state to that before the first step; call it on all ranks.
+
+        Raises:
+            UnsupportedError: after the first step, if the method learns in dense steps.
+        """
+        if self.method.needs_dense_steps and self._steps_done():
+            raise UnsupportedError(
+                f"got new values of variables after {self._steps_done()} steps with "
+                f"{self.method!r}, expected them before the first step, because Adam's second "
+                "moment would be lost; make a new optimizer or reducer, which begins with its "
+                "dense steps"
+            )
         for channel in self._channels():
             channel.forget()
 
@@ -121,7 +133,9 @@ class StepDriver(Generic[B]):
             ConfigMismatchError: they differ between ranks.
         """
         facts, own = describe(self.buckets), own_methods(self.buckets, self.method)
-        policy = [f"parameter '{name}' by {method!r} of its own" for name, method in own.items()]
+        policy = [
+            f"parameter '{name}' by its own method {method!r}" for name, method in own.items()
+        ]
         usual = f"compression {self.method!r}"
         require_same_config(self.transport, [usual, *options, *policy, *facts])
         self.transport.handshake(facts, self._steps_done(), several_rounds=several_rounds)

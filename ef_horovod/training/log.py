@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -15,12 +16,19 @@ from typing import Any, NamedTuple, Protocol
 
 from ef_horovod.common.extras import require
 from ef_horovod.common.options import flag, whole
-from ef_horovod.errors import UnsupportedError
+from ef_horovod.errors import LogError, UnsupportedError
 from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.training.advice import Advice
 from ef_horovod.training.buckets import own_methods
 from ef_horovod.training.driver import LayerNorms, StepDriver
-from ef_horovod.training.log_file import COUNTERS, FORMAT, VERSION, LogFile, refuse_others
+from ef_horovod.training.log_file import (
+    COUNTERS,
+    FORMAT,
+    VERSION,
+    LogFile,
+    refuse_others,
+    require_folder,
+)
 
 _PACKAGES = ("numpy", "torch", "tensorflow", "keras", "horovod", "mpi4py")
 _SHOWN = ("loss", "ratio", "error_norm", "gradient_norm", "skipped")  # as scalars
@@ -55,9 +63,10 @@ class TrainingLog:
         scalars: gets {name: value} and the step for each line, to show them elsewhere.
 
     Raises:
-        LogError: the path is another file, or cannot be written.
+        LogError: the path is another file, or its folder cannot be written. Later failures give a
+            warning: a log does not end a training.
         UnsupportedError: `optimizer` is something else.
-        ValueError: `every` is out of range.
+        ValueError: `every` is out of range, or a loss is no single number.
 
     Example:
         log = TrainingLog("runs/topk.jsonl", worker, every=10)
@@ -84,7 +93,9 @@ class TrainingLog:
         for one in self._watched:
             _require_watched(one)
         self._path, self._layers, self._scalars = Path(path), layers, scalars
-        refuse_others(self._path)  # now, not in the middle of the first steps
+        # Now and on all ranks, not in the middle of the first steps and on one.
+        refuse_others(self._path)
+        require_folder(self._path)
         self._file: LogFile | None = None  # opened at the first line, when the rank is known
         self._writes: bool | None = None
         self._calls, self._begin = 0, time.perf_counter()
@@ -102,6 +113,7 @@ class TrainingLog:
             step: number of steps taken, if it is not that of the optimizer; with a single rank,
                 pass it in a training that was resumed.
         """
+        _require_number(loss)  # on all ranks, or one of them would be missing in the next step
         self._calls += 1
         if self._writes is None:
             self._writes = self._is_writer()
@@ -123,7 +135,7 @@ class TrainingLog:
                 self._file = LogFile(self._own_path())
                 self._file.append(self._header(now))
             self._file.append(now.entry)
-        except OSError as error:  # must not end the training
+        except (OSError, LogError) as error:  # must not end the training
             self._writes = False
             warnings.warn(
                 f"could not write {self._own_path()} ({error}), the training goes on without a log",
@@ -293,6 +305,15 @@ def _require_watched(optimizer: Any) -> None:
             f"TrainingLog got a {type(optimizer).__name__} as optimizer, expected one that "
             "ef.DistributedOptimizer returned, or an ef.Reducer, ef.Compression or Worker; wrap "
             "the optimizer first"
+        )
+
+
+def _require_number(loss: Any) -> None:
+    shape = getattr(loss, "shape", ())
+    if isinstance(loss, str) or math.prod(tuple(shape)) != 1:
+        raise ValueError(
+            f"TrainingLog got {str(loss)[:60]!r} as loss, expected a number or a tensor of one "
+            "element; pass for example loss.mean()"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,17 +58,14 @@ class LogFile:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        require_folder(file)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists() and file.stat().st_size:
                 refuse_others(file)
                 _cut(file)
             file.touch()
         except OSError as error:
-            raise LogError(
-                f"could not write {file} ({error}), expected a place for the training log; name "
-                "another path"
-            ) from None
+            raise _unwritable(file, error) from None
 
     def append(self, entry: Entry) -> None:
         """Write a line.
@@ -94,6 +92,27 @@ def refuse_others(file: Path) -> None:
             f"{file} is another file, expected a training log to go on in, or none; name another "
             "path"
         )
+
+
+def require_folder(file: Path) -> None:
+    """Make the folder of a log.
+
+    Raises:
+        LogError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise PermissionError(f"no permission to write in {file.parent}")
+    except OSError as error:
+        raise _unwritable(file, error) from None
+
+
+def _unwritable(file: Path, error: OSError) -> LogError:
+    return LogError(
+        f"could not write {file} ({error}), expected a place for the training log; name another "
+        "path"
+    )
 
 
 def _cut(file: Path) -> None:

@@ -113,6 +113,20 @@ def refuse_one_rank(method: Method, ranks: int) -> None:
         )
 
 
+def require_included(method: Method, included: bool) -> None:
+    """Raise on a rank outside of the process set, whose optimizer would train without the method.
+
+    Raises:
+        UnsupportedError: the method has momentum, or makes updates.
+    """
+    if not included and method.replaces_optimizer:
+        raise UnsupportedError(
+            f"got {method!r} on a rank outside of its process_set, expected a rank in it, because "
+            "the plain optimizer has no momentum here; wrap the optimizer on the ranks of the set "
+            "only"
+        )
+
+
 def for_one_rank(method: Method, dense: DensePolicy) -> tuple[Method, DensePolicy]:
     """Method and policy of a rank without others: momentum and clipping, without compression."""
 

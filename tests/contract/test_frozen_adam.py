@@ -177,3 +177,15 @@ def test_clipping_is_that_of_each_workers_gradient():
 def test_options_out_of_range_are_refused(options, said):
     with pytest.raises((ValueError, TypeError), match=said):
         ef.FrozenAdam(ef.OneBit(), **options)
+
+
+def test_without_dense_steps_it_is_refused():
+    with pytest.raises(ef.UnsupportedError, match="with dense_steps=0, expected some dense steps"):
+        ef.simulate(
+            ef.FrozenAdam(SPARSE),
+            lambda i, x, t: x,
+            float32_zeros(4),
+            workers=2,
+            steps=1,
+            step_size=0.1,
+        )

@@ -53,6 +53,12 @@ def test_the_dense_steps_of_frozen_adam_end_where_adamw_of_keras_does(
     check_adam(tensorflow_results)
 
 
+def test_sums_over_ranks_have_the_updates_of_averages(torch_results: Results) -> None:
+    for result in torch_results:
+        ends = result["sums"]
+        assert ends[::2] == ends[1::2]
+
+
 def test_beside_frozen_adam_only_plain_sgd_is_taken(
     torch_results: Results, tensorflow_results: Results
 ) -> None:
@@ -66,6 +72,8 @@ def test_beside_frozen_adam_only_plain_sgd_is_taken(
         assert "with global_clipnorm=1.0 and FrozenAdam(" in result["of_adam"]["clipping"]
     for results in (torch_results, tensorflow_results):
         for result in results if len(results) > 1 else ():
+            if "broadcast" in result["of_adam"]:
+                assert "got new values of variables after 1 steps" in result["of_adam"]["broadcast"]
             assert "with dense_steps=0, expected some dense" in result["of_adam"]["dense steps"]
 
 

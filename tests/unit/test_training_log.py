@@ -278,3 +278,12 @@ def test_without_tensorboard_it_says_what_to_install(tmp_path, monkeypatch, adap
     expected = r"no module 'tensorboard', which ef.TrainingLog\(tensorboard=\) needs: install it by"
     with pytest.raises(ModuleNotFoundError, match=expected):
         log.TrainingLog(tmp_path / "log", pair()[0], tensorboard=tmp_path)
+
+
+@pytest.mark.parametrize("loss", ["0.5", np.ones(3), np.ones(0)])
+def test_a_loss_that_is_no_number_is_refused_on_all_ranks(tmp_path, loss):
+    for rank in pair():
+        log = TrainingLog(tmp_path / "log", rank, every=10)
+        with pytest.raises(ValueError, match="as loss, expected a number or a tensor of one"):
+            log.step(loss)
+        log.step(np.ones((1, 1)))

@@ -16,12 +16,15 @@ cross_entropy = torch.nn.functional.cross_entropy
 ADAM = ef.FrozenAdam(ef.OneBit())
 
 
-def wrapped(model, method=TOP, kind=torch.optim.SGD, *, lr=0.05, dense_steps=0, **options):
+def wrapped(
+    model, method=TOP, kind=torch.optim.SGD, *, lr=0.05, dense_steps=0, op=hvd.Average, **options
+):
     return ef.DistributedOptimizer(
         kind(model.parameters(), lr=lr, **options),
         model.named_parameters(),
         compression=method,
         dense_steps=dense_steps,
+        op=op,
     )
 
 
@@ -83,6 +86,28 @@ def adam():
         train(model, optimizer, batches(hvd.rank()), 20)
         facts[f"off, {dense_steps}"] = float((flat(model) - expected).abs().max())
     return facts
+
+
+def sums():
+    """The ends with averages and with sums, by both adapters: Adam's updates are the same."""
+    ends = []
+    for op in (hvd.Average, hvd.Sum):
+        model = build_model()
+        optimizer = wrapped(model, ADAM, lr=0.003, dense_steps=5, op=op)
+        train(model, optimizer, batches(hvd.rank()), 10)
+        ends.append(digest(model))
+    for op in (hvd.Average, hvd.Sum) if hvd.size() > 1 else ():
+        model = build_model()
+        compression = ef.Compression(ADAM, model.named_parameters(), dense_steps=5)
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.003),
+            model.named_parameters(),
+            compression=compression,
+            op=op,
+        )
+        train(model, optimizer, batches(hvd.rank()), 10)
+        ends.append(digest(model))
+    return ends
 
 
 def of_adam():
@@ -162,7 +187,7 @@ def refusals():
 
 def main() -> None:
     hvd.init()
-    scenarios = (without_compression, adam, of_adam, checkpoint, refusals)
+    scenarios = (without_compression, adam, sums, of_adam, checkpoint, refusals)
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 
 

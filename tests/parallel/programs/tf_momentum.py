@@ -63,8 +63,18 @@ def of_adam():
         "AdamW": wrap(keras.optimizers.AdamW()),
         "momentum": wrap(keras.optimizers.SGD(0.1, momentum=0.5)),
         "clipping": wrap(keras.optimizers.SGD(0.1, global_clipnorm=1.0)),
+        "broadcast": broadcast_later(),
         "dense steps": error_of(lambda: fit(keras.optimizers.SGD(0.1), ADAM)),
     }
+
+
+def broadcast_later():
+    """New values of a variable after the first step."""
+    variable = tf.Variable(tf.ones((40, 40)))
+    reducer = ef.Reducer([variable], ADAM, dense_steps=2)
+    reducer.reduce([tf.ones((40, 40))])
+    variable.assign_add(tf.fill((40, 40), float(hvd.rank())))
+    return error_of(lambda: ef.broadcast_variables([variable], root_rank=0))
 
 
 def embedding():
