@@ -99,7 +99,8 @@ def DistributedOptimizer(
         reducer = Reducer(variables, compression, **options)
         if reducer.transport is not None and reducer.transport.size > 1:
             inner = getattr(optimizer, "inner_optimizer", optimizer)
-            warn_of_adam(inner, compression, reducer.transport.rank)
+            methods = [method for driver in reducer.drivers for method in driver.methods()]
+            warn_of_adam(inner, methods, reducer.transport.rank)
         return reducer
 
     wrapped._ef = Averaging(

@@ -29,7 +29,12 @@ from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import plan_one
 from ef_horovod.training.driver import StepDriver
-from ef_horovod.training.momentum import refuse_one_rank, refuse_rows, require_included
+from ef_horovod.training.momentum import (
+    refuse_one_rank,
+    refuse_rows,
+    require_included,
+    warn_of_adam,
+)
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
@@ -202,6 +207,8 @@ class Compression(StepDriver[Bucket]):
             self._unused = False
             self._stop_watching()
             require_fit(optimizer, self.method)
+            if self.transport.size > 1 and self._steps_done() == 1:
+                warn_of_adam(optimizer, self.methods(), self.transport.rank)
             require_no_weight_decay(optimizer.param_groups, self.method)
 
     @uncompiled

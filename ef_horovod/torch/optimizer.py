@@ -154,9 +154,9 @@ def DistributedOptimizer(
     )
     if transport.size > 1:
         warn_of_surprises(trainable, method, dense, transport.rank)
-        warn_of_adam(optimizer, method, transport.rank)
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
     wrapped._engine = Engine(trainable, frozen, options, transport, scaler, others)
+    warn_of_adam(optimizer, wrapped._engine.methods(), transport.rank)
     return wrapped
 
 

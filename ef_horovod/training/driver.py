@@ -51,6 +51,10 @@ class StepDriver(Generic[B]):
         rows = [channel.stats() for channel in self._channels()]
         return [*rows, total_stats(rows)]
 
+    def methods(self) -> list[Method]:
+        """Those of the opened buckets."""
+        return [channel.method for channel in self._channels()]
+
     @property
     def drivers(self) -> list[StepDriver[Any]]:
         """Itself; optimizers and reducers have none with a single rank, or several."""

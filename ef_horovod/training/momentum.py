@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
@@ -54,16 +55,18 @@ def require_plain_sgd(method: Method, found: str) -> None:
         )
 
 
-def warn_of_adam(optimizer: Any, method: Method, rank: int) -> None:
+def warn_of_adam(optimizer: Any, methods: Iterable[Method], rank: int) -> None:
     """Warn on rank 0 if Adam or the like gets gradients with error feedback.
 
     Args:
         optimizer: of any framework.
-        method: of the gradients.
+        methods: of the opened buckets, which may be uncompressed after all.
         rank: of this process.
     """
     kinds = {kind.__name__.lower() for kind in type(optimizer).__mro__}
-    if rank == 0 and kinds & _ADAPTIVE and not isinstance(method, NoFeedback):
+    lossy = (m for m in methods if not isinstance(m, NoFeedback) and m.compressor != Identity())
+    method = next(lossy, None)
+    if rank == 0 and kinds & _ADAPTIVE and method is not None:
         warnings.warn(
             f"got {type(optimizer).__name__} with {method!r}, expected SGD with FrozenAdam, "
             "because Adam learns less per step from compressed gradients; take SGD with Adam's "

@@ -58,12 +58,12 @@ class Mine(AdamW):
 
 
 def test_adam_beside_error_feedback_is_advised_once_on_rank_0(recwarn):
-    for method in (ef.NoFeedback(ef.Natural()), ef.NoFeedback(ef.Identity())):
-        warn_of_adam(AdamW(), method, 0)
-    warn_of_adam(AdamW(), METHOD, 1)
-    warn_of_adam(object(), METHOD, 0)
+    uncompressed = [ef.NoFeedback(ef.Natural()), ef.NoFeedback(ef.Identity())]
+    warn_of_adam(AdamW(), [*uncompressed, ef.ErrorFeedback(ef.Identity())], 0)
+    warn_of_adam(AdamW(), [METHOD], 1)
+    warn_of_adam(object(), [METHOD], 0)
     assert not recwarn.list
-    warn_of_adam(Mine(), METHOD, 0)
+    warn_of_adam(Mine(), [*uncompressed, METHOD], 0)
     (warning,) = recwarn.list
     assert "got Mine with EF21(" in str(warning.message)
     assert "expected SGD with FrozenAdam" in str(warning.message)
