@@ -205,7 +205,8 @@ def draw(plot: Plot, runs: Runs) -> bytes:
 def _fits(plot: Plot, x: float, y: float) -> bool:
     """Whether a point can be drawn."""
     positive = {"": True, "x": x > 0, "y": y > 0}
-    return math.isfinite(y) and positive[plot.logarithmic]
+    # Matplotlib computes distances, so that numbers near the largest would overflow.
+    return abs(y) < 1e300 and positive[plot.logarithmic]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

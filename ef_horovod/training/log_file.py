@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,6 +206,10 @@ def _checked_header(entry: Entry, where: str) -> Entry:
             "read it with the version of ef_horovod that wrote it"
         )
     _require_numbers(entry, ("start", "ranks", "parameters"), where)
+    for name, kind in (("versions", dict), ("exchanges", list)):
+        held = entry.setdefault(name, kind())
+        if not isinstance(held, kind) or not all(isinstance(part, str) for part in held):
+            raise _wrong(where, held, name, "texts")
     return entry
 
 
@@ -214,17 +219,34 @@ def _checked_line(entry: Entry, where: str) -> Entry:
         if entry.get(name) is None:
             entry[name] = math.nan
     _require_numbers(entry, _NORMS, where)
+    layers = entry.setdefault("layers", {})
+    for norms in layers.values() if isinstance(layers, dict) else [layers]:
+        if not isinstance(norms, list) or len(norms) != 2 or not all(map(_is_norm, norms)):
+            raise _wrong(where, norms, "layers", "two norms for each parameter")
     return entry
 
 
 def _require_numbers(entry: Entry, names: tuple[str, ...], where: str) -> None:
     for name in names:
-        value = entry.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise LogError(
-                f"{where} has {value!r} as {name!r}, expected a number; name a file of "
-                "ef.TrainingLog"
-            )
+        if not _is_number(entry.get(name)):
+            raise _wrong(where, entry.get(name), name, "a number")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
+
+
+def _is_norm(value: Any) -> bool:
+    return value is None or _is_number(value)  # None: not finite
+
+
+def _wrong(where: str, value: Any, name: str, expected: str) -> LogError:
+    return LogError(
+        f"{where} has {repr(value)[:60]} as {name!r}, expected {expected}; name a file of "
+        "ef.TrainingLog"
+    )
 
 
 def _drop_after(step: int, lines: list[Entry]) -> None:

@@ -141,6 +141,38 @@ def test_wrong_files_are_refused_by_name(tmp_path, capsys, monkeypatch, words, p
     assert (tmp_path / "log.html").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("number", "change", "problem"),
+    [
+        (1, {"versions": None}, "line 1 has None as 'versions', expected texts"),
+        (1, {"exchanges": [1]}, r"line 1 has \[1\] as 'exchanges', expected texts"),
+        (2, {"layers": [1]}, r"line 2 has \[1\] as 'layers', expected two norms for each"),
+        (2, {"layers": {"a": None}}, "line 2 has None as 'layers', expected two norms"),
+        (2, {"layers": {"a": ["x", "y"]}}, "as 'layers', expected two norms"),
+        (2, {"layers": {"a": [1, 2, 3]}}, "as 'layers', expected two norms"),
+        (2, {"step": 10**400}, "line 2 has 1000.* as 'step', expected a number"),
+    ],
+)
+def test_damaged_lines_are_refused_by_name(tmp_path, capsys, number, change, problem):
+    log = write(tmp_path / "log")
+    lines = log.read_text().splitlines()
+    lines[number - 1] = json.dumps(json.loads(lines[number - 1]) | change)
+    log.write_text("\n".join(lines) + "\n")
+    status, _, err = run(capsys, log)
+    assert (status, err.count("\n")) == (1, 1)
+    assert re.search(problem, err)
+
+
+def test_losses_near_the_largest_number_are_left_out_of_plots(tmp_path, capsys):
+    log = write(tmp_path / "log")
+    lines = log.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"loss": 1e308})
+    lines[2] = json.dumps(json.loads(lines[2]) | {"loss": -1e308})
+    log.write_text("\n".join(lines) + "\n")
+    status, _, err = run(capsys, log)
+    assert (status, err) == (0, "")
+
+
 def test_without_matplotlib_the_table_is_printed(tmp_path, capsys, monkeypatch):
     log = write(tmp_path / "log")
     hide_matplotlib(monkeypatch)
