@@ -179,13 +179,15 @@ def test_options_out_of_range_are_refused(options, said):
         ef.FrozenAdam(ef.OneBit(), **options)
 
 
-def test_without_dense_steps_it_is_refused():
-    with pytest.raises(ef.UnsupportedError, match="with dense_steps=0, expected some dense steps"):
-        ef.simulate(
-            ef.FrozenAdam(SPARSE),
-            lambda i, x, t: x,
-            float32_zeros(4),
-            workers=2,
-            steps=1,
-            step_size=0.1,
-        )
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "with dense_steps=0, expected some dense steps"),
+        ({"exchange": "server"}, "with dense_steps=0, expected some dense steps"),
+        ({"exchange": "server", "dense_steps": 2}, "got dense_steps=2 with exchange='server'"),
+    ],
+)
+def test_without_dense_steps_it_is_refused_so_by_servers_too(options, said):
+    method, x = ef.FrozenAdam(SPARSE), float32_zeros(4)
+    with pytest.raises(ef.UnsupportedError, match=said):
+        ef.simulate(method, lambda i, x, t: x, x, workers=2, steps=1, step_size=0.1, **options)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from doublesqueeze_oracle import TRAININGS, train
 from launching import mpirun, server_job
-from same_gradients import SEED, SHAPE, STEPS, digest, gradient
+from same_gradients import SEED, SHAPE, STEPS, digest, gradient, methods_of_servers
 
 import ef_horovod as ef
-from ef_horovod.testing.pairs import every_method
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
@@ -23,7 +22,7 @@ EVERY_METHOD = [(1, 1), (1, 2), (2, 4), (3, 7)]  # servers, workers
 
 def simulated(workers: int) -> dict[str, str]:
     ends = {}
-    for i, method in enumerate(every_method()):
+    for i, method in enumerate(methods_of_servers()):
         run = ef.simulate(
             method,
             lambda rank, x, step: gradient(rank, step),

@@ -35,6 +35,11 @@ def exchanges_of(method: Method) -> list[str]:
     ]
 
 
+def methods_of_servers() -> list[Method]:
+    """All but those that need dense steps, which servers do not have."""
+    return [method for method in every_method() if not method.needs_dense_steps]
+
+
 def dense_steps_of(method: Method) -> int:
     """A few for the methods that need some."""
     return 2 if method.needs_dense_steps else 0

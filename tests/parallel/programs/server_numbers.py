@@ -14,11 +14,10 @@ import numpy as np
 from common import ARGUMENTS, report
 from doublesqueeze_oracle import SHAPES, TRAININGS, gradients_of
 from meeting import meet
-from same_gradients import SEED, SHAPE, STEPS, digest, gradient
+from same_gradients import SEED, SHAPE, STEPS, digest, gradient, methods_of_servers
 
 from ef_horovod.exchange.channel import finish_step
 from ef_horovod.server import Server, ServerTransport
-from ef_horovod.testing.pairs import every_method
 from ef_horovod.training.buckets import plan_buckets
 from ef_horovod.training.choice import open_channel
 from ef_horovod.training.policy import small_or_vector
@@ -34,7 +33,7 @@ def open_every(transport):
         f"x{i} by {method}": open_channel(
             f"x{i}", zeros, method.for_shapes([SHAPE]), transport, exchange="server", seed=SEED
         )
-        for i, method in enumerate(every_method())
+        for i, method in enumerate(methods_of_servers())
     }
 
 
