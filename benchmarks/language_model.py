@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import math
 import statistics
 import time
@@ -27,8 +26,8 @@ from typing import Any, NamedTuple
 import horovod.torch as hvd
 import torch
 from tabulate import tabulate
+from text_model import Text, Transformer, loss
 from torch import nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 from tqdm import tqdm
 
 import ef_horovod.torch as ef
@@ -66,80 +65,10 @@ WAYS = {
 }
 
 
-class Block(nn.Module):
-    """A layer of the transformer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, t, w = x.shape
-        heads = self.qkv(self.norm1(x)).view(b, t, 3, HEADS, w // HEADS).permute(2, 0, 3, 1, 4)
-        q, k, v = heads
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(b, t, w))
-        return x + self.down(gelu(self.up(self.norm2(x))))
-
-
-class Transformer(nn.Module):
-    """Logits of the next character: int64[b, t] to float32[b, t, characters]."""
-
-    def __init__(self, characters: int) -> None:
-        super().__init__()
-        self.embed, self.place = nn.Embedding(characters, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, characters)
-        for p in self.parameters():
-            if p.dim() > 1:
-                nn.init.normal_(p, std=0.02)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        embedded = self.embed(x) + self.place.weight[: x.shape[1]]
-        return self.head(self.norm(self.blocks(embedded)))
-
-
-class Text(NamedTuple):
-    """A text as numbers; its last tenth is for validation."""
-
-    train: torch.Tensor  # int64[m]
-    validation: torch.Tensor
-    characters: int
-
-    @classmethod
-    def read(cls, path: Path) -> Text:
-        """The text of a file, `.xz` or plain."""
-        data = path.read_bytes()
-        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode(errors="ignore")
-        number = {c: i for i, c in enumerate(sorted(set(text)))}
-        codes = torch.tensor([number[c] for c in text])
-        split = len(codes) * 9 // 10
-        return cls(codes[:split], codes[split:], len(number))
-
-    def batch(self, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random pieces, and the same one character later."""
-        starts = torch.randint(len(self.train) - LENGTH - 1, (BATCH,), generator=draw)
-        return _pairs(self.train, starts)
-
-    def loss(self, model: nn.Module) -> float:
-        """The validation loss, in nats per character, over 256 pieces."""
-        starts = torch.arange(256) * ((len(self.validation) - LENGTH - 1) // 256)
-        x, y = _pairs(self.validation, starts)
-        with torch.no_grad():
-            return float(cross_entropy(model(x).flatten(0, 1), y.flatten()))
-
-
-def _pairs(codes: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.stack([codes[s : s + LENGTH + 1] for s in starts])
-    return x[:, :-1], x[:, 1:]
-
-
 def train(way: Way, text: Text, *, lr: float, steps: int, seed: int) -> dict[str, Any]:
     """One training; loss, bytes a rank sent relative to dense, and seconds."""
     torch.manual_seed(seed)
-    model = Transformer(text.characters)
+    model = Transformer(text.characters, width=WIDTH, layers=LAYERS, heads=HEADS, length=LENGTH)
     dense_steps = round(way.dense_part * steps)
     inner = optimizers(way, model, lr)
     wrapped = [wrap(way, one, model, dense_steps) for one in inner]
@@ -152,9 +81,9 @@ def train(way: Way, text: Text, *, lr: float, steps: int, seed: int) -> dict[str
     for step in range(steps):
         if step == dense_steps:
             before = _bytes(wrapped)
-        x, y = text.batch(draw)
+        x, y = text.batch(BATCH, draw)
         model.zero_grad()
-        cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        loss(model, x, y).backward()
         if way.what == "gradient":
             for one in wrapped:
                 one.synchronize()
@@ -168,8 +97,10 @@ def train(way: Way, text: Text, *, lr: float, steps: int, seed: int) -> dict[str
     sent, dense = _bytes(wrapped)
     for one in wrapped if way.what != "update" else ():
         one.unwrap()
+    with torch.no_grad():
+        reached = float(loss(model, *text.validation_pieces(256)))
     return {
-        "loss": text.loss(model),
+        "loss": reached,
         "bytes": sent / dense,
         "bytes after dense steps": (sent - before[0]) / (dense - before[1]),
         "seconds": time.perf_counter() - begin,
@@ -237,7 +168,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     """All runs that the file does not have yet; on all ranks."""
     hvd.init()
     torch.set_num_threads(1)
-    text, done = Text.read(arguments.text), read(arguments.out)
+    text, done = Text.read(arguments.text, LENGTH), read(arguments.out)
 
     def best(name: str) -> float:
         return min(arguments.rates, key=lambda lr: done[name, lr, arguments.steps, 0]["loss"])
