@@ -30,12 +30,14 @@ from typing import Any
 
 import numpy as np
 from bandwidth import RING, line
-from time_to_accuracy_plan import RANKS, TASKS, Results, Run, read, runs
+from time_to_accuracy_plan import RANKS, TASKS, Results, Run, best_rate, read, read_times, runs
+from time_to_accuracy_report import plots, table
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 _QUICK = {"images": ("Horovod dense", "momentum, signs"), "text": ("Horovod dense, AdamW",)}
 _LIMIT_SECONDS = 3 * 3600
+_TIMED_STEPS = 20
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -51,7 +53,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of epochs (1)")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--time", action="store_true", help="seconds a step on virtual hosts")
-    parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"], help="of the hosts")
+    parser.add_argument("--networks", nargs="+", default=["100mbit", "1gbit"], metavar="RATE")
+    parser.add_argument("--repeat", type=int, default=3, help="of timings, in turn (3)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--list", action="store_true", help="only say what is missing now")
     parser.add_argument("--report", action="store_true", help="only table and plots")
@@ -80,27 +83,27 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
 
 
 def measure(
-    run: Run, options: argparse.Namespace, *, timed_steps: int = 0, rate: str = ""
+    run: Run, options: argparse.Namespace, *, timed_steps: int = 0, network: str = ""
 ) -> dict[str, Any]:
     """One training, or one timing on virtual hosts; raises if it fails."""
     with tempfile.TemporaryDirectory(prefix="tta-") as scratch:
         job, out = Path(scratch) / "job.json", Path(scratch) / "out.json"
         content = {"run": run, "folder": str(options.out.absolute()), "out": str(out)}
         content |= {"precision": options.precision, "timed_steps": timed_steps}
-        content |= {"address": "10.77.0.1" if rate else "127.0.0.1", "port": _free_port()}
+        content |= {"address": "10.77.0.1" if network else "127.0.0.1", "port": _free_port()}
         job.write_text(json.dumps(content))
         program = HERE / "time_to_accuracy_rank.py"
-        if rate:
+        if network:
             from ef_horovod.common.units import read_rate
 
-            command = line("ring", RANKS, read_rate(rate), program, [str(job)])
+            command = line("ring", RANKS, read_rate(network), program, [str(job)])
         else:
             mpirun = Path(sys.executable).parent / "mpirun"
             start = [str(mpirun) if mpirun.exists() else "mpirun", "-np", str(RANKS)]
             command = [*start, "--bind-to", "none", sys.executable, str(program), str(job)]
         with open(options.out / "log", "w") as log:
             both: Any = {"stdout": log, "stderr": log, "start_new_session": True}
-            process = subprocess.Popen(command, env=_environment(bool(rate)), **both)
+            process = subprocess.Popen(command, env=_environment(bool(network)), **both)
             try:
                 status = process.wait(_LIMIT_SECONDS)
             finally:
@@ -144,6 +147,40 @@ def train_all(options: argparse.Namespace, file: Path) -> None:
                 lines.write(json.dumps(row) + "\n")
 
 
+def time_all(options: argparse.Namespace, file: Path) -> None:
+    """Seconds of a step of each way that was trained, on each network, in turn."""
+    results = read(file)
+    wanted = [
+        (Run(task, way, rate, 1, 0), network)
+        for _ in range(options.repeat)
+        for task in options.tasks
+        for network in options.networks
+        for way in TASKS[task].ways
+        if any(word in way for word in options.ways)
+        and (rate := best_rate(results, task, way, max(1, epochs_of(task, options) // 4)))
+    ]
+    for run, network in tqdm(wanted, unit="timing", disable=None):
+        found = measure(run, options, timed_steps=_TIMED_STEPS, network=network)
+        row = {"task": run.task, "way": run.way, "network": network, **found}
+        with open(file, "a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
+def epochs_of(task: str, options: argparse.Namespace) -> int:
+    """Of a run of full length."""
+    return max(1, round(options.scale * TASKS[task].epochs))
+
+
+def report(options: argparse.Namespace, file: Path) -> None:
+    """Print tables, and draw plots where something was trained."""
+    results, times = read(file), read_times(file)
+    for task in options.tasks:
+        epochs = epochs_of(task, options)
+        if any(run.task == task and run.epochs == epochs for run in results):
+            print(table(results, times, task, epochs) + "\n")
+            print(plots(results, times, task, epochs, options.out))
+
+
 def main(words: Sequence[str]) -> int:
     # So that whoever ends this ends its ranks, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -158,7 +195,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if not options.report:
         prepare(options, options.out)
-        train_all(options, file)
+        (time_all if options.time else train_all)(options, file)
+    report(options, file)
     return 0
 
 

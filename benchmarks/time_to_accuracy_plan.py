@@ -150,19 +150,33 @@ class Run(NamedTuple):
 
 
 Results = dict[Run, dict[str, Any]]
+Times = dict[tuple[str, str, str], dict[str, Any]]  # by task, way and rate of the network
 
 
 def read(path: Path) -> Results:
-    """What a file of results has; a half written line is skipped."""
-    found: Results = {}
+    """The trainings that a file of results has."""
+    rows = (row for row in _lines(path) if "score" in row)
+    return {Run(*(row[field] for field in Run._fields)): row for row in rows}
+
+
+def read_times(path: Path) -> Times:
+    """The times of steps that a file of results has: of several the one of median time."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in _lines(path):
+        if "network" in row:
+            found.setdefault((row["task"], row["way"], row["network"]), []).append(row)
+    for rows in found.values():
+        rows.sort(key=lambda row: row["compressed_seconds"])
+    return {key: rows[len(rows) // 2] for key, rows in found.items()}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """A half written line is skipped."""
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            row = json.loads(line)
+            yield json.loads(line)
         except ValueError:
             continue
-        if "task" in row and "epochs" in row:
-            found[Run(*(row[field] for field in Run._fields))] = row
-    return found
 
 
 def best_rate(results: Results, task: str, way: str, epochs: int) -> float | None:

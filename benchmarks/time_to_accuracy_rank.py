@@ -32,6 +32,7 @@ from mpi4py import MPI  # noqa: E402 - importing it starts MPI
 
 PEERS = MPI.COMM_WORLD
 _ONE_BUCKET_MB = 1000  # PowerSGD's hook aborts with several
+_FIRST_STEPS = 5  # before the timed ones
 _WARM_UP = 0.2  # of the steps, while the rate rises
 
 
@@ -217,7 +218,7 @@ def time_steps(training: Training, task: Any, steps: int) -> dict[str, Any]:
 
     batches, found = list(zip(range(8), task.epoch(0), strict=False)), {}
     for phase in ("dense", "compressed") if training.dense_steps else ("compressed",):
-        for number in range(5):
+        for number in range(_FIRST_STEPS):
             training.step(batches[number % 8][1])
         PEERS.Barrier()
         before, times = counters("self").payload_out, []
@@ -243,8 +244,8 @@ def main(file: str) -> None:
     torch.manual_seed(run.seed)
     timed = job["timed_steps"]
     steps = run.epochs * task.steps
-    if timed:  # a tenth of them is dense where the way has dense steps
-        way = way._replace(dense_part=(timed + 5) / steps if way.dense_part else 0.0)
+    if timed and way.dense_part:  # as many dense steps as are timed
+        way = way._replace(dense_part=(timed + _FIRST_STEPS) / steps)
     training = Training(way, task, run.lr, steps, job["precision"])
     found = time_steps(training, task, timed) if timed else train(training, task, run.epochs)
     if PEERS.rank == 0:
