@@ -27,6 +27,7 @@ class Way(NamedTuple):
         fp16: gradients travel as float16.
         power_rank: of PyTorch's PowerSGD hook; 0: none.
         exchange: of this package.
+        vectors: compress biases and scales, too.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Way(NamedTuple):
     fp16: bool = False
     power_rank: int = 0
     exchange: str = "auto"
+    vectors: bool = False
 
 
 class Task(NamedTuple):
@@ -78,12 +80,13 @@ def _natural(ratio: float) -> str:
 
 _DOUBLE = "DoubleSqueeze(OneBit(), server_compressor=OneBit())"
 
-_FEW_SIGNS = f"ErrorFeedback({_signs(0.04)})"
+_FEW_SIGNS = f"ErrorFeedback({_signs(0.02)})"
 _IMAGE_WAYS = _by_name(
     Way("Horovod dense", "horovod"),
     Way("momentum, signs of 1 %", "ours", _momentum(_signs(0.01)), "momentum"),
     Way("momentum, top-k 0.5 %, natural", "ours", _momentum(_natural(0.005)), "momentum"),
     Way("SGD's updates, signs of 1 %", "ours", f"ErrorFeedback({_signs(0.01)})", "update"),
+    Way("SGD's updates, signs of 2 % of all", "ours", _FEW_SIGNS, "update", vectors=True),
     Way("PowerSGD rank 1", "ours", "PowerSGD(rank=1)"),
     Way("DDP PowerSGD rank 2", "ddp", power_rank=2),
     Way("PowerSGD rank 2", "ours", "PowerSGD(rank=2)"),
@@ -108,13 +111,15 @@ def _adam(compressor: str) -> str:
 
 _TEXT_WAYS = _by_name(
     Way("Horovod dense, AdamW", "horovod", inner="adamw"),
-    Way("Muon's updates, signs of 4 %", "ours", _FEW_SIGNS, "update", "muon"),
+    Way("Muon's updates, signs of 2 % of all", "ours", _FEW_SIGNS, "update", "muon", vectors=True),
+    Way(
+        "AdamW's updates, signs of 2 % of all", "ours", _FEW_SIGNS, "update", "adamw", vectors=True
+    ),
     Way("FrozenAdam, signs of 4 %", "ours", _adam(_signs(0.04)), "momentum", "adamw", 0.1),
     Way("DDP PowerSGD rank 4, AdamW", "ddp", inner="adamw", power_rank=4),
     Way("Muon's updates, 1 bit", "ours", "ErrorFeedback(OneBit())", "update", "muon"),
     Way("FrozenAdam, 1 bit", "ours", _adam("OneBit()"), "momentum", "adamw", 0.1),
     Way("AdamW's updates, 1 bit", "ours", "ErrorFeedback(OneBit())", "update", "adamw"),
-    Way("AdamW's updates, signs of 4 %", "ours", _FEW_SIGNS, "update", "adamw"),
     Way("Horovod dense, Muon", "horovod", inner="muon"),
     Way("PowerSGD rank 4, AdamW", "ours", "PowerSGD(rank=4)", inner="adamw"),
     Way("DDP PowerSGD rank 8, AdamW", "ddp", inner="adamw", power_rank=8),

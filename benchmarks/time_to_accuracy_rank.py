@@ -132,9 +132,11 @@ def _ours(training: Training, optimizer: Any, named: Any) -> Any:
     from ef_horovod.methods.parsing import read_method
 
     way = training.way
-    common = {"exchange": way.exchange, "dense_steps": training.dense_steps}
+    common: Any = {"exchange": way.exchange, "dense_steps": training.dense_steps}
+    if way.vectors:
+        common["dense"] = lambda name, parameter: False
     wrap = ef.CompressedUpdates if way.what == "update" else ef.DistributedOptimizer
-    return wrap(optimizer, named, compression=read_method(way.method), **common)  # type: ignore[arg-type]
+    return wrap(optimizer, named, compression=read_method(way.method), **common)
 
 
 def _ddp(training: Training, optimizer: Any, named: Any) -> Any:
