@@ -29,12 +29,13 @@ with explained("ef_horovod.tensorflow"):
     from ef_horovod.tensorflow.reducer import Reducer
     from ef_horovod.tensorflow.sync import require_in_sync
     from ef_horovod.tensorflow.tape import DistributedGradientTape
+    from ef_horovod.tensorflow.updates import CompressedUpdates
 
 openmpi.set_prefix()  # before hvd.init(): without mpirun it would not find Open MPI's files
 
 __all__ = [
-    "Compression", "DistributedGradientTape", "DistributedOptimizer", "Reducer",
-    "TrainingCallback", "TrainingLog", "broadcast_variables", "by_name", "dense_below",
+    "CompressedUpdates", "Compression", "DistributedGradientTape", "DistributedOptimizer",
+    "Reducer", "TrainingCallback", "TrainingLog", "broadcast_variables", "by_name", "dense_below",
     "dense_unless_smaller", "require_in_sync", "small_or_vector",
     *_core.__all__,
 ]  # fmt: skip

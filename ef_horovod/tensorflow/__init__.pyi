@@ -9,6 +9,7 @@ from ef_horovod.tensorflow.optimizer import DistributedOptimizer as DistributedO
 from ef_horovod.tensorflow.reducer import Reducer as Reducer
 from ef_horovod.tensorflow.sync import require_in_sync as require_in_sync
 from ef_horovod.tensorflow.tape import DistributedGradientTape as DistributedGradientTape
+from ef_horovod.tensorflow.updates import CompressedUpdates as CompressedUpdates
 from ef_horovod.training.policies import by_name as by_name
 from ef_horovod.training.policies import dense_below as dense_below
 from ef_horovod.training.policies import dense_unless_smaller as dense_unless_smaller

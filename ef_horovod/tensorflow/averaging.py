@@ -31,6 +31,8 @@ class Averaging(tf.Module):
         handles_nan: whether the optimizer itself leaves out steps with NaNs.
     """
 
+    owner = "ef.DistributedOptimizer"  # for messages
+
     def __init__(
         self,
         make_reducer: Callable[[list[Any]], Reducer],
@@ -75,20 +77,30 @@ class Averaging(tf.Module):
                 set of variables where only one is supported.
         """
         part = self._part(variables)
+        self.accumulation.run(
+            gradients,
+            variables,
+            lambda gradients: self._take(part, gradients, variables, loss_scale, apply),
+        )
 
-        def average_and_apply(gradients: list[Any]) -> tf.Tensor:
-            averages, good = part.reduce(gradients, loss_scale)
-            if self._handles_nan or not part.reducer.active:
-                apply(averages)
-                return good
+    def in_common(self, variables: list[Any]) -> list[Any]:
+        """Those of an optimizer's variables that are equal on all ranks."""
+        return variables
 
-            def applied() -> tf.Tensor:
-                apply(averages)
-                return tf.constant(True)
+    def _take(
+        self, part: Part, gradients: list[Any], variables: list[Any], loss_scale: Any, apply: Apply
+    ) -> tf.Tensor:
+        """Ops of a step, once its gradients are accumulated; returns whether it is good."""
+        averages, good = part.reduce(gradients, loss_scale)
+        if self._handles_nan or not part.reducer.active:
+            apply(averages)
+            return good
 
-            return tf.cond(good, applied, lambda: tf.constant(False))
+        def applied() -> tf.Tensor:
+            apply(averages)
+            return tf.constant(True)
 
-        self.accumulation.run(gradients, variables, average_and_apply)
+        return tf.cond(good, applied, lambda: tf.constant(False))
 
     @property
     def drivers(self) -> list[Engine]:
@@ -120,7 +132,7 @@ class Averaging(tf.Module):
     def _reducers(self) -> list[Reducer]:
         return [one for one in (self.reducer, *self.others.values()) if one is not None]
 
-    def _part(self, variables: list[Any]) -> _Part:
+    def _part(self, variables: list[Any]) -> Part:
         """The reducer of these variables, and their places in it."""
         assert self.reducer is not None
         known = self._built_for()
@@ -136,7 +148,7 @@ class Averaging(tf.Module):
         chosen = frozenset(places)
         if chosen == (self._first or chosen):
             self._first = chosen
-            return _Part(self.reducer, places, len(place_of))
+            return Part(self.reducer, places, len(place_of))
         self._require_many_sets(variables)
         ordered = sorted(places)
         key = "_".join(map(str, ordered))
@@ -145,7 +157,7 @@ class Averaging(tf.Module):
             if key in self._loaded:
                 reducer.load_compression_state_dict(self._loaded.pop(key))
             self.others[key] = reducer
-        return _Part(self.others[key], [ordered.index(i) for i in places], len(ordered))
+        return Part(self.others[key], [ordered.index(i) for i in places], len(ordered))
 
     def _require_many_sets(self, variables: list[Any]) -> None:
         """Raise where only one reducer is supported."""
@@ -159,7 +171,7 @@ class Averaging(tf.Module):
             )
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A reducer, and the places of the given variables in it."""
 
     reducer: Reducer

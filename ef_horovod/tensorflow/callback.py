@@ -15,8 +15,8 @@ from ef_horovod.common.options import whole
 from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.tensorflow.broadcast import broadcast_variables
 from ef_horovod.tensorflow.log import TrainingLog
-from ef_horovod.tensorflow.optimizer import is_optimizer
 from ef_horovod.tensorflow.sync import require_horovod, require_in_sync
+from ef_horovod.tensorflow.wrapping import is_optimizer
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 
 
@@ -127,7 +127,7 @@ class TrainingCallback(keras.callbacks.Callback):
         # Weights only: the seeds of random layers may differ between ranks.
         variables = [*self.model.weights]
         for optimizer in self._optimizers():
-            variables += optimizer.variables
+            variables += getattr(optimizer, "common_variables", optimizer.variables)
         broadcast_variables(variables, self._root_rank)
         if self._log_path is not None and self._log is None:
             ours = [one for one in self._optimizers() if hasattr(one, "drivers")]

@@ -226,7 +226,8 @@ class Engine(StepDriver[Bucket]):
             f"'{name}' {kind}" for (name, _), kind in zip(self._named, self._kinds, strict=True)
         )
         return [
-            f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
+            f"{options.what}, exchange={options.exchange!r}, seed={options.seed}, "
+            f"average={options.average}, "
             f"dense_steps={options.dense_steps}, "
             f"sparse_as_dense={options.sparse_as_dense}, step={self._steps_done()}",
             f"gradients of {gradients}",

@@ -52,6 +52,7 @@ class Options:
     sparse_as_dense: bool
     check_sync: bool
     discardable: bool
+    what: str = "gradients"  # or "updates"; ranks compare it
 
 
 def require_options(

@@ -87,6 +87,8 @@ class Reducer(tf.Module):
         gradients = reducer.reduce(tape.gradient(loss, model.trainable_variables))
     """
 
+    _what = "gradients"
+
     def __init__(
         self,
         variables: Iterable[Any],
@@ -132,6 +134,7 @@ class Reducer(tf.Module):
             sparse_as_dense=sparse_as_dense,
             check_sync=check_sync,
             discardable=discardable,
+            what=self._what,
         )
         self._count, self._discardable = len(named), discardable
         self._engine: Engine | None = None

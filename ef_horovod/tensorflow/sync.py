@@ -14,6 +14,7 @@ from ef_horovod.tensorflow.graphs import python_op
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.tensorflow.variables import native, require_variables
 from ef_horovod.training.in_sync import digest_of, require_equal
+from ef_horovod.transports.base import Transport
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
 
 
@@ -53,21 +54,49 @@ def require_horovod(what: str) -> None:
 
 def in_sync_op(variables: Sequence[tf.Variable], transport: GraphTransport) -> tf.Tensor:
     """`require_in_sync` as a graph op; the executor runs its Python parts."""
+
+    def start(bridge: Transport, *values: np.ndarray) -> Callable[[], bool]:
+        gathered = bridge.allgather("sync", digest_of(values))
+
+        def compare() -> bool:
+            _require_equal(gathered())
+            return True
+
+        return compare
+
+    return question_op(transport, "sync", start, list(variables), tf.uint8)
+
+
+def question_op(
+    transport: GraphTransport,
+    name: str,
+    start: Callable[..., Callable[[], bool]],
+    inputs: list[Any],
+    kind: tf.DType,
+) -> tf.Tensor:
+    """A collective in a graph whose result is a bool, equal on all ranks; the op returns it.
+
+    Args:
+        transport: its op carries the data.
+        name: of the collective.
+        start: gets a transport and the inputs' values; starts the collective of this name and
+            returns a function that waits for its result.
+        inputs: tensors or variables.
+        kind: tf.uint8 for an allgather, tf.float32 for an allreduce.
+    """
     bridge = transport.bridge()
-    finish: list[Callable[[], list[np.ndarray]]] = []
+    finish: list[Callable[[], bool]] = []
 
-    def start(*values: np.ndarray) -> np.ndarray:
-        finish.append(bridge.allgather("sync", digest_of(values)))
-        return bridge.collect("sync")
+    def leave(*values: np.ndarray) -> np.ndarray:
+        finish.append(start(bridge, *values))
+        return bridge.collect(name)
 
-    def compare(gathered: np.ndarray) -> np.bool_:
-        bridge.bring("sync", gathered)
-        _require_equal(finish.pop()())
-        return np.bool_(True)
+    def arrive(data: np.ndarray) -> np.bool_:
+        bridge.bring(name, data)
+        return np.bool_(finish.pop()())
 
-    digest = python_op(start, list(variables), tf.uint8)
-    gathered = transport.carry("sync", tf.ensure_shape(digest, [None]))
-    return tf.ensure_shape(python_op(compare, [gathered], tf.bool), [])
+    message = tf.ensure_shape(python_op(leave, inputs, kind), [None])
+    return tf.ensure_shape(python_op(arrive, [transport.carry(name, message)], tf.bool), [])
 
 
 def _require_equal(digests: Sequence[np.ndarray]) -> None:

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import horovod.torch as hvd
-import numpy as np
 import torch
 
-from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.torch.buckets import Bucket
@@ -23,7 +21,6 @@ from ef_horovod.torch.options import open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import plan_buckets
-from ef_horovod.training.choice import wants_server
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
@@ -32,6 +29,7 @@ from ef_horovod.training.policy import (
     small_or_vector,
     warn_of_surprises,
 )
+from ef_horovod.training.updates import ask_all, refuse_for_updates
 from ef_horovod.transports.base import Transport
 
 Named = list[tuple[str, torch.Tensor]]
@@ -102,7 +100,7 @@ class CompressedUpdates:
         refuse_unsupported(optimizer, hvd.Average, 1.0, 0, None)
         check_options("CompressedUpdates", **locals())
         method = require_method(compression)
-        _refuse(method, exchange)
+        refuse_for_updates(method, exchange)
         self.optimizer, self._engine = optimizer, None
         named, others = name_parameters(named_parameters, optimizer.param_groups)
         require_free({p: name for name, p in named})
@@ -213,9 +211,11 @@ class _Engine(StepDriver[Bucket]):
             self._compared = True
 
     def agree(self, good: bool) -> bool:
-        """Whether it is good on all ranks; collective."""
-        bad = self.transport.allreduce("updates.bad", np.array([not good], np.float32))
-        return float(np.asarray(bad())[0]) == 0
+        """Whether it is good on all ranks; if not, the step counts as left out. Collective."""
+        all_good = ask_all(self.transport, good)()
+        if not all_good:
+            self.leave_out()
+        return all_good
 
     @torch.no_grad()
     def average(self, step: Callable[[], Any]) -> bool:
@@ -241,19 +241,6 @@ class _Engine(StepDriver[Bucket]):
         for bucket in self.buckets:
             bucket.release()
         return directions is not None
-
-
-def _refuse(method: Method, exchange: str) -> None:
-    if method.replaces_optimizer:
-        raise UnsupportedError(
-            f"got {method!r} for updates, expected a method without momentum, because the inner "
-            "optimizer has it; take ErrorFeedback(...), or ef.DistributedOptimizer with this method"
-        )
-    if wants_server(exchange):
-        raise UnsupportedError(
-            f"got exchange={exchange!r} for updates, expected one between ranks; leave it out, or "
-            "take ef.DistributedOptimizer"
-        )
 
 
 def _are_finite(gradients: Iterable[torch.Tensor | None]) -> bool:

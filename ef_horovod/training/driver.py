@@ -125,6 +125,11 @@ class StepDriver(Generic[B]):
         for channel in self._channels():
             channel.forget()
 
+    def leave_out(self) -> None:
+        """Count a step that all ranks left out before anything of it was compressed."""
+        for channel in self._channels():
+            channel.counters.skipped += 1
+
     @property
     def has_state(self) -> bool:
         """Whether error-feedback state is kept between steps."""

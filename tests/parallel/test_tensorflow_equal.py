@@ -111,7 +111,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.mark.parametrize("way", ["keras.fit", "tf_keras.fit", "tape"])
 def test_one_rank_is_plain_tensorflow(way: str, single: dict) -> None:
     plain, *wrapped = single[way]
-    assert len(wrapped) == 2
+    assert len(wrapped) >= 2
     assert set(wrapped) == {plain}
     assert plain != single["start"]
 

@@ -18,6 +18,10 @@ def ours(optimizer):
     return ef.DistributedOptimizer(optimizer, METHOD)
 
 
+def updates(optimizer):
+    return ef.CompressedUpdates(optimizer, METHOD)
+
+
 def unchanged(thing):
     return thing
 
@@ -84,7 +88,8 @@ report(
     {
         "start": digest(build_model().trainable_variables),
         "keras.fit": [
-            keras_fit(unchanged), keras_fit(ours), keras_fit(ours, [ef.TrainingCallback()])
+            keras_fit(unchanged), keras_fit(ours), keras_fit(ours, [ef.TrainingCallback()]),
+            keras_fit(updates),
         ],
         "tf_keras.fit": [
             tf_keras_fit(lambda optimizer, _: optimizer),

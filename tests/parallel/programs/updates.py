@@ -7,6 +7,7 @@ import copy
 import horovod.torch as hvd
 import torch
 from common import error_of, report
+from given_updates import SETTINGS, SHAPES, STEPS, gradients_of
 from torch_common import batches, build_model, digest, flat
 
 import ef_horovod.torch as ef
@@ -72,6 +73,24 @@ def compressed():
     return facts
 
 
+def of_given_gradients():
+    """The same gradients as in TensorFlow: where they lead, and the bytes of each bucket."""
+    facts = {}
+    for name, (kind, _) in OPTIMIZERS.items():
+        named = [(str(i), torch.nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(SHAPES)]
+        inner = kind([p for _, p in named], **SETTINGS[name])
+        optimizer = ef.CompressedUpdates(inner, named, SIGNS)
+        for step in range(STEPS):
+            for (_, p), gradient in zip(named, gradients_of(hvd.rank(), step), strict=True):
+                p.grad = torch.from_numpy(gradient)
+            optimizer.step()
+        facts[name] = {
+            "end": [x for _, p in named for x in p.detach().reshape(-1).tolist()],
+            "bytes": [[row.name, row.bytes_out, row.bytes_in] for row in optimizer.stats()],
+        }
+    return facts
+
+
 def spoiled():
     """Steps with a NaN are as if they had not been; all ranks skip them."""
     model, calm = build_model(), build_model()
@@ -79,7 +98,8 @@ def spoiled():
     inputs, labels = batches(hvd.rank())()
     skipped = train(model, optimizer, lambda: (inputs, labels), 8, spoiled=(0, 5))
     train(calm, updates(calm, "AdamW"), lambda: (inputs, labels), 6)
-    return {"skipped": skipped, "model": digest(model), "calm": digest(calm)}
+    counted = optimizer.stats()[-1].skipped if optimizer.stats() else None
+    return {"skipped": skipped, "counted": counted, "model": digest(model), "calm": digest(calm)}
 
 
 def resumed():
@@ -122,7 +142,9 @@ def refusals():
 
 def main() -> None:
     hvd.init()
-    scenarios = (without_compression, compressed, spoiled, resumed, refusals)
+    scenarios = (
+        without_compression, compressed, of_given_gradients, spoiled, resumed, refusals,
+    )  # fmt: skip
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 
 

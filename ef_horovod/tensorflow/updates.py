@@ -1,0 +1,214 @@
+"""`ef.CompressedUpdates` for Keras 3 and tf_keras: each rank's optimizer makes an update from its
+own gradients, and the updates are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.tensorflow.averaging import Apply, Averaging, Part
+from ef_horovod.tensorflow.engine import Engine
+from ef_horovod.tensorflow.options import require_options
+from ef_horovod.tensorflow.reducer import Reducer
+from ef_horovod.tensorflow.sync import question_op
+from ef_horovod.tensorflow.variables import native
+from ef_horovod.tensorflow.wrapping import attach, handles_nan, rebuild, require_plain
+from ef_horovod.training.options import check_options
+from ef_horovod.training.policy import DensePolicy, small_or_vector
+from ef_horovod.training.updates import QUESTION, ask_all, refuse_for_updates
+from ef_horovod.transports.base import Transport
+
+
+def CompressedUpdates(
+    optimizer: Any,
+    compression: Method,
+    *,
+    dense: DensePolicy = small_or_vector,
+    exchange: str = "auto",
+    bucket_bytes: int = 25 * 2**20,
+    seed: int = 0,
+    dense_steps: int = 0,
+    process_set: Any = None,
+    check_sync: bool = True,
+    timeout: float | None = None,
+) -> Any:
+    """Wrap a Keras optimizer so that its updates are averaged over all ranks, compressed.
+
+    A step runs the optimizer on this rank's own gradients. The change of the variables goes through
+    error feedback, and all ranks apply the mean of what was sent. Any optimizer will do: AdamW,
+    Muon, Lion, SGD with momentum. Clipping, weight decay, learning rate schedules and Keras'
+    `gradient_accumulation_steps` work on this rank's own gradients, as on one rank.
+
+    The result is an instance of the optimizer's class with the same settings and variables, as of
+    `ef.DistributedOptimizer`, with the same additional methods. The optimizer's variables, such as
+    Adam's moments, differ between ranks, because each rank's gradients do: save and restore them on
+    every rank. `ef.TrainingCallback` broadcasts only its numbers, such as `iterations`. Without
+    compression it is dense training for SGD, with momentum too; for others it is the mean of the
+    ranks' updates, and not the update of the mean gradient.
+
+    If a gradient of any rank has a NaN or an infinity, all ranks leave the step out, and no state
+    changes; `stats()[-1].skipped` counts it. The exchange starts after the backward pass and does
+    not overlap with it. Memory: a copy of the variables during the step.
+
+    Args:
+        optimizer: of Keras 3 or tf_keras (not its legacy ones), not wrapped. For mixed precision,
+            the outermost one: `keras.optimizers.LossScaleOptimizer(optimizer)`.
+        compression: error-feedback method with its compressor, such as ErrorFeedback(OneBit()).
+        dense: `dense(path, variable)` says which variables' updates stay uncompressed.
+        exchange: as in `ef.Reducer`, but no server.
+        bucket_bytes: bytes of float32 per compressed bucket.
+        seed: of random compressors.
+        dense_steps: number of first steps that average uncompressed updates.
+        process_set: Horovod process set to average over; default all ranks.
+        check_sync: as in `ef.Reducer`.
+        timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
+
+    Raises:
+        UnsupportedError: the combination cannot work; the message names an alternative.
+        ValueError: a number is out of range.
+
+    Example:
+        optimizer = ef.CompressedUpdates(keras.optimizers.AdamW(1e-3),
+                                         compression=ef.ErrorFeedback(ef.OneBit()))
+        model.compile(optimizer, loss="mse", jit_compile=False)
+
+    References:
+        Karimireddy, Rebjock, Stich, Jaggi: Error Feedback Fixes SignSGD (ICML 2019), Algorithm 2,
+        whose compressed quantity is the step; Douillard et al.: DiLoCo (2023), with one inner step
+        and a mean as the outer one.
+    """
+    require_plain(optimizer)
+    check_options("CompressedUpdates", **locals())
+    options: dict[str, Any] = {
+        "dense": dense,
+        "exchange": exchange,
+        "bucket_bytes": bucket_bytes,
+        "seed": seed,
+        "dense_steps": dense_steps,
+        "process_set": process_set,
+        "check_sync": check_sync,
+        "timeout": timeout,
+    }
+    require_options(compression, **options)
+    refuse_for_updates(compression, exchange)
+    _refuse_averages_of_weights(optimizer)
+    wrapped, accumulation = rebuild(optimizer)
+    updates = Updates(
+        lambda variables: _UpdateReducer(variables, compression, **options),
+        passes=accumulation,
+        mean=True,
+        handles_nan=handles_nan(wrapped),
+    )
+    return attach(updates, wrapped, accumulation)
+
+
+class Updates(Averaging):
+    """Applies gradients on each rank, and averages what changed; see `training/updates.py`."""
+
+    owner = "ef.CompressedUpdates"
+
+    def average(self, gradients: list[Any], variables: list[Any]) -> list[Any]:
+        raise UnsupportedError(
+            "got ef.CompressedUpdates inside a loss scaler (tf_keras makes one for the policy "
+            "mixed_float16), expected the scaler inside, because it steps by the gradients of one "
+            "rank; write ef.CompressedUpdates(tf_keras.mixed_precision.LossScaleOptimizer("
+            "optimizer), ...)"
+        )
+
+    def in_common(self, variables: list[Any]) -> list[Any]:
+        return [variable for variable in variables if len(variable.shape) == 0]
+
+    def _take(
+        self, part: Part, gradients: list[Any], variables: list[Any], loss_scale: Any, apply: Apply
+    ) -> tf.Tensor:
+        def alone() -> None:
+            apply(gradients)
+
+        if not part.reducer.active:
+            alone()
+            return tf.constant(True)
+
+        def left_out() -> tf.Tensor:
+            if self._handles_nan:  # a loss scaler lowers its scale, on all ranks
+                apply([_spoiled(g, v) for g, v in zip(gradients, variables, strict=True)])
+            return tf.constant(False)
+
+        (engine,) = part.reducer.drivers
+        good = _ask_all_op(engine, _are_finite(gradients))
+        return tf.cond(good, lambda: _average_change(part, variables, alone), left_out)
+
+
+class _UpdateReducer(Reducer):
+    """Its gradients are updates; ranks compare that too."""
+
+    _what = "updates"
+
+
+def _average_change(part: Part, variables: list[Any], step: Callable[[], None]) -> tf.Tensor:
+    """Ops that take a step, and put the mean of all ranks' changes in its place.
+
+    Returns:
+        Whether all ranks' changes were finite; otherwise the variables stay as they were.
+    """
+    natives = [native(variable) for variable in variables]
+    before = [variable.read_value() for variable in natives]
+    step()
+    changes = [_float32(v) - _float32(old) for v, old in zip(natives, before, strict=True)]
+    for variable, old in zip(natives, before, strict=True):  # ranks are equal again
+        variable.assign(old)
+    means, good = part.reduce(changes, 1.0)
+    for variable, old, mean in zip(variables, before, means, strict=True):
+        new = tf.cast(_float32(old) + mean, old.dtype)
+        if variable.constraint is not None:
+            new = variable.constraint(new)
+        native(variable).assign(tf.where(good, new, old))
+    return good
+
+
+def _ask_all_op(engine: Engine, good: tf.Tensor) -> tf.Tensor:
+    """Ops that ask whether all ranks are good; if not, the step counts as left out."""
+
+    def start(bridge: Transport, good: Any) -> Callable[[], bool]:
+        wait = ask_all(bridge, bool(good))
+
+        def answer() -> bool:
+            all_good = wait()
+            if not all_good:
+                engine.leave_out()
+            return all_good
+
+        return answer
+
+    return question_op(engine.transport, QUESTION, start, [good], tf.float32)
+
+
+def _refuse_averages_of_weights(optimizer: Any) -> None:
+    """Raise for Keras' moving averages, which would be of this rank's steps alone."""
+    if getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False):
+        raise UnsupportedError(
+            "got an optimizer with use_ema=True for updates, expected one without, because its "
+            "averages are of weights before the exchange and differ between ranks; leave it out, "
+            "or take ef.DistributedOptimizer"
+        )
+
+
+def _are_finite(gradients: list[Any]) -> tf.Tensor:
+    parts = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None]
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in parts])
+
+
+def _spoiled(gradient: Any, variable: Any) -> Any:
+    """NaNs in place of a gradient, if there is one."""
+    if gradient is None:
+        return None
+    return tf.fill(tuple(variable.shape), tf.constant(np.nan, gradient.dtype))
+
+
+def _float32(value: Any) -> tf.Tensor:
+    return tf.cast(value, tf.float32)

@@ -1,0 +1,55 @@
+"""What the adapters' `ef.CompressedUpdates` share.
+
+A step of compressed updates, on each rank:
+
+    all ranks agree that all gradients are finite, or leave the step out
+    theta' = the rank's own optimizer, from theta and its own gradients
+    theta  = theta + mean of what was sent of theta' - theta, by error feedback
+
+The optimizer's state stays on its rank. An adapter adds how its framework takes the step and how
+the change gets into the buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ef_horovod.arrays import Array
+from ef_horovod.errors import UnsupportedError
+from ef_horovod.methods.base import Method
+from ef_horovod.training.choice import wants_server
+from ef_horovod.transports.base import Transport
+
+
+def refuse_for_updates(method: Method, exchange: str) -> None:
+    """Raise for a method or an exchange that cannot carry updates.
+
+    Raises:
+        UnsupportedError: the method has momentum, or makes updates; or the exchange is a server.
+    """
+    if method.replaces_optimizer:
+        raise UnsupportedError(
+            f"got {method!r} for updates, expected a method without momentum, because the inner "
+            "optimizer has it; take ErrorFeedback(...), or ef.DistributedOptimizer with this method"
+        )
+    if wants_server(exchange):
+        raise UnsupportedError(
+            f"got exchange={exchange!r} for updates, expected one between ranks; leave it out, or "
+            "take ef.DistributedOptimizer"
+        )
+
+
+def ask_all(transport: Transport, good: bool) -> Callable[[], bool]:
+    """Start to ask all ranks whether all of them are good; returns a function that waits."""
+    count = transport.allreduce(QUESTION, np.array([not good], np.float32))
+
+    def answer() -> bool:
+        bad: Array = count()
+        return float(np.asarray(bad)[0]) == 0
+
+    return answer
+
+
+QUESTION = "updates.bad"  # name of the collective
