@@ -16,17 +16,23 @@ class Images(NamedTuple):
     y: np.ndarray  # int64[n]
 
 
-def load(data: Path | None, rank: int, size: int) -> tuple[Images, Images]:
+FOLDS = 3  # parts of the digits; seeds take turns with which one tests
+
+
+def load(data: Path | None, rank: int, size: int, fold: int = 0) -> tuple[Images, Images]:
     """This rank's share of the training images, and all test images.
 
     Args:
         data: folder of the CIFAR-10 archives, None for the digits.
+        fold: which third of the digits tests; CIFAR-10 has a test set.
         rank, size: every size-th training image belongs to this rank; all ranks get equally many.
     """
     if data is None:
         x, y = _digits()
         order = np.random.default_rng(0).permutation(len(y))
-        test, train = order[:600], order[600:]
+        folds = np.array_split(order, FOLDS)
+        test = folds[fold]
+        train = np.concatenate([part for i, part in enumerate(folds) if i != fold])
         mine = share(train, rank, size)
         return _images(x[mine], y[mine]), _images(x[test], y[test])
     train_file, test_file = data / "cifar10_train.npz", data / "cifar10_test.npz"

@@ -25,11 +25,20 @@ class Row(NamedTuple):
     method: ef.Method | None
     stock: str = ""  # its name in hvd.Compression
     adapter: bool = False  # ef.Compression in Horovod's own optimizer or tape
+    updates: bool = False  # ef.CompressedUpdates
 
 
 ROWS = {
     "dense": Row("Horovod, dense", None, "none"),
     "fp16": Row("Horovod, fp16", None, "fp16"),
+    "updates": Row(
+        "CompressedUpdates, ErrorFeedback(OneBit())", ef.ErrorFeedback(ef.OneBit()), updates=True
+    ),
+    "updates-signs": Row(
+        "CompressedUpdates, ErrorFeedback(Then(TopK(0.02), OneBit()))",
+        ef.ErrorFeedback(ef.Then(ef.TopK(ratio=0.02), ef.OneBit())),
+        updates=True,
+    ),
     "onebit": Row("ErrorFeedback(OneBit())", ef.ErrorFeedback(ef.OneBit())),
     "topk": Row("EF21(TopK(0.01))", ef.EF21(ef.TopK(ratio=0.01))),
     "topk-momentum": Row(

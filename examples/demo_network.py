@@ -56,8 +56,11 @@ class TorchTraining:
         self._optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self._model(self._x[batch]), self._y[batch])
         loss.backward()
-        self._optimizer.step()
+        self._take_step()
         return loss.item()
+
+    def _take_step(self) -> None:
+        self._optimizer.step()
 
     @torch.no_grad()
     def accuracy(self) -> float:

@@ -8,6 +8,8 @@ from pathlib import Path
 METHODS = (
     "dense",
     "fp16",
+    "updates",
+    "updates-signs",
     "onebit",
     "topk",
     "topk-momentum",
@@ -15,7 +17,7 @@ METHODS = (
     "topk-stock",
     "topk-ef-stock",
 )  # the keys of demo_methods.ROWS
-DEFAULT_METHODS = ("dense", "fp16", "onebit", "topk", "topk-ef")
+DEFAULT_METHODS = ("dense", "fp16", "updates", "updates-signs", "onebit", "topk-ef")
 _PASSED_ON = ("data", "methods", "seeds", "epochs", "lr", "out")
 
 DATA_HELP = """\

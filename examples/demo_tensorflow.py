@@ -62,6 +62,8 @@ class KerasTraining:
             self._compression = CountingCompression(stock, hvd.size(), lambda t: t.dtype.size)
         elif row.adapter:
             self._compression = ef.Compression(row.method, model.trainable_variables)
+        elif row.updates:
+            optimizer = ef.CompressedUpdates(optimizer, row.method)
         else:
             optimizer = ef.DistributedOptimizer(optimizer, row.method)
         optimizer.build(model.trainable_variables)
