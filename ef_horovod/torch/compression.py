@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence, Set
+from functools import partial
 from typing import Any
 
 import horovod.torch as hvd
@@ -21,12 +22,12 @@ from torch.optim.optimizer import (
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.torch.buckets import Bucket, require_untouched
+from ef_horovod.torch.buckets import Bucket, open_buckets, require_untouched
 from ef_horovod.torch.hooks import uncompiled, weak
 from ef_horovod.torch.momentum import require_fit, require_no_weight_decay
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
-from ef_horovod.training.buckets import Slot, plan_buckets
+from ef_horovod.training.buckets import Slot
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.momentum import (
     refuse_one_rank,
@@ -127,23 +128,18 @@ class Compression(StepDriver[Bucket]):
         self._in_sync = SyncCheck([p for _, p in trainable], transport, check_sync, frozen)
         self._order, self._next_place = list(reversed(self._parameters)), 0
         super().__init__(method, transport)
-
-        def buckets_of(named: list[tuple[str, torch.Tensor]]) -> list[Bucket]:
-            plans = plan_buckets(
-                named,
-                method,
-                dense=dense,
-                bucket_bytes=bucket_bytes,
-                device_of=lambda p: p.device,
-                dense_steps=dense_steps,
-            )
-            return [
-                Bucket.open(plan, plan.decide(transport, exchange), transport, seed=seed)
-                for plan in plans
-            ]
-
-        self._buckets_of, self._settled = buckets_of, False
-        self._use(buckets_of(trainable))
+        self._settled = False
+        self._buckets_of = partial(
+            open_buckets,
+            method=method,
+            transport=transport,
+            dense=dense,
+            exchange=exchange,
+            bucket_bytes=bucket_bytes,
+            seed=seed,
+            dense_steps=dense_steps,
+        )
+        self._use(self._buckets_of(trainable))
         if transport.rank >= 0:  # not outside of the process set
             # Not in a hook: the order of hooks differs between ranks.
             options = f"exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}"
