@@ -53,6 +53,10 @@ class Compression(StepDriver[Bucket], tf.Module):
     unchanged on all ranks and its average is NaN, as with plain Horovod. By contrast,
     `ef.DistributedGradientTape` drops whole steps. `op=hvd.Adasum` is not supported.
 
+    Each variable is compressed by itself: `TopK(0.01)` takes 1 % of each, not the largest 1 % of a
+    bucket. EF21 with top-k learns much less per step from that, if small tensors are compressed;
+    `ErrorFeedback` loses less (docs/results/learning.md).
+
     Args:
         method: error-feedback method with its compressor.
         variables: in the order of `tape.gradient(loss, variables)`.

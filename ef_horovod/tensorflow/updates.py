@@ -180,7 +180,7 @@ def _ask_all_op(engine: Engine, good: tf.Tensor) -> tf.Tensor:
         def answer() -> bool:
             all_good = wait()
             if not all_good:
-                engine.leave_out()
+                engine.count_left_out()
             return all_good
 
         return answer

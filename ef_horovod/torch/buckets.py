@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
 
 from ef_horovod.exchange.channel import Channel
-from ef_horovod.training.buckets import BucketPlan, Slot
+from ef_horovod.methods.base import Method
+from ef_horovod.training.buckets import BucketPlan, Slot, plan_buckets
 from ef_horovod.training.choice import Choice
+from ef_horovod.training.policy import DensePolicy
 from ef_horovod.transports.base import Transport
 
 _SAMPLE = 32  # sampled entries per gradient, to detect changes
@@ -84,6 +86,39 @@ class Bucket:
     def release(self) -> None:
         """Forget the filled gradients before the next step."""
         self.filled, self.started = {}, False
+
+
+def open_buckets(
+    named: Sequence[tuple[str, torch.Tensor]],
+    method: Method,
+    transport: Transport,
+    *,
+    dense: DensePolicy,
+    exchange: str,
+    bucket_bytes: int,
+    seed: int,
+    dense_steps: int,
+) -> list[Bucket]:
+    """The buckets of parameters; see `plan_buckets` and `Channel` for the arguments.
+
+    If nothing is compressed, large parameters have a bucket each, which avoids copies. Small ones
+    always share one allreduce.
+    """
+    plans = plan_buckets(
+        named,
+        method,
+        dense=dense,
+        bucket_bytes=bucket_bytes,
+        device_of=lambda parameter: parameter.device,
+        dense_steps=dense_steps,
+    )
+    buckets = []
+    for plan in plans:
+        choice = plan.decide(transport, exchange)
+        whole = plan.method is None or choice.exchange.compresses
+        for one in [plan] if whole else plan.apart():
+            buckets.append(Bucket.open(one, choice, transport, seed=seed))
+    return buckets
 
 
 class Taken(NamedTuple):

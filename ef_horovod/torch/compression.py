@@ -1,16 +1,16 @@
 """`ef.Compression`: any compressor and method through stock `hvd.DistributedOptimizer`.
 
 Horovod passes each gradient to `compress`, allreduces the returned tensor, and passes the result to
-`decompress`. Our `compress` starts the real exchange under the parameter's name. It runs in the
-hook, so the exchange overlaps with backward. Horovod gets a single number to reduce. The cost
-against `ef.DistributedOptimizer`: no buckets, so one collective and one small allreduce per
-parameter.
+`decompress`. Our `compress` puts the gradient into its bucket, and starts the exchange of a full
+one. It runs in the hook, so the exchange overlaps with backward. Horovod gets a single number to
+reduce. The cost against `ef.DistributedOptimizer`: one small allreduce per parameter.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
+from functools import partial
 from typing import Any
 
 import horovod.torch as hvd
@@ -22,12 +22,12 @@ from torch.optim.optimizer import (
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.torch.buckets import Bucket, require_untouched
+from ef_horovod.torch.buckets import Bucket, open_buckets, require_untouched
 from ef_horovod.torch.hooks import uncompiled, weak
 from ef_horovod.torch.momentum import require_fit, require_no_weight_decay
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.torch.sync import SyncCheck
-from ef_horovod.training.buckets import plan_one
+from ef_horovod.training.buckets import Slot
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.momentum import (
     refuse_one_rank,
@@ -44,6 +44,7 @@ from ef_horovod.training.policy import (
     small_or_vector,
     warn_of_surprises,
 )
+from ef_horovod.training.state import move_state, read_state
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 from ef_horovod.transports.timeouts.ending import watch_over
@@ -52,11 +53,14 @@ from ef_horovod.transports.timeouts.ending import watch_over
 class Compression(StepDriver[Bucket]):
     """An instance for the `compression=` argument of `hvd.DistributedOptimizer`.
 
-    The constructor is collective: ranks compare their options. Each parameter that the policy keeps
-    dense has a named allreduce, which Horovod fuses. If any rank's gradient is not finite, all
-    ranks keep their error-feedback state, and the optimizer's next step changes nothing. Horovod
-    itself gathers the rows of sparse gradients, uncompressed. `op=hvd.Adasum` and
+    The constructor is collective: ranks compare their options. Buckets are those of
+    `ef.DistributedOptimizer`, and so are the aggregated gradients. If any rank's gradient is not
+    finite, all ranks keep their error-feedback state, and the optimizer's next step changes
+    nothing. Horovod itself gathers the rows of sparse gradients, uncompressed. `op=hvd.Adasum` and
     `sparse_as_dense=True` are not supported.
+
+    Make one for each optimizer. The first step shows which parameters it gets dense gradients of;
+    the same ones come in each step.
 
     Args:
         method: error-feedback method with its compressor.
@@ -64,6 +68,7 @@ class Compression(StepDriver[Bucket]):
         dense: `dense(name, parameter)` says which parameters stay uncompressed, or returns a
             method.
         exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
+        bucket_bytes: bytes of float32 per compressed bucket; 1 compresses each parameter by itself.
         seed: of random compressors.
         dense_steps: as in `ef.DistributedOptimizer`.
         process_set: as passed to Horovod.
@@ -77,7 +82,8 @@ class Compression(StepDriver[Bucket]):
     Raises:
         ConfigMismatchError: on all ranks, if their options or parameters differ.
         UnsupportedError: `method` is not a method, or the job is elastic, with the way out. After
-            the first step: the optimizer has momentum or weight decay beside `MomentumCorrection`.
+            the first step: the optimizer has momentum or weight decay beside `MomentumCorrection`;
+            or other parameters have dense gradients than in that step.
         ValueError: a name or parameter occurs twice.
 
     Example:
@@ -93,6 +99,7 @@ class Compression(StepDriver[Bucket]):
         *,
         dense: DensePolicy = small_or_vector,
         exchange: str = "auto",
+        bucket_bytes: int = 25 * 2**20,
         seed: int = 0,
         dense_steps: int = 0,
         process_set: Any = None,
@@ -108,7 +115,6 @@ class Compression(StepDriver[Bucket]):
         watch_over(transport, hvd.shutdown)
         refuse_one_rank(method, hvd.size())  # not that of the process set
         require_included(method, transport.rank >= 0)
-        self._under_way: dict[str, Bucket] = {}
         self._directions: dict[str, torch.Tensor] | None = None
         self._dropped = False  # the last step was dropped, and no optimizer has stepped since
         self._unused = False  # averages were delivered, and no optimizer has stepped since
@@ -121,30 +127,45 @@ class Compression(StepDriver[Bucket]):
         warn_of_surprises(trainable, method, dense, transport.rank)
         self._in_sync = SyncCheck([p for _, p in trainable], transport, check_sync, frozen)
         self._order, self._next_place = list(reversed(self._parameters)), 0
-        plans = [
-            plan_one(name, (name, p), method, dense=dense, dense_steps=dense_steps)
-            for name, p in self._parameters.items()
-        ]
-        self._bucket_of = {
-            plan.name: Bucket.open(plan, plan.decide(transport, exchange), transport, seed=seed)
-            for plan in plans
-        }
-        super().__init__(method, transport, list(self._bucket_of.values()))
+        super().__init__(method, transport)
+        self._settled = False
+        self._buckets_of = partial(
+            open_buckets,
+            method=method,
+            transport=transport,
+            dense=dense,
+            exchange=exchange,
+            bucket_bytes=bucket_bytes,
+            seed=seed,
+            dense_steps=dense_steps,
+        )
+        self._use(self._buckets_of(trainable))
         if transport.rank >= 0:  # not outside of the process set
             # Not in a hook: the order of hooks differs between ranks.
             options = f"exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}"
             self._compare([f"{options}, check_sync={check_sync}"])
 
+    @property
+    def _under_way(self) -> bool:
+        """Whether gradients were taken that no rank's optimizer has got."""
+        return any(bucket.filled for bucket in self.buckets)
+
     @uncompiled
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
-        """Called by Horovod for each gradient; starts its exchange."""
+        """Called by Horovod for each gradient; starts the exchange of a full bucket."""
         name = self._name_of(tensor)
+        if name not in self._place:
+            raise UnsupportedError(
+                f"got a dense gradient of '{name}', which had none in the first step, expected "
+                "those of the same parameters in each step; make an ef.Compression for each "
+                "optimizer, or take ef.DistributedOptimizer"
+            )
         if not self._under_way:
             self._begin()
-        bucket = self._bucket_of[name]
-        bucket.fill(bucket.slots[0], self._loss_scale, in_place=self._grad_scaler is None)
-        bucket.channel.start(self.step)
-        self._under_way[name] = bucket
+        bucket, slot = self._place[name]
+        bucket.fill(slot, self._loss_scale, in_place=self._grad_scaler is None)
+        if self._settled and len(bucket.filled) == len(bucket.slots):
+            bucket.start(self.step)
         # Horovod needs a tensor to allreduce: a 1, which returns as 1 for Average, n for Sum.
         return torch.ones(1, device=tensor.device), (name, tensor)
 
@@ -181,20 +202,82 @@ class Compression(StepDriver[Bucket]):
     def _finish_all(self) -> None:
         """Wait for all channels of this step; commit all of them or none."""
         self._in_sync.check()
-        require_untouched(self._under_way.values())
-        buckets = list(self._under_way.values())
-        directions = self._finish(buckets)
+        self._settle()
+        for bucket in self.buckets:
+            if not bucket.started:
+                bucket.start(self.step)
+        require_untouched(self.buckets)
+        directions = self._finish()
         self._stop_watching()
         self._dropped = directions is None
         self._unused = directions is not None and self.has_state
         if directions is None:
             self._watch(register_optimizer_step_pre_hook(weak(self._before_any_step)))
             nothing = torch.tensor(float("nan"))
-            directions = [nothing.expand(len(b.channel.gradient)) for b in buckets]
+            directions = [nothing.expand(len(b.channel.gradient)) for b in self.buckets]
         else:
             self._watch(register_optimizer_step_post_hook(weak(self._after_any_step)))
-        self._directions = dict(zip(self._under_way, directions, strict=True))
-        self._under_way = {}
+        self._directions = {
+            slot.name: direction[slot.start : slot.stop]
+            for bucket, direction in zip(self.buckets, directions, strict=True)
+            for slot in bucket.slots
+        }
+        for bucket in self.buckets:
+            bucket.release()
+
+    def _settle(self) -> None:
+        """In the first step, leave parameters without a dense gradient out of the buckets.
+
+        All ranks leave out the same ones, because Horovod cannot carry one both ways.
+
+        Raises:
+            UnsupportedError: later, if such a gradient is missing.
+        """
+        missing = {
+            slot.name: slot.parameter
+            for bucket in self.buckets
+            for slot in bucket.slots
+            if slot.parameter not in bucket.filled
+        }
+        if missing and self._settled:
+            raise UnsupportedError(
+                f"got no dense gradient of '{min(missing)}', expected those of the same parameters "
+                "in each step; make an ef.Compression for each optimizer, or take "
+                "ef.DistributedOptimizer"
+            )
+        if missing:
+            self._keep({name for name in self._place if name not in missing})
+        self._settled = True
+
+    def _keep(self, names: Set[str]) -> None:
+        """Make new buckets of these parameters, with their state and this step's gradients."""
+        before, place = self.buckets, self._place
+        self._use(self._buckets_of([(n, p) for n, p in self._parameters.items() if n in names]))
+        move_state(before, self.buckets)
+        for name, (bucket, slot) in self._place.items():
+            old, at = place[name]
+            if slot.parameter in old.filled:
+                bucket.filled[slot.parameter] = old.filled[slot.parameter]
+                gradient = old.channel.gradient[at.start : at.stop]
+                bucket.channel.gradient[slot.start : slot.stop].copy_(gradient)
+
+    def _use(self, buckets: Sequence[Bucket]) -> None:
+        self.buckets = buckets
+        self._place: dict[str, tuple[Bucket, Slot]] = {
+            slot.name: (bucket, slot) for bucket in buckets for slot in bucket.slots
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As in `StepDriver`; parameters whose gradients were sparse have no state."""
+        before = self.buckets
+        without = read_state(before).keys() - dict(state.get("parameters", {})).keys()
+        if without and not self._settled:
+            self._keep(self._place.keys() - without)
+        try:
+            super().load_state_dict(state)
+        except Exception:
+            self._use(before)
+            raise
 
     def _watch(self, hook: Any) -> None:
         """Keep a hook on optimizer steps until the next step is finished."""

@@ -10,9 +10,9 @@ import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.rows import Rows, RowsChannel, matrix_of
-from ef_horovod.torch.buckets import Bucket, Taken
+from ef_horovod.torch.buckets import Bucket, Taken, open_buckets
 from ef_horovod.torch.options import Options
-from ef_horovod.training.buckets import BucketPlan, Slot, one_slot, plan_buckets
+from ef_horovod.training.buckets import Slot, one_slot
 from ef_horovod.transports.base import Transport
 
 _MISSING, _DENSE = 0, 1  # kinds of gradient; _DENSE + s: sparse in the first s dimensions
@@ -92,26 +92,17 @@ def make_buckets(
         transport: to the other ranks.
     """
     named = dict(trainable)
-    plans = plan_buckets(
+    dense = open_buckets(
         [(name, parameter) for name, parameter in trainable if name not in rows],
         options.method,
+        transport,
         dense=options.dense,
+        exchange=options.exchange,
         bucket_bytes=options.bucket_bytes,
-        device_of=lambda parameter: parameter.device,
+        seed=options.seed,
         dense_steps=options.dense_steps,
     )
-    dense = [bucket for plan in plans for bucket in _open(plan, options, transport)]
     return dense + [RowsBucket(name, named[name], dims, transport) for name, dims in rows.items()]
-
-
-def _open(plan: BucketPlan, options: Options, transport: Transport) -> list[Bucket]:
-    """One bucket, or one per parameter if nothing is compressed, which avoids copies.
-
-    Small parameters always share one allreduce.
-    """
-    choice = plan.decide(transport, options.exchange)
-    plans = [plan] if plan.method is None or choice.exchange.compresses else plan.apart()
-    return [Bucket.open(one, choice, transport, seed=options.seed) for one in plans]
 
 
 def agree(

@@ -214,7 +214,7 @@ class _Engine(StepDriver[Bucket]):
         """Whether it is good on all ranks; if not, the step counts as left out. Collective."""
         all_good = ask_all(self.transport, good)()
         if not all_good:
-            self.leave_out()
+            self.count_left_out()
         return all_good
 
     @torch.no_grad()

@@ -125,7 +125,7 @@ class StepDriver(Generic[B]):
         for channel in self._channels():
             channel.forget()
 
-    def leave_out(self) -> None:
+    def count_left_out(self) -> None:
         """Count a step that all ranks left out before anything of it was compressed."""
         for channel in self._channels():
             channel.counters.skipped += 1

@@ -96,7 +96,11 @@ def test_single_entries_travel_likewise(results: Results) -> None:
 
 def test_the_stock_optimizer_gathers_rows_itself(results: Results) -> None:
     for result in results:
-        assert result["stock"] == [results[0]["stock"][0], True]
+        facts = result["stock"]
+        assert facts["digest"] == facts["resumed"] == results[0]["stock"]["digest"]
+        assert facts["sparse"]
+        assert facts["elements"] == 2 * [48 * 30 + 30]  # without the table
+        assert "got a dense gradient of 'table.weight', which had none" in facts["dense later"]
 
 
 def test_only_the_ranks_of_the_set_share_rows(results: Results) -> None:

@@ -26,8 +26,8 @@ def stock(optimizer, model, **options):
     return hvd.DistributedOptimizer(optimizer, model.named_parameters(), **options)
 
 
-def adapter(method, model):
-    return ef.Compression(method, model.named_parameters())
+def adapter(method, model, **options):
+    return ef.Compression(method, model.named_parameters(), **options)
 
 
 def where_they_lie() -> list[dict[str, bool]]:
@@ -77,13 +77,16 @@ def main() -> None:
         "stock reduce": trained(lambda o, m: stock(o, m, compression=adapter(feedback, m))),
         "horovod sum": trained(lambda o, m: stock(o, m, op=hvd.Sum)),
         "ef sum": trained(lambda o, m: ours(o, m, op=hvd.Sum)),
-        "onebit sum, ef": trained(
-            lambda o, m: ours(o, m, op=hvd.Sum, compression=onebit, bucket_bytes=1)
-        ),
-        "onebit sum, stock": trained(
-            lambda o, m: stock(o, m, op=hvd.Sum, compression=adapter(onebit, m))
-        ),
     }
+    for name, size in (("one bucket", 25 * 2**20), ("small buckets", 1)):
+        results[f"{name}, ef"] = trained(
+            lambda o, m, b=size: ours(o, m, op=hvd.Sum, compression=onebit, bucket_bytes=b)
+        )
+        results[f"{name}, stock"] = trained(
+            lambda o, m, b=size: stock(
+                o, m, op=hvd.Sum, compression=adapter(onebit, m, bucket_bytes=b)
+            )
+        )
     report(hvd.rank(), results | {"where they lie": where_they_lie()})
 
 

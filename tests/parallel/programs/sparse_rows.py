@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import horovod.torch as hvd
@@ -266,15 +267,30 @@ def entries():
 
 
 def stock():
-    """`ef.Compression` leaves rows to Horovod."""
-    model = Model()
-    named = list(model.named_parameters())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    optimizer = hvd.DistributedOptimizer(
-        optimizer, named, compression=ef.Compression(METHOD, named)
-    )
-    train(model, optimizer)
-    return [digest(model), model.table.weight.grad.is_sparse]
+    """`ef.Compression` leaves rows to Horovod; training, resuming, and another parameter later."""
+
+    def stocked(model):
+        named = list(model.named_parameters())
+        adapter = ef.Compression(METHOD, named)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        return adapter, hvd.DistributedOptimizer(optimizer, named, compression=adapter)
+
+    model, again = Model(), Model()
+    adapter, optimizer = stocked(model)
+    train(model, optimizer, 2)
+    again.load_state_dict(model.state_dict())
+    other, resumed_optimizer = stocked(again)
+    other.load_state_dict(copy.deepcopy(adapter.state_dict()))
+    for one, its in ((model, optimizer), (again, resumed_optimizer)):
+        train(one, its, 2, first=2)
+    model.table.sparse = False
+    return {
+        "digest": digest(model),
+        "resumed": digest(again),
+        "sparse": model.table.weight.grad.is_sparse,
+        "elements": [each.stats()[-1].num_elements for each in (adapter, other)],
+        "dense later": error_of(lambda: (optimizer.zero_grad(), train(model, optimizer, 1))),
+    }
 
 
 def process_set(pair):
