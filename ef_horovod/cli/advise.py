@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from ef_horovod.cli.evidence import SOURCE, UPDATES, evidence_of
 from ef_horovod.common.units import show_rate, show_seconds
 from ef_horovod.cost import model
 from ef_horovod.cost.model import Cost
@@ -18,10 +19,10 @@ from ef_horovod.methods.base import Method
 from ef_horovod.methods.parsing import read_method
 
 USUAL_METHODS = (
-    "EF21(TopK(0.01))",
+    "ErrorFeedback(Then(TopK(0.01), OneBit()))",
     "ErrorFeedback(OneBit())",
-    "EF21(RandomK(0.01))",
-    "DoubleSqueeze(TopK(0.01), server_compressor=TopK(0.01))",
+    "ErrorFeedback(TopK(0.01))",
+    "EF21(TopK(0.01))",
     "DoubleSqueeze(OneBit(), server_compressor=OneBit())",
 )
 _SAVING = 0.9  # a choice is recommended if it takes less than this part of a dense step
@@ -86,7 +87,12 @@ class Answer(NamedTuple):
         )
         if best.method is None:
             return f"take Horovod's own hvd.Compression.fp16, without this library: {gain}"
-        return f"take compression={best.method!r}, exchange={best.cost.exchange!r}: {gain}"
+        where = " in ef.CompressedUpdates" if self._suits_updates(best) else ""
+        return f"take compression={best.method!r}, exchange={best.cost.exchange!r}{where}: {gain}"
+
+    def _suits_updates(self, choice: Choice) -> bool:
+        found = evidence_of(choice.method) if choice.method is not None else []
+        return choice.cost.exchange != "server" and any(e.compressed == UPDATES for e in found)
 
     @property
     def dense(self) -> Choice:
@@ -211,7 +217,24 @@ def page(question: Question, answers: Sequence[Answer]) -> str:
     else:
         text = _many(answers)
         verdict = "\n".join(f"{answer.workers:5} workers: {answer.verdict}." for answer in answers)
-    return f"{text}\n\n{verdict}\n\n{_assumptions(question)}"
+    return f"{text}\n\n{verdict}\n\n{_learning(question)}\n\n{_assumptions(question)}"
+
+
+def _learning(question: Question) -> str:
+    """What was measured of each method's progress per step, or that nothing was."""
+    rows, unknown = [], []
+    for method in question.methods:
+        found = evidence_of(method)
+        rows += [[e.method, e.compressed, e.training, e.against_dense] for e in found]
+        unknown += [] if found else [repr(method)]
+    lines = []
+    if rows:
+        head = ["method", "compressed", "training", "against dense, after equal steps"]
+        title = f"Steps, measured ({SOURCE}; updates: ef.CompressedUpdates):"
+        lines += [title, "", tabulate(rows, head, disable_numparse=True)]
+    if unknown:
+        lines += [*([""] if rows else []), f"Steps, not measured: {', '.join(unknown)}"]
+    return "\n".join(lines)
 
 
 def _table(answer: Answer) -> str:
@@ -262,7 +285,7 @@ def _assumptions(question: Question) -> str:
         else "forward and backward: not given (--compute), so a step is what the exchange costs",
         f"speed of a core: {took}; {question.share:g} worker(s) on each",
         f"{question.parameters:,} parameters in {buckets} bucket(s); no overlap with backward",
-        "time alone: how well each one trains is another question (docs/methods.md)",
+        "the verdict is by time per step; how many steps each one takes is above",
     ]
     return "Predicted, from:\n" + "\n".join(f"  {line}" for line in lines)
 
@@ -276,6 +299,9 @@ def as_json(question: Question, answers: Sequence[Answer]) -> str:
         "compute": question.compute,
         "workers_per_core": question.share,
         "speeds": "measured" if question.measured else "reference",
+        "learning": {
+            repr(method): [e._asdict() for e in evidence_of(method)] for method in question.methods
+        },
         "answers": [
             {
                 "workers": answer.workers,

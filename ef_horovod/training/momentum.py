@@ -68,9 +68,10 @@ def warn_of_adam(optimizer: Any, methods: Iterable[Method], rank: int) -> None:
     method = next(lossy, None)
     if rank == 0 and kinds & _ADAPTIVE and method is not None:
         warnings.warn(
-            f"got {type(optimizer).__name__} with {method!r}, expected SGD with FrozenAdam, "
-            "because Adam learns less per step from compressed gradients; take SGD with Adam's "
-            "learning rate, FrozenAdam(...) and dense_steps, or compare losses with dense training",
+            f"got {type(optimizer).__name__} with {method!r}, expected ef.CompressedUpdates or "
+            "FrozenAdam, because Adam learns less per step from compressed gradients; wrap it in "
+            "ef.CompressedUpdates instead, or take SGD with FrozenAdam(...), Adam's learning rate "
+            "and dense_steps, or compare losses with dense training",
             stacklevel=3,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +13,10 @@ import ef_horovod as ef
 from ef_horovod import cost
 from ef_horovod.cli import advise
 from ef_horovod.cli import main as cli
+from ef_horovod.cli.evidence import EVIDENCE, SOURCE
 from ef_horovod.cost.model import reference_work
 from ef_horovod.cost.probe import measure_work
+from ef_horovod.methods.parsing import read_method
 
 MODEL = ["advise", "--parameters", "3.6M", "--reference"]
 
@@ -31,14 +34,33 @@ def test_a_slow_link_is_told_to_compress(capsys):
     text = run(capsys, "--workers", "4", "--bandwidth", "100mbit", "--compute", "60ms")
     head, _, *rows = text.split("\n\n")[0].splitlines()
     assert head.split("  ")[0] == "choice"
-    # Three of Horovod; gather, slices and server for each of five methods, one of which may be
-    # summed in flight as well.
-    assert len(rows) == 3 + 5 * 3 + 1
+    # Three of Horovod; gather, slices and server for each of five methods.
+    assert len(rows) == 3 + 5 * 3
     assert "Verdict: take compression=" in text
     assert "100 Mbit/s each way and 50 us from host to host (given)" in text
     assert "forward and backward: 60 ms (given)" in text
     assert "those of the reference machine" in text
-    assert "time alone" in text
+    assert "the verdict is by time per step" in text
+
+
+def test_what_was_measured_of_steps_is_shown(capsys):
+    words = ["--workers", "4", "--bandwidth", "100mbit", "--compute", "60ms"]
+    text = run(capsys, *words, "--method", "ErrorFeedback(OneBit())", "--method", "EF21(Natural())")
+    assert "in ef.CompressedUpdates: a step of" in text
+    assert "loss 46 % higher" in text
+    assert "Steps, not measured: EF21(Natural())" in text
+    (one,) = json.loads(run(capsys, *words, "--json", "--method", "ErrorFeedback(OneBit())"))[
+        "learning"
+    ].values()
+    assert {row["compressed"] for row in one} >= {"updates", "gradients"}
+
+
+def test_evidence_is_that_of_the_page():
+    page = (Path(__file__).parents[2] / SOURCE).read_text()
+    for row in EVIDENCE:
+        assert read_method(row.method)
+        number = row.against_dense.split()[-3 if row.against_dense.endswith("%") else 1]
+        assert number in page, row
 
 
 def test_rows_are_sorted_and_add_up(capsys):
