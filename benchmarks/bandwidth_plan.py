@@ -102,6 +102,7 @@ _DS1, _DSK = (
 )
 _TOPK_SGD = "NoFeedback(TopK(0.01), server_compressor=TopK(0.01))"
 _EF21_BOTH = "EF21(TopK(0.01), server_compressor=TopK(0.01))"
+_SIGNS = "ErrorFeedback(Then(TopK(0.01), OneBit()))"
 _EF21_NATURAL = "EF21(Then(TopK(0.01), Natural()))"
 _GATHER, _DOUBLE = "gather", "double_pass"
 
@@ -121,6 +122,7 @@ WAYS = {
         Way("DoubleSqueeze top-k", "ring", _DSK, _DOUBLE, _TOPK, _TOPK),
         Way("MEM-SGD 1 bit", "ring", "ErrorFeedback(OneBit())", _GATHER, _ONEBIT, passes=0),
         Way("MEM-SGD top-k", "ring", "ErrorFeedback(TopK(0.01))", _GATHER, _TOPK, passes=0),
+        Way("MEM-SGD signs of 1 %", "ring", _SIGNS, _GATHER, 0.012, passes=0),
         Way("QSGD", "ring", "NoFeedback(TernGrad())", _GATHER, _TERNARY, passes=0),
         Way("Top-k SGD", "ring", _TOPK_SGD, _DOUBLE, _TOPK, _TOPK),
         Way("PowerSGD rank 4", "ring", "PowerSGD(rank=4)", "reduce", _RANK4),
