@@ -54,8 +54,8 @@ class Compression(StepDriver[Bucket], tf.Module):
     `ef.DistributedGradientTape` drops whole steps. `op=hvd.Adasum` is not supported.
 
     Each variable is compressed by itself: `TopK(0.01)` takes 1 % of each, not the largest 1 % of a
-    bucket. EF21 with top-k learns much less per step from that, if small tensors are compressed;
-    `ErrorFeedback` loses less (docs/results/learning.md).
+    bucket. EF21 with top-k learns much less per step from that, and may diverge; `ErrorFeedback`
+    loses less in longer training (docs/results/learning.md).
 
     Args:
         method: error-feedback method with its compressor.
