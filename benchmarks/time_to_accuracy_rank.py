@@ -48,7 +48,7 @@ class Training:
         self._wrapped = [self._wrap(one) for one in inner]
         self._schedules = [
             torch.optim.lr_scheduler.LambdaLR(one, lambda t: _rate(t, steps))
-            for one in (inner if way.what == "update" or way.carrier == "ddp" else self._wrapped)
+            for one in (inner if way.carrier == "ddp" else self._wrapped)
         ]
 
     def _wrap(self, optimizer: torch.optim.Optimizer) -> Any:

@@ -1,4 +1,6 @@
-"""Hooks that run when a parameter's gradient is ready; `torch.compile` skips them."""
+"""Hooks that run when a parameter's gradient is ready, one optimizer's for each parameter;
+`torch.compile` skips them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,32 @@ import torch
 from ef_horovod.errors import UnsupportedError
 
 
-class GradientHooks:
+class Owned:
+    """Parameters that a wrapped optimizer averages; no other one may, until `remove()`.
+
+    Args:
+        names: of the parameters.
+
+    Raises:
+        UnsupportedError: another wrapped optimizer has one of them.
+    """
+
+    def __init__(self, names: Mapping[torch.Tensor, str]) -> None:
+        for other in _live:
+            for parameter in names.keys() & other._parameters:
+                raise UnsupportedError(
+                    f"'{names[parameter]}' is averaged by another wrapped optimizer already, "
+                    "expected one; call unwrap() on the other one first"
+                )
+        self._parameters: set[torch.Tensor] = set(names)
+        _live.add(self)
+
+    def remove(self) -> None:
+        """Give them free."""
+        _live.discard(self)
+
+
+class GradientHooks(Owned):
     """Calls a bound method for each gradient that backward has accumulated.
 
     The hooks hold the method's object weakly, so that a model does not keep the engine of a
@@ -23,40 +50,24 @@ class GradientHooks:
         call: bound method that takes the parameter.
 
     Raises:
-        UnsupportedError: a parameter already has such a hook.
+        UnsupportedError: another wrapped optimizer has one of the parameters.
     """
 
     def __init__(
         self, names: Mapping[torch.Tensor, str], call: Callable[[torch.Tensor], None]
     ) -> None:
-        require_free(names)
-        self._parameters: set[torch.Tensor] = set(names)
+        super().__init__(names)
         hook = torch.compiler.disable(weak(call))
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in names]
-        _live.add(self)
 
     def remove(self) -> None:
         """Remove the hooks."""
+        super().remove()
         for handle in self._handles:
             handle.remove()
-        _live.discard(self)
 
 
-_live: weakref.WeakSet[GradientHooks] = weakref.WeakSet()
-
-
-def require_free(names: Mapping[torch.Tensor, str]) -> None:
-    """Raise if another wrapped optimizer averages the gradients of some of these parameters.
-
-    Raises:
-        UnsupportedError: names the first one.
-    """
-    for other in _live:
-        for parameter in names.keys() & other._parameters:
-            raise UnsupportedError(
-                f"the gradient of '{names[parameter]}' is averaged by another wrapped optimizer "
-                "already, expected one; call unwrap() on the other one first"
-            )
+_live: weakref.WeakSet[Owned] = weakref.WeakSet()
 
 
 def weak(method: Callable[..., None]) -> Callable[..., None]:

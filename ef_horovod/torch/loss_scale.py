@@ -96,6 +96,28 @@ def unscale_averages(optimizer: Any, engine: Engine, call: ScalerCall) -> bool:
     return True
 
 
+def unscale(optimizer: Any, call: ScalerCall) -> None:
+    """Divide gradients by the scale that they still have, as the scaler does for other optimizers.
+
+    Raises:
+        UnsupportedError: the scaler is not found, and could not hear of other ranks' infinities.
+    """
+    if call.scaler is None:
+        raise UnsupportedError(
+            "got step() from a loss scaler that is not found, expected a torch.amp.GradScaler; "
+            "write scaler.step(optimizer)"
+        )
+    if call.scale is not None:
+        call.scaler.unscale_(optimizer)
+
+
+def lower_scale(optimizer: Any, call: ScalerCall) -> None:
+    """Let the scaler count a step that all ranks left out as one with an infinity of its own."""
+    assert call.scaler is not None
+    for found_inf in call.scaler._check_inf_per_device(optimizer).values():
+        found_inf.fill_(1.0)
+
+
 def require_scaler_call(engine: Engine) -> None:
     """Raise if `step()` is called directly while gradients have a loss scale."""
     if engine.scaler is not None:

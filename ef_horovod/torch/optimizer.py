@@ -12,7 +12,6 @@ import torch
 
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import UnsupportedError
-from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.torch import wrapping
@@ -26,6 +25,7 @@ from ef_horovod.torch.loss_scale import (
 from ef_horovod.torch.momentum import require_fit
 from ef_horovod.torch.options import Options, open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters, settings_of
+from ef_horovod.torch.wrapped import Wrapped
 from ef_horovod.training.momentum import for_one_rank, refuse_synchronize, warn_of_adam
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
@@ -35,7 +35,6 @@ from ef_horovod.training.policy import (
     small_or_vector,
     warn_of_surprises,
 )
-from ef_horovod.transports.base import Transport
 
 if TYPE_CHECKING:
     from ef_horovod.torch.typed import WrappedOptimizer
@@ -160,22 +159,14 @@ def DistributedOptimizer(
     return wrapped
 
 
-class _Distributed:
-    """Methods that a wrapped optimizer's class gets in addition to the user's class `_base`.
+class _Distributed(Wrapped):
+    """What an optimizer that averages gradients can do besides."""
 
-    They go into the class itself, not into a base class, under Horovod's module name. Reason:
-    `hvd.broadcast_optimizer_state` uses `super(type(optimizer), optimizer).step` as the plain step
-    of such an optimizer.
-    """
-
-    _base: type[torch.optim.Optimizer]
     _engine: Engine | None = None
     _synchronized = False
     _should_synchronize = True
-    step_skipped = False
     rounds = 0
     _settings: Mapping[tuple[int, str], Any] = MappingProxyType({})  # after the last round
-    param_groups: list[dict[str, Any]]
 
     def synchronize(self) -> None:
         """Finish the exchange: `p.grad` becomes the average, ready to be clipped.
@@ -297,70 +288,18 @@ class _Distributed:
             self._engine.reset_passes()
         self._base.zero_grad(self, set_to_none)  # type: ignore[arg-type]
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler calls `step()` in every step; see `loss_scale`."""
-        return self._engine is not None or self.__dict__.get("_step_supports_amp_scaling", False)
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:
-        self.__dict__["_step_supports_amp_scaling"] = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the new parameters would not be averaged."""
-        raise UnsupportedError(
-            "got a new parameter group for a wrapped optimizer, expected none, because its "
-            "gradients would not be averaged; add it to the optimizer before wrapping"
-        )
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch: learning rates, momenta and similar state, equal on all ranks."""
         self._synchronized = False
         if self._engine is not None:
             self._engine.reset_passes()
-        with wrapping.same_groups(self):  # type: ignore[arg-type]
-            self._base.load_state_dict(self, state_dict)  # type: ignore[arg-type]
+        Wrapped.load_state_dict(self, state_dict)
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Accumulate another number of micro-batches from the next step on."""
         check_options("the optimizer", backward_passes_per_step=passes)
         if self._engine is not None:
             self._engine.set_passes(passes)
-
-    def unwrap(self) -> None:
-        """Turn into the plain optimizer: remove hooks, error-feedback state and these methods.
-
-        State and parameter groups stay. It can be wrapped again, for instance after layers were
-        frozen. A copy has no exchange with other ranks; unwrap and wrap it as well.
-        """
-        if self._engine is not None:
-            self._engine.close()
-        wrapping.unwrap(self, _Distributed)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return wrapping.copied(self, _Distributed, protocol)
-
-    @property
-    def transport(self) -> Transport | None:
-        """Transport to the other workers, with `rank` and `size`; None with a single rank."""
-        return self._engine.transport if self._engine is not None else None
-
-    @property
-    def drivers(self) -> list[Engine]:
-        """For `ef.TrainingLog`."""
-        return [] if self._engine is None else [self._engine]
-
-    def stats(self) -> list[ChannelStats]:
-        """One row per bucket, then the total; empty with a single rank.
-
-        A row has bytes, the relative compression error of the last step, and seconds spent
-        compressing, waiting and decompressing. Call it between steps.
-        """
-        return self._engine.stats() if self._engine is not None else []
-
-    def compression_state_dict(self) -> dict[str, Any]:
-        """This rank's error-feedback state by parameter name; save one file per rank."""
-        return self._engine.state_dict() if self._engine is not None else {}
 
     def checkpoint(self) -> dict[str, Any]:
         """Make the servers save their state; return this rank's `compression_state_dict()`.
@@ -372,15 +311,13 @@ class _Distributed:
             ProtocolError: the servers were started without --checkpoint, or with --quorum.
             RuntimeError: it was called between backward() and step().
         """
-        engine = self._engine
-        if engine is None:
-            return {}
-        if engine.under_way or (self._synchronized and not self.step_skipped):
+        under_way = self._engine is not None and self._engine.under_way
+        if under_way or (self._synchronized and self._engine and not self.step_skipped):
             raise RuntimeError(
                 "checkpoint() was called between backward() and step(), expected it after step(), "
                 "when error-feedback state and model belong to the same step"
             )
-        return engine.checkpoint()
+        return Wrapped.checkpoint(self)
 
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of `compression_state_dict` or `checkpoint` of this rank.
@@ -389,8 +326,8 @@ class _Distributed:
             UnsupportedError: with servers, after the first step; servers load their state before.
             ValueError: the rank, number of ranks, method or model differs.
         """
+        Wrapped.load_compression_state_dict(self, state)
         if self._engine is not None:
-            self._engine.load_state_dict(state)
             self.rounds = self._engine.step
 
 

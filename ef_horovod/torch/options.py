@@ -88,8 +88,8 @@ def refuse_unsupported(
     if hasattr(optimizer, "_allreduce_grad_async") or hasattr(optimizer, "_engine"):
         raise UnsupportedError(
             "got an optimizer that is wrapped already, expected a plain torch optimizer; "
-            "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer, or call its "
-            "unwrap() before"
+            "wrap it once, by hvd.DistributedOptimizer, ef.DistributedOptimizer or "
+            "ef.CompressedUpdates, or call its unwrap() before"
         )
 
 

@@ -7,19 +7,24 @@ compressed is the change that it made to the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import horovod.torch as hvd
 import torch
 
-from ef_horovod.exchange.stats import ChannelStats
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
+from ef_horovod.torch import wrapping
 from ef_horovod.torch.buckets import Bucket
-from ef_horovod.torch.hooks import require_free
+from ef_horovod.torch.hooks import Owned
+from ef_horovod.torch.loss_scale import lower_scale, take_call, unscale
 from ef_horovod.torch.options import open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.sync import SyncCheck
+from ef_horovod.torch.wrapped import Wrapped
 from ef_horovod.training.buckets import plan_buckets
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
@@ -32,35 +37,75 @@ from ef_horovod.training.policy import (
 from ef_horovod.training.updates import ask_all, refuse_for_updates
 from ef_horovod.transports.base import Transport
 
+if TYPE_CHECKING:
+    from ef_horovod.torch.typed import UpdatingOptimizer
+
 Named = list[tuple[str, torch.Tensor]]
 
 
-class CompressedUpdates:
+def CompressedUpdates(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
+    compression: Method,
+    backward_passes_per_step: int = 1,
+    op: Any = hvd.Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: Any = None,
+    sparse_as_dense: bool = False,
+    process_set: Any = None,
+    *,
+    dense: DensePolicy = small_or_vector,
+    exchange: str = "auto",
+    bucket_bytes: int = 25 * 2**20,
+    seed: int = 0,
+    dense_steps: int = 0,
+    check_sync: bool = True,
+    timeout: float | None = None,
+) -> UpdatingOptimizer:
     """Wrap an optimizer so that its updates are averaged over all ranks, compressed.
 
     `step()` runs the optimizer on this rank's own gradients. The change of the parameters goes
     through error feedback, and all ranks apply the mean of what was sent. Any optimizer will do:
-    AdamW, Muon, Lion, SGD with momentum. Schedules of the learning rate and clipping of gradients
-    are for the inner optimizer and for `p.grad`, as on one rank; no `synchronize()` is needed.
+    AdamW, Muon, Lion, SGD with momentum.
+
+    The first ten arguments are those of `hvd.DistributedOptimizer`. The result is an instance of
+    the wrapped optimizer's class with the same state and parameter groups. So learning rate
+    schedulers, step hooks and `step(closure)` work as with the plain optimizer. The methods that
+    are added have the names of those of `ef.DistributedOptimizer`. With a single rank it is the
+    plain optimizer.
+
+    `p.grad` stays this rank's own gradient. Clip it before `step()`; `synchronize()` and
+    `skip_synchronize()` do nothing.
 
     The optimizer's state differs between ranks, because each rank's gradients do: save and load
-    `state_dict()` on every rank. Without compression it is dense training for SGD, with momentum
-    too; for others it is the mean of the ranks' updates, and not the update of the mean gradient.
+    `state_dict()` and `compression_state_dict()` on every rank. Without compression it is dense
+    training for SGD, with momentum too; for others it is the mean of the ranks' updates, and not
+    the update of the mean gradient.
 
-    If a gradient of any rank has a NaN or an infinity, all ranks leave the step out, and no state
-    changes. The exchange starts after the backward pass and does not overlap with it. Memory: a
-    copy of the parameters during `step()`.
+    If a gradient of any rank has a NaN or an infinity, all ranks leave the step out: no state
+    changes, no step hook runs, `step_skipped` is True, and a `torch.amp.GradScaler` lowers its
+    scale on all ranks. The exchange starts after the backward pass and does not overlap with it.
+    Memory: a copy of the parameters during `step()`.
 
     Args:
         optimizer: any torch optimizer that needs one gradient per step, not wrapped.
-        named_parameters: `model.named_parameters()`; names must be equal on all ranks.
+        named_parameters: `model.named_parameters()`; names must be equal on all ranks. None numbers
+            the parameters.
         compression: error-feedback method with its compressor, such as ErrorFeedback(OneBit()).
+        backward_passes_per_step: micro-batches whose gradients are summed before `step()`. Nothing
+            is sent before, so the number only has to be valid.
+        op: `hvd.Average`.
+        gradient_predivide_factor: must be 1.0.
+        num_groups, groups: not supported; buckets replace them.
+        sparse_as_dense: whether the optimizer gets sparse gradients as dense ones. Its updates are
+            dense and compressed in any case.
+        process_set: Horovod process set to average over; default all ranks.
         dense: `dense(name, parameter)` says which parameters' updates stay uncompressed.
         exchange: as in `ef.DistributedOptimizer`, but no server.
         bucket_bytes: bytes of float32 per compressed bucket.
         seed: of random compressors.
         dense_steps: number of first steps that average uncompressed updates.
-        process_set: Horovod process set to average over; default all ranks.
         check_sync: as in `ef.DistributedOptimizer`.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
 
@@ -69,120 +114,103 @@ class CompressedUpdates:
         ValueError: names are missing or doubled, or a number is out of range.
 
     Example:
-        inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(inner, T_max=1000)
-        optimizer = ef.CompressedUpdates(inner, model.named_parameters(),
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = ef.CompressedUpdates(optimizer, model.named_parameters(),
                                          compression=ef.ErrorFeedback(ef.OneBit()))
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
 
     References:
         Karimireddy, Rebjock, Stich, Jaggi: Error Feedback Fixes SignSGD (ICML 2019), Algorithm 2,
         whose compressed quantity is the step; Douillard et al.: DiLoCo (2023), with one inner step
         and a mean as the outer one.
     """
-
-    step_skipped = False  # whether the last step was left out on all ranks
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
-        compression: Method,
-        *,
-        dense: DensePolicy = small_or_vector,
-        exchange: str = "auto",
-        bucket_bytes: int = 25 * 2**20,
-        seed: int = 0,
-        dense_steps: int = 0,
-        process_set: Any = None,
-        check_sync: bool = True,
-        timeout: float | None = None,
-    ) -> None:
-        refuse_unsupported(optimizer, hvd.Average, 1.0, 0, None)
-        check_options("CompressedUpdates", **locals())
-        method = require_method(compression)
-        refuse_for_updates(method, exchange)
-        self.optimizer, self._engine = optimizer, None
-        named, others = name_parameters(named_parameters, optimizer.param_groups)
-        require_free({p: name for name, p in named})
-        transport = open_transport(exchange, process_set, timeout, method)
-        if transport is None:
-            return
-        self._engine = _Engine(
+    _require_average(op)
+    refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
+    check_options("CompressedUpdates", **locals())
+    method = require_method(compression)
+    refuse_for_updates(method, exchange)
+    named, others = name_parameters(named_parameters, optimizer.param_groups)
+    wrapped = wrapping.wrap(optimizer, _Updating)
+    transport = open_transport(exchange, process_set, timeout, method)
+    if transport is not None:
+        wrapped._engine = _Engine(
             [(name, p) for name, p in named if p.requires_grad],
             method,
             transport,
+            SyncCheck([p for _, p in named], transport, check_sync, others),
             dense=dense,
             exchange=exchange,
             bucket_bytes=bucket_bytes,
             seed=seed,
             dense_steps=dense_steps,
+            sparse_as_dense=sparse_as_dense,
         )
-        parameters = [p for _, p in named]
-        self._in_sync = SyncCheck(parameters, transport, check_sync, others)
+    return wrapped
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the inner optimizer."""
-        return self.optimizer.param_groups
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch."""
-        self.optimizer.zero_grad(set_to_none)
+class _Updating(Wrapped):
+    """What an optimizer whose updates are averaged can do besides."""
 
-    def step(self) -> None:
-        """One step of the inner optimizer, and the exchange of what it changed; collective."""
+    _engine: _Engine | None = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the wrapped optimizer, and the exchange of what it changed; collective.
+
+        The closure is called once, before the step, with a single rank as the optimizer does it.
+        Step hooks run where they would: those after a step see the averaged parameters.
+        """
         engine = self._engine
         if engine is None:
-            self.optimizer.step()
-            return
+            return self._base.step(self, *([] if closure is None else [closure]))  # type: ignore[call-overload]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         engine.begin()
-        self._in_sync.check()
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        self.step_skipped = not engine.agree(_are_finite(gradients))
-        if not self.step_skipped:
-            self.step_skipped = not engine.average(self.optimizer.step)
+        call = take_call(self)
+        if call is not None:
+            unscale(self, call)
+        with _hooks_after(self) as run_hooks:
+            good, stepped = engine.average(self.param_groups, lambda: self._base.step(self))  # type: ignore[call-overload]
+        self.step_skipped = not good
+        if good:
+            run_hooks()
+        elif call is not None:
+            lower_scale(self, call)
+        return stepped if closure is None else loss
 
-    def stats(self) -> list[ChannelStats]:
-        """As of `ef.DistributedOptimizer`; empty with a single rank."""
-        return self._engine.stats() if self._engine is not None else []
+    def synchronize(self) -> None:
+        """Does nothing, so that scripts for Horovod run: `p.grad` stays this rank's own gradient.
 
-    @property
-    def drivers(self) -> list[StepDriver[Any]]:
-        """For `ef.TrainingLog`."""
-        return [] if self._engine is None else [self._engine]
-
-    @property
-    def transport(self) -> Transport | None:
-        """Transport to the other workers, with `rank` and `size`; None with a single rank."""
-        return self._engine.transport if self._engine is not None else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's optimizer state and error-feedback state; save one file per rank."""
-        compression = {} if self._engine is None else self._engine.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "compression": compression}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the result of `state_dict` of this rank.
-
-        Raises:
-            ValueError: it is something else, or the rank, number of ranks, method or model differs.
+        To clip, clip `p.grad` before `step()`, here or without this call. Do not leave a step out
+        because of the norm of `p.grad`: it differs between ranks, and all of them take each step.
         """
-        if set(state) != {"optimizer", "compression"}:
-            raise ValueError(
-                f"got a state with {sorted(map(str, state))[:4]}, expected 'compression' and "
-                "'optimizer'; load the result of state_dict() of ef.CompressedUpdates"
-            )
-        if self._engine is not None:
-            self._engine.load_state_dict(state["compression"])
-        self.optimizer.load_state_dict(state["optimizer"])
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Changes nothing about the `step()` inside, as `synchronize()` does nothing."""
+        yield
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Changes nothing: gradients are summed until `step()`, however many they are."""
+        check_options("the optimizer", backward_passes_per_step=passes)
+
+    def discard(self) -> None:
+        """Clear gradients, to leave this step out; call it on all ranks in place of `step()`."""
+        self._base.zero_grad(self)  # type: ignore[arg-type]
+
+
+# Hooks run in the base's step. `hooked` keeps torch from running them in ours again.
+_Updating.step.hooked = True  # type: ignore[attr-defined]
 
 
 class _Engine(StepDriver[Bucket]):
     """The buckets of updates."""
 
     def __init__(
-        self, named: Named, method: Method, transport: Transport, *, dense: DensePolicy,
-        exchange: str, bucket_bytes: int, seed: int, dense_steps: int,
+        self, named: Named, method: Method, transport: Transport, in_sync: SyncCheck, *,
+        dense: DensePolicy, exchange: str, bucket_bytes: int, seed: int, dense_steps: int,
+        sparse_as_dense: bool,
     ) -> None:  # fmt: skip
         warn_of_surprises(named, method, dense, transport.rank)
         plans = plan_buckets(
@@ -203,30 +231,43 @@ class _Engine(StepDriver[Bucket]):
         )
         self._facts = [f"updates, exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}"]
         self._compared = False
+        self._in_sync, self._sparse_as_dense = in_sync, sparse_as_dense
+        self._owned = Owned({p: name for name, p in named})
+
+    def close(self) -> None:
+        """Let another optimizer have the parameters."""
+        self._owned.remove()
 
     def begin(self) -> None:
-        """Before the first step: compare the ranks' options; collective."""
+        """Compare the ranks' options before the first step, and parameters if due; collective."""
         if not self._compared:
             self._compare(self._facts)
             self._compared = True
-
-    def agree(self, good: bool) -> bool:
-        """Whether it is good on all ranks; if not, the step counts as left out. Collective."""
-        all_good = ask_all(self.transport, good)()
-        if not all_good:
-            self.count_left_out()
-        return all_good
+        self._in_sync.check()
 
     @torch.no_grad()
-    def average(self, step: Callable[[], Any]) -> bool:
-        """Take a step, and put the mean of all ranks' changes in its place.
+    def average(
+        self, groups: Sequence[dict[str, Any]], step: Callable[[], Any]
+    ) -> tuple[bool, Any]:
+        """Take a step, and put the mean of all ranks' changes in its place; collective.
+
+        Args:
+            groups: the optimizer's parameters, with this rank's gradients.
+            step: changes the parameters.
 
         Returns:
-            Whether all ranks' changes were finite; otherwise the parameters stay as they were.
+            Whether the step was taken, and what `step` returned. It is left out if a gradient of
+            any rank is not finite. If a change is not, the parameters are as they were.
         """
+        gradients = [p.grad for group in groups for p in group["params"]]
+        if not ask_all(self.transport, _are_finite(gradients))():
+            self.count_left_out()
+            return False, None
+        if self._sparse_as_dense:
+            _make_dense(groups)
         before = {slot.parameter: slot.parameter.clone() for b in self.buckets for slot in b.slots}
         with torch.enable_grad():
-            step()
+            stepped = step()
         for bucket in self.buckets:
             for slot in bucket.slots:
                 p, old = slot.parameter, before[slot.parameter]
@@ -240,7 +281,38 @@ class _Engine(StepDriver[Bucket]):
                 slot.parameter.add_(direction[slot.start : slot.stop].view(slot.parameter.shape))
         for bucket in self.buckets:
             bucket.release()
-        return directions is not None
+        return directions is not None, stepped
+
+
+@contextmanager
+def _hooks_after(optimizer: Any) -> Iterator[Callable[[], None]]:
+    """Step hooks of the optimizer do not run inside, but when the result is called."""
+    hooks = optimizer._optimizer_step_post_hooks
+
+    def run() -> None:
+        for hook in list(hooks.values()):
+            hook(optimizer, (optimizer,), {})
+
+    optimizer._optimizer_step_post_hooks = OrderedDict()
+    try:
+        yield run
+    finally:
+        optimizer._optimizer_step_post_hooks = hooks
+
+
+def _require_average(op: Any) -> None:
+    if op != hvd.Average:
+        raise UnsupportedError(
+            f"got op={op!r} for updates, expected hvd.Average, because the mean of the ranks' "
+            "updates is applied; leave it out, or take ef.DistributedOptimizer for sums"
+        )
+
+
+def _make_dense(groups: Iterable[dict[str, Any]]) -> None:
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad = p.grad.to_dense()
 
 
 def _are_finite(gradients: Iterable[torch.Tensor | None]) -> bool:

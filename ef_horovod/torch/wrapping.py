@@ -20,20 +20,22 @@ def wrap(optimizer: torch.optim.Optimizer, methods: type) -> Any:
     """The optimizer under a new class with these methods; state and groups are shared.
 
     Args:
-        optimizer: stays unchanged.
-        methods: a class whose members go into the new class. `unwrap` removes them again, and
-            instance attributes of the same names.
+        optimizer: stays unchanged, but for a flag of torch's.
+        methods: a class whose members, and those of its bases, go into the new class. `unwrap`
+            removes them again, and instance attributes of the same names.
     """
     wrapped: Any = object.__new__(_class_of(type(optimizer), methods))
     wrapped.__dict__.update(optimizer.__dict__)
-    # An earlier scheduler has put a wrapped `step` into the instance, which would hide ours.
-    wrapped.__dict__.pop("step", None)
+    # An earlier scheduler has put a wrapped `step` into the instance, which would hide ours. It
+    # looks at the given optimizer, and would warn that this one never takes a step.
+    if wrapped.__dict__.pop("step", None) is not None:
+        optimizer._opt_called = True  # type: ignore[attr-defined]
     return wrapped
 
 
-def unwrap(wrapped: Any, methods: type) -> None:
+def unwrap(wrapped: Any) -> None:
     """Make a wrapped optimizer a plain one again."""
-    for name in _own(methods):
+    for name in _own(wrapped._methods):
         wrapped.__dict__.pop(name, None)
     wrapped.__class__ = wrapped._base
 
@@ -59,12 +61,13 @@ def same_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         loaded[:] = groups  # the same list: an inner optimizer may share it
 
 
-def copied(wrapped: Any, methods: type, protocol: Any) -> tuple[Any, ...]:
+def copied(wrapped: Any, protocol: Any) -> tuple[Any, ...]:
     """Copy or pickle a wrapped optimizer with its state, without its exchange."""
     _, _, *rest = wrapped._base.__reduce_ex__(wrapped, protocol)
     if rest and isinstance(rest[0], dict):
-        rest[0] = {name: value for name, value in rest[0].items() if name not in _own(methods)}
-    return _make_copy, (wrapped._base, methods), *rest
+        ours = _own(wrapped._methods)
+        rest[0] = {name: value for name, value in rest[0].items() if name not in ours}
+    return _make_copy, (wrapped._base, wrapped._methods), *rest
 
 
 class NoExchange:
@@ -83,11 +86,6 @@ class NoExchange:
         )
 
 
-def _names_of(methods: type) -> list[str]:
-    """Our names in an instance: all but properties, which the base uses too."""
-    return [name for name, member in vars(methods).items() if not isinstance(member, property)]
-
-
 def _make_copy(base: type, methods: type) -> Any:
     copy: Any = object.__new__(_class_of(base, methods))
     copy._engine = NoExchange()
@@ -99,16 +97,24 @@ def _own(methods: type) -> set[str]:
 
     Properties such as `_step_supports_amp_scaling` are the base's attributes in the instance.
     """
-    return {name for name, member in vars(methods).items() if not isinstance(member, property)}
+    members = _members(methods)
+    return {name for name, member in members.items() if not isinstance(member, property)}
+
+
+def _members(methods: type) -> dict[str, Any]:
+    """Those of the class and of its bases."""
+    found: dict[str, Any] = {}
+    for each in reversed(methods.__mro__[:-1]):
+        found |= {name: m for name, m in vars(each).items() if name not in _NOT_MEMBERS}
+    return found
 
 
 def _class_of(base: type, methods: type) -> type:
     members = {
         name: uncompiled(m) if isinstance(m, FunctionType) else m
-        for name, m in vars(methods).items()
-        if name not in _NOT_MEMBERS
+        for name, m in _members(methods).items()
     }
-    members |= {"_base": base, "__module__": hvd.optimizer.__name__}
+    members |= {"_base": base, "_methods": methods, "__module__": hvd.optimizer.__name__}
     return type(base.__name__, (base,), members)
 
 

@@ -49,16 +49,83 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(results: Results) -> None:
         assert result["resumed"]["whole"] == result["resumed"]["again"]
 
 
-def test_what_cannot_work_is_refused(results: Results) -> None:
+def test_schedulers_made_before_or_after_the_wrapping_set_the_rate(results: Results) -> None:
     for result in results:
-        facts = result["refusals"]
-        assert facts["momentum"].startswith("UnsupportedError: got MomentumCorrection(OneBit(")
-        assert facts["adam"].startswith("UnsupportedError: got FrozenAdam(OneBit()")
-        assert facts["server"].startswith("UnsupportedError: got exchange='server' for updates")
-        assert facts["state"].startswith("ValueError: got a state with ['a'], expected")
+        before, after = result["scheduled"]["before"], result["scheduled"]["after"]
+        assert before == after
+        assert before["lr"] == 0.1 / 2**3
+        assert before["warnings"] == []
+
+
+def test_closures_hooks_and_horovods_recipe_for_clipping_make_the_same_steps(
+    results: Results,
+) -> None:
+    for result in results:
+        facts = result["called"]
+        assert facts["plain"] == facts["closure"] == facts["horovod"]
+        assert facts["plain"]["is"]
+        assert facts["plain"]["hooks"] == ([3, 3, 3] if len(results) > 1 else [4, 3, 4])
+        seen = facts["plain"]["seen"]
+        assert seen == results[0]["called"]["plain"]["seen"], "hooks saw one rank's own update"
+        assert len(set(seen)) == 3
+    if len(results) > 1:
+        losses = [result["called"]["plain"]["losses"] for result in results]
+        assert losses[0] != losses[1], "the ranks' batches differ"
+
+
+def test_an_overflow_on_one_rank_lowers_the_loss_scale_on_all(results: Results) -> None:
+    for result in results:
+        for kind, facts in result["scaled"].items():
+            assert facts["scale"] == 2.0**10 / 4, kind
+            assert facts["ends"][0] == facts["ends"][1], kind
+            assert facts["skipped"] == ([0, 5] if len(results) > 1 else []), kind
+    plain, by_user = (facts["ends"][0] for facts in results[0]["scaled"].values())
+    assert plain != by_user, "the clipping changed nothing"
+
+
+def test_broadcasts_logs_sparse_gradients_copies_and_unwrapping(results: Results) -> None:
+    first = results[0]["handled"]
+    assert first["log"] == [None, 2 if len(results) > 1 else 1]  # one rank counts calls of the log
+    for result in results:
+        facts = result["handled"]
+        assert [facts[name] for name in ("cleared", "unwrapped", "moved")] == [True] * 3
+        assert facts["moments"][1] == first["moments"][0], "not those of rank 0"
+        assert (facts["end"], facts["table"]) == (first["end"], first["table"])
         if len(results) > 1:
-            assert facts["seed"].startswith("ConfigMismatchError: ")
-            assert "is averaged by another wrapped optimizer already" in facts["twice"]
+            assert facts["copied"].startswith("UnsupportedError: got a copy of a wrapped optimizer")
+    if len(results) > 1:
+        assert results[1]["handled"]["moments"][0] != first["moments"][0]
+
+
+REFUSALS = {
+    "momentum": "UnsupportedError: got MomentumCorrection(OneBit(",
+    "adam": "UnsupportedError: got FrozenAdam(OneBit()",
+    "server": "UnsupportedError: got exchange='server' for updates",
+    "wrapped": "UnsupportedError: got an optimizer that is wrapped already",
+    "inside": "UnsupportedError: got an optimizer that is wrapped already",
+    "group": "UnsupportedError: got a new parameter group for a wrapped optimizer",
+    "op": "UnsupportedError: got op=1 for updates, expected hvd.Average",
+    "adasum": "UnsupportedError: got op=2 for updates, expected hvd.Average",
+    "groups": "UnsupportedError: got groups=2, expected none",
+    "predivide": "UnsupportedError: got gradient_predivide_factor=2.0, expected 1.0",
+    "passes": "ValueError: CompressedUpdates got backward_passes_per_step=0",
+    "rows": "ValueError: CompressedUpdates got sparse_as_dense=2",
+    "none": "UnsupportedError: got compression=None, expected a method",
+}
+REFUSALS_OF_SEVERAL_RANKS = {
+    "seed": "ConfigMismatchError: ",
+    "twice": "UnsupportedError: '0.weight' is averaged by another wrapped optimizer already",
+    "again": "UnsupportedError: '0.weight' is averaged by another wrapped optimizer already",
+    "state": "ValueError: got a compression state of compression None, expected",
+    "scaler": "UnsupportedError: got step() from a loss scaler that is not found",
+}
+
+
+def test_what_cannot_work_is_refused(results: Results) -> None:
+    expected = REFUSALS | (REFUSALS_OF_SEVERAL_RANKS if len(results) > 1 else {})
+    for result in results:
+        for name, start in expected.items():
+            assert result["refusals"][name].startswith(start), name
 
 
 def test_tensorflow_without_compression(in_tensorflow: Results) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def given(block: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model, discriminator = Words(), torch.nn.Linear(50, 1)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    before, wraps, _ = block.partition("DistributedOptimizer(")
+    before, *wraps = re.split("DistributedOptimizer|CompressedUpdates", block, maxsplit=1)
     if not wraps or "optimizer." in before:
         optimizer = ef.DistributedOptimizer(optimizer, model.named_parameters(), compression=METHOD)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import warnings
 
 import horovod.torch as hvd
 import torch
-from common import error_of, report
+from common import OUT, error_of, report
 from given_updates import SETTINGS, SHAPES, STEPS, gradients_of
 from torch_common import batches, build_model, digest, flat
 
@@ -109,11 +111,152 @@ def resumed():
     again.load_state_dict(whole.state_dict())
     other = updates(again, "AdamW")
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file
+    other.load_compression_state_dict(copy.deepcopy(optimizer.checkpoint()))
     rest = [next_batch() for _ in range(6)]
     for model, one in ((whole, optimizer), (again, other)):
         left = iter(rest)
         train(model, one, lambda left=left: next(left), 6)
     return {"whole": digest(whole), "again": digest(again)}
+
+
+def scheduled():
+    """A schedule made before or after the wrapping, and what torch warns of."""
+    facts = {}
+    for when in ("before", "after"):
+        model, next_batch = build_model(), batches(hvd.rank())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if when == "before":
+                scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+            optimizer = ef.CompressedUpdates(optimizer, model.named_parameters(), SIGNS)
+            if when == "after":
+                scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+            for _ in range(3):
+                train(model, optimizer, next_batch, 1)
+                scheduler.step()
+        facts[when] = {
+            "lr": optimizer.param_groups[0]["lr"],
+            "model": digest(model),
+            "warnings": [str(one.message) for one in caught],
+        }
+    return facts
+
+
+def called():
+    """Steps of a closure, of Horovod's recipe for clipping, and plain ones; and their hooks."""
+    facts = {}
+    for way in ("plain", "closure", "horovod"):
+        model, next_batch = build_model(), batches(hvd.rank())
+        optimizer = updates(model, "AdamW", backward_passes_per_step=2, op=hvd.Average)
+        hooks, seen, losses = [], [], []
+        optimizer.register_step_pre_hook(lambda *_, hooks=hooks: hooks.append("pre"))
+        optimizer.register_step_post_hook(
+            lambda *_, model=model, seen=seen: seen.append(digest(model))
+        )
+        for _ in range(3):
+            inputs, labels = next_batch()
+
+            def closure(model=model, optimizer=optimizer, inputs=inputs, labels=labels):
+                optimizer.zero_grad()
+                loss = cross_entropy(model(inputs), labels)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                return loss
+
+            if way == "closure":
+                losses.append(float(optimizer.step(closure)))
+                continue
+            losses.append(float(closure()))
+            optimizer.synchronize()
+            with optimizer.skip_synchronize():
+                assert optimizer.step() is None
+        seen_before = len(seen)
+        optimizer.zero_grad()
+        model[0].weight.grad = torch.full_like(model[0].weight, torch.nan)
+        optimizer.step()  # left out, if there are several ranks
+        facts[way] = {
+            "losses": losses,
+            "seen": seen[:3],
+            "hooks": [len(hooks), seen_before, len(seen)],
+            "is": isinstance(optimizer, torch.optim.AdamW),
+        }
+    return facts
+
+
+def scaled():
+    """Overflows on the last rank under a GradScaler; the other steps are those without a scaler."""
+    facts, batch = {}, batches(hvd.rank())()
+    for unscaling in (False, True):
+        ends, skipped, scale = [], [], None
+        for enabled in (True, False):
+            model = build_model()
+            optimizer = updates(model, "AdamW")
+            scaler = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=1000, enabled=enabled)
+            for step in range(8):
+                if not enabled and step in (0, 5):
+                    continue
+                optimizer.zero_grad()
+                scaler.scale(cross_entropy(model(batch[0]), batch[1])).backward()
+                if enabled and step in (0, 5) and hvd.rank() == hvd.size() - 1:
+                    model[0].weight.grad[0, 0] = torch.inf
+                if unscaling:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                scaler.step(optimizer)
+                scaler.update()
+                if optimizer.step_skipped:
+                    skipped.append(step)
+            scale = scale or scaler.get_scale()
+            ends.append(digest(model))
+        facts["unscaled by the user" if unscaling else "plain"] = {
+            "ends": ends, "skipped": skipped, "scale": scale,
+        }  # fmt: skip
+    return facts
+
+
+def handled():
+    """Broadcasts of the state, a log, sparse gradients, unwrapping, and a copy."""
+    model, next_batch = build_model(), batches(hvd.rank())
+    optimizer = updates(model, "AdamW")
+    before = digest(model)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)  # makes the state
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    path = OUT / f"log-{hvd.rank()}.jsonl"
+    log = ef.TrainingLog(path, optimizer, every=1)
+    train(model, optimizer, next_batch, 2)
+    log.step(1.0)
+    log.close()
+    moments = [float(optimizer.state[model[0].weight]["exp_avg"].abs().sum())]
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    moments.append(float(optimizer.state[model[0].weight]["exp_avg"].abs().sum()))
+    duplicate = copy.deepcopy(optimizer)
+    copied = error_of(duplicate.step)
+    optimizer.discard()
+    optimizer.set_backward_passes_per_step(3)
+    cleared = all(p.grad is None for p in model.parameters())
+    optimizer.unwrap()
+    unwrapped = type(optimizer) is torch.optim.AdamW
+    optimizer = ef.CompressedUpdates(optimizer, model.named_parameters(), SIGNS)
+    train(model, optimizer, next_batch, 2)
+    table = torch.nn.Embedding(300, 8, sparse=True)
+    adam = torch.optim.Adam(table.parameters(), lr=0.1)
+    adam = ef.CompressedUpdates(adam, table.named_parameters(), SIGNS, sparse_as_dense=True)
+    hvd.broadcast_parameters(table.state_dict(), root_rank=0)
+    if hvd.size() > 1:
+        table(torch.tensor([1, 2])).sum().backward()
+        adam.step()
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {
+        "moments": moments,
+        "copied": copied,
+        "cleared": cleared,
+        "unwrapped": unwrapped,
+        "moved": before != digest(model),
+        "end": digest(model),
+        "table": digest(table),
+        "log": [line.get("step") for line in lines],
+    }
 
 
 def refusals():
@@ -130,12 +273,27 @@ def refusals():
     twice = error_of(lambda: updates(taken, "SGD"))
     if hvd.size() > 1:
         other.unwrap()
+    wrapped = updates(taken, "SGD")
+    scaled = updates(build_model(), "SGD")
+    scaled.found_inf, scaled.grad_scale = torch.zeros(()), torch.ones(())
     return {
         "twice": twice,
+        "again": error_of(lambda: updates(taken, "SGD")),
+        "wrapped": error_of(lambda: ef.CompressedUpdates(wrapped, None, SIGNS)),
+        "inside": error_of(lambda: ef.DistributedOptimizer(wrapped, compression=SIGNS)),
+        "group": error_of(lambda: wrapped.add_param_group({"params": [torch.ones(1)]})),
+        "scaler": error_of(scaled.step),
+        "op": make(op=hvd.Sum),
+        "adasum": make(op=hvd.Adasum),
+        "groups": make(num_groups=2),
+        "predivide": make(gradient_predivide_factor=2.0),
+        "passes": make(backward_passes_per_step=0),
+        "rows": make(sparse_as_dense=2),
+        "none": make(None),
         "momentum": make(ef.MomentumCorrection(ef.OneBit())),
         "adam": make(ef.FrozenAdam(ef.OneBit()), dense_steps=3),
         "server": make(exchange="server"),
-        "state": error_of(lambda: updates(model, "SGD").load_state_dict({"a": 1})),
+        "state": error_of(lambda: wrapped.load_compression_state_dict({"a": 1})),
         "seed": error_of(lambda: train(model, optimizer, batches(hvd.rank()), 1)),
     }
 
@@ -143,7 +301,8 @@ def refusals():
 def main() -> None:
     hvd.init()
     scenarios = (
-        without_compression, compressed, of_given_gradients, spoiled, resumed, refusals,
+        without_compression, compressed, of_given_gradients, spoiled, resumed, scheduled, called,
+        scaled, handled, refusals,
     )  # fmt: skip
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 
