@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import server_job
@@ -10,31 +10,36 @@ from launching import server_job
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 
-@pytest.mark.parametrize(
-    ("method", "servers"),
-    [
-        pytest.param(
-            "doublesqueeze", {"whole": 2, "first": 2, "second": 1}, marks=pytest.mark.exhaustive
-        ),
-        ("ef21", {"whole": 1, "first": 1, "second": 2}),
-    ],
-    ids=["doublesqueeze", "ef21"],
-)
-def test_resumed_to_the_same_bits(method: str, servers: dict[str, int], tmp_path: Path) -> None:
-    """With another number of servers than before; the last step before was a dropped one."""
-    results = {}
-    for phase, number in servers.items():
-        out = tmp_path / phase
-        out.mkdir()
-        folder = out if phase == "whole" else tmp_path
-        options = (f"--checkpoint={folder / 'server'}",)
-        results[phase] = server_job(
-            number, 2, "server_torch_resume.py", out, phase, method, str(folder), server=options
+METHODS = ("doublesqueeze", "ef21")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By phase and method, of both workers; one server before, and two in new processes."""
+    folder = tmp_path_factory.mktemp("resume")
+    options = (f"--checkpoint={folder / 'server{}'}",)  # the second start finds those of the first
+    before = [f"first {name}" for name in METHODS] + [f"whole {name}" for name in METHODS]
+    after = [f"second {name}" for name in METHODS]
+    found: dict[str, list[Any]] = {}
+    for servers, jobs in ((1, before), (2, after)):
+        words = (str(folder), *jobs)
+        of_ranks = server_job(
+            servers, 2, "server_torch_resume.py", folder, *words, server=options, jobs=len(jobs)
         )
-    ends = {phase: {result["end"] for result in found} for phase, found in results.items()}
-    assert ends["second"] == ends["whole"] != ends["first"]
-    assert [len(found) for found in ends.values()] == [1, 1, 1]
-    for result in results["whole"]:
+        found |= {job: [of_rank[job] for of_rank in of_ranks] for job in jobs}
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_to_the_same_bits(method: str, results: Any) -> None:
+    """With another number of servers than before; the last step before was a dropped one."""
+    phases = ("whole", "first", "second")
+    whole, first, second = (
+        {one["end"] for one in results[f"{phase} {method}"]} for phase in phases
+    )
+    assert second == whole != first
+    assert [len(found) for found in (whole, first, second)] == [1, 1, 1]
+    for result in results[f"whole {method}"]:
         too_late, *not_between_steps = result["errors"]
         assert too_late.startswith(
             "UnsupportedError: got error-feedback state to restore after the first step"

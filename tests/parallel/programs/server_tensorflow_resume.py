@@ -1,22 +1,25 @@
 """A TensorFlow training with servers that is interrupted and goes on; the optimizer has a momentum.
 
-Arguments: "eager" or "fit"; "whole" (all steps), "first" (to a checkpoint in the middle) or
-"second" (from there on); the folder for states.
+Arguments: the folder for states; then for each job, one after the other, "PHASE WAY". Phases are
+"whole" (all steps), "first" (to a checkpoint in the middle) and "second" (from there on); ways are
+"eager" and "fit".
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from common import ARGUMENTS, error_of, report
+from meeting import meet
 from tf_common import build_model, data, digest, loss_of
 
 import ef_horovod.tensorflow as ef
 
-WAY, PHASE, FOLDER = ARGUMENTS[0], ARGUMENTS[1], Path(ARGUMENTS[2])
+FOLDER, JOBS = Path(ARGUMENTS[0]), ARGUMENTS[1:]
 STEPS, SIZE = 6, 16  # in each half
 METHODS = {
     "eager": ef.DoubleSqueeze(ef.TopK(0.05), server_compressor=ef.RandomK(0.2)),
@@ -27,18 +30,19 @@ METHODS = {
 class Eager:
     """A loop of one's own, saved by `tf.train.Checkpoint`."""
 
-    def __init__(self) -> None:
-        self.model = build_model(seed=PHASE == "second")  # other weights, to be overwritten
+    def __init__(self, phase: str, way: str) -> None:
+        self.model = build_model(seed=phase == "second")  # other weights, to be overwritten
         self.variables = self.model.trainable_variables
         self.optimizer = ef.DistributedOptimizer(
             keras.optimizers.SGD(0.05, momentum=0.9),
-            METHODS[WAY],
+            METHODS[way],
             exchange="server",
             bucket_bytes=4,
         )
         self.rank = self.optimizer.transport.rank
         self.inputs, self.labels = data(self.rank, 2 * STEPS, SIZE)
-        self.file = str(FOLDER / f"worker{self.rank}")
+        name = f"whole {way}" if phase == "whole" else way
+        self.file = str(FOLDER / f"{name}, worker{self.rank}")
         self.errors = [error_of(self.optimizer.checkpoint)]
         self.prepare()
 
@@ -103,19 +107,29 @@ class Fit(Eager):
         self.model.load_weights(self.file)
 
 
-def main() -> None:
-    training = {"eager": Eager, "fit": Fit}[WAY]()
-    if PHASE == "second":
+def run(phase: str, way: str) -> tuple[int, dict[str, Any]]:
+    """One job; this worker's rank, and what it found."""
+    training = {"eager": Eager, "fit": Fit}[way](phase, way)
+    if phase == "second":
         training.restore()
     else:
         training.first_half()
-    if PHASE == "whole":
+    if phase == "whole":
         training.errors.append(error_of(training.restore))
-    if PHASE != "first":
+    if phase != "first":
         training.second_half()
     variables = [*training.variables, *training.optimizer.variables]
     steps = training.optimizer.stats()[-1].steps
-    report(training.rank, {"end": digest(variables), "steps": steps, "errors": training.errors})
+    training.optimizer.transport.close()
+    return training.rank, {"end": digest(variables), "steps": steps, "errors": training.errors}
+
+
+def main() -> None:
+    meet()
+    found = {}
+    for job in JOBS:
+        rank, found[job] = run(*job.split())
+    report(rank, found)
 
 
 main()

@@ -1,7 +1,7 @@
 """A torch training with servers that is interrupted and goes on; the optimizer has a momentum.
 
-Arguments: "whole" (all steps), "first" (to a checkpoint in the middle) or "second" (from there on);
-a method; the folder for states.
+Arguments: the folder for states; then for each job, one after the other, "PHASE METHOD". Phases are
+"whole" (all steps), "first" (to a checkpoint in the middle) and "second" (from there on).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from common import ARGUMENTS, error_of, report
+from meeting import meet
 
 import ef_horovod.torch as ef
 
 torch.set_num_threads(1)
+FOLDER, JOBS = Path(ARGUMENTS[0]), ARGUMENTS[1:]
 STEPS, MIDDLE = 12, 6
 METHODS = {
     "doublesqueeze": ef.DoubleSqueeze(ef.TopK(0.05), server_compressor=ef.RandomK(0.2)),
@@ -73,10 +75,11 @@ class Training:
         return sha.hexdigest()
 
 
-def main() -> None:
-    phase, method, folder = ARGUMENTS[0], METHODS[ARGUMENTS[1]], Path(ARGUMENTS[2])
-    training = Training(method, seed=phase == "second")  # other weights, to be overwritten
-    kept = folder / f"worker{training.rank}.pt"
+def run(phase, method):
+    """One job; this worker's rank, and what it found."""
+    training = Training(METHODS[method], seed=phase == "second")  # other weights, to be overwritten
+    name = f"whole {method}" if phase == "whole" else method
+    kept = FOLDER / f"{name}, worker{training.rank}.pt"
     errors = []
     if phase == "second":
         training.restore(torch.load(kept))
@@ -96,7 +99,16 @@ def main() -> None:
         training.train(MIDDLE + 1, STEPS)
     if phase == "second":
         training.train(MIDDLE, STEPS)
-    report(training.rank, {"end": training.digest(), "errors": errors})
+    training.optimizer.transport.close()
+    return training.rank, {"end": training.digest(), "errors": errors}
+
+
+def main() -> None:
+    meet()
+    found = {}
+    for job in JOBS:
+        rank, found[job] = run(*job.split())
+    report(rank, found)
 
 
 main()
