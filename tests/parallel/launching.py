@@ -42,9 +42,16 @@ def horovod_job(
     return _run(launcher, ranks, program, out, arguments, **options)
 
 
-def mpirun(ranks: int, program: str, out: Path, *arguments: str, **options: Any) -> Results:
-    """Run a program under mpirun."""
-    launcher = [str(BIN / "mpirun"), "-np", str(ranks)]
+def mpirun(
+    ranks: int,
+    program: str,
+    out: Path,
+    *arguments: str,
+    before: Sequence[str] = (),
+    **options: Any,
+) -> Results:
+    """Run a program under mpirun; `before` comes in front of the command line."""
+    launcher = [*before, str(BIN / "mpirun"), "-np", str(ranks)]
     return _run(launcher, ranks, program, out, arguments, **options)
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import mpirun, server_job
+from launching import Results, mpirun, server_job
 from processes import own_network
 
 pytestmark = [pytest.mark.alone, pytest.mark.parallel]
@@ -16,16 +16,26 @@ OVER_TCP = {
     "OMPI_MCA_pml": "ob1",
     "OMPI_MCA_btl": "tcp,self",
     "OMPI_MCA_btl_tcp_if_include": "lo",
+    "OMPI_MCA_oob_tcp_if_include": "lo",
 }
 
 
 PROGRAMS = {"torch": "wire_truth.py", "tensorflow": "tf_wire_truth.py"}
+METHODS = ("dense", "topk", "onebit", "randomk", "both ways")
 
 
-@pytest.mark.parametrize("method", ["dense", "topk", "onebit", "randomk", "both ways"])
-@pytest.mark.parametrize("framework", PROGRAMS)
-def test_the_kernel_counts_the_same_bytes(framework: str, method: str, tmp_path: Path) -> None:
-    results = mpirun(2, PROGRAMS[framework], tmp_path, method, environment=OVER_TCP)
+@pytest.fixture(scope="module", params=PROGRAMS)
+def counts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Counts by method, of each rank; one method after the other on the same ranks."""
+    out = tmp_path_factory.mktemp(request.param)
+    return mpirun(
+        2, PROGRAMS[request.param], out, *METHODS, before=own_network(), environment=OVER_TCP
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_kernel_counts_the_same_bytes(method: str, counts: Results) -> None:
+    results = [of_rank[method] for of_rank in counts]
     library = sum(result["library"] for result in results)
     # Both ranks share the device; Horovod's control traffic flows in every cycle, used or not.
     kernel, control = results[0]["kernel"], results[0]["control"]
@@ -48,20 +58,31 @@ def test_the_kernel_counts_the_same_bytes(framework: str, method: str, tmp_path:
 SHARES = {"dense": 1.0, "onebit": 1 / 31.9, "topk": 0.08}  # of a float32 gradient, each way
 
 
-@pytest.mark.parametrize("method", SHARES)
-def test_the_kernel_counts_the_bytes_of_a_server(method: str, tmp_path: Path) -> None:
-    """Up and down together: the workers' own counts, the server's, and the device's."""
-    alone = own_network()
+@pytest.fixture(scope="module")
+def server_counts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool, Results]:
+    """A folder with the server's logs, whether the device was the job's own, and the counts."""
+    out, alone = tmp_path_factory.mktemp("server"), own_network()
     results = server_job(
         1,
         2,
         "server_wire_truth.py",
-        tmp_path,
-        method,
-        server=(f"--log={tmp_path / 'log'}",),
+        out,
+        *SHARES,
+        server=(f"--log={out / 'log{}'}",),
+        jobs=len(SHARES),
         before=alone,
-        environment={**OVER_TCP, "OMPI_MCA_oob_tcp_if_include": "lo"},
+        environment=OVER_TCP,
     )
+    return out, bool(alone), results
+
+
+@pytest.mark.parametrize("method", SHARES)
+def test_the_kernel_counts_the_bytes_of_a_server(
+    method: str, server_counts: tuple[Path, bool, Results]
+) -> None:
+    """Up and down together: the workers' own counts, the server's, and the device's."""
+    out, alone, of_ranks = server_counts
+    results = [of_rank[method] for of_rank in of_ranks]
     library = sum(result["library"] for result in results)
     kernel, control = results[0]["kernel"], results[0]["control"]
     print(f"{method}: library {library:,} B, kernel {kernel:,} B, of these idle {control:,.0f}")
@@ -72,7 +93,8 @@ def test_the_kernel_counts_the_bytes_of_a_server(method: str, tmp_path: Path) ->
     headers = messages * (40 + 16)  # of the messages, and of the payloads in them
     assert library <= messages * SHARES[method] * 4 * elements + headers
     by_server, last = 0.0, 0
-    for line in (tmp_path / "log").read_text().splitlines():
+    log = out / f"log{list(SHARES).index(method)}"
+    for line in log.read_text().splitlines():
         entry = json.loads(line)
         by_server += (entry["bytes_up"] + entry["bytes_down"]) * (entry["round"] - last)
         last = entry["round"]

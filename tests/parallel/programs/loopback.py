@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import report
-
 import ef_horovod as ef
 
 ELEMENTS, STEPS, WARM_UP = 4_000_000, 12, 3
@@ -38,12 +36,11 @@ def device_bytes() -> int:
 
 
 def compare(
-    rank: int, meet: Callable[[], Any], train: Callable[[int], None], counted: Callable[[], int]
-) -> None:
-    """Report both counts of some steps, after a warm-up.
+    meet: Callable[[], Any], train: Callable[[int], None], counted: Callable[[], int]
+) -> dict[str, float]:
+    """Both counts of some steps, after a warm-up.
 
     Args:
-        rank: of this process.
         meet: returns when all ranks have called it.
         train: takes so many steps.
         counted: bytes by the library so far.
@@ -61,19 +58,18 @@ def compare(
     before = counted()
     control, idle_seconds = measured(lambda: time.sleep(2))
     kernel, seconds = measured(lambda: train(STEPS))
-    report(
-        rank,
-        {
-            "library": counted() - before,
-            "library_since_start": counted(),
-            "kernel": kernel,
-            "control": control / idle_seconds * seconds,
-            "steps": STEPS,
-            "elements": ELEMENTS,
-        },
-    )
+    return {
+        "library": counted() - before,
+        "library_since_start": counted(),
+        "kernel": kernel,
+        "control": control / idle_seconds * seconds,
+        "steps": STEPS,
+        "elements": ELEMENTS,
+    }
 
 
-def compare_horovod(hvd: Any, train: Callable[[int], None], stats: Callable[[], list[Any]]) -> None:
+def compare_horovod(
+    hvd: Any, train: Callable[[int], None], stats: Callable[[], list[Any]]
+) -> dict[str, float]:
     """The same for what Horovod sends: `hvd` is horovod.torch or horovod.tensorflow."""
-    compare(hvd.rank(), lambda: hvd.allgather_object(0), train, lambda: stats()[-1].bytes_out)
+    return compare(lambda: hvd.allgather_object(0), train, lambda: stats()[-1].bytes_out)

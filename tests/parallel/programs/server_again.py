@@ -21,6 +21,7 @@ def serve(words: list[str]) -> None:
         method_of(options),
         checkpoint=options.checkpoint,
         quorum=options.quorum,
+        log=options.log,
         timeout=options.timeout,
         say=lambda line: print(f"ef_horovod.server: {line}", file=sys.stderr, flush=True),
     )

@@ -1,13 +1,14 @@
-"""Bytes by the workers' count and by the kernel's, for one method with parameter servers."""
+"""Bytes by the workers' count and by the kernel's, for methods with servers, a job for each."""
 
 from __future__ import annotations
 
 import numpy as np
-from common import ARGUMENTS
+from common import ARGUMENTS, report
 from loopback import ELEMENTS, compare
+from meeting import meet
 
 import ef_horovod as ef
-from ef_horovod.server import Worker
+from ef_horovod.server import ServerTransport, Worker
 
 METHODS = {
     "dense": ef.NoFeedback(ef.Identity()),
@@ -16,9 +17,10 @@ METHODS = {
 }
 
 
-def main() -> None:
-    zeros = [np.zeros(ELEMENTS, np.float32)]
-    worker = Worker(zeros, METHODS[ARGUMENTS[0]], dense=lambda name, array: False)
+def counts_of(name: str) -> tuple[int, dict[str, float]]:
+    """This worker's rank, and the counts."""
+    zeros, transport = [np.zeros(ELEMENTS, np.float32)], ServerTransport()
+    worker = Worker(zeros, METHODS[name], dense=lambda name, array: False, transport=transport)
     gradient = np.random.default_rng(worker.rank).standard_normal(ELEMENTS, np.float32)
 
     def train(steps: int) -> None:
@@ -29,10 +31,16 @@ def main() -> None:
         total = worker.stats()[-1]
         return total.bytes_out + total.bytes_in
 
-    def meet() -> None:
-        worker.transport.allgather("meet", np.zeros(1, np.uint8))()
+    def together() -> None:
+        transport.allgather("together", np.zeros(1, np.uint8))()
 
-    compare(worker.rank, meet, train, counted)
+    found = compare(together, train, counted)
+    worker.close()
+    return worker.rank, found
 
 
-main()
+meet()
+results = {}
+for name in ARGUMENTS:
+    rank, results[name] = counts_of(name)
+report(rank, results)

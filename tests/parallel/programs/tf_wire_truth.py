@@ -1,24 +1,23 @@
-"""Bytes by the library's count and by the kernel's, for one way of reducing in TensorFlow."""
+"""Bytes by the library's count and by the kernel's, for ways of reducing in TensorFlow."""
 
 from __future__ import annotations
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
-from common import ARGUMENTS
+from common import ARGUMENTS, report
 from loopback import ELEMENTS, EXCHANGES, METHODS, compare_horovod
 
 import ef_horovod.tensorflow as ef
 
 
-def main() -> None:
-    hvd.init()
+def counts_of(name: str) -> dict[str, float]:
     variable = tf.Variable(tf.zeros(ELEMENTS))
     reducer = ef.Reducer(
         [variable],
-        METHODS[ARGUMENTS[0]],
+        METHODS[name],
         dense=lambda path, variable: False,
         bucket_bytes=4 * ELEMENTS,
-        exchange=EXCHANGES.get(ARGUMENTS[0], "auto"),
+        exchange=EXCHANGES.get(name, "auto"),
         check_sync=False,
     )
     gradient = tf.random.stateless_normal([ELEMENTS], seed=[0, hvd.rank()])
@@ -32,7 +31,8 @@ def main() -> None:
         for _ in range(steps):
             step()
 
-    compare_horovod(hvd, train, reducer.stats)
+    return compare_horovod(hvd, train, reducer.stats)
 
 
-main()
+hvd.init()
+report(hvd.rank(), {name: counts_of(name) for name in ARGUMENTS})

@@ -1,25 +1,24 @@
-"""Bytes by the library's count and by the kernel's, for one way of reducing in torch."""
+"""Bytes by the library's count and by the kernel's, for ways of reducing in torch, one by one."""
 
 from __future__ import annotations
 
 import horovod.torch as hvd
 import torch
-from common import ARGUMENTS
+from common import ARGUMENTS, report
 from loopback import ELEMENTS, EXCHANGES, METHODS, compare_horovod
 
 import ef_horovod.torch as ef
 
 
-def main() -> None:
-    hvd.init()
+def counts_of(name: str) -> dict[str, float]:
     parameter = torch.nn.Parameter(torch.zeros(ELEMENTS))
     optimizer = ef.DistributedOptimizer(
         torch.optim.SGD([parameter], lr=0.1),
         [("weight", parameter)],
-        compression=METHODS[ARGUMENTS[0]],
+        compression=METHODS[name],
         dense=lambda name, parameter: False,
         bucket_bytes=4 * ELEMENTS,
-        exchange=EXCHANGES.get(ARGUMENTS[0], "auto"),
+        exchange=EXCHANGES.get(name, "auto"),
         check_sync=False,
     )
     gradient = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(hvd.rank()))
@@ -30,7 +29,8 @@ def main() -> None:
             (parameter * gradient).sum().backward()
             optimizer.step()
 
-    compare_horovod(hvd, train, optimizer.stats)
+    return compare_horovod(hvd, train, optimizer.stats)
 
 
-main()
+hvd.init()
+report(hvd.rank(), {name: counts_of(name) for name in ARGUMENTS})
