@@ -8,9 +8,17 @@ from launching import Results, horovod_job
 pytestmark = pytest.mark.parallel
 
 
-@pytest.fixture(scope="module", params=["ef", "stock"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovod_job(3, "guards.py", tmp_path_factory.mktemp("guards"), request.param)
+ADAPTERS = ("ef", "stock")
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return horovod_job(3, "guards.py", tmp_path_factory.mktemp("guards"), *ADAPTERS)
+
+
+@pytest.fixture(params=ADAPTERS)
+def results(request: pytest.FixtureRequest, of_ranks: Results) -> Results:
+    return [of_rank[request.param] for of_rank in of_ranks]
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,11 @@ def missing_rank(adapter):
 
 def main() -> None:
     hvd.init()
-    (adapter,) = ARGUMENTS
-    report(hvd.rank(), {name: run(adapter) for name, run in SCENARIOS.items()})
+    found: dict[str, dict] = {adapter: {} for adapter in ARGUMENTS}
+    for name, run in SCENARIOS.items():
+        for adapter in ARGUMENTS:
+            found[adapter][name] = run(adapter)
+    report(hvd.rank(), found)
 
 
 main()
