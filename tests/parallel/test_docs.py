@@ -26,14 +26,16 @@ def test_blocks_with_keras(tmp_path: Path) -> None:
 
 def test_blocks_with_a_parameter_server(tmp_path: Path) -> None:
     blocks = blocks_by_kind()
-    # Workers by kind, in this order: "torch, resumed" reads what "torch" has saved.
-    kinds = {"numpy": 2, "torch": 1, "torch, resumed": 1, "tensorflow": 1}
-    kinds |= {"numpy, quorum": 2, "torch, quorum": 2}
-    assert blocks.keys() == kinds.keys()
-    for kind, workers in kinds.items():
-        folder = tmp_path / kind.partition(",")[0]
-        folder.mkdir(exist_ok=True)
-        options = ("--quorum=1",) if "quorum" in kind else (f"--checkpoint={folder / 'server'}",)
-        words = (kind, str(folder))
-        results = server_job(1, workers, "docs_server.py", tmp_path, *words, server=options)
-        assert [result["blocks"] for result in results] == [len(blocks[kind])] * workers
+    saves = f"--checkpoint={tmp_path / 'server'}"
+    # Kinds that share a start: "torch, resumed" reads what "torch" has saved.
+    starts = [
+        (2, saves, ["numpy"]),
+        (1, saves, ["torch", "torch, resumed", "tensorflow"]),
+        (2, "--quorum=1", ["numpy, quorum", "torch, quorum"]),
+    ]
+    assert blocks.keys() == {kind for _, _, kinds in starts for kind in kinds}
+    for workers, option, kinds in starts:
+        results = server_job(
+            1, workers, "docs_server.py", tmp_path, *kinds, server=(option,), jobs=len(kinds)
+        )
+        assert results == [{kind: len(blocks[kind]) for kind in kinds}] * workers

@@ -1,4 +1,4 @@
-"""Runs the blocks of docs/server.md of one kind, as a worker beside a parameter server."""
+"""Runs the blocks of docs/server.md as a worker beside a parameter server, a job for each kind."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ARGUMENTS, report
+from common import ARGUMENTS, OUT, report
 from docs_blocks import PAGE, blocks_by_kind
+from meeting import meet
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -92,17 +93,25 @@ def with_tensorflow(blocks: list[str]) -> dict[str, Any]:
     return names
 
 
-def main() -> None:
-    kind, folder = ARGUMENTS
+def run_kind(kind: str) -> tuple[int, int]:
+    """This worker's rank, and how many blocks ran."""
+    folder = OUT / kind.partition(",")[0]
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
     blocks = blocks_by_kind()[kind]
     run = {"numpy": with_numpy, "numpy, quorum": with_numpy_quorum, "tensorflow": with_tensorflow}
     names = run.get(kind, with_torch)(blocks)
     waits = names["worker"] if kind.startswith("numpy") else names["optimizer"]
-    rank = waits.transport.rank
-    report(rank, {"blocks": len(blocks)})
-    if kind.startswith("numpy"):
-        waits.close()
+    waits.transport.close()
+    return waits.transport.rank, len(blocks)
+
+
+def main() -> None:
+    meet()
+    results = {}
+    for kind in ARGUMENTS:
+        rank, results[kind] = run_kind(kind)
+    report(rank, results)
 
 
 if __name__ == "__main__":
