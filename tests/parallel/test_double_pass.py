@@ -22,7 +22,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )  # fmt: skip
 
 
-def test_parameters_are_equal_on_all_ranks_after_200_steps(results: Results) -> None:
+def test_parameters_are_equal_on_all_ranks_after_100_steps(results: Results) -> None:
     first = results[0]["trainings"]
     assert len(first) == 10
     for method, end in first.items():
