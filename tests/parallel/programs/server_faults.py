@@ -92,12 +92,12 @@ def late():
 def pauses():
     """Longer than the limit, of all workers at once: before the first step and between two."""
     transport = ServerTransport()
-    time.sleep(5)
+    time.sleep(4)
     with Worker(arrays(), EF21, transport=transport) as worker:
-        time.sleep(5)
+        time.sleep(4)
         steps(worker, 0, 3)
         worker.checkpoint()
-        time.sleep(5)
+        time.sleep(4)
         steps(worker, 3, 5)
     return worker.step
 
