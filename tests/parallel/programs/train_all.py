@@ -1,7 +1,7 @@
 """Many methods x compressors, by both adapters; digests of the parameters.
 
-Arguments: adapter ("ef" or "stock"), pairs ("all" or "selection"), steps, and a device if it is not
-the CPU.
+Arguments: adapters ("ef", "stock" or "ef,stock"), pairs ("all", "selection" or "classes"), steps,
+and a device if it is not the CPU.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import horovod.torch as hvd
 import torch
 from common import ARGUMENTS, report
+from one_of_each import chosen
 from torch_common import batches, build_model, digest, train
 
 import ef_horovod.torch as ef
-from ef_horovod.testing import pairs
 
 
 def wrap(adapter: str, method: ef.Method, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -36,13 +36,14 @@ def wrap(adapter: str, method: ef.Method, model: torch.nn.Module) -> torch.optim
 
 def main() -> None:
     hvd.init()
-    adapter, which, steps, *device = ARGUMENTS
-    results = {}
-    for method in pairs.every_method() if which == "all" else pairs.selection():
-        model = build_model().to(*device)
-        start = digest(model)
-        loss = train(model, wrap(adapter, method, model), batches(hvd.rank()), int(steps))
-        results[repr(method)] = {"start": start, "end": digest(model), "loss": loss}
+    adapters, which, steps, *device = ARGUMENTS
+    results: dict[str, dict] = {adapter: {} for adapter in adapters.split(",")}
+    for adapter, found in results.items():
+        for method in chosen(which):
+            model = build_model().to(*device)
+            start = digest(model)
+            loss = train(model, wrap(adapter, method, model), batches(hvd.rank()), int(steps))
+            found[repr(method)] = {"start": start, "end": digest(model), "loss": loss}
     report(hvd.rank(), results)
 
 
