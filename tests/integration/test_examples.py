@@ -77,7 +77,11 @@ def test_a_server_and_its_workers() -> None:
     ("method", "ratio"),
     [
         ("DoubleSqueeze(OneBit(), server_compressor=OneBit())", 30),
-        ("DoubleSqueeze(TopK(0.01), server_compressor=TopK(0.01))", 50),
+        pytest.param(
+            "DoubleSqueeze(TopK(0.01), server_compressor=TopK(0.01))",
+            50,
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_torch_with_a_server(method: str, ratio: float) -> None:
