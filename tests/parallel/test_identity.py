@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from launching import horovod_job
+from launching import Results, horovod_job
 
 pytestmark = pytest.mark.parallel
 
 
-@pytest.mark.parametrize(("ranks", "gloo"), [(2, False), (3, False), (2, True)])
-def test_identity_is_plain_horovod(ranks: int, gloo: bool, tmp_path: Path) -> None:
-    results = horovod_job(ranks, "identity.py", tmp_path, gloo=gloo)
+@pytest.fixture(
+    scope="module",
+    params=[(3, "mpi"), (2, "gloo"), pytest.param((2, "mpi"), marks=pytest.mark.exhaustive)],
+    ids=lambda case: f"{case[0]}-{case[1]}",
+)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    ranks, library = request.param
+    out = tmp_path_factory.mktemp("identity")
+    return horovod_job(ranks, "identity.py", out, gloo=library == "gloo")
+
+
+def test_identity_is_plain_horovod(results: Results) -> None:
     for rank, of_rank in enumerate(results):
         for step, facts in enumerate(of_rank["where they lie"]):
             assert facts["right"], f"rank {rank}, step {step}"
@@ -29,12 +36,12 @@ def test_identity_is_plain_horovod(ranks: int, gloo: bool, tmp_path: Path) -> No
     assert distance > 0.1, "Sum and Average ended in the same place: the check above shows nothing"
 
 
-def test_both_adapters_run_one_algorithm(tmp_path: Path) -> None:
+def test_both_adapters_run_one_algorithm(results: Results) -> None:
     """With equal buckets, both compress the same vectors under the same rules."""
-    result = horovod_job(2, "identity.py", tmp_path)[0]
-    one, small = (
-        [result[f"{b}, {a}"] for a in ("ef", "stock")] for b in ("one bucket", "small buckets")
-    )
-    np.testing.assert_array_equal(*one)
-    np.testing.assert_array_equal(*small)
-    assert one[0] != small[0]
+    for result in results:
+        one, small = (
+            [result[f"{b}, {a}"] for a in ("ef", "stock")] for b in ("one bucket", "small buckets")
+        )
+        np.testing.assert_array_equal(*one)
+        np.testing.assert_array_equal(*small)
+        assert one[0] != small[0]
