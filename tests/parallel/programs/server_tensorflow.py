@@ -1,7 +1,7 @@
 """TensorFlow's adapter with parameter servers, without Horovod.
 
-Arguments: a scenario; for "numbers" also methods, one job for each, for there is one set of buckets
-in a job.
+Arguments: a scenario, or several that are jobs of their own, one after the other; for "numbers"
+also methods, one job for each, for there is one set of buckets in a job.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def overlap():
     rank = reducer.transport.rank
     for i in range(3):
         step(tf.constant(gradient(rank, i)))
+    reducer.transport.close()
     return rank, left
 
 
@@ -172,6 +173,7 @@ def unequal_start():
     rank = reducer.transport.rank
     x.assign_add(tf.fill(SHAPE, float(rank)))
     errors = [error_of(lambda: reducer.reduce([tf.ones(SHAPE)])) for _ in range(2)]
+    reducer.transport.close()
     return rank, errors
 
 
@@ -181,6 +183,7 @@ def rows():
     slices = tf.IndexedSlices(tf.ones((1, SHAPE[1])), [2], SHAPE)
     error = error_of(lambda: reducer.reduce([slices]))
     reducer.reduce([tf.ones(SHAPE)])  # nothing has begun by that error
+    reducer.transport.close()
     return reducer.transport.rank, error
 
 
@@ -196,26 +199,26 @@ def tape():
 
     sums = [float(tf.reduce_sum(gradient_of(x))) for _ in range(2)]
     optimizer = keras.optimizers.SGD()
-    return tapes_rank(x), {
-        "sums": sums,
-        "second": [
-            error_of(lambda: gradient_of(y)),
-            error_of(lambda: ef.DistributedOptimizer(optimizer, METHOD, exchange="server")),
-        ],
-    }
+    second = [
+        error_of(lambda: gradient_of(y)),
+        error_of(lambda: ef.DistributedOptimizer(optimizer, METHOD, exchange="server")),
+    ]
+    (kept,) = x._ef_reducers.values()
+    kept.reducer.transport.close()
+    return kept.reducer.transport.rank, {"sums": sums, "second": second}
 
 
-def tapes_rank(variable):
-    (kept,) = variable._ef_reducers.values()
-    return kept.reducer.transport.rank
-
-
-SCENARIOS = (numbers, fit, overlap, silent, unequal_start, rows, tape)
+SCENARIOS = {s.__name__: s for s in (numbers, fit, overlap, silent, unequal_start, rows, tape)}
 
 
 def main() -> None:
-    scenario = next(s for s in SCENARIOS if s.__name__ == ARGUMENTS[0])
-    report(*scenario())
+    if len(ARGUMENTS) == 1 or ARGUMENTS[0] == "numbers":
+        return report(*SCENARIOS[ARGUMENTS[0]]())
+    meet()
+    found = {}
+    for name in ARGUMENTS:
+        rank, found[name] = SCENARIOS[name]()
+    report(rank, found)
 
 
 main()
