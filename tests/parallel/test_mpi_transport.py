@@ -8,7 +8,10 @@ from launching import Results, mpirun
 pytestmark = pytest.mark.parallel
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+@pytest.fixture(
+    scope="module",
+    params=[1, 3, *(pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (2, 4))],
+)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return mpirun(request.param, "mpi_ranks.py", tmp_path_factory.mktemp("mpi"))
 
