@@ -1,15 +1,18 @@
-"""Every compressor and method through a tape in a tf.function, for 120 steps; digests, losses."""
+"""Compressors and methods through a tape in a tf.function, for 120 steps; digests, losses.
+
+Argument: pairs ("selection" or "classes").
+"""
 
 from __future__ import annotations
 
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
-from common import report
+from common import ARGUMENTS, report
+from one_of_each import chosen
 from tf_common import CLASSES, INPUTS, data, digest, loss_of
 
 import ef_horovod.tensorflow as ef
-from ef_horovod.testing.pairs import selection
 
 STEPS = 120
 
@@ -65,7 +68,7 @@ def train(method):
 def main() -> None:
     hvd.init()
     results = {}
-    for method in selection():
+    for method in chosen(ARGUMENTS[0]):
         results[repr(method)] = train(method)
     report(hvd.rank(), results)
 
