@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-SECONDS, TIMES = 1.0, 3
+SECONDS, TIMES = 1.0, 2
 
 
 def receive() -> None:
