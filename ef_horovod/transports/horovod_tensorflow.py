@@ -49,6 +49,8 @@ def _shut_down_once() -> None:
 class HorovodTensorFlowTransport(HorovodTransport):
     """The ranks of a Horovod process set; each collective blocks when it is started."""
 
+    _hvd = hvd
+
     def __init__(
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
     ) -> None:

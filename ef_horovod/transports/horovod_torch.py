@@ -25,6 +25,8 @@ refuse_join("horovod.torch", "horovod.torch.mpi_ops")
 class HorovodTorchTransport(HorovodTransport):
     """The ranks of a Horovod process set; collectives are asynchronous."""
 
+    _hvd = hvd
+
     def __init__(
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
     ) -> None:
