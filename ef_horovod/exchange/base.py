@@ -38,6 +38,7 @@ class Exchange(ABC):
     sums: ClassVar[bool] = False  # float32 values are summed in flight; False: bytes are sent
     has_answers: ClassVar[bool] = False  # a second collective brings answers, `Channel.answers`
     needs_server: ClassVar[bool] = False
+    by_node: ClassVar[bool] = False  # its channels know the ranks of a node: `Transport.levels`
 
     def require_fit(self, method: Method) -> None:  # noqa: B027 - most carry every method
         """Raise if this exchange cannot carry a method's payloads.

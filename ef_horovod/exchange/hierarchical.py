@@ -44,6 +44,7 @@ class Hierarchical(Exchange):
     """
 
     name = "hierarchical"
+    by_node = True
 
     def __init__(self, inner: Exchange | None = None) -> None:
         self._inner = inner

@@ -111,6 +111,13 @@ class Transport(ABC):
             "exchange"
         )
 
+    @property
+    def who(self) -> str:
+        """This rank, by its number in the job, for messages."""
+        if self.members == range(self.size):
+            return f"rank {self.rank} of {self.size}"
+        return f"rank {self.members[self.rank]} among ranks {str(list(self.members))[:80]}"
+
     def levels(self) -> Levels | None:
         """The levels within a node and between nodes; the first call is collective.
 

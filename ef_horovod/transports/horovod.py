@@ -53,7 +53,8 @@ class HorovodTransport(Transport):
         rank = self._process_set.rank() if self._process_set.included() else -1
         super().__init__(rank, self._process_set.size(), limit_of(timeout))
         self._prefix = prefix
-        self.members = self._process_set.ranks or range(self.size)
+        if self._process_set.process_set_id != 0:
+            self.members = list(self._process_set.ranks)
         self._levels: list[Levels | None] = []  # once they are known
 
     def named(self, name: str) -> str:

@@ -143,7 +143,7 @@ class HorovodTensorFlowTransport(HorovodTransport):
 
     def _waited(self, names: list[str]) -> str:
         return (
-            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in "
+            f"{self.who} waited {self.timeout:g} s in "
             f"'{self.named(names[0])}' for at least one other rank (Horovod's stall warning on "
             "rank 0 names it), and ends the job; see why it did not get there (it failed, has "
             "fewer batches, or called hvd.join(), which cannot go with compression), or raise "

@@ -104,14 +104,14 @@ class HorovodTorchTransport(HorovodTransport):
         except HorovodInternalError as error:
             hurry()
             raise HorovodInternalError(
-                f"rank {self.rank} failed in '{self.named(name)}': {error}; "
+                f"{self.who} failed in '{self.named(name)}': {error}; "
                 "a rank ended early, or called hvd.join(), which cannot go with compression: "
                 "give all ranks the same number of steps (drop_last=True)"
             ) from error
 
     def _stuck(self, name: str) -> str:
         return (
-            f"rank {self.rank} of {self.size} called Horovod for '{self.named(name)}', which did "
+            f"{self.who} called Horovod for '{self.named(name)}', which did "
             f"not return in {self.timeout:g} s and keeps Python's lock, so this rank ends; Horovod "
             "does that where it shuts down beneath a running program: see what the other ranks "
             "said before, or raise timeout= or EF_HOROVOD_TIMEOUT"
@@ -119,8 +119,8 @@ class HorovodTorchTransport(HorovodTransport):
 
     def _waited(self, name: str) -> str:
         return (
-            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in '{self.named(name)}' "
-            "for at least one other rank (Horovod's stall warning on rank 0 names it); see why it "
-            "did not get there (it failed, has fewer batches, or called hvd.join(), which cannot "
-            "go with compression), or raise timeout= or EF_HOROVOD_TIMEOUT"
+            f"{self.who} waited {self.timeout:g} s in '{self.named(name)}' "
+            f"for at least one other rank (Horovod's stall warning on rank {self.members[0]} "
+            "names it); see why it did not get there (it failed, has fewer batches, or called "
+            "hvd.join(), which cannot go with compression), or raise timeout= or EF_HOROVOD_TIMEOUT"
         )

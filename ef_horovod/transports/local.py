@@ -108,17 +108,18 @@ class LocalTransport(Transport):
     ) -> Callable[[], Any]:
         """Put this rank's data down; the returned function waits for what `join` makes of all."""
         entry = self._mailbox.deposit(name, self.rank, data)
+        me = f"rank {self.members[self.rank]}"
 
         def collect() -> Any:
             if self._mailbox.one_thread and not entry.complete.is_set():
                 raise UnsupportedError(
-                    f"rank {self.rank} waits in '{name}' for ranks {self._missing(entry)} of the "
-                    "same thread, expected no wait before all ranks have started; let the "
+                    f"{me} waits in '{name}' for ranks {self._missing(entry)} of the same "
+                    "thread, expected no wait before all ranks have started; let the "
                     "exchange's `start` return a function that waits"
                 )
             if not entry.complete.wait(min(self.timeout, threading.TIMEOUT_MAX)):
                 raise CollectiveTimeoutError(
-                    f"rank {self.rank} waited {self.timeout:g} s in '{name}' for ranks "
+                    f"{me} waited {self.timeout:g} s in '{name}' for ranks "
                     f"{self._missing(entry)}; see why they did not get there, or raise timeout="
                 )
             return entry.joined(join)
@@ -126,7 +127,7 @@ class LocalTransport(Transport):
         return collect
 
     def _missing(self, entry: _Entry) -> list[int]:
-        return sorted(set(self._mailbox.ranks) - set(entry.parts))
+        return [self.members[rank] for rank in sorted(set(self._mailbox.ranks) - set(entry.parts))]
 
 
 def local_group(
