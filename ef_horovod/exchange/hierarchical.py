@@ -241,9 +241,8 @@ class NodeChannel(Channel):
                     f"{self._levels.node.members[j]}, expected finite numbers; see what that rank "
                     "said, or lower the learning rate or the loss scale"
                 )
-        self._xp.assign(self.gradient, whole)  # its content has been compressed
         self._stats.steps += 1
-        return self.gradient
+        return whole
 
     def drop(self) -> None:
         if self._inner is not None:

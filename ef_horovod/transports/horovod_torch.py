@@ -13,7 +13,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from ef_horovod.arrays import Array
 from ef_horovod.errors import CollectiveTimeoutError
-from ef_horovod.transports.base import Measure, require_summable, split
+from ef_horovod.transports.base import Measure, Spans, require_summable, split
 from ef_horovod.transports.horovod import HorovodTransport
 from ef_horovod.transports.timeouts.ending import hurry, refuse_join
 from ef_horovod.transports.timeouts.waiting import RecurringWaits
@@ -68,6 +68,32 @@ class HorovodTorchTransport(HorovodTransport):
             return received
 
         return finish
+
+    def reduce_scatter(self, name: str, values: Array, slices: Spans) -> Callable[[], Array]:
+        if not isinstance(values, torch.Tensor):
+            return super().reduce_scatter(name, values, slices)
+        lengths = torch.tensor([stop - start for start, stop in slices], dtype=torch.int32)
+        own = int(lengths[self.rank])
+        with self._naming(name):
+            handle = hvd.alltoall_async(
+                values, splits=lengths, name=self.named(name), process_set=self._process_set
+            )
+
+        def summed() -> Array:
+            parts = self._wait(handle, name)[0].view(self.size, own)
+            total = parts[0]
+            for part in parts[1:]:  # in rank order, as in the base class
+                total.add_(part)
+            return total
+
+        return summed
+
+    def gather_slices(self, name: str, part: Array, slices: Spans) -> Callable[[], Array]:
+        if not isinstance(part, torch.Tensor):
+            return super().gather_slices(name, part, slices)
+        with self._naming(name):
+            handle = hvd.allgather_async(part, name=self.named(name), process_set=self._process_set)
+        return lambda: self._wait(handle, name)
 
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
