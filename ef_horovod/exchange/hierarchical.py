@@ -24,6 +24,7 @@ from ef_horovod.arrays import Array
 from ef_horovod.errors import EFHorovodError, NonFiniteError, UnsupportedError
 from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.channel import Channel, Piece, Span
+from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.double_pass import cuts
 from ef_horovod.exchange.network import Network, Software, Work
@@ -75,6 +76,9 @@ class Hierarchical(Exchange):
         self.inner(method).require_fit(method)
 
     def on(self, transport: Transport, method: Method) -> Exchange:
+        if not transport.levels_known:
+            # A rank with another exchange compares its config next, under the same name.
+            require_same_config(transport, ["exchange='hierarchical', which begins with groups"])
         if transport.levels() is None:
             return self.inner(method)
         return Hierarchical(self.inner(method))

@@ -111,6 +111,8 @@ class Transport(ABC):
             "exchange"
         )
 
+    levels_known = True  # False: the next call of `levels` is collective
+
     @property
     def who(self) -> str:
         """This rank, by its number in the job, for messages."""
@@ -119,7 +121,7 @@ class Transport(ABC):
         return f"rank {self.members[self.rank]} among ranks {str(list(self.members))[:80]}"
 
     def levels(self) -> Levels | None:
-        """The levels within a node and between nodes; the first call is collective.
+        """The levels within a node and between nodes; collective unless `levels_known`.
 
         None with one node, with one rank on each, or if this transport knows no nodes.
 

@@ -55,16 +55,18 @@ class HorovodTransport(Transport):
         self._prefix = prefix
         if self._process_set.process_set_id != 0:
             self.members = list(self._process_set.ranks)
-        self._levels: list[Levels | None] = []  # once they are known
+        self._levels: Levels | None = None
+        self.levels_known = False
 
     def named(self, name: str) -> str:
         """The collective's name in Horovod."""
         return f"{self._prefix}.{name}"
 
     def levels(self) -> Levels | None:
-        if not self._levels:
-            self._levels = [self._open_levels()]
-        return self._levels[0]
+        if not self.levels_known:
+            self._levels = self._open_levels()
+            self.levels_known = True
+        return self._levels
 
     def _open_levels(self) -> Levels | None:
         if self.size == 1:

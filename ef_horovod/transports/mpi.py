@@ -73,13 +73,15 @@ class MPITransport(Transport):
         self._tags_of: list[dict[str, int]] = [{} for _ in range(self.size)]  # the other ranks'
         self._told: list[tuple[Any, np.ndarray]] = []  # names still being sent
         self._under_way: set[str] = set()
-        self._levels: list[Levels | None] = []  # once they are known
+        self._levels: Levels | None = None
+        self.levels_known = False
         self._late: dict[str, str] = {}  # names that timed out, with the error's text
 
     def levels(self) -> Levels | None:
-        if not self._levels:
-            self._levels = [self._open_levels()]
-        return self._levels[0]
+        if not self.levels_known:
+            self._levels = self._open_levels()
+            self.levels_known = True
+        return self._levels
 
     def _open_levels(self) -> Levels | None:
         shared = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
