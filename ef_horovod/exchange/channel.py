@@ -326,11 +326,21 @@ def finish_step(
 
 def settle(channels: list[Channel], *, good: bool = True, undoable: bool = False) -> bool:
     """The first half of `finish_step`: whether the step is good; sends the answers if it is."""
+    return agree(channels, good=arrive(channels, good=good), undoable=undoable)
+
+
+def arrive(channels: list[Channel], *, good: bool = True) -> bool:
+    """The first half of `settle`: whether the step is good for this rank."""
     for channel in channels:
         channel.relay()
     arrived = [channel.arrived() for channel in channels]  # wait for all, even after a bad one
+    return good and all(arrived)
+
+
+def agree(channels: list[Channel], *, good: bool, undoable: bool = False) -> bool:
+    """The second half of `settle`: whether the step is good for all ranks."""
     agreed = [channel.agreed() for channel in channels]
-    good = good and all(arrived) and all(agreed)
+    good = good and all(agreed)
     if good and undoable:
         for channel in channels:
             channel.keep_undo()

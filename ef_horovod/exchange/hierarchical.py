@@ -16,7 +16,7 @@ node then has the whole vector. In all cases the aggregated gradient is the mean
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,10 +110,18 @@ class Hierarchical(Exchange):
         return self.inner(method).seconds(method, d, n, moved, network, software)
 
 
+class _Names(NamedTuple):
+    """Names of a channel's collectives within the node."""
+
+    sum: str
+    good: str
+    slices: str
+
+
 class NodeChannel(Channel):
     """A channel whose vector is summed within a node; a slice of it has a channel between nodes.
 
-    The inner channel is that of a job with one rank per node, named "NAME/j" for slice j. The draws
+    The inner channel is that of a job with one rank per node, named "NAME.slice.j". The draws
     of random compressors depend on the name. Bytes are those between nodes.
     """
 
@@ -130,13 +138,15 @@ class NodeChannel(Channel):
         self._inner: Channel | None = None
         if levels.cross is not None:
             self._inner = self.exchange.inner(self.method).open(
-                f"{self.name}/{levels.node.rank}",
+                f"{self.name}.slice.{levels.node.rank}",
                 self.gradient[self._start : self._stop],
                 self.method,
                 levels.cross,
                 seed=seed,
             )
+        self.names = _Names(f"{self.name}.sum", f"{self.name}.good", f"{self.name}.slices")
         self._step = 0
+        self._relayed = False
         self._failed: Exception | None = None
         return None, None  # the inner channel has the states
 
@@ -144,6 +154,11 @@ class NodeChannel(Channel):
         self._undo = None
         if self._inner is not None:
             self._inner.forget()
+
+    @property
+    def levels(self) -> Levels:
+        """The transports within the node and between nodes."""
+        return self._levels
 
     @property
     def inner(self) -> Channel | None:
@@ -160,15 +175,17 @@ class NodeChannel(Channel):
 
     def start(self, step: int) -> None:
         self._begin()
-        self._step = step
+        self._step, self._relayed = step, False
         node = self._levels.node
-        self._finish = node.reduce_scatter(f"{self.name}.sum", self.gradient, self._slices)
+        self._finish = node.reduce_scatter(self.names.sum, self.gradient, self._slices)
 
     def relay(self) -> None:
+        if self._relayed:  # a graph does so bucket by bucket
+            return
         assert self._finish is not None, f"{self.name} was not started"
         with self._timed("seconds_wait"):
             total = self._finish()
-        self._finish = None
+        self._finish, self._relayed = None, True
         if self._inner is None:
             return
         with self._timed("seconds_compress"), self._counted():
@@ -186,7 +203,7 @@ class NodeChannel(Channel):
             assert cross is not None
             self._stats.dense_bytes_out += cross.dense_nbytes(4 * own)
         flag = np.array([good], np.uint8)
-        self._finish = self._levels.node.allgather(f"{self.name}.good", flag)
+        self._finish = self._levels.node.allgather(self.names.good, flag)
         return good
 
     def agreed(self) -> bool:
@@ -212,6 +229,8 @@ class NodeChannel(Channel):
                 self._inner.reply()
 
     def share(self) -> None:
+        if self._finish is not None:  # a graph has done so
+            return
         part = self.gradient[self._start : self._stop]
         try:
             if self._inner is not None:
@@ -222,7 +241,7 @@ class NodeChannel(Channel):
             self._failed = error
             self._xp.fill(part, float("nan"))
         node = self._levels.node
-        self._finish = node.gather_slices(f"{self.name}.slices", part, self._slices)
+        self._finish = node.gather_slices(self.names.slices, part, self._slices)
 
     def commit(self) -> Array:
         """As in `Channel`.
@@ -230,8 +249,7 @@ class NodeChannel(Channel):
         Raises:
             NonFiniteError: on all ranks, if a slice could not be aggregated.
         """
-        if self._finish is None:
-            self.share()
+        self.share()
         assert self._finish is not None
         with self._timed("seconds_wait"):
             whole = self._finish()

@@ -11,7 +11,6 @@ from horovod.common.process_sets import ProcessSet, global_process_set
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.transports.base import Transport
-from ef_horovod.transports.local import local_group
 from ef_horovod.transports.nodes import Levels, Place, groups_of, nodes_of
 from ef_horovod.transports.timeouts.waiting import limit_of
 
@@ -79,7 +78,7 @@ class HorovodTransport(Transport):
         if groups is None:
             return None
         named = [[[self.members[i] for i in group] for group in level] for level in groups]
-        sets = self._sets([group for level in named for group in level if len(group) > 1])
+        sets = self._sets([group for level in named for group in level])
         node, cross = (
             self._within(level, sets, kind) for level, kind in zip(named, _LEVELS, strict=True)
         )
@@ -93,8 +92,6 @@ class HorovodTransport(Transport):
         own = next((group for group in level if self.members[self.rank] in group), None)
         if own is None:
             return None
-        if len(own) == 1:
-            return local_group(1)[0]
         return type(self)(f"{self._prefix}.{kind}", sets[tuple(own)], self.timeout)
 
     def _sets(self, groups: list[list[int]]) -> dict[tuple[int, ...], Any]:

@@ -64,7 +64,7 @@ def test_the_numbers_of_a_slice_are_those_of_one_worker_a_node(method, inner):
         run = ef.simulate(
             method, lambda node, x, t, part=slice(start, stop): of_nodes[t, node, part],
             np.zeros(stop - start, np.float32), workers=2, steps=STEPS, step_size=1.0, seed=1,
-            name=f"x/{j}", exchange=inner,
+            name=f"x.slice.{j}", exchange=inner,
         )  # fmt: skip
         assert run.x.tobytes() == x[start:stop].tobytes()
         sent = [group[j].stats().bytes_out, group[2 + j].stats().bytes_out]
