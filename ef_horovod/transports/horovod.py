@@ -12,6 +12,7 @@ from horovod.common.process_sets import ProcessSet, global_process_set
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.nodes import Levels, Place, groups_of, nodes_of
+from ef_horovod.transports.timeouts.ending import meet_at_end
 from ef_horovod.transports.timeouts.waiting import limit_of
 
 _instances: dict[tuple[str, int], Iterator[int]] = {}  # by kind and process set
@@ -83,6 +84,8 @@ class HorovodTransport(Transport):
             self._within(level, sets, kind) for level, kind in zip(named, _LEVELS, strict=True)
         )
         assert node is not None
+        if self._process_set.process_set_id == 0:
+            meet_at_end(lambda: self.barrier("end"))
         return Levels(node, cross, len(groups.cross), self.size / len(groups.nodes))
 
     def _within(
