@@ -27,7 +27,7 @@ from ef_horovod.exchange.channel import Channel, Piece, Span
 from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.double_pass import cuts
-from ef_horovod.exchange.network import Network, Software, Work
+from ef_horovod.exchange.network import Work
 from ef_horovod.exchange.registry import exchange_of, register_exchange, usual_exchange
 from ef_horovod.exchange.stats import Counted
 from ef_horovod.exchange.traffic import Traffic
@@ -102,12 +102,11 @@ class Hierarchical(Exchange):
         return self.inner(method).traffic(method, d, n)
 
     def work(self, work: Work, n: int) -> tuple[float, float]:
-        return self.inner(UNCOMPRESSED).work(work, n)
-
-    def seconds(
-        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
-    ) -> float:
-        return self.inner(method).seconds(method, d, n, moved, network, software)
+        raise UnsupportedError(
+            f"got exchange={self.name!r} for the cost model, expected an exchange of workers on "
+            "nodes of their own, because the model knows one network; take the exchange between "
+            "nodes, with the number of nodes"
+        )
 
 
 class _Names(NamedTuple):
