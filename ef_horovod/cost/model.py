@@ -127,8 +127,8 @@ def _require_times(compute: float, share: float, work: Work | None) -> None:
 
 
 def possible_exchanges(method: Method) -> list[str]:
-    """The exchanges without a server that a method can use, except "dense"."""
+    """The exchanges of ranks on nodes of their own that a method can use, except "dense"."""
     if method == UNCOMPRESSED:
         return []
-    among = [e for e in EXCHANGES.values() if e.compresses and not e.needs_server]
+    among = [e for e in EXCHANGES.values() if e.compresses and not (e.needs_server or e.by_node)]
     return [exchange.name for exchange in among if exchange.fits(method)]

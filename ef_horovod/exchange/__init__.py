@@ -6,6 +6,7 @@ dense        allreduce of the gradient itself, without payloads
 double_pass  each rank is the server of one slice: all-to-all of the slices' payloads, then
              all-gather of the answers; any compressor; the cost does not grow
 server       one payload to a parameter server, and one reduced answer back
+hierarchical sums within a node of several ranks, and one of the others between nodes
 """
 
-from ef_horovod.exchange import gather, reduce, dense, double_pass, server  # noqa: F401, I001 - registers them, in the order in which they are listed
+from ef_horovod.exchange import gather, reduce, dense, double_pass, server, hierarchical  # noqa: F401, I001 - registers them, in the order in which they are listed

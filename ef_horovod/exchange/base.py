@@ -33,11 +33,12 @@ from ef_horovod.transports.base import Transport
 class Exchange(ABC):
     """One way to exchange payloads, without state; see the module."""
 
-    name: ClassVar[str]  # as users write it
+    name: str  # as users write it
     compresses: ClassVar[bool] = True  # False: the gradient itself is sent, without payloads
     sums: ClassVar[bool] = False  # float32 values are summed in flight; False: bytes are sent
     has_answers: ClassVar[bool] = False  # a second collective brings answers, `Channel.answers`
     needs_server: ClassVar[bool] = False
+    by_node: ClassVar[bool] = False  # its channels know the ranks of a node: `Transport.levels`
 
     def require_fit(self, method: Method) -> None:  # noqa: B027 - most carry every method
         """Raise if this exchange cannot carry a method's payloads.
@@ -53,6 +54,29 @@ class Exchange(ABC):
         except UnsupportedError:
             return False
         return True
+
+    def with_inner(self, name: str) -> Exchange:
+        """The exchange that users write as "THIS:NAME", with another one inside.
+
+        Raises:
+            ValueError: this one has none inside, or not that one.
+        """
+        raise ValueError(
+            f"got exchange='{self.name}:{name}', expected {self.name!r}, which has no other "
+            "exchange inside; leave the rest out"
+        )
+
+    def on(self, transport: Transport, method: Method) -> Exchange:
+        """The exchange that a method gets over a transport; the first call may be collective.
+
+        Raises:
+            UnsupportedError: this one cannot work there; with a way out.
+        """
+        return self
+
+    def in_dense_steps(self, method: Method) -> Exchange | None:
+        """For dense steps by a method on the same states, cut alike; None: the usual one."""
+        return self if self.has_answers else None
 
     def open(
         self, name: str, like: Array, method: Method, transport: Transport, *, seed: int = 0

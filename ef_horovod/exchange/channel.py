@@ -4,8 +4,11 @@ A channel belongs to one bucket or parameter. A step has two halves, so that man
 at once, and a bad gradient on any rank drops the whole step on all ranks:
 
     channel.start(step)            compress channel.gradient and send the payload
+    channel.relay()                several ranks on a node: wait for them, send what they have
     channel.arrived()              wait for all ranks; False: some rank asks to drop the step
+    channel.agreed()               the same of the ranks of this node
     channel.reply()                if all channels' payloads are good: send the answer, if any
+    channel.share()                several ranks on a node: aggregate, send the slice to them
     direction = channel.commit()   or channel.drop(): states are as they were before start
 
 A committed step can still be undone by `channel.undo()`, if `channel.keep_undo()` was called before
@@ -150,6 +153,9 @@ class Channel:
         fixed_size = self.method.fixed_size
         return self.exchange.send(self._transport, self.name, message, fixed_size=fixed_size)
 
+    def relay(self) -> None:
+        """Start the next collective, if the exchange has two before `reply`."""
+
     def arrived(self) -> bool:
         """Wait for all ranks' payloads; whether all of them are good."""
         self._received = self._wait()
@@ -163,6 +169,10 @@ class Channel:
         self._finish = None
         self._stats.dense_bytes_out += self._transport.dense_nbytes(4 * self._stats.num_elements)
         return received
+
+    def agreed(self) -> bool:
+        """Whether the step is good for ranks whose payloads did not reach this one."""
+        return True
 
     def keep_undo(self) -> None:
         """Make this step undoable until the next one starts."""
@@ -194,6 +204,9 @@ class Channel:
 
     def reply(self) -> None:
         """Send the answer that other ranks need to commit, if the exchange has answers."""
+
+    def share(self) -> None:
+        """Aggregate and start the last collective, if one comes after aggregation."""
 
     def commit(self) -> Array:
         """Aggregate and take over the new states.
@@ -313,8 +326,21 @@ def finish_step(
 
 def settle(channels: list[Channel], *, good: bool = True, undoable: bool = False) -> bool:
     """The first half of `finish_step`: whether the step is good; sends the answers if it is."""
+    return agree(channels, good=arrive(channels, good=good), undoable=undoable)
+
+
+def arrive(channels: list[Channel], *, good: bool = True) -> bool:
+    """The first half of `settle`: whether the step is good for this rank."""
+    for channel in channels:
+        channel.relay()
     arrived = [channel.arrived() for channel in channels]  # wait for all, even after a bad one
-    good = good and all(arrived)
+    return good and all(arrived)
+
+
+def agree(channels: list[Channel], *, good: bool, undoable: bool = False) -> bool:
+    """The second half of `settle`: whether the step is good for all ranks."""
+    agreed = [channel.agreed() for channel in channels]
+    good = good and all(agreed)
     if good and undoable:
         for channel in channels:
             channel.keep_undo()
@@ -327,6 +353,8 @@ def settle(channels: list[Channel], *, good: bool = True, undoable: bool = False
 def conclude(channels: list[Channel], *, good: bool) -> list[Array] | None:
     """The second half: commit all channels of a good step, or drop it."""
     if good:
+        for channel in channels:
+            channel.share()
         return [channel.commit() for channel in channels]
     for channel in channels:
         channel.drop()

@@ -133,7 +133,10 @@ class SlicedChannel(Channel):
     def arrived(self) -> bool:
         arrived = self._wait()
         own = self._sent[self._transport.rank]
-        self._received = [checked(data, rank, own, self.name) for rank, data in enumerate(arrived)]
+        ranks = self._transport.members
+        self._received = [
+            checked(data, rank, own, self.name) for rank, data in zip(ranks, arrived, strict=True)
+        ]
         return not any(message.is_skip for message in self._received)
 
     def keep_undo(self) -> None:
@@ -200,9 +203,10 @@ class SlicedChannel(Channel):
                 "finite numbers; lower the learning rate or the loss scale"
             )
         part = self._slices[rank]
+        sender = self._transport.members[rank]
         if payload.num_elements != part.stop - part.start:
             raise PayloadError(
-                f"rank {rank} answered with {payload} in '{self.name}', expected "
+                f"rank {sender} answered with {payload} in '{self.name}', expected "
                 f"{part.stop - part.start} elements; use the same model on all ranks"
             )
         if self._has_numbers:

@@ -29,7 +29,10 @@ class Gather(Exchange):
             finish = transport.allgather(name, payload.data)
         else:
             finish = transport.allgather(name, wire.padded(payload.data), wire.padded_nbytes)
-        return lambda: [checked(data, rank, payload, name) for rank, data in enumerate(finish())]
+        return lambda: [
+            checked(data, rank, payload, name)
+            for rank, data in zip(transport.members, finish(), strict=True)
+        ]
 
     def traffic(self, method: Method, d: int, n: int) -> Traffic:
         return gather_traffic(message_nbytes(method, d), n)

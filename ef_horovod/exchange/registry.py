@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.base import Exchange
+from ef_horovod.methods.base import Method
 
 EXCHANGES: dict[str, Exchange] = {}
 
@@ -62,8 +63,13 @@ def _require_exchange(cls: Any) -> None:
             )
 
 
+def usual_exchange(method: Method) -> Exchange:
+    """ "reduce" for linear compressors, "gather" for the others: their numbers are the same."""
+    return EXCHANGES["reduce" if method.allreducible else "gather"]
+
+
 def exchange_of(name: str) -> Exchange:
-    """The exchange with a name.
+    """The exchange with a name, such as "gather" or "hierarchical:gather".
 
     Raises:
         ValueError: there is none.
@@ -72,6 +78,9 @@ def exchange_of(name: str) -> Exchange:
         >>> exchange_of("gather").name
         'gather'
     """
+    kind, colon, inner = name.partition(":")
+    if colon and kind in EXCHANGES:
+        return EXCHANGES[kind].with_inner(inner)
     if name not in EXCHANGES:
         raise ValueError(
             f"got exchange={name!r}, expected one of {('auto', *EXCHANGES)}, or a network as in "

@@ -111,8 +111,14 @@ class WarmupChannel(Channel):
         self._spans = ()
         self._active.start(step)
 
+    def relay(self) -> None:
+        self._active.relay()
+
     def arrived(self) -> bool:
         return self._active.arrived()
+
+    def agreed(self) -> bool:
+        return self._active.agreed()
 
     def keep_undo(self) -> None:
         self._active.keep_undo()
@@ -127,6 +133,9 @@ class WarmupChannel(Channel):
 
     def reply(self) -> None:
         self._active.reply()
+
+    def share(self) -> None:
+        self._active.share()
 
     def commit(self) -> Array:
         direction = self._active.commit()

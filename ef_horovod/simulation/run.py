@@ -60,6 +60,7 @@ def simulate(
     observe: Callable[[Array], dict[str, Any] | None] | None = None,
     stop: Callable[[dict[str, Any]], bool] | None = None,
     transport: Transport | None = None,
+    ranks_per_node: int = 1,
 ) -> Run:
     """Minimise with `x <- x - step_size * direction`; workers send real payloads.
 
@@ -77,7 +78,8 @@ def simulate(
             message up and one answer down per worker; the answer is a float32 vector unless the
             method compresses both ways. These have the same iterates, but different byte counts.
             "double_pass": worker j reduces slice j of x, named NAME/j. The compressor sees slices,
-            so the iterates differ. "auto:NETWORK" is refused, because no time passes on a network.
+            so the iterates differ. "hierarchical": among nodes of `ranks_per_node` workers each;
+            bytes are those between nodes. "auto:NETWORK" is refused, because no time passes here.
         dense_steps: number of first steps that send uncompressed averages. Error feedback then
             starts from zero, and `MomentumCorrection` from its momentum.
         estimator: computes the method's input from a worker's gradients.
@@ -87,10 +89,12 @@ def simulate(
             arguments. Each returns the same x and history, and the states of its own workers. The
             iterates are bitwise the same if messages are gathered, and the same up to rounding if
             they are summed in flight. None: all workers are in this process.
+        ranks_per_node: workers on each node with exchange="hierarchical"; the last node may have
+            fewer.
 
     Raises:
         UnsupportedError: `method` is not a method, the estimator or the exchange does not fit it,
-            a server or a double pass over a transport, dense steps with a server, or an exchange
+            a server, slices or nodes over a transport, dense steps with a server, or an exchange
             whose `start` waits.
         NonFiniteError: a gradient was not finite; names the step.
         ValueError, TypeError: arguments out of range, or a gradient of another shape.
@@ -118,7 +122,13 @@ def simulate(
         method = method.for_shapes([tuple(x0.shape)])
     choice = choice_of(exchange, method, transport, dense_steps)
     group = SimulatedWorkers(
-        choice, xp.flat_float32(x0), workers, seed=seed, name=name, transport=transport
+        choice,
+        xp.flat_float32(x0),
+        workers,
+        seed=seed,
+        name=name,
+        transport=transport,
+        per_node=ranks_per_node,
     )
     crew = [_Worker(rank, gradient, estimator) for rank in group.ranks]
     run = Run(x)
@@ -144,6 +154,8 @@ def _checked_options(**given: Any) -> int:
     """Raise for options that would fail later or be misread; returns the seed."""
     check_options("simulate", **given)
     whole("simulate", "workers", given["workers"], 1, None, "2 is the least that shows an exchange")
+    per_node = given["ranks_per_node"]
+    whole("simulate", "ranks_per_node", per_node, 1, None, "1 is a node for each worker")
     whole("simulate", "steps", given["steps"], 0, None, "1 is one round")
     step_size, estimator = given["step_size"], given["estimator"]
     if not isinstance(step_size, Schedule) and not callable(step_size):

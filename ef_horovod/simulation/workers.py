@@ -42,6 +42,11 @@ def choice_of(
             f"got exchange={exchange!r} with a transport, expected none, because each worker has a "
             "slice here, and ranks may share workers; leave transport= out"
         )
+    if transport is not None and kind.by_node:
+        raise UnsupportedError(
+            f"got exchange={exchange!r} with a transport, expected none, because nodes are "
+            "pretended here, and ranks may share workers; leave transport= out"
+        )
     refuse_dense_steps(kind, dense_steps)
     require_dense_steps(method, dense_steps)
     return Choice(kind, method, dense_steps)
@@ -57,6 +62,7 @@ class SimulatedWorkers:
         seed: of random compressors.
         name: of the vector.
         transport: to the other ranks of an MPI job, which share the workers; None for no others.
+        per_node: workers on a node.
 
     Raises:
         ValueError: fewer workers than ranks.
@@ -71,6 +77,7 @@ class SimulatedWorkers:
         seed: int,
         name: str,
         transport: Transport | None,
+        per_node: int = 1,
     ) -> None:
         self._xp, self._transport = namespace(x), transport
         self._served = choice.exchange.needs_server
@@ -78,9 +85,12 @@ class SimulatedWorkers:
         if self._served:
             self._ends = ServedWorker.group(choice.method, x, workers, seed=seed, name=name)
         elif transport is None:
-            self._ends = local_group(workers, one_thread=True)
+            nodes = [worker // per_node for worker in range(workers)]
+            self._ends = local_group(workers, one_thread=True, nodes=nodes)
+            choice = choice._replace(exchange=choice.exchange.on(self._ends[0], choice.method))
         else:
             self._ends = RankWorker.group(transport, workers)
+        self._by_node = choice.exchange.by_node
         self._channels = self._open(choice, name, x, seed)
         first = choice.warm_up()
         if first is not None:
@@ -125,7 +135,8 @@ class SimulatedWorkers:
 
     def _not_finite(self, step: int) -> NonFiniteError:
         for channel, end in zip(self._channels, self._ends, strict=True):
-            if channel.refused and self._transport is None:  # other ranks cannot name the worker
+            # Other ranks cannot name the worker, and a node's sum is of several.
+            if channel.refused and self._transport is None and not self._by_node:
                 return NonFiniteError(
                     f"worker {end.rank}, step {step}: got a gradient, or one plus error-feedback "
                     "state, with a NaN or an infinity, expected finite numbers; lower step_size"
@@ -137,12 +148,16 @@ class SimulatedWorkers:
 
     @property
     def states(self) -> list[Any]:
-        """Each worker's state; if the exchange cuts vectors into slices, a list of each slice's."""
+        """Each worker's state; if the exchange cuts vectors into slices, a list of each slice's.
+
+        Empty for a worker without a slice.
+        """
         all_pieces = [channel.pieces() for channel in self._channels]
         return [
-            [piece.channel.worker for piece in pieces] if pieces[0].name else first.worker
+            pieces[0].channel.worker
+            if pieces and not pieces[0].name
+            else [piece.channel.worker for piece in pieces]
             for pieces in all_pieces
-            for first in [pieces[0].channel]
         ]
 
     @property
@@ -150,7 +165,9 @@ class SimulatedWorkers:
         """Mean over workers; by this one if each rank has one."""
         first, n = self._ends[0], self._ends[0].size
         if self._transport is None:
-            return sum(end.bytes_sent for end in self._ends) // n
+            levels = [end.levels() for end in self._ends] if self._by_node else []
+            between = [one.cross.bytes_sent for one in levels if one and one.cross]
+            return (sum(end.bytes_sent for end in self._ends) + sum(between)) // n
         if self._transport.size == n:
             return first.bytes_sent
         # A byte that the first worker received was sent n - 1 times.

@@ -13,8 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from ef_horovod.arrays import Array, namespace
-from ef_horovod.exchange.channel import conclude, settle
+from ef_horovod.exchange.channel import agree, arrive, conclude, settle
 from ef_horovod.tensorflow.graphs import WholeSteps, python_op
+from ef_horovod.tensorflow.nodes import NOTHING, NodeOps
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.training.buckets import BucketPlan, Slot
 
@@ -38,6 +39,7 @@ class Bucket:
         like = np.zeros(plan.length, np.float32)
         self._transport, self._bridge = transport, transport.bridge()
         self.channel = plan.open(like, self._bridge, exchange=exchange, seed=seed)
+        self.nodes = NodeOps(self.channel, transport) if self.channel.exchange.by_node else None
         self.whole = WholeSteps(self.channel.name)
 
     def send(self, step: tf.Tensor, loss_scale: tf.Tensor, gradients: list[tf.Tensor]) -> tf.Tensor:
@@ -46,6 +48,9 @@ class Bucket:
         With servers it is still empty; `receive` waits for it.
         """
         inputs, name = [step, loss_scale, *gradients], self.channel.name
+        if self.nodes is not None:
+            message, lengths = self._now(self._push_slices, inputs, [tf.uint8, tf.int32])
+            return self.nodes.relay(message, lengths)
         if self.sliced:
             message, lengths = self._now(self._push_slices, inputs, [tf.uint8, tf.int32])
             message, lengths = tf.ensure_shape(message, [None]), tf.ensure_shape(lengths, [None])
@@ -69,23 +74,33 @@ class Bucket:
 
     def bring(self, arrived: np.ndarray) -> None:
         """Pass on the data received by `send`'s op."""
-        self._bridge.bring(self.channel.name, arrived)
+        if self.nodes is not None:
+            self.nodes.bring(arrived)
+        else:
+            self._bridge.bring(self.channel.name, arrived)
 
     @property
     def sliced(self) -> bool:
         """Whether each rank answers for a slice between the two halves of a step."""
-        return self.channel.exchange.has_answers
+        return self.channel.exchange.has_answers if self.nodes is None else self.nodes.sliced
 
     def collect_answer(self) -> np.ndarray:
         """This rank's answer."""
+        if self.nodes is not None:
+            return self.nodes.collect_answer()
         return self._bridge.collect(self.channel.answers)
 
     def carry_answer(self, answer: tf.Tensor) -> tf.Tensor:
         """The op that exchanges the answers of all ranks."""
+        if self.nodes is not None:
+            return self.nodes.carry_answer(answer)
         return self._transport.carry(self.channel.answers, tf.ensure_shape(answer, [None]))
 
     def bring_answers(self, arrived: np.ndarray) -> None:
         """Pass on the data received by that op."""
+        if self.nodes is not None:
+            self.nodes.bring_answers(arrived)
+            return
         self._bridge.bring(self.channel.answers, arrived)
 
     def _push(self, step: Any, loss_scale: Any, *gradients: Array) -> Array:
@@ -95,6 +110,8 @@ class Bucket:
 
     def _push_slices(self, step: Any, loss_scale: Any, *gradients: Array) -> list[Array]:
         self._start(step, loss_scale, gradients)
+        if self.nodes is not None:
+            return self.nodes.collect_sum()
         return list(self._bridge.collect_slices(self.channel.name))
 
     def _start(self, step: Any, loss_scale: Any, gradients: Sequence[Array]) -> None:
@@ -132,15 +149,17 @@ def receive(
         step is good, and the number of the next step.
     """
     slots = [slot for bucket in buckets for slot in bucket.slots]
-    sliced = [bucket for bucket in buckets if bucket.sliced]
+    sliced = [bucket for bucket in buckets if bucket.sliced and bucket.nodes is None]
+    nodes = [bucket.nodes for bucket in buckets if bucket.nodes is not None]
     channels = [bucket.channel for bucket in buckets]
-    if sliced:  # bad steps are known before the answers are sent; `arrived` is consumed here
+    if sliced or nodes:  # bad steps are known before answers are sent; `arrived` is consumed here
         rows_good, arrived = _answers(buckets, arrived, rows_good, undoable)
 
     def finish(step: Any, factor: Any, good: Any, *arrived: Array) -> list[Any]:
-        if sliced:
-            for bucket, message in zip(sliced, arrived, strict=True) if good else ():
-                bucket.bring_answers(message)
+        if sliced or nodes:
+            takers = [bucket.bring_answers for bucket in sliced] + [n.bring_slices for n in nodes]
+            for take, message in zip(takers, arrived, strict=True) if good else ():
+                take(message)
         else:
             _bring(buckets, arrived)
             good = settle(channels, good=bool(good), undoable=undoable)
@@ -171,24 +190,54 @@ def _answers(
     """Ops between the halves of a step for sliced buckets: each rank answers for its slice.
 
     Returns:
-        Whether the step is good, and all ranks' answers for each such bucket.
+        Whether the step is good, and all ranks' answers for each such bucket, then the slices of
+        each bucket that is summed within a node first.
     """
-    sliced = [bucket for bucket in buckets if bucket.sliced]
+    nodes = [bucket.nodes for bucket in buckets if bucket.nodes is not None]
+    sliced = sorted((b for b in buckets if b.sliced), key=lambda b: b.nodes is not None)
+    channels = [bucket.channel for bucket in buckets]
+
+    def meet(rows_good: Any, *arrived: Array) -> list[Any]:
+        _bring(buckets, arrived)
+        good = arrive(channels, good=bool(rows_good))
+        return [np.bool_(good), *(one.collect_flag() for one in nodes)]
 
     def answer(rows_good: Any, *arrived: Array) -> list[Any]:
-        _bring(buckets, arrived)
-        channels = [bucket.channel for bucket in buckets]
-        good = settle(channels, good=bool(rows_good), undoable=undoable)
-        nothing = np.zeros(1, np.uint8)  # the op also runs in a dropped step
-        answers = [bucket.collect_answer() if good else nothing for bucket in sliced]
+        if nodes:
+            for one, flags in zip(nodes, arrived, strict=True):
+                one.bring_flags(flags)
+            good = agree(channels, good=bool(rows_good), undoable=undoable)
+        else:
+            _bring(buckets, arrived)
+            good = settle(channels, good=bool(rows_good), undoable=undoable)
+        answers = [bucket.collect_answer() if good else NOTHING for bucket in sliced]
         return [np.bool_(good), *answers]
 
+    def share(good: Any, *answers: Array) -> list[Any]:
+        for bucket, answer in zip(inner, answers, strict=True) if good else ():
+            bucket.bring_answers(answer)
+        return [np.bool_(good), *(one.share() if good else NOTHING for one in nodes)]
+
+    if nodes:
+        kinds = [tf.bool] + [tf.uint8] * len(nodes)
+        rows_good, *flags = python_op(meet, [rows_good, *arrived], kinds, stateful=False)
+        arrived = [one.carry_flag(flag) for one, flag in zip(nodes, flags, strict=True)]
     inputs, kinds = [rows_good, *arrived], [tf.bool] + [tf.uint8] * len(sliced)
     # Stateless like `_push`: with Horovod's tape, each variable has one of these.
-    good, *answers = python_op(answer, inputs, kinds, stateful=False)
+    found = python_op(answer, inputs, kinds, stateful=False)
+    good, *answers = [found] if tf.is_tensor(found) else found  # a single one in eager mode
     good = tf.ensure_shape(good, [])
     pairs = zip(sliced, answers, strict=True)
-    return good, [bucket.carry_answer(own) for bucket, own in pairs]
+    carried = [bucket.carry_answer(own) for bucket, own in pairs]
+    if not nodes:
+        return good, carried
+    inner = [bucket for bucket in sliced if bucket.nodes is not None]
+    plain = len(sliced) - len(inner)
+    kinds = [tf.bool] + [tf.uint8] * len(nodes)
+    good, *parts = python_op(share, [good, *carried[plain:]], kinds, stateful=False)
+    good = tf.ensure_shape(good, [])
+    slices = [one.carry_slices(part) for one, part in zip(nodes, parts, strict=True)]
+    return good, [*carried[:plain], *slices]
 
 
 def _as_floats(data: tf.Tensor) -> tf.Tensor:

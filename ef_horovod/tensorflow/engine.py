@@ -148,7 +148,8 @@ class Engine(StepDriver[Bucket]):
         """
         if not self._opened:
             with tf.init_scope():
-                facts = [f"variable '{name}' of shape {tuple(v.shape)}" for name, v in self._named]
+                facts = [f"exchange={self.options.exchange!r}"]  # some make groups of ranks next
+                facts += [f"variable '{name}' of shape {tuple(v.shape)}" for name, v in self._named]
                 require_same_config(self.transport, facts, "guard.variables")
                 self._agree([_kind(gradient) for gradient in gradients])
                 self._open()

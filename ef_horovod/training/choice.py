@@ -19,7 +19,7 @@ from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.channel import Channel
 from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.network import IDEAL, Network
-from ef_horovod.exchange.registry import EXCHANGES, exchange_of
+from ef_horovod.exchange.registry import EXCHANGES, exchange_of, usual_exchange
 from ef_horovod.exchange.warmup import WarmupChannel, refuse_dense_steps
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Transport
@@ -53,9 +53,7 @@ class Choice(NamedTuple):
         if not self.dense_steps or method == self.method:
             return None
         # A double pass of uncompressed slices sends as much as a dense ring.
-        return Choice(
-            self.exchange if self.exchange.has_answers else choose("auto", method), method
-        )
+        return Choice(self.exchange.in_dense_steps(method) or choose("auto", method), method)
 
 
 def open_channel(
@@ -125,8 +123,7 @@ def choose(exchange: str, method: Method) -> Exchange:
     """
     if is_auto(exchange):
         network_of(exchange)
-        usual = "reduce" if method.allreducible else "gather"
-        return EXCHANGES["dense" if method == UNCOMPRESSED else usual]
+        return EXCHANGES["dense"] if method == UNCOMPRESSED else usual_exchange(method)
     found = exchange_of(exchange)
     found.require_fit(method)
     return found
@@ -152,7 +149,7 @@ def decide(
         exchange = "server"
     if method is None:
         return Choice(EXCHANGES["server" if wants_server(exchange) else "dense"], UNCOMPRESSED)
-    usual = choose(exchange, method)
+    usual = choose(exchange, method).on(transport, method)
     refuse_dense_steps(usual, dense_steps)
     if not is_auto(exchange) or not usual.compresses or transport.size == 1:
         return Choice(usual, method, dense_steps)

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ef_horovod.arrays import Array, dtype_name
+from ef_horovod.arrays import Array, dtype_name, namespace
 from ef_horovod.errors import PayloadError, UnsupportedError
+from ef_horovod.transports.nodes import Levels
 from ef_horovod.transports.timeouts.waiting import DEFAULT_TIMEOUT_SECONDS, require_limit
 
 Measure = Callable[[np.ndarray], int]
+Spans = Sequence[tuple[int, int]]  # start and stop of each rank's slice of a vector
 
 
 def ring_share(nbytes: int, ranks: int) -> int:
@@ -51,6 +53,7 @@ class Transport(ABC):
         self.bytes_sent = 0  # by this rank, if the algorithms below ran over a network
         self.bytes_received = 0
         self.quorum: int | None = None  # workers per server round; None: all
+        self.members: Sequence[int] = range(size)  # the ranks' numbers in the job, for messages
 
     @abstractmethod
     def allgather(
@@ -107,6 +110,74 @@ class Transport(ABC):
             "one, because slices need it; take MPI's, Horovod's or that of one process, or another "
             "exchange"
         )
+
+    levels_known = True  # False: the next call of `levels` is collective
+
+    @property
+    def who(self) -> str:
+        """This rank, by its number in the job, for messages."""
+        if self.members == range(self.size):
+            return f"rank {self.rank} of {self.size}"
+        return f"rank {self.members[self.rank]} among ranks {str(list(self.members))[:80]}"
+
+    def levels(self) -> Levels | None:
+        """The levels within a node and between nodes; collective unless `levels_known`.
+
+        None with one node, with one rank on each, or if this transport knows no nodes.
+
+        Raises:
+            UnsupportedError: the groups of ranks cannot be made; with the way out.
+        """
+        return None
+
+    def reduce_scatter(self, name: str, values: Array, slices: Spans) -> Callable[[], Array]:
+        """Sum over ranks, in rank order; each rank gets one slice of the sum.
+
+        Args:
+            name: of the collective.
+            values: float32[d], the same length on all ranks; unchanged until the wait.
+            slices: start and stop of each rank's slice.
+
+        Returns:
+            A function that waits and returns this rank's slice of the sum, float32.
+        """
+        xp, device = namespace(values), getattr(values, "device", None)
+        whole = xp.to_host(values)
+        parts = [_as_bytes(whole[start:stop]) for start, stop in slices]
+        finish = self.alltoall(name, parts)
+
+        def summed() -> Array:
+            start, stop = slices[self.rank]
+            first, *others = (part[: 4 * (stop - start)].view("<f4") for part in finish())
+            total = first.copy()
+            with np.errstate(over="ignore", invalid="ignore"):  # found later, in the sum
+                for part in others:
+                    total += part
+            return xp.from_host(total, device)
+
+        return summed
+
+    def gather_slices(self, name: str, part: Array, slices: Spans) -> Callable[[], Array]:
+        """Put together the slices of all ranks.
+
+        Args:
+            name: of the collective.
+            part: float32[m], this rank's slice; unchanged until the wait.
+            slices: start and stop of each rank's slice, one after the other.
+
+        Returns:
+            A function that waits and returns the whole vector, float32[d].
+        """
+        xp, device = namespace(part), getattr(part, "device", None)
+        lengths = [4 * (stop - start) for start, stop in slices]
+        left = iter([max(length, 1) for length in lengths])
+        finish = self.allgather(name, _as_bytes(xp.to_host(part)), lambda _: next(left))
+
+        def whole() -> Array:
+            parts = [got[:length] for got, length in zip(finish(), lengths, strict=True)]
+            return xp.from_host(np.concatenate(parts).view("<f4"), device)
+
+        return whole
 
     @property
     def has_server(self) -> bool:
@@ -215,3 +286,9 @@ def require_summable(values: Any) -> None:
             f"got {values.dtype} values to sum, expected float32 or float64: MPI adds 16-bit "
             "floats wrongly or not at all; convert them first, or gather them as bytes"
         )
+
+
+def _as_bytes(values: np.ndarray) -> np.ndarray:
+    """float32[m] as uint8, with a byte for an empty one."""
+    data = np.ascontiguousarray(values, "<f4").view(np.uint8)
+    return data if data.size else np.zeros(1, np.uint8)

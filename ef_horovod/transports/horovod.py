@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-from horovod.common.process_sets import global_process_set
+import numpy as np
+from horovod.common.process_sets import ProcessSet, global_process_set
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.transports.base import Transport
+from ef_horovod.transports.nodes import Levels, Place, groups_of, nodes_of
+from ef_horovod.transports.timeouts.ending import meet_at_end
 from ef_horovod.transports.timeouts.waiting import limit_of
 
 _instances: dict[tuple[str, int], Iterator[int]] = {}  # by kind and process set
+_LEVELS = "node", "cross"  # in names of collectives
 _MOST_NBYTES = 2**31 - 1  # per gather: Horovod's counts and offsets are C ints
 
 
@@ -39,6 +43,8 @@ class HorovodTransport(Transport):
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
     """
 
+    _hvd: ClassVar[Any]  # the framework's Horovod
+
     def __init__(
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
     ) -> None:
@@ -47,10 +53,75 @@ class HorovodTransport(Transport):
         rank = self._process_set.rank() if self._process_set.included() else -1
         super().__init__(rank, self._process_set.size(), limit_of(timeout))
         self._prefix = prefix
+        if self._process_set.process_set_id != 0:
+            self.members = list(self._process_set.ranks)
+        self._levels: Levels | None = None
+        self.levels_known = False
 
     def named(self, name: str) -> str:
         """The collective's name in Horovod."""
         return f"{self._prefix}.{name}"
+
+    def levels(self) -> Levels | None:
+        if not self.levels_known:
+            self._levels = self._open_levels()
+            self.levels_known = True
+        return self._levels
+
+    def _open_levels(self) -> Levels | None:
+        if self.size == 1:
+            return None
+        hvd = self._hvd
+        here = np.array([hvd.local_rank(), hvd.local_size(), hvd.cross_rank()], "<i4")
+        everyones = self.allgather("places", here.view(np.uint8))()
+        places = [Place(*(int(x) for x in np.frombuffer(p.tobytes(), "<i4"))) for p in everyones]
+        groups = groups_of(nodes_of(places))
+        if groups is None:
+            return None
+        named = [[[self.members[i] for i in group] for group in level] for level in groups]
+        sets = self._sets([group for level in named for group in level])
+        node, cross = (
+            self._within(level, sets, kind) for level, kind in zip(named, _LEVELS, strict=True)
+        )
+        assert node is not None
+        if self._process_set.process_set_id == 0:
+            meet_at_end(lambda: self.barrier("end"))
+        return Levels(node, cross, len(groups.cross), self.size / len(groups.nodes))
+
+    def _within(
+        self, level: list[list[int]], sets: dict[tuple[int, ...], Any], kind: str
+    ) -> Transport | None:
+        """This rank's transport in one level; None if it is in none of its groups."""
+        own = next((group for group in level if self.members[self.rank] in group), None)
+        if own is None:
+            return None
+        return type(self)(f"{self._prefix}.{kind}", sets[tuple(own)], self.timeout)
+
+    def _sets(self, groups: list[list[int]]) -> dict[tuple[int, ...], Any]:
+        """Process sets of these ranks: those that exist, and new ones; collective over all ranks.
+
+        Raises:
+            UnsupportedError: they do not exist, and Horovod adds none.
+        """
+        known = {tuple(ps.ranks): ps for ps in _known_sets()}
+        missing = [group for group in groups if tuple(group) not in known]
+        whole = self._process_set.process_set_id == 0
+        if missing and not whole:  # ranks outside would have to add them, too
+            raise UnsupportedError(
+                f"got exchange='hierarchical' with a process_set, and no process sets of its ranks "
+                f"{missing}, expected one of each group, because all ranks have to add them; call "
+                "hvd.add_process_set for each before, or leave process_set out"
+            )
+        for group in missing:
+            try:
+                known[tuple(group)] = self._hvd.add_process_set(group)
+            except ValueError as error:
+                raise UnsupportedError(
+                    f"got exchange='hierarchical' in a job whose process sets are fixed, expected "
+                    f"some of ranks {missing}; write hvd.init(process_sets='dynamic'), or set "
+                    "HOROVOD_DYNAMIC_PROCESS_SETS=1 on all ranks"
+                ) from error
+        return known
 
     def require_countable(self, name: str, nbytes: int) -> None:
         """Raise if `nbytes` from each rank are more than Horovod's gather can place.
@@ -65,3 +136,15 @@ class HorovodTransport(Transport):
                 "as Horovod counts; take exchange='double_pass', a smaller bucket_bytes, or a "
                 "compressor that sends less"
             )
+
+
+def _known_sets() -> list[ProcessSet]:
+    """Horovod's process sets, also those that nobody holds."""
+    from horovod.common import process_sets
+
+    found = []
+    for number, ranks in process_sets._basics._get_process_set_ids_and_ranks().items():
+        one = ProcessSet(list(ranks))
+        one.process_set_id = number
+        found.append(one)
+    return found

@@ -23,6 +23,7 @@ from ef_horovod.arrays import Array
 from ef_horovod.errors import CollectiveTimeoutError
 from ef_horovod.transports.base import Measure, Transport, require_summable, split
 from ef_horovod.transports.horovod import HorovodTransport
+from ef_horovod.transports.nodes import Levels
 from ef_horovod.transports.timeouts.alarm import Alarm
 from ef_horovod.transports.timeouts.calls import calls_under_way
 from ef_horovod.transports.timeouts.ending import refuse_join, watch_over
@@ -48,6 +49,8 @@ def _shut_down_once() -> None:
 
 class HorovodTensorFlowTransport(HorovodTransport):
     """The ranks of a Horovod process set; each collective blocks when it is started."""
+
+    _hvd = hvd
 
     def __init__(
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
@@ -141,7 +144,7 @@ class HorovodTensorFlowTransport(HorovodTransport):
 
     def _waited(self, names: list[str]) -> str:
         return (
-            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in "
+            f"{self.who} waited {self.timeout:g} s in "
             f"'{self.named(names[0])}' for at least one other rank (Horovod's stall warning on "
             "rank 0 names it), and ends the job; see why it did not get there (it failed, has "
             "fewer batches, or called hvd.join(), which cannot go with compression), or raise "
@@ -159,6 +162,8 @@ class GraphBridge(Transport):
     def __init__(self, transport: HorovodTensorFlowTransport) -> None:
         super().__init__(transport.rank, transport.size, transport.timeout)
         self._transport = transport
+        self.members = transport.members
+        self._levels: Levels | None = None
         self._leaving: dict[str, np.ndarray] = {}
         self._lengths: dict[str, np.ndarray] = {}
         self._arrived: dict[str, np.ndarray] = {}
@@ -196,6 +201,16 @@ class GraphBridge(Transport):
         self._count_allreduce(values.nbytes)
         # A view, because a graph whose collectives change carries floats as bytes.
         return lambda: self._arrived.pop(name).view(values.dtype)
+
+    def levels(self) -> Levels | None:
+        levels = self._transport.levels()
+        if levels is not None and self._levels is None:
+            node, cross = levels.node, levels.cross
+            assert isinstance(node, HorovodTensorFlowTransport)
+            assert cross is None or isinstance(cross, HorovodTensorFlowTransport)
+            beyond = None if cross is None else cross.bridge()
+            self._levels = levels._replace(node=node.bridge(), cross=beyond)
+        return self._levels
 
     def collect(self, name: str) -> np.ndarray:
         """The message to carry: uint8[m] to gather or floats to sum."""

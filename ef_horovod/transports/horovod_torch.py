@@ -13,7 +13,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from ef_horovod.arrays import Array
 from ef_horovod.errors import CollectiveTimeoutError
-from ef_horovod.transports.base import Measure, require_summable, split
+from ef_horovod.transports.base import Measure, Spans, require_summable, split
 from ef_horovod.transports.horovod import HorovodTransport
 from ef_horovod.transports.timeouts.ending import hurry, refuse_join
 from ef_horovod.transports.timeouts.waiting import RecurringWaits
@@ -24,6 +24,8 @@ refuse_join("horovod.torch", "horovod.torch.mpi_ops")
 
 class HorovodTorchTransport(HorovodTransport):
     """The ranks of a Horovod process set; collectives are asynchronous."""
+
+    _hvd = hvd
 
     def __init__(
         self, prefix: str = "ef", process_set: Any = None, timeout: float | None = None
@@ -67,6 +69,32 @@ class HorovodTorchTransport(HorovodTransport):
 
         return finish
 
+    def reduce_scatter(self, name: str, values: Array, slices: Spans) -> Callable[[], Array]:
+        if not isinstance(values, torch.Tensor):
+            return super().reduce_scatter(name, values, slices)
+        lengths = torch.tensor([stop - start for start, stop in slices], dtype=torch.int32)
+        own = int(lengths[self.rank])
+        with self._naming(name):
+            handle = hvd.alltoall_async(
+                values, splits=lengths, name=self.named(name), process_set=self._process_set
+            )
+
+        def summed() -> Array:
+            parts = self._wait(handle, name)[0].view(self.size, own)
+            total = parts[0]
+            for part in parts[1:]:  # in rank order, as in the base class
+                total.add_(part)
+            return total
+
+        return summed
+
+    def gather_slices(self, name: str, part: Array, slices: Spans) -> Callable[[], Array]:
+        if not isinstance(part, torch.Tensor):
+            return super().gather_slices(name, part, slices)
+        with self._naming(name):
+            handle = hvd.allgather_async(part, name=self.named(name), process_set=self._process_set)
+        return lambda: self._wait(handle, name)
+
     def allreduce(self, name: str, values: Array) -> Callable[[], Array]:
         require_summable(values)
         tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
@@ -102,14 +130,14 @@ class HorovodTorchTransport(HorovodTransport):
         except HorovodInternalError as error:
             hurry()
             raise HorovodInternalError(
-                f"rank {self.rank} failed in '{self.named(name)}': {error}; "
+                f"{self.who} failed in '{self.named(name)}': {error}; "
                 "a rank ended early, or called hvd.join(), which cannot go with compression: "
                 "give all ranks the same number of steps (drop_last=True)"
             ) from error
 
     def _stuck(self, name: str) -> str:
         return (
-            f"rank {self.rank} of {self.size} called Horovod for '{self.named(name)}', which did "
+            f"{self.who} called Horovod for '{self.named(name)}', which did "
             f"not return in {self.timeout:g} s and keeps Python's lock, so this rank ends; Horovod "
             "does that where it shuts down beneath a running program: see what the other ranks "
             "said before, or raise timeout= or EF_HOROVOD_TIMEOUT"
@@ -117,8 +145,8 @@ class HorovodTorchTransport(HorovodTransport):
 
     def _waited(self, name: str) -> str:
         return (
-            f"rank {self.rank} of {self.size} waited {self.timeout:g} s in '{self.named(name)}' "
-            "for at least one other rank (Horovod's stall warning on rank 0 names it); see why it "
-            "did not get there (it failed, has fewer batches, or called hvd.join(), which cannot "
-            "go with compression), or raise timeout= or EF_HOROVOD_TIMEOUT"
+            f"{self.who} waited {self.timeout:g} s in '{self.named(name)}' "
+            f"for at least one other rank (Horovod's stall warning on rank {self.members[0]} "
+            "names it); see why it did not get there (it failed, has fewer batches, or called "
+            "hvd.join(), which cannot go with compression), or raise timeout= or EF_HOROVOD_TIMEOUT"
         )

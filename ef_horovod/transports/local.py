@@ -11,6 +11,7 @@ import numpy as np
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.errors import CollectiveTimeoutError, ConfigMismatchError, UnsupportedError
 from ef_horovod.transports.base import Measure, Transport, require_summable
+from ef_horovod.transports.nodes import Levels, groups_of
 from ef_horovod.transports.timeouts.waiting import DEFAULT_TIMEOUT_SECONDS
 
 
@@ -41,6 +42,10 @@ class LocalTransport(Transport):
     ) -> None:
         super().__init__(rank, size, timeout)
         self._mailbox = mailbox
+        self._levels: Levels | None = None
+
+    def levels(self) -> Levels | None:
+        return self._levels
 
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
@@ -103,17 +108,18 @@ class LocalTransport(Transport):
     ) -> Callable[[], Any]:
         """Put this rank's data down; the returned function waits for what `join` makes of all."""
         entry = self._mailbox.deposit(name, self.rank, data)
+        me = f"rank {self.members[self.rank]}"
 
         def collect() -> Any:
             if self._mailbox.one_thread and not entry.complete.is_set():
                 raise UnsupportedError(
-                    f"rank {self.rank} waits in '{name}' for ranks {self._missing(entry)} of the "
-                    "same thread, expected no wait before all ranks have started; let the "
+                    f"{me} waits in '{name}' for ranks {self._missing(entry)} of the same "
+                    "thread, expected no wait before all ranks have started; let the "
                     "exchange's `start` return a function that waits"
                 )
             if not entry.complete.wait(min(self.timeout, threading.TIMEOUT_MAX)):
                 raise CollectiveTimeoutError(
-                    f"rank {self.rank} waited {self.timeout:g} s in '{name}' for ranks "
+                    f"{me} waited {self.timeout:g} s in '{name}' for ranks "
                     f"{self._missing(entry)}; see why they did not get there, or raise timeout="
                 )
             return entry.joined(join)
@@ -121,11 +127,15 @@ class LocalTransport(Transport):
         return collect
 
     def _missing(self, entry: _Entry) -> list[int]:
-        return sorted(set(self._mailbox.ranks) - set(entry.parts))
+        return [self.members[rank] for rank in sorted(set(self._mailbox.ranks) - set(entry.parts))]
 
 
 def local_group(
-    size: int, timeout: float = DEFAULT_TIMEOUT_SECONDS, *, one_thread: bool = False
+    size: int,
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    *,
+    one_thread: bool = False,
+    nodes: Sequence[object] = (),
 ) -> list[LocalTransport]:
     """`size` connected endpoints inside this process.
 
@@ -133,11 +143,39 @@ def local_group(
         size: number of ranks.
         timeout: limit of every wait, in seconds.
         one_thread: whether one thread runs all ranks, so that waiting for another one is an error.
+        nodes: of each rank, to pretend several nodes: equal things for ranks of one node.
+
+    Example:
+        >>> [end.levels().cross.members for end in local_group(4, nodes=[0, 0, 1, 1])]
+        [[0, 2], [1, 3], [0, 2], [1, 3]]
     """
     if size < 1:
         raise ValueError(f"got {size} workers, expected at least 1")
     mailbox = Mailbox(range(size), one_thread=one_thread)
-    return [LocalTransport(rank, size, mailbox, timeout) for rank in range(size)]
+    ends = [LocalTransport(rank, size, mailbox, timeout) for rank in range(size)]
+    groups = groups_of(nodes) if nodes else None
+    if groups is None:
+        return ends
+    node_of, cross_of = (
+        {
+            end.members[end.rank]: end
+            for group in level
+            for end in _subgroup(group, timeout, one_thread)
+        }
+        for level in groups
+    )
+    for end in ends:
+        per_node = size / len(groups.nodes)
+        slices = len(groups.cross)
+        end._levels = Levels(node_of[end.rank], cross_of.get(end.rank), slices, per_node)
+    return ends
+
+
+def _subgroup(ranks: list[int], timeout: float, one_thread: bool) -> list[LocalTransport]:
+    ends = local_group(len(ranks), timeout, one_thread=one_thread)
+    for end in ends:
+        end.members = ranks
+    return ends
 
 
 class _Entry:

@@ -19,6 +19,7 @@ from ef_horovod.common import openmpi
 from ef_horovod.common.extras import explained
 from ef_horovod.errors import CollectiveTimeoutError, ConfigMismatchError, UnsupportedError
 from ef_horovod.transports.base import Measure, Transport, require_summable
+from ef_horovod.transports.nodes import Levels, groups_of
 from ef_horovod.transports.timeouts.waiting import limit_of, wait_until
 
 openmpi.set_prefix()  # importing MPI initialises it
@@ -72,7 +73,37 @@ class MPITransport(Transport):
         self._tags_of: list[dict[str, int]] = [{} for _ in range(self.size)]  # the other ranks'
         self._told: list[tuple[Any, np.ndarray]] = []  # names still being sent
         self._under_way: set[str] = set()
+        self._levels: Levels | None = None
+        self.levels_known = False
         self._late: dict[str, str] = {}  # names that timed out, with the error's text
+
+    def levels(self) -> Levels | None:
+        if not self.levels_known:
+            self._levels = self._open_levels()
+            self.levels_known = True
+        return self._levels
+
+    def _open_levels(self) -> Levels | None:
+        shared = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        node = self._comm.allgather(shared.bcast(self.rank))  # of each rank: its node's first rank
+        shared.Free()
+        groups = groups_of(node)
+        if groups is None:
+            return None
+        within, cross = (self._within(level) for level in groups)
+        assert within is not None
+        return Levels(within, cross, len(groups.cross), self.size / len(groups.nodes))
+
+    def _within(self, level: list[list[int]]) -> MPITransport | None:
+        """This rank's transport in one level; None if it is in none of its groups."""
+        own = next((i for i, group in enumerate(level) if self.rank in group), None)
+        comm = self._comm.Split(MPI.UNDEFINED if own is None else own, self.rank)
+        if own is None:
+            return None
+        transport = MPITransport(comm, self.timeout)  # which duplicates it
+        comm.Free()
+        transport.members = [self.members[rank] for rank in level[own]]
+        return transport
 
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None
@@ -275,8 +306,9 @@ class MPITransport(Transport):
 
     def _waited(self, name: str, ranks: list[int]) -> str:
         return (
-            f"rank {self.rank} waited {self.timeout:g} s in '{name}' for ranks {ranks}; see why "
-            "they did not get there, or raise timeout= or EF_HOROVOD_TIMEOUT"
+            f"rank {self.members[self.rank]} waited {self.timeout:g} s in '{name}' for ranks "
+            f"{[self.members[rank] for rank in ranks]}; see why they did not get there, or raise "
+            "timeout= or EF_HOROVOD_TIMEOUT"
         )
 
 

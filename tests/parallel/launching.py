@@ -15,6 +15,9 @@ PROGRAMS = Path(__file__).parent / "programs"
 Results = list[dict[str, Any]]  # one for each rank, as it gave them to `report`
 
 
+HOSTS = ("localhost", "127.0.0.1", "127.0.0.2")  # all of this machine
+
+
 # What `horovodrun --mpi` calls (horovod/runner/mpi_run.py), without the 3 s that its own imports
 # take. Examples, the demo and the tests of virtual hosts start with horovodrun itself.
 _AS_HOROVODRUN = [
@@ -33,12 +36,24 @@ _AS_HOROVODRUN = [
 
 
 def horovod_job(
-    ranks: int, program: str, out: Path, *arguments: str, gloo: bool = False, **options: Any
+    ranks: int,
+    program: str,
+    out: Path,
+    *arguments: str,
+    gloo: bool = False,
+    hosts: Sequence[int] = (),
+    **options: Any,
 ) -> Results:
-    """Run tests/parallel/programs/PROGRAM as Horovod ranks, over MPI or Gloo."""
+    """Run tests/parallel/programs/PROGRAM as Horovod ranks, over MPI or Gloo.
+
+    With `hosts` over Gloo, so many ranks are on a host each: Horovod takes this machine's names for
+    different ones.
+    """
     launcher = [str(BIN / "mpirun"), "-np", str(ranks), *_AS_HOROVODRUN]
     if gloo:
+        names = [f"{name}:{count}" for name, count in zip(HOSTS, hosts, strict=False)]
         launcher = [str(BIN / "horovodrun"), "--gloo", "-np", str(ranks)]
+        launcher += ["-H", ",".join(names)] if hosts else []
     return _run(launcher, ranks, program, out, arguments, **options)
 
 

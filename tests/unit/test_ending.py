@@ -69,6 +69,17 @@ def test_a_usual_shutdown_is_waited_for_once(timeout: float) -> None:
     assert process.stdout.count("shutdown") == 1
 
 
+def test_ranks_in_groups_meet_before_the_shutdown_unless_one_fails() -> None:
+    met = "ending.meet_at_end(lambda: print('met'))"
+    assert "unflushedmet\nshutdown\n" in ended(0, 1, met).stdout
+    broken = "ending.meet_at_end(lambda: 1 / 0)"
+    assert "unflushedshutdown\n" in ended(0, 1, broken).stdout
+    for more in (f"{met}\nraise SystemError", f"{met}\nending.hurry()"):
+        process = ended(0, 1, more)
+        assert "shutdown" in process.stdout
+        assert "met" not in process.stdout
+
+
 def test_join_is_refused_while_a_transport_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     framework, operations = ModuleType("framework"), ModuleType("framework.operations")
     framework.join = operations.join = lambda device=-1: device  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ A rank that has joined sends no messages, so compressed averages cannot continue
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -23,6 +24,7 @@ from ef_horovod.errors import UnsupportedError
 _GRACE_SECONDS = 20.0  # limit of a shutdown after a failure, and minimum of any other limit
 
 _users: weakref.WeakSet[Any] = weakref.WeakSet()  # transports of wrapped optimizers and the like
+_barriers: list[Callable[[], Any]] = []
 _limits: dict[Callable[[], None], float] = {}  # seconds, by the framework's shutdown function
 
 
@@ -60,14 +62,32 @@ def watch_over(transport: Any, shutdown: Callable[[], None]) -> None:
     _limits[shutdown] = min(limit, _limits.get(shutdown, limit))
 
 
+def meet_at_end(barrier: Callable[[], Any]) -> None:
+    """Call a barrier of all ranks before the shutdown at exit; only the first one counts.
+
+    Where ranks form groups, one may end while others are still in a collective of theirs, which a
+    shutdown would break off. A rank that fails does not wait.
+    """
+    _barriers.append(barrier)
+
+
 def hurry() -> None:
     """Shorten the shutdown's limit, after a collective has failed."""
+    _barriers.clear()
     for shutdown in _limits:
         _limits[shutdown] = _GRACE_SECONDS
 
 
+def _meet_and(shutdown: Callable[[], None]) -> None:
+    if _barriers and getattr(sys, "last_type", None) is None:  # no exception ends this process
+        with contextlib.suppress(Exception):  # Horovod was shut down, or another rank failed
+            _barriers[0]()
+    shutdown()
+
+
 def _shut_down(shutdown: Callable[[], None]) -> None:
-    ending = threading.Thread(target=shutdown, name="ef_horovod shutdown", daemon=True)
+    target = functools.partial(_meet_and, shutdown)
+    ending = threading.Thread(target=target, name="ef_horovod shutdown", daemon=True)
     ending.start()
     ending.join(_limits[shutdown])
     if ending.is_alive():
