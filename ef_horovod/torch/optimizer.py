@@ -25,7 +25,7 @@ from ef_horovod.torch.loss_scale import (
 from ef_horovod.torch.momentum import require_fit
 from ef_horovod.torch.options import Options, open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters, settings_of
-from ef_horovod.torch.wrapped import Wrapped
+from ef_horovod.torch.wrapped import _Wrapped
 from ef_horovod.training.momentum import for_one_rank, refuse_synchronize, warn_of_adam
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
@@ -159,7 +159,7 @@ def DistributedOptimizer(
     return wrapped
 
 
-class _Distributed(Wrapped):
+class _Distributed(_Wrapped):
     """What an optimizer that averages gradients can do besides."""
 
     _engine: Engine | None = None
@@ -293,7 +293,7 @@ class _Distributed(Wrapped):
         self._synchronized = False
         if self._engine is not None:
             self._engine.reset_passes()
-        Wrapped.load_state_dict(self, state_dict)
+        _Wrapped.load_state_dict(self, state_dict)
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Accumulate another number of micro-batches from the next step on."""
@@ -317,7 +317,7 @@ class _Distributed(Wrapped):
                 "checkpoint() was called between backward() and step(), expected it after step(), "
                 "when error-feedback state and model belong to the same step"
             )
-        return Wrapped.checkpoint(self)
+        return _Wrapped.checkpoint(self)
 
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of `compression_state_dict` or `checkpoint` of this rank.
@@ -326,7 +326,7 @@ class _Distributed(Wrapped):
             UnsupportedError: with servers, after the first step; servers load their state before.
             ValueError: the rank, number of ranks, method or model differs.
         """
-        Wrapped.load_compression_state_dict(self, state)
+        _Wrapped.load_compression_state_dict(self, state)
         if self._engine is not None:
             self.rounds = self._engine.step
 

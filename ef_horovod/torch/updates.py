@@ -24,7 +24,7 @@ from ef_horovod.torch.loss_scale import lower_scale, take_call, unscale
 from ef_horovod.torch.options import open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.sync import SyncCheck
-from ef_horovod.torch.wrapped import Wrapped
+from ef_horovod.torch.wrapped import _Wrapped
 from ef_horovod.training.buckets import plan_buckets
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
@@ -148,7 +148,7 @@ def CompressedUpdates(
     return wrapped
 
 
-class _Updating(Wrapped):
+class _Updating(_Wrapped):
     """What an optimizer whose updates are averaged can do besides."""
 
     _engine: _Engine | None = None

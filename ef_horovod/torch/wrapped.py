@@ -13,7 +13,7 @@ from ef_horovod.training.driver import StepDriver
 from ef_horovod.transports.base import Transport
 
 
-class Wrapped:
+class _Wrapped:
     """Methods that a wrapped optimizer's class gets in addition to the user's class `_base`.
 
     They go into the class itself, not into a base class, under Horovod's module name. Reason:

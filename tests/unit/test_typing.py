@@ -43,6 +43,16 @@ optimizer.discard()
 optimizer.zero_grad()
 assert_type(optimizer.stats(), list[ChannelStats])
 assert_type(optimizer.step_skipped, bool)
+updating = et.CompressedUpdates(
+    torch.optim.SGD(model.parameters(), lr=0.1),
+    named_parameters=model.named_parameters(),
+    compression=et.ErrorFeedback(et.OneBit()),
+    backward_passes_per_step=2,
+)
+scheduler = torch.optim.lr_scheduler.StepLR(updating, 3)
+updating.step()
+assert_type(updating.stats(), list[ChannelStats])
+assert_type(updating.step_skipped, bool)
 etf.EF21(etf.OneBit())
 """
 BAD = """
