@@ -56,11 +56,8 @@ class TorchTraining:
         self._optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self._model(self._x[batch]), self._y[batch])
         loss.backward()
-        self._take_step()
-        return loss.item()
-
-    def _take_step(self) -> None:
         self._optimizer.step()
+        return loss.item()
 
     @torch.no_grad()
     def accuracy(self) -> float:

@@ -62,10 +62,9 @@ class KerasTraining:
             self._compression = CountingCompression(stock, hvd.size(), lambda t: t.dtype.size)
         elif row.adapter:
             self._compression = ef.Compression(row.method, model.trainable_variables)
-        elif row.updates:
-            optimizer = ef.CompressedUpdates(optimizer, row.method)
         else:
-            optimizer = ef.DistributedOptimizer(optimizer, row.method)
+            wrap = ef.CompressedUpdates if row.updates else ef.DistributedOptimizer
+            optimizer = wrap(optimizer, compression=row.method)
         optimizer.build(model.trainable_variables)
         ef.broadcast_variables(model.variables + optimizer.variables)
         self._optimizer, self._compiled = optimizer, tf.function(self._step)

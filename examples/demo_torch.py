@@ -36,11 +36,9 @@ class HorovodTraining(TorchTraining):
             adapter = ef.Compression(row.method, named)
             self._optimizer = hvd.DistributedOptimizer(inner, named, compression=adapter)
             self.sent = lambda: sent_by(adapter.stats())
-        elif row.updates:
-            updates = ef.CompressedUpdates(inner, named, compression=row.method)
-            self._take_step, self.sent = updates.step, lambda: sent_by(updates.stats())
         else:
-            optimizer = ef.DistributedOptimizer(inner, named, compression=row.method)
+            wrap = ef.CompressedUpdates if row.updates else ef.DistributedOptimizer
+            optimizer = wrap(inner, named, compression=row.method)
             self._optimizer = optimizer
             self.sent = lambda: sent_by(optimizer.stats())
 
