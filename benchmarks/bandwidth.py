@@ -5,11 +5,13 @@
     python benchmarks/bandwidth.py --list                             what, and how long it takes
     python benchmarks/bandwidth.py --quick                            less than a minute
     python benchmarks/bandwidth.py --hosts 4 --rates 100mbit --models mlp --ways EF21 PowerSGD
+    python benchmarks/bandwidth.py --hosts 2 --rates 100mbit --ranks-per-host 1 2 4
     python benchmarks/bandwidth.py --rates 10gbit --groups ring --ways auto dense --repeat 9
     python benchmarks/bandwidth.py --report bandwidth.jsonl --out docs/results   page and plots
     python benchmarks/bandwidth.py --check bandwidth.jsonl     verdicts; status 1 if one fails
 
-Runs on virtual hosts (`launch/cluster`), one rank on each; a parameter server has one more. Ways to
+Runs on virtual hosts (`launch/cluster`), one rank on each, or several; a parameter server has one
+more. With several ranks, the interface's bytes are those of the whole host. Ways to
 exchange are Horovod (Open MPI's default allreduce and its ring), PyTorch's DDP on gloo with its
 fp16 and PowerSGD hooks, and this package under Horovod in PyTorch and TensorFlow, in the stock
 optimizer and on the parameter server. One thread a rank.
@@ -53,7 +55,7 @@ from bandwidth_plan import (
     case_of,
     grid,
     jobs,
-    lines_of,
+    not_in,
     rows_of,
     start_seconds,
     total_seconds,
@@ -84,6 +86,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--hosts", nargs="+", type=int, default=list(HOSTS), help="that train")
+    parser.add_argument(
+        "--ranks-per-host", nargs="+", type=int, default=[1], metavar="R", help="(1)"
+    )
     parser.add_argument(
         "--rates", nargs="+", type=argument(read_rate), default=list(RATES), metavar="RATE"
     )
@@ -117,7 +122,14 @@ def chosen(options: argparse.Namespace) -> list[Case]:
         for name in names
         if WAYS[name].group in options.groups and any(word in name for word in options.ways)
     ]
-    cases = grid(options.models, options.hosts, options.rates, ways, every=options.every)
+    cases = grid(
+        options.models,
+        options.hosts,
+        options.rates,
+        ways,
+        every=options.every,
+        per_host=options.ranks_per_host,
+    )
     return [c for c in cases if c.model == "mlp" or WAYS[c.way].group != "tensorflow"]
 
 
@@ -154,10 +166,10 @@ class Job:
         content = {"group": group, "cases": cases, "budget": budget._asdict()}
         content |= {"out": str(self._out), "data": str(data.absolute()) if data else None}
         job.write_text(json.dumps(content))
-        self._budget = budget
+        self._budget, each = budget, cases[0].per_host
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
-                line(group, hosts, cases[0].rate, HERE / "bandwidth_rank.py", [str(job)]),
+                line(group, hosts, cases[0].rate, HERE / "bandwidth_rank.py", [str(job)], each),
                 env=environment(group),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -210,11 +222,14 @@ class Job:
                 continue
 
 
-def line(group: str, hosts: int, rate: int, program: Path, words: Sequence[str]) -> list[str]:
+def line(
+    group: str, hosts: int, rate: int, program: Path, words: Sequence[str], per_host: int = 1
+) -> list[str]:
     """The command that runs a program on each of the hosts, and a server's."""
-    ranks = hosts + (group == "server")
-    names = ",".join(f"node{number}:1" for number in range(1, ranks + 1))
-    cluster = [sys.executable, str(CLUSTER), "--hosts", str(ranks)]
+    machines = hosts + (group == "server")
+    ranks = machines * per_host
+    names = ",".join(f"node{number}:{per_host}" for number in range(1, machines + 1))
+    cluster = [sys.executable, str(CLUSTER), "--hosts", str(machines)]
     cluster += ["--rate", f"{rate}bit", "--"]
     beside = Path(sys.executable).parent / "mpirun"
     mpirun = [str(beside) if beside.exists() else "mpirun", "-np", str(ranks), "-H", names]
@@ -245,20 +260,11 @@ def measure(cases: Sequence[Case], options: argparse.Namespace, out: Path) -> No
         file.write(json.dumps({"settings": settings(options, budget)}) + "\n")
         for group, hosts, wanted in jobs(cases):
             bar.set_description(f"{hosts} hosts, {group}")
-            bar.update(start_seconds(group, hosts))
+            bar.update(start_seconds(group, wanted[0].ranks))
             for row in run_group(group, hosts, wanted, budget, options.data):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 bar.update(case_of(row).seconds(budget))
-
-
-def not_in(out: Path, cases: Sequence[Case]) -> list[Case]:
-    """Cases without those that a file has; of one that is wanted several times so many fewer."""
-    left = list(cases)
-    for row in lines_of(out):
-        if row.get("ok") and case_of(row) in left:
-            left.remove(case_of(row))
-    return left
 
 
 def _bar(total: float) -> Any:
@@ -318,6 +324,7 @@ def show_plan(cases: Sequence[Case], budget: Budget) -> None:
     rows = [
         {
             "hosts": hosts,
+            "ranks on each": wanted[0].per_host,
             "group": group,
             "configurations": len(wanted),
             "ways": len({case.way for case in wanted}),
@@ -338,6 +345,7 @@ def show_rows(rows: Sequence[dict[str, Any]]) -> None:
         {
             "model": row["model"],
             "hosts": row["hosts"],
+            "ranks on each": row.get("per_host", 1),
             "rate": show_rate(row["rate"]),
             "way": row["way"],
             "ms a step": f"{1e3 * row['median']:.1f}" if row["ok"] else "failed",

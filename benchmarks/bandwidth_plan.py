@@ -104,7 +104,8 @@ _TOPK_SGD = "NoFeedback(TopK(0.01), server_compressor=TopK(0.01))"
 _EF21_BOTH = "EF21(TopK(0.01), server_compressor=TopK(0.01))"
 _SIGNS = "ErrorFeedback(Then(TopK(0.01), OneBit()))"
 _EF21_NATURAL = "EF21(Then(TopK(0.01), Natural()))"
-_GATHER, _DOUBLE = "gather", "double_pass"
+_MEM_TOPK = "ErrorFeedback(TopK(0.01))"
+_GATHER, _DOUBLE, _BY_NODE = "gather", "double_pass", "hierarchical"
 
 WAYS = {
     way.name: way
@@ -121,12 +122,14 @@ WAYS = {
         Way("DoubleSqueeze 1 bit", "ring", _DS1, _DOUBLE, _ONEBIT, _ONEBIT),
         Way("DoubleSqueeze top-k", "ring", _DSK, _DOUBLE, _TOPK, _TOPK),
         Way("MEM-SGD 1 bit", "ring", "ErrorFeedback(OneBit())", _GATHER, _ONEBIT, passes=0),
-        Way("MEM-SGD top-k", "ring", "ErrorFeedback(TopK(0.01))", _GATHER, _TOPK, passes=0),
+        Way("MEM-SGD top-k", "ring", _MEM_TOPK, _GATHER, _TOPK, passes=0),
         Way("MEM-SGD signs of 1 %", "ring", _SIGNS, _GATHER, 0.012, passes=0),
         Way("QSGD", "ring", "NoFeedback(TernGrad())", _GATHER, _TERNARY, passes=0),
         Way("Top-k SGD", "ring", _TOPK_SGD, _DOUBLE, _TOPK, _TOPK),
         Way("PowerSGD rank 4", "ring", "PowerSGD(rank=4)", "reduce", _RANK4),
         Way("EF21 top-k, stock optimizer", "ring", "EF21(TopK(0.01))", "stock", _TOPK, passes=0),
+        Way("EF21 top-k, by nodes", "ring", "EF21(TopK(0.01))", _BY_NODE, _TOPK, passes=0),
+        Way("MEM-SGD top-k, by nodes", "ring", _MEM_TOPK, _BY_NODE, _TOPK, passes=0),
         Way("DDP dense", "ddp"),
         Way("DDP fp16", "ddp", up=2.0),
         Way("DDP PowerSGD rank 4", "ddp", up=2 * _RANK4),
@@ -158,6 +161,17 @@ FEW_WAYS = (
     "DDP PowerSGD rank 4",
     "server: DoubleSqueeze 1 bit",
 )
+# Of interest with several ranks on a host; the first two with one are gathers.
+SEVERAL_WAYS = (
+    "EF21 top-k, by nodes",
+    "MEM-SGD top-k, by nodes",
+    "MEM-SGD top-k",
+    "Horovod dense, ring",
+    "Horovod fp16, ring",
+    "DDP dense",
+    "DDP fp16",
+    "DDP PowerSGD rank 4",
+)
 QUICK_WAYS = ("Horovod dense, ring", "EF21 top-k", "DoubleSqueeze 1 bit")
 
 
@@ -168,17 +182,26 @@ class Case(NamedTuple):
     way: str
     hosts: int
     rate: int  # bits per second
+    per_host: int = 1  # ranks on each host
+
+    @property
+    def ranks(self) -> int:
+        """That train."""
+        return self.hosts * self.per_host
 
     @property
     def label(self) -> str:
-        return f"{self.model}, {self.hosts} hosts, {show_rate(self.rate)}: {self.way}"
+        several = f" of {self.per_host} ranks" if self.per_host > 1 else ""
+        return f"{self.model}, {self.hosts} hosts{several}, {show_rate(self.rate)}: {self.way}"
 
     def step_seconds(self) -> float:
         """Of a step, guessed: computing on shared cores, and then the link."""
         model, way = MODELS[self.model], WAYS[self.way]
-        crowd = max(1.0, self.hosts / (os.cpu_count() or 1))
+        crowd = max(1.0, self.ranks / (os.cpu_count() or 1))
         computing = crowd * (model.seconds + (0.01 + 4e-9 * model.parameters))
         bytes_ = way.link_bytes(model.parameters, self.hosts)
+        if way.exchange == _GATHER:  # each rank's message goes to each rank of the other hosts
+            bytes_ *= self.per_host**2
         return computing + 8 * bytes_ / self.rate
 
     def seconds(self, budget: Budget) -> float:
@@ -219,25 +242,37 @@ def grid(
     ways: Sequence[str],
     *,
     every: bool,
+    per_host: Sequence[int] = (1,),
 ) -> list[Case]:
     """The configurations to measure.
 
     Args:
-        models, hosts, rates, ways: to choose from.
+        models, hosts, rates, ways, per_host: to choose from.
         every: all combinations; otherwise those that tell most: the MLP on 4 hosts in full, fewer
             ways and rates on 2 and 8 hosts and of the embedding, the CNN on 4 hosts.
     """
     cases = [
-        Case(model, way, count, rate)
+        Case(model, way, count, rate, ranks)
+        for ranks in per_host
         for model in models
         for count in hosts
         for rate in rates
         for way in ways
+        if _can_have(way, ranks)
     ]
     return cases if every else [case for case in cases if _tells(case)]
 
 
+def _can_have(way: str, per_host: int) -> bool:
+    """Whether a way differs from another one with so many ranks on a host, and has them."""
+    if per_host == 1:
+        return WAYS[way].exchange != _BY_NODE
+    return WAYS[way].group != "server"
+
+
 def _tells(case: Case) -> bool:
+    if case.per_host > 1:
+        return case.model == "mlp" and case.way in SEVERAL_WAYS
     if case.hosts == 4 and case.model != "embedding":
         return case.model == "mlp" or WAYS[case.way].group != "tensorflow"
     if case.model == "mlp" or case.hosts == 4:
@@ -247,36 +282,36 @@ def _tells(case: Case) -> bool:
 
 def jobs(cases: Iterable[Case]) -> list[tuple[str, int, list[Case]]]:
     """Group, number of hosts that train, and the configurations that one job measures."""
-    found: dict[tuple[int, str], list[Case]] = {}
+    found: dict[tuple[int, int, str], list[Case]] = {}
     for case in cases:
-        found.setdefault((case.hosts, WAYS[case.way].group), []).append(case)
-    order = sorted(found, key=lambda key: (key[0], GROUPS.index(key[1])))
+        found.setdefault((case.hosts, case.per_host, WAYS[case.way].group), []).append(case)
+    order = sorted(found, key=lambda key: (*key[:2], GROUPS.index(key[2])))
     return [
-        (group, hosts, sorted(found[hosts, group], key=lambda case: (-case.rate, case.model)))
-        for hosts, group in order
+        (key[2], key[0], sorted(found[key], key=lambda case: (-case.rate, case.model)))
+        for key in order
     ]
 
 
-def start_seconds(group: str, hosts: int) -> float:
+def start_seconds(group: str, ranks: int) -> float:
     """Until a job's ranks are there, guessed."""
     each = _START_SECONDS.get(group, _OTHER_START_SECONDS)
-    return 3.0 + each * (hosts + (group == "server")) / (os.cpu_count() or 1)
+    return 3.0 + each * (ranks + (group == "server")) / (os.cpu_count() or 1)
 
 
 def total_seconds(cases: Sequence[Case], budget: Budget) -> float:
     """Of all of it, guessed."""
-    starts = sum(start_seconds(group, hosts) for group, hosts, _ in jobs(cases))
+    starts = sum(start_seconds(group, wanted[0].ranks) for group, _, wanted in jobs(cases))
     return starts + sum(case.seconds(budget) for case in cases)
 
 
 def epoch_seconds(case: Case, step: float) -> float:
     """Of the steps that 50,000 samples make."""
-    return step * math.ceil(IMAGES / (MODELS[case.model].batch * case.hosts))
+    return step * math.ceil(IMAGES / (MODELS[case.model].batch * case.ranks))
 
 
 def case_of(row: dict[str, Any]) -> Case:
     """What a row of results is of."""
-    return Case(*(row[field] for field in Case._fields))
+    return Case(**{field: row[field] for field in Case._fields if field in row})
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -288,6 +323,15 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def not_in(out: Path, cases: Sequence[Case]) -> list[Case]:
+    """Cases without those that a file has; of one that is wanted several times so many fewer."""
+    left = list(cases)
+    for row in lines_of(out):
+        if row.get("ok") and case_of(row) in left:
+            left.remove(case_of(row))
+    return left
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

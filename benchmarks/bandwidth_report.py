@@ -42,13 +42,15 @@ SHOWN = (
 
 def make(file: Path) -> Report:
     """Tables, curves and verdicts of a file of results."""
-    rows = {case_of(row): row for row in rows_of(file)}
-    report = Report("bandwidth", _settings(file, rows))
+    every = {case_of(row): row for row in rows_of(file)}
+    rows = {case: row for case, row in every.items() if case.per_host == 1}
+    report = Report("bandwidth", _settings(file, every))
     _step_tables(report, rows)
     _byte_table(report, rows)
     _phase_table(report, rows)
     _winners(report, rows)
-    _failures(report, rows)
+    _several_table(report, every)
+    _failures(report, every)
     _curves(report, rows)
     add_claims(report, rows)
     return report
@@ -121,6 +123,23 @@ def _byte_table(report: Report, rows: Rows) -> None:
                     "control, kB": f"{control / 1e3:,.1f}",
                     "resent, kB": f"{row.get('resent_bytes', 0.0) / 1e3:,.1f}",
                     "of a dense ring": f"{wire / ring_bytes(case):.4f}",
+                }
+            )
+
+
+def _several_table(report: Report, rows: Rows) -> None:
+    """Several ranks on a host: bytes through its interface, and the time of a step."""
+    several = {(case.hosts, case.rate) for case in rows if case.per_host > 1}
+    for case, row in _in_order(rows):
+        if case.model == "mlp" and (case.hosts, case.rate) in several and row["ok"]:
+            report.row(
+                **{
+                    "mlp, several ranks on a host: way": case.way,
+                    "hosts": case.hosts,
+                    "ranks on each": case.per_host,
+                    "rate": show_rate(case.rate),
+                    "kB a step by the host's interface": f"{row['wire_bytes'] / 1e3:,.1f}",
+                    "ms a step": f"{1e3 * row['median']:,.0f}",
                 }
             )
 

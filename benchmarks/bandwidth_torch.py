@@ -41,7 +41,7 @@ class Trainings:
         if group in ("default", "ring"):
             import horovod.torch as hvd
 
-            hvd.init()
+            hvd.init(process_sets="dynamic")  # for ways that make groups of ranks
         elif group == "ddp":
             from torch import distributed
 

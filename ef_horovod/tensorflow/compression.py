@@ -61,7 +61,8 @@ class Compression(StepDriver[Bucket], tf.Module):
         method: error-feedback method with its compressor.
         variables: in the order of `tape.gradient(loss, variables)`.
         dense: `dense(path, variable)` says which variables stay uncompressed, or returns a method.
-        exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
+        exchange: "auto", "auto:NETWORK", "gather", "reduce", "double_pass" or
+            "hierarchical".
         seed: of random compressors.
         dense_steps: as in `ef.Reducer`.
         process_set: as passed to Horovod.

@@ -67,7 +67,8 @@ class Compression(StepDriver[Bucket]):
         named_parameters: `model.named_parameters()`, as passed to Horovod.
         dense: `dense(name, parameter)` says which parameters stay uncompressed, or returns a
             method.
-        exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
+        exchange: "auto", "auto:NETWORK", "gather", "reduce", "double_pass" or
+            "hierarchical".
         bucket_bytes: bytes of float32 per compressed bucket; 1 compresses each parameter by itself.
         seed: of random compressors.
         dense_steps: as in `ef.DistributedOptimizer`.

@@ -100,8 +100,9 @@ def DistributedOptimizer(
             "auto:10gbit" or "auto:1gbit,2ms", takes the cheapest on that network, dense allreduce
             included. "gather" works with any compressor, "reduce" with linear ones. "double_pass"
             works with any compressor; each rank reduces one slice, so the cost does not grow with
-            the number of ranks. "server" is for a job started by `launch/server`, without
-            `hvd.init()`.
+            the number of ranks. "hierarchical" sums within a node of several ranks first; it needs
+            hvd.init(process_sets="dynamic"), and is collective here. "server" is for a job started
+            by `launch/server`, without `hvd.init()`.
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32. Each
             is compressed as one vector and sent in one collective, during backward.
         seed: of random compressors.

@@ -26,7 +26,8 @@ class Options:
     Args:
         method: for the compressed buckets.
         dense: policy that selects the parameters that stay uncompressed; they share one allreduce.
-        exchange: "auto", "auto:NETWORK", "gather", "reduce" or "double_pass".
+        exchange: "auto", "auto:NETWORK", "gather", "reduce", "double_pass" or
+            "hierarchical".
         bucket_bytes: size of a compressed bucket in bytes of float32.
         passes: backward passes accumulated before an exchange.
         seed: of random compressors.

@@ -44,7 +44,15 @@ def test_the_grid_fits_in_its_time(plan, driver):
     assert plan.total_seconds(cases, plan.Budget()) < 3600
     assert plan.total_seconds(driver.chosen(driver.parse(["--quick"])), plan.QUICK_BUDGET) < 40
     whole = [c for c in cases if c.hosts == 4 and c.model == "mlp"]
-    assert {c.way for c in whole} == set(plan.WAYS)
+    by_nodes = {name for name, way in plan.WAYS.items() if way.exchange == "hierarchical"}
+    assert {c.way for c in whole} == set(plan.WAYS) - by_nodes
+    several = driver.chosen(driver.parse(["--ranks-per-host", "2", "4"]))
+    assert by_nodes < {c.way for c in several} == set(plan.SEVERAL_WAYS)
+    assert {(c.model, c.per_host, c.ranks // c.hosts) for c in several} == {
+        ("mlp", 2, 2),
+        ("mlp", 4, 4),
+    }
+    assert {wanted[0].per_host for _, _, wanted in plan.jobs(several)} == {2, 4}
     assert {c.rate for c in whole} == set(plan.RATES)
     measured = [case for _, _, wanted in plan.jobs(cases) for case in wanted]
     assert sorted(measured) == sorted(cases)

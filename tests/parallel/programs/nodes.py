@@ -31,7 +31,7 @@ STEPS = 50
 
 def wrap(adapter, model, method=METHODS[0][0], **options):
     options = {"exchange": "hierarchical", "seed": 3} | options
-    rate = 0.003 if method.makes_updates else 0.05
+    rate = 0.003 if method.makes_updates else 0.05 if method.sgd_momentum else 0.3
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     named = list(model.named_parameters())
     if adapter == "ef":
