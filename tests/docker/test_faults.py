@@ -55,7 +55,7 @@ LOST = (
 )
 # A rank names what it was in; or horovodrun hears of it by ssh first, and ends the ranks itself.
 DOWN = (
-    r"(?s)HorovodInternalError: rank \d failed in 'ef0\."
+    r"(?s)HorovodInternalError: rank \d of \d+ failed in 'ef0\."
     r"|Connection to {node} closed by remote host.*was:\s+Process name: 2\s"
 )
 WAITED = r"CollectiveTimeoutError: rank \d of 4 waited 8 s in 'ef0\."

@@ -129,6 +129,6 @@ def test_a_rank_that_leaves_is_noticed_by_name(gloo: bool, tmp_path: Path) -> No
     said = horovod_job(2, "ends_early.py", tmp_path, gloo=gloo)[0]
     where = dict(waits="second", allgather="third", alltoall="fourth", allreduce="fifth")
     for name, collective in where.items():
-        expected = f"HorovodInternalError: rank 0 failed in 'ef.{collective}': "
+        expected = f"HorovodInternalError: rank 0 of 2 failed in 'ef.{collective}': "
         assert said[name].startswith(expected)
         assert "a rank ended early" in said[name]
