@@ -92,12 +92,12 @@ def late():
 def pauses():
     """Longer than the limit, of all workers at once: before the first step and between two."""
     transport = ServerTransport()
-    time.sleep(4)
+    time.sleep(5)
     with Worker(arrays(), EF21, transport=transport) as worker:
-        time.sleep(4)
+        time.sleep(5)
         steps(worker, 0, 3)
         worker.checkpoint()
-        time.sleep(4)
+        time.sleep(5)
         steps(worker, 3, 5)
     return worker.step
 
