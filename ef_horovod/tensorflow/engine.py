@@ -46,7 +46,7 @@ class Engine(StepDriver[Bucket]):
     ) -> None:
         super().__init__(options.method, transport)
         self.transport: GraphTransport = transport
-        self.options, self._named = options, named
+        self.options, self._named, self.compressed = options, named, options.what
         self._kinds: list[str] = []  # of the gradients at the first call
         self._rows: dict[int, Rows] = {}  # by the variable's place
         self._loaded: dict[str, Any] | None = None  # state for buckets not made yet

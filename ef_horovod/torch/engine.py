@@ -19,6 +19,7 @@ from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
 from ef_horovod.torch.hooks import GradientHooks
 from ef_horovod.torch.momentum import DecayVelocity
 from ef_horovod.torch.options import Options
+from ef_horovod.torch.parameters import require_unchanged
 from ef_horovod.torch.rows import RowsBucket, agree, make_buckets, no_rows
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import Slot
@@ -241,6 +242,7 @@ class Engine(StepDriver[Bucket]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `StepDriver.load_state_dict`."""
+        self._require_own(state)
         decay = self.decay.loaded(state.get("decay", {}), self.named_parameters())
         rows, buckets = self._rows, self.buckets
         if not self._rows_known and state.get("rows"):
@@ -379,11 +381,5 @@ class Engine(StepDriver[Bucket]):
         )
 
     def _require_unchanged(self) -> None:
-        thawed = [name for name, p in self._frozen if p.requires_grad]
-        frozen = [slot.name for p, (_, slot) in self._place.items() if not p.requires_grad]
-        for names, now in ((thawed, "requires a gradient"), (frozen, "requires no gradient")):
-            if names:
-                raise UnsupportedError(
-                    f"parameter '{names[0]}' {now} now, unlike when the optimizer was wrapped, "
-                    "expected no change; call optimizer.unwrap() and wrap the optimizer again"
-                )
+        trained = [(slot.name, p) for p, (_, slot) in self._place.items()]
+        require_unchanged(self._frozen, trained)

@@ -26,9 +26,10 @@ class Owned:
 
     def __init__(self, names: Mapping[torch.Tensor, str]) -> None:
         for other in _live:
-            for parameter in names.keys() & other._parameters:
+            taken = [name for p, name in names.items() if p in other._parameters]
+            if taken:
                 raise UnsupportedError(
-                    f"'{names[parameter]}' is averaged by another wrapped optimizer already, "
+                    f"'{taken[0]}' is averaged by another wrapped optimizer already, "
                     "expected one; call unwrap() on the other one first"
                 )
         self._parameters: set[torch.Tensor] = set(names)

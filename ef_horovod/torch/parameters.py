@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,3 +112,25 @@ def settings_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
         for name, value in group.items()
         if name != "params"
     }
+
+
+def require_unchanged(
+    frozen: Iterable[tuple[str, torch.Tensor]], trained: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Raise if a parameter was frozen or unfrozen since the optimizer was wrapped.
+
+    Args:
+        frozen: those that required no gradient then, with their names.
+        trained: the others.
+
+    Raises:
+        UnsupportedError: one of them changed.
+    """
+    thawed = [name for name, p in frozen if p.requires_grad]
+    now_frozen = [name for name, p in trained if not p.requires_grad]
+    for names, now in ((thawed, "requires a gradient"), (now_frozen, "requires no gradient")):
+        if names:
+            raise UnsupportedError(
+                f"parameter '{names[0]}' {now} now, unlike when the optimizer was wrapped, "
+                "expected no change; call optimizer.unwrap() and wrap the optimizer again"
+            )

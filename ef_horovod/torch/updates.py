@@ -22,7 +22,7 @@ from ef_horovod.torch.buckets import Bucket
 from ef_horovod.torch.hooks import Owned
 from ef_horovod.torch.loss_scale import lower_scale, take_call, unscale
 from ef_horovod.torch.options import open_transport, refuse_unsupported
-from ef_horovod.torch.parameters import name_parameters
+from ef_horovod.torch.parameters import name_parameters, require_unchanged
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.torch.wrapped import _Wrapped
 from ef_horovod.training.buckets import plan_buckets
@@ -134,7 +134,7 @@ def CompressedUpdates(
     transport = open_transport(exchange, process_set, timeout, method)
     if transport is not None:
         wrapped._engine = _Engine(
-            [(name, p) for name, p in named if p.requires_grad],
+            named,
             method,
             transport,
             SyncCheck([p for _, p in named], transport, check_sync, others),
@@ -207,14 +207,18 @@ _Updating.step.hooked = True  # type: ignore[attr-defined]
 class _Engine(StepDriver[Bucket]):
     """The buckets of updates."""
 
+    compressed = "updates"
+
     def __init__(
         self, named: Named, method: Method, transport: Transport, in_sync: SyncCheck, *,
         dense: DensePolicy, exchange: str, bucket_bytes: int, seed: int, dense_steps: int,
         sparse_as_dense: bool,
     ) -> None:  # fmt: skip
-        warn_of_surprises(named, method, dense, transport.rank)
+        trained = [(name, p) for name, p in named if p.requires_grad]
+        self._frozen = [(name, p) for name, p in named if not p.requires_grad]
+        warn_of_surprises(trained, method, dense, transport.rank)
         plans = plan_buckets(
-            named,
+            trained,
             method,
             dense=dense,
             bucket_bytes=bucket_bytes,
@@ -232,7 +236,7 @@ class _Engine(StepDriver[Bucket]):
         self._facts = [f"updates, exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}"]
         self._compared = False
         self._in_sync, self._sparse_as_dense = in_sync, sparse_as_dense
-        self._owned = Owned({p: name for name, p in named})
+        self._owned = Owned({p: name for name, p in trained})
 
     def close(self) -> None:
         """Let another optimizer have the parameters."""
@@ -243,6 +247,8 @@ class _Engine(StepDriver[Bucket]):
         if not self._compared:
             self._compare(self._facts)
             self._compared = True
+        slots = [slot for bucket in self.buckets for slot in bucket.slots]
+        require_unchanged(self._frozen, [(slot.name, slot.parameter) for slot in slots])
         self._in_sync.check()
 
     @torch.no_grad()

@@ -42,6 +42,7 @@ class StepDriver(Generic[B]):
     """
 
     step: Any = 0  # number of the next step; a dropped step's number is used again
+    compressed = "gradients"  # or "updates"
 
     def __init__(self, method: Method, transport: Transport, buckets: Sequence[B] = ()) -> None:
         self.method, self.transport, self.buckets = method, transport, buckets
@@ -86,7 +87,8 @@ class StepDriver(Generic[B]):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's error-feedback state by parameter name; save one file per rank."""
-        return save_state(self.buckets, self._steps_done(), self.method, self.transport)
+        state = save_state(self.buckets, self._steps_done(), self.method, self.transport)
+        return state | {"compressed": self.compressed}
 
     def checkpoint(self) -> dict[str, Any]:
         """`state_dict` after the servers, if any, have saved their state; collective.
@@ -105,9 +107,19 @@ class StepDriver(Generic[B]):
 
         Raises:
             UnsupportedError: with servers, after the first step; servers load their state before.
-            ValueError: the rank, number of ranks, method or model differs.
+            ValueError: the rank, number of ranks, method or model differs, or the state is that of
+                gradients where updates are compressed, or the other way round.
         """
+        self._require_own(state)
         self._set_step(load_state(state, self.buckets, self.method, self.transport))
+
+    def _require_own(self, state: dict[str, Any]) -> None:
+        if state.get("compressed", self.compressed) != self.compressed:
+            raise ValueError(
+                f"got a compression state of {state['compressed']}, expected one of "
+                f"{self.compressed}, which have other units; load it into the wrapper that saved "
+                "it, or start without it"
+            )
 
     def forget(self) -> None:
         """Reset the error-feedback state to that before the first step; call it on all ranks.

@@ -270,7 +270,14 @@ def refusals():
     other = ef.DistributedOptimizer(
         torch.optim.SGD(taken.parameters(), lr=0.1), taken.named_parameters(), SIGNS
     )
+    of_gradients = other.compression_state_dict() if hvd.size() > 1 else {}
     twice = error_of(lambda: updates(taken, "SGD"))
+    frozen, thawed = build_model(), build_model()
+    freezing = updates(frozen, "SGD")
+    frozen[0].requires_grad_(False)
+    thawed[0].requires_grad_(False)
+    thawing = updates(thawed, "SGD")
+    thawed[0].requires_grad_(True)
     if hvd.size() > 1:
         other.unwrap()
     wrapped = updates(taken, "SGD")
@@ -293,6 +300,9 @@ def refusals():
         "momentum": make(ef.MomentumCorrection(ef.OneBit())),
         "adam": make(ef.FrozenAdam(ef.OneBit()), dense_steps=3),
         "server": make(exchange="server"),
+        "frozen": error_of(lambda: train(frozen, freezing, batches(hvd.rank()), 1)),
+        "thawed": error_of(lambda: train(thawed, thawing, batches(hvd.rank()), 1)),
+        "gradients": error_of(lambda: wrapped.load_compression_state_dict(of_gradients)),
         "state": error_of(lambda: wrapped.load_compression_state_dict({"a": 1})),
         "seed": error_of(lambda: train(model, optimizer, batches(hvd.rank()), 1)),
     }
