@@ -116,7 +116,7 @@ REFUSALS_OF_SEVERAL_RANKS = {
     "seed": "ConfigMismatchError: ",
     "twice": "UnsupportedError: '0.weight' is averaged by another wrapped optimizer already",
     "again": "UnsupportedError: '0.weight' is averaged by another wrapped optimizer already",
-    "frozen": "UnsupportedError: parameter '0.weight' requires no gradient now, unlike when",
+    "frozen": "UnsupportedError: parameter '0.bias' requires no gradient now, unlike when",
     "thawed": "UnsupportedError: parameter '0.weight' requires a gradient now, unlike when",
     "gradients": "ValueError: got a compression state of gradients, expected one of updates",
     "state": "ValueError: got a compression state of compression None, expected",
