@@ -264,7 +264,7 @@ def grid(
 
 
 def _can_have(way: str, per_host: int) -> bool:
-    """Whether a way differs from another one with so many ranks on a host, and has them."""
+    """Whether a way runs with this number of ranks on a host, and repeats no other way."""
     if per_host == 1:
         return WAYS[way].exchange != _BY_NODE
     return WAYS[way].group != "server"
@@ -326,7 +326,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 
 def not_in(out: Path, cases: Sequence[Case]) -> list[Case]:
-    """Cases without those that a file has; of one that is wanted several times so many fewer."""
+    """The cases without a row in a file. Each row counts for one repetition of its case."""
     left = list(cases)
     for row in lines_of(out):
         if row.get("ok") and case_of(row) in left:

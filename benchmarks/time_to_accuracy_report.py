@@ -82,7 +82,7 @@ def _curve(
 
 
 def seconds(times: Times, task: str, finding: Finding, rate: str, steps: float) -> float | None:
-    """Of so many steps on a network; None where no time was measured."""
+    """Seconds that `steps` take on a network; None where no time was measured."""
     row = times.get((task, finding.way, rate))
     if row is None:
         return None

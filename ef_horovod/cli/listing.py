@@ -132,8 +132,8 @@ def exchange_tables(d: int) -> list[Table]:
         f"Exchanges for {d:,} elements",
         "compressors, methods: those whose payloads it carries, each in at least one combination. "
         "summed: float32 values are summed in flight. server: only in a job with parameter "
-        "servers. bytes: sent by a rank per step, with the method beside, among so many ranks, for "
-        "hierarchical by a node, among so many nodes; docs/cost-model.md has the formulas.",
+        "servers. bytes: sent by a rank per step, by method and number of ranks. hierarchical: "
+        "sent by a node, by number of nodes. docs/cost-model.md has the formulas.",
         [
             *("exchange", "compressors", "methods", "summed", "server", "method of the bytes"),
             *(f"bytes, {ranks} ranks" for ranks in _RANKS),

@@ -274,7 +274,7 @@ class NodeChannel(Channel):
         return None if self._inner is None else self._inner.squared_norms()
 
     def measure(self, spans: Sequence[Span]) -> None:
-        """As in `Channel`, for the parts of the spans in this rank's slice."""
+        """As in `Channel`. Each span is cut to this rank's slice."""
         if self._inner is not None:
             self._inner.measure(
                 [(self._within(start), self._within(stop)) for start, stop in spans]

@@ -112,6 +112,7 @@ class Transport(ABC):
         )
 
     levels_known = True  # False: the next call of `levels` is collective
+    _levels: Levels | None = None
 
     @property
     def who(self) -> str:
@@ -128,6 +129,12 @@ class Transport(ABC):
         Raises:
             UnsupportedError: the groups of ranks cannot be made; with the way out.
         """
+        if not self.levels_known:
+            self._levels, self.levels_known = self._open_levels(), True
+        return self._levels
+
+    def _open_levels(self) -> Levels | None:
+        """Make the groups of ranks; collective."""
         return None
 
     def reduce_scatter(self, name: str, values: Array, slices: Spans) -> Callable[[], Array]:

@@ -43,6 +43,7 @@ class HorovodTransport(Transport):
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
     """
 
+    levels_known = False
     _hvd: ClassVar[Any]  # the framework's Horovod
 
     def __init__(
@@ -55,18 +56,10 @@ class HorovodTransport(Transport):
         self._prefix = prefix
         if self._process_set.process_set_id != 0:
             self.members = list(self._process_set.ranks)
-        self._levels: Levels | None = None
-        self.levels_known = False
 
     def named(self, name: str) -> str:
         """The collective's name in Horovod."""
         return f"{self._prefix}.{name}"
-
-    def levels(self) -> Levels | None:
-        if not self.levels_known:
-            self._levels = self._open_levels()
-            self.levels_known = True
-        return self._levels
 
     def _open_levels(self) -> Levels | None:
         if self.size == 1:

@@ -42,10 +42,6 @@ class LocalTransport(Transport):
     ) -> None:
         super().__init__(rank, size, timeout)
         self._mailbox = mailbox
-        self._levels: Levels | None = None
-
-    def levels(self) -> Levels | None:
-        return self._levels
 
     def allgather(
         self, name: str, data: np.ndarray, measure: Measure | None = None

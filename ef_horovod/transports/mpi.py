@@ -65,6 +65,8 @@ class MPITransport(Transport):
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
     """
 
+    levels_known = False
+
     def __init__(self, comm: Any = None, timeout: float | None = None) -> None:
         limit = limit_of(timeout)
         self._comm = communicator(comm).Dup()
@@ -73,15 +75,7 @@ class MPITransport(Transport):
         self._tags_of: list[dict[str, int]] = [{} for _ in range(self.size)]  # the other ranks'
         self._told: list[tuple[Any, np.ndarray]] = []  # names still being sent
         self._under_way: set[str] = set()
-        self._levels: Levels | None = None
-        self.levels_known = False
         self._late: dict[str, str] = {}  # names that timed out, with the error's text
-
-    def levels(self) -> Levels | None:
-        if not self.levels_known:
-            self._levels = self._open_levels()
-            self.levels_known = True
-        return self._levels
 
     def _open_levels(self) -> Levels | None:
         shared = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
