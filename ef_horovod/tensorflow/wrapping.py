@@ -149,7 +149,8 @@ def require_plain(optimizer: Any) -> type[Distributed]:
     if isinstance(optimizer, Distributed) or hasattr(optimizer, "_allreduce_grads"):
         raise UnsupportedError(
             "got an optimizer that is wrapped already, expected a plain Keras optimizer; "
-            "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer"
+            "wrap it once, by hvd.DistributedOptimizer, ef.DistributedOptimizer or "
+            "ef.CompressedUpdates"
         )
     if isinstance(optimizer, keras.optimizers.Optimizer):
         return _Keras3
