@@ -37,6 +37,11 @@ class _Wrapped:
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the new parameters would not be averaged."""
+        if not self.param_groups:  # Horovod makes an optimizer of this class
+            raise UnsupportedError(
+                "got an optimizer that is wrapped already, expected a plain torch optimizer; wrap "
+                "it once, by hvd.DistributedOptimizer or by this package, or call its unwrap()"
+            )
         raise UnsupportedError(
             "got a new parameter group for a wrapped optimizer, expected none, because its "
             "parameters would not be averaged; add it to the optimizer before wrapping"

@@ -107,6 +107,11 @@ def require_method(compression: Any) -> Method:
         return compression
     if isinstance(compression, Compressor):
         way_out = f"wrap it: ErrorFeedback({compression}) or EF21({compression})"
+    elif hasattr(compression, "decompress"):  # hvd.Compression.fp16, ef.Compression
+        way_out = (
+            "such an adapter goes to hvd.DistributedOptimizer; here write EF21(TopK(ratio=0.01)), "
+            "or NoFeedback(Cast('float16')) for fp16"
+        )
     else:
         way_out = "write EF21(TopK(ratio=0.01)), or NoFeedback(Cast('float16')) for fp16"
     raise UnsupportedError(f"got compression={compression!r}, expected a method; {way_out}")
