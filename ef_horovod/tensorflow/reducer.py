@@ -253,6 +253,10 @@ class Reducer(tf.Module):
         """This rank's error-feedback state by variable, as NumPy arrays; one file per rank."""
         return self._engine.state_dict() if self._engine is not None else {}
 
+    def merged_state_dict(self) -> dict[str, Any]:
+        """State of all ranks together, for `ef.save`; collective. Empty with a single rank."""
+        return self._engine.merged_state_dict() if self._engine is not None else {}
+
     def checkpoint(self) -> dict[str, Any]:
         """Make the servers save their state; return this rank's `compression_state_dict()`.
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ef_horovod.exchange.channel import Channel
 from ef_horovod.methods.base import Method
+from ef_horovod.methods.merging import Merge
 from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.testing.tools import require
 from ef_horovod.testing.workers import D, channels, gradients, run_channels
 from ef_horovod.training.buckets import Slot
+from ef_horovod.training.merging import Parameters, merge, split
 from ef_horovod.training.state import read_state, write_state
 
 _RANKS, _SAVED_AT, _STEPS = 3, 5, 14
@@ -37,6 +45,62 @@ def check_checkpoint(method: Method, exchange: str = "auto") -> None:
             "remembered must be in a field of the state, and not in `scratch`"
         )
         require(same, method, message)
+
+
+def check_merging(method: Method) -> None:
+    """State for any number of ranks: nothing is lost from 4 ranks to 3 to 6.
+
+    The 3 ranks have another exchange, where the method allows it.
+    """
+    if method.merging is None:
+        return
+    group, slots = channels(method, 4), _SLOTS if method.sliceable else [Slot("a", None, 0, D)]
+    for t, g in enumerate(gradients(4, _SAVED_AT)):
+        run_channels(group, g, t)
+    merged = merged_state(group, slots)
+    _require_means(method, group, slots, merged)
+    for ranks, exchange in ((3, "double_pass" if method.sliceable else "auto"), (6, "auto")):
+        group = channels(method, ranks, exchange=exchange)
+        for channel in group:
+            split([OneChannel(channel, slots)], merged)
+        message = f"loses something of its state on {ranks} ranks; see `merging`"
+        require(_are_close(merged_state(group, slots), merged), method, message)
+        done = run_channels(group, gradients(ranks, 1)[0], _SAVED_AT)
+        fine = all(x is not None and np.isfinite(x).all() for x in done)
+        require(fine, method, f"cannot go on with a merged state on {ranks} ranks")
+        require(len({x.tobytes() for x in done if x is not None}) == 1, method, "ranks part")
+
+
+def merged_state(group: Sequence[Channel], slots: list[Slot]) -> Parameters:
+    """The merged state of channels in this process; one thread for each."""
+
+    def of_rank(channel: Channel) -> Parameters:
+        return merge([OneChannel(channel, slots)], channel._transport)
+
+    with ThreadPoolExecutor(len(group)) as pool:
+        return next(iter(list(pool.map(of_rank, group))))
+
+
+def _require_means(
+    method: Method, group: Sequence[Channel], slots: list[Slot], merged: Parameters
+) -> None:
+    """What a worker keeps for itself is merged to the mean over workers."""
+    saved = [read_state([OneChannel(channel, slots)]) for channel in group]
+    for name, fields in merged.items():
+        for key, value in fields.items():
+            if (method.merging or {})[key] is Merge.MEAN:
+                mean = np.mean([np.float64(rank[name][key]) for rank in saved], axis=0)
+                same = np.allclose(value, mean, rtol=1e-6, atol=1e-30)
+                require(same, method, f"merges {key} to something else than the mean")
+
+
+def _are_close(first: Parameters, second: Parameters) -> bool:
+    """Equal to a rounding of float32 or two."""
+    return all(
+        np.allclose(value, second[name][key], rtol=1e-6, atol=1e-6 * np.abs(value).max())
+        for name, fields in first.items()
+        for key, value in fields.items()
+    )
 
 
 def _require_kinds(method: Method, parameter: dict[str, object]) -> None:

@@ -235,6 +235,12 @@ class Engine(StepDriver[Bucket]):
         decay = self.decay.state_dict(self.named_parameters())
         return {**super().state_dict(), "rows": dict(self._rows), "decay": decay}
 
+    def merged_state_dict(self) -> dict[str, Any]:
+        """See `StepDriver.merged_state_dict`; the rest is the same on all ranks."""
+        decay = self.decay.state_dict(self.named_parameters())
+        arrays = {name: velocity.float().cpu().numpy() for name, velocity in decay.items()}
+        return {**super().merged_state_dict(), "rows": dict(self._rows), "decay": arrays}
+
     def checkpoint(self) -> dict[str, Any]:
         """See `StepDriver.checkpoint`."""
         self.begin()

@@ -87,6 +87,10 @@ class _Wrapped:
         """This rank's error-feedback state by parameter name; save one file per rank."""
         return self._engine.state_dict() if self._engine is not None else {}
 
+    def merged_state_dict(self) -> dict[str, Any]:
+        """State of all ranks together, for `ef.save`; collective. Empty with a single rank."""
+        return self._engine.merged_state_dict() if self._engine is not None else {}
+
     def checkpoint(self) -> dict[str, Any]:
         """`compression_state_dict()`, by the name that also saves servers' state, if there are any.
 
