@@ -60,7 +60,6 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
     yield partial(check_lost, method)
     yield partial(check_exchanges, method)
     yield partial(check_checkpoint, method)
-    yield partial(check_merging, method)
     for framework in frameworks:
         if framework == "tensorflow":
             continue  # its users run the adapter's ops: see check_frameworks
@@ -75,6 +74,7 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
         for framework in frameworks:
             if framework != "tensorflow":
                 yield partial(check_slices, method, framework)
+    yield partial(check_merging, method)
 
 
 def check_registered(method: Method) -> None:
