@@ -24,8 +24,13 @@ from ef_horovod.transports.base import Transport
 Parameters = dict[str, dict[str, Any]]  # {parameter name: {"worker.error": float32[m] or number}}
 
 
-def merge(buckets: Sequence[Filled], transport: Transport) -> Parameters:
+def merge(buckets: Sequence[Filled], transport: Transport, *, weight: float = 1.0) -> Parameters:
     """The merged state of all ranks, on each of them; collective: a float64 sum of it.
+
+    Args:
+        buckets: with the same parameters on all ranks.
+        transport: to the ranks that take part.
+        weight: of these ranks' vectors, if they were more when they got their state.
 
     Raises:
         UnsupportedError: a method's state cannot be merged, or servers keep a part of it.
@@ -36,17 +41,31 @@ def merge(buckets: Sequence[Filled], transport: Transport) -> Parameters:
             "between ranks, because servers keep a part of it; save by checkpoint(), for a job "
             "with as many workers"
         )
-    layouts = [list(_layout(bucket)) for bucket in buckets]  # raises before anything is sent
+    layouts = [(bucket, list(_layout(bucket))) for bucket in buckets]  # raises before sending
     parameters: Parameters = {}
-    for i, (bucket, layout) in enumerate(zip(buckets, layouts, strict=True)):
-        if not layout:
-            continue
-        totals = np.asarray(transport.allreduce(f"merge.{i}", _contribution(bucket, layout))())
+    for i, (bucket, layout) in enumerate(pair for pair in layouts if pair[1]):
+        part = _contribution(bucket, layout)
+        totals = np.asarray(transport.allreduce(f"merge.{i}", part)())
         for room in layout:
             part = totals[room.start : room.start + room.cells]
-            value = float(part[0] / part[1]) if room.length is None else part.astype(np.float32)
+            number = room.length is None
+            value = float(part[0] / part[1]) if number else np.float32(part * weight)
             parameters.setdefault(room.slot.name, {})[room.key] = value
     return parameters
+
+
+def merged_lengths(buckets: Sequence[Filled]) -> list[int]:
+    """Lengths of the vectors that `merge` sums, for ranks that have none of this state."""
+    return [length for bucket in buckets if (length := sum(r.cells for r in _layout(bucket)))]
+
+
+def keeps_alone(buckets: Sequence[Filled]) -> bool:
+    """Whether some rank keeps state that no other one has, and that is not a worker's own."""
+    return any(
+        entry.half == "server" and _holders(entry) < _workers(entry)
+        for bucket in buckets
+        for entry in entries(bucket)
+    )
 
 
 def _contribution(bucket: Filled, layout: Sequence[Room]) -> np.ndarray:

@@ -60,7 +60,7 @@ def save(path: str | os.PathLike[str], optimizer: Saved) -> None:
                 f"could not write {os.fspath(path)} ({error}), expected a folder with room for it; "
                 "make room, or name another path"
             )
-    if problem := _from_rank_0(transport, problem.encode()).decode():
+    if problem := from_rank_0(transport, problem.encode()).decode():
         raise StateFileError(problem)
 
 
@@ -69,6 +69,8 @@ def load(path: str | os.PathLike[str], optimizer: Saved) -> None:
 
     Call it on all ranks, before training goes on; rank 0 reads the file. The model, the method and
     what is compressed must be the same. The exchange, buckets and number of ranks may be others.
+    In an elastic job call it where you read the model's file: it is not collective there, and
+    `hvd.elastic.TorchState` gives rank 0's state to all.
 
     Args:
         path: of the file.
@@ -85,7 +87,9 @@ def load(path: str | os.PathLike[str], optimizer: Saved) -> None:
     """
     _require_saved(optimizer)
     transport, data, problem = _transport(optimizer), b"", ""
-    if transport is None or transport.rank == 0:
+    alone = any(driver.has_newcomers for driver in optimizer.drivers)
+    others = None if alone else transport
+    if others is None or others.rank == 0:
         try:
             data = Path(path).read_bytes()
             unpack(data, os.fspath(path))
@@ -96,9 +100,9 @@ def load(path: str | os.PathLike[str], optimizer: Saved) -> None:
             )
         except StateFileError as error:
             problem = str(error)
-    if problem := _from_rank_0(transport, problem.encode()).decode():
+    if problem := from_rank_0(others, problem.encode()).decode():
         raise StateFileError(problem)
-    state = unpack(_from_rank_0(transport, data), os.fspath(path))
+    state = unpack(from_rank_0(others, data), os.fspath(path))
     if transport is not None and state:
         take = getattr(optimizer, "load_compression_state_dict", None)
         (take or optimizer.load_state_dict)(state)  # type: ignore[attr-defined]
@@ -125,7 +129,7 @@ def _transport(optimizer: Saved) -> Transport | None:
     return next((driver.transport for driver in optimizer.drivers), None)
 
 
-def _from_rank_0(transport: Transport | None, data: bytes) -> bytes:
+def from_rank_0(transport: Transport | None, data: bytes) -> bytes:
     """The bytes of rank 0 on all ranks; collective."""
     if transport is None:
         return data

@@ -9,7 +9,7 @@ from ef_horovod.arrays import namespace
 from ef_horovod.methods.base import Method
 from ef_horovod.training.buckets import own_methods
 from ef_horovod.training.entries import Filled, entries
-from ef_horovod.training.merging import merge, split
+from ef_horovod.training.merging import split
 from ef_horovod.transports.base import Transport
 
 
@@ -24,7 +24,7 @@ def save_state(
 def load_state(
     state: dict[str, Any], buckets: Sequence[Filled], method: Method, transport: Transport
 ) -> int:
-    """Load the result of `save_state` or `save_merged`; returns its step.
+    """Load the result of `save_state`, or a merged state; returns its step.
 
     Raises:
         ValueError: another method or model; or, unless it is merged, another rank or number of
@@ -52,17 +52,16 @@ def load_state(
     return int(state["step"])
 
 
-def save_merged(
+def merged_facts(
     buckets: Sequence[Filled], step: int, method: Method, transport: Transport
 ) -> dict[str, Any]:
-    """The state of all ranks together, for any number of ranks; collective."""
+    """The facts that identify the job of a merged state."""
     return {
         "merged": True,
         "compression": repr(method),
         "methods": _texts(own_methods(buckets, method)),
         "step": step,
         "size": transport.size,
-        "parameters": merge(buckets, transport),
     }
 
 
