@@ -131,10 +131,11 @@ class Elastic:
         lost = left < ranks
         if lost and transport.rank == 0:
             warnings.warn(
-                f"got {ranks - left} of {ranks} ranks fewer in step {told['step']}, which is not "
-                "committed: what they had not sent is lost, and the mean of the others' "
-                "error-feedback state takes its place (state that one rank keeps for all starts "
-                "from zero); call state.commit() in place of state.check_host_updates()",
+                f"got {left} of {ranks} ranks after step {told['step']}, which is not committed, "
+                "expected a commit before ranks leave: what they had not sent is lost, and the "
+                "mean of the others' error-feedback state takes its place (state that one rank "
+                "keeps for all starts from zero); call state.commit() in place of "
+                "state.check_host_updates()",
                 stacklevel=2,
             )
         state = engine.describe_merged(parameters)
