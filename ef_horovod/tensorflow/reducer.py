@@ -138,6 +138,7 @@ class Reducer(tf.Module):
             what=self._what,
         )
         self._count, self._discardable = len(named), discardable
+        self.outside = process_set is not None and not process_set.included()
         self._engine: Engine | None = None
         self.tracked_state: TrackedState | None = None
         if transport is not None:

@@ -56,6 +56,11 @@ class Distributed:
         return self._ef.drivers
 
     @property
+    def outside(self) -> bool:
+        """Whether this rank is outside of the process set; then `ef.save` writes nothing."""
+        return self._ef.reducer is not None and self._ef.reducer.outside
+
+    @property
     def common_variables(self) -> list[Any]:
         """The optimizer's variables that are equal on all ranks."""
         return self._ef.in_common(self.variables)  # type: ignore[attr-defined]

@@ -140,6 +140,7 @@ def DistributedOptimizer(
     if elastic:
         refuse_fixed(method, exchange, process_set)
     transport = open_transport(exchange, process_set, timeout, method)
+    wrapped.outside = process_set is not None and not process_set.included()
     if transport is None:
         return wrapped
     if transport.size == 1 and not transport.has_server and not elastic:

@@ -134,6 +134,7 @@ def CompressedUpdates(
     named, others = name_parameters(named_parameters, optimizer.param_groups)
     wrapped = wrapping.wrap(optimizer, _Updating)
     transport = open_transport(exchange, process_set, timeout, method)
+    wrapped.outside = process_set is not None and not process_set.included()
     if transport is not None:
         wrapped._engine = _Engine(
             named,

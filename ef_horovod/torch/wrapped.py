@@ -24,6 +24,7 @@ class _Wrapped:
     _base: type[torch.optim.Optimizer]
     _engine: Any = None  # None with a single rank
     step_skipped = False
+    outside = False  # of the process set
     param_groups: list[dict[str, Any]]
 
     @property

@@ -25,6 +25,8 @@ class Saved(Protocol):
     @property
     def drivers(self) -> Sequence[StepDriver[Any]]: ...
 
+    # Also `outside`, if True: whether this rank is outside of the process set.
+
     def merged_state_dict(self) -> dict[str, Any]:
         """State for any number of ranks; collective."""
 
@@ -32,9 +34,10 @@ class Saved(Protocol):
 def save(path: str | os.PathLike[str], optimizer: Saved) -> None:
     """Save the error-feedback state of all ranks in one file that any number of ranks can load.
 
-    Call it on all ranks after the same step; rank 0 writes. Save the model and the optimizer's
-    own state as usual. The file holds what the state means for training and not each rank's part:
-    the mean over ranks of what was not sent yet, EF21's H, momenta, PowerSGD's factors, the step.
+    Call it on all ranks after the same step; rank 0 writes (with a process set, its first rank).
+    Save the model and the optimizer's own state as usual. The file holds what the state means for
+    training and not each rank's part: the mean over ranks of what was not sent yet, EF21's H,
+    momenta, PowerSGD's factors, the step.
     To go on with equal ranks to the last bit, save `compression_state_dict()` on each rank.
 
     The file gets its name when it is complete, needs no pickle, and is checked when it is read.
@@ -50,7 +53,8 @@ def save(path: str | os.PathLike[str], optimizer: Saved) -> None:
     Example:
         ef.save("compression.ef", optimizer)
     """
-    _require_saved(optimizer)
+    if _is_outside(optimizer):
+        return
     state, transport, problem = optimizer.merged_state_dict(), _transport(optimizer), ""
     if transport is None or transport.rank == 0:
         try:
@@ -85,7 +89,8 @@ def load(path: str | os.PathLike[str], optimizer: Saved) -> None:
     Example:
         ef.load("compression.ef", optimizer)
     """
-    _require_saved(optimizer)
+    if _is_outside(optimizer):
+        return
     transport, data, problem = _transport(optimizer), b"", ""
     alone = any(driver.has_newcomers for driver in optimizer.drivers)
     others = None if alone else transport
@@ -116,12 +121,18 @@ def load(path: str | os.PathLike[str], optimizer: Saved) -> None:
         )
 
 
-def _require_saved(optimizer: Any) -> None:
+def _is_outside(optimizer: Any) -> bool:
+    """Whether this rank has no part in the optimizer's process set.
+
+    Raises:
+        UnsupportedError: this is something else than an optimizer with such state.
+    """
     if not all(hasattr(optimizer, name) for name in ("drivers", "merged_state_dict")):
         raise UnsupportedError(
             f"got a {type(optimizer).__name__}, expected a wrapped optimizer, an ef.Reducer or an "
             "ef.Compression; pass the result of ef.DistributedOptimizer"
         )
+    return bool(getattr(optimizer, "outside", False))
 
 
 def _transport(optimizer: Saved) -> Transport | None:
