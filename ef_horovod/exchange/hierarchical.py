@@ -52,6 +52,11 @@ class Hierarchical(Exchange):
         if inner is not None:
             self.name = f"hierarchical:{inner.name}"
 
+    @property
+    def has_inner(self) -> bool:
+        """Whether the exchange between nodes was named."""
+        return self._inner is not None
+
     def with_inner(self, name: str) -> Exchange:
         inner = exchange_of(name)
         if not inner.compresses or inner.needs_server or isinstance(inner, Hierarchical):
@@ -76,10 +81,7 @@ class Hierarchical(Exchange):
         self.inner(method).require_fit(method)
 
     def on(self, transport: Transport, method: Method) -> Exchange:
-        if not transport.levels_known:
-            # A rank with another exchange compares its config next, under the same name.
-            require_same_config(transport, ["exchange='hierarchical', which begins with groups"])
-        if transport.levels() is None:
+        if levels_of(transport, self.name) is None:
             return self.inner(method)
         return Hierarchical(self.inner(method))
 
@@ -103,10 +105,22 @@ class Hierarchical(Exchange):
 
     def work(self, work: Work, n: int) -> tuple[float, float]:
         raise UnsupportedError(
-            f"got exchange={self.name!r} for the cost model, expected an exchange of workers on "
-            "nodes of their own, because the model knows one network; take the exchange between "
-            "nodes, with the number of nodes"
+            f"got exchange={self.name!r} for one rank's work, expected an exchange of one level, "
+            "because the rest depends on the ranks of a node; take ef.cost.step_cost"
         )
+
+
+def levels_of(transport: Transport, exchange: str) -> Levels | None:
+    """A transport's levels, for an exchange as users write it; collective at the first call.
+
+    Raises:
+        ConfigMismatchError: a rank has another exchange.
+        UnsupportedError: the groups of ranks cannot be made.
+    """
+    if not transport.levels_known:
+        # A rank with another exchange compares its config next, under the same name.
+        require_same_config(transport, [f"exchange={exchange!r}, which begins with groups"])
+    return transport.levels()
 
 
 class _Names(NamedTuple):
