@@ -12,9 +12,9 @@ from typing import NamedTuple
 from ef_horovod.common.options import number
 from ef_horovod.cost.traffic import method_traffic
 from ef_horovod.exchange.dense import UNCOMPRESSED
-from ef_horovod.exchange.hierarchical import Hierarchical
+from ef_horovod.exchange.hierarchical import Hierarchical, between_nodes
 from ef_horovod.exchange.network import OPEN_MPI, Network, Software, Work
-from ef_horovod.exchange.registry import EXCHANGES, exchange_of
+from ef_horovod.exchange.registry import exchange_of
 from ef_horovod.exchange.traffic import Traffic, reduce_traffic, require_counts
 from ef_horovod.methods.base import Method
 
@@ -178,7 +178,7 @@ def possible_exchanges(method: Method, workers_per_node: int = 1) -> list[str]:
     """
     if method == UNCOMPRESSED:
         return []
-    ways = [e for e in EXCHANGES.values() if e.compresses and not (e.needs_server or e.by_node)]
+    ways = between_nodes()
     if workers_per_node > 1:
         ways += [Hierarchical(way) for way in ways]
     return [way.name for way in ways if way.fits(method)]

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ef_horovod.common.options import keep_number, whole
+from ef_horovod.common.options import keep_number, keep_whole
 from ef_horovod.common.units import read_rate, read_seconds, show_rate, show_seconds
 
 # Ethernet frames of 1514 bytes carry 1448 bytes of TCP; 66 bytes acknowledge every second frame.
@@ -51,8 +51,7 @@ class Network:
         keep_number(self, "bandwidth", "(0, inf)", "give bits per second, 1e9 for 1 Gbit/s")
         keep_number(self, "latency", "[0, inf)", "give seconds, 50e-6 for 50 us")
         keep_number(self, "burst", "[0, inf)", "give bytes, 0 for a link without a token bucket")
-        own = self.workers_per_node
-        whole("Network", "workers_per_node", own, 1, None, "1 is a node for each worker")
+        keep_whole(self, "workers_per_node", 1, None, "1 is a node for each worker")
         keep_number(self, "within", "(0, inf)", "give bits per second, 16e9 for 16 Gbit/s")
 
     def carry(self, nbytes: float) -> float:
