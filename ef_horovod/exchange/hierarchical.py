@@ -129,7 +129,7 @@ def levels_of(transport: Transport, exchange: str) -> Levels | None:
     """
     if not transport.levels_known:
         # A rank with another exchange compares its config next, under the same name.
-        require_same_config(transport, [f"exchange={exchange!r}, which begins with groups"])
+        require_same_config(transport, [f"exchange={exchange!r}, with groups of ranks first,"])
     return transport.levels()
 
 

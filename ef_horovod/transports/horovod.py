@@ -66,7 +66,7 @@ class HorovodTransport(Transport):
     def ranks_per_node(self) -> int:
         hvd = self._hvd
         # A given process set has its nodes' groups only if someone made them.
-        if self._process_set.process_set_id != 0 or not hvd.is_homogeneous():
+        if self._process_set.process_set_id != 0 or not _basics().is_homogeneous():
             return 1
         return hvd.local_size() if hvd.cross_size() > 1 else 1
 
@@ -154,12 +154,17 @@ def _adds_sets() -> bool:
         return False
 
 
-def _known_sets() -> list[ProcessSet]:
-    """Horovod's process sets, also those that nobody holds."""
+def _basics() -> Any:
+    """Horovod's calls that not every framework's module has."""
     from horovod.common import process_sets
 
+    return process_sets._basics
+
+
+def _known_sets() -> list[ProcessSet]:
+    """Horovod's process sets, also those that nobody holds."""
     found = []
-    for number, ranks in process_sets._basics._get_process_set_ids_and_ranks().items():
+    for number, ranks in _basics()._get_process_set_ids_and_ranks().items():
         one = ProcessSet(list(ranks))
         one.process_set_id = number
         found.append(one)
