@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
@@ -35,14 +35,15 @@ class Question:
 
     Args:
         parameters: number of compressed parameters.
-        workers: numbers of workers to compare, one worker per host.
-        network: between the hosts.
+        workers: numbers of workers to compare.
+        network: between the nodes, with the number of workers on each.
         methods: methods to compare.
         compute: seconds of forward and backward; None if unknown.
         software: a key of `exchange.network.SOFTWARE`.
         bucket_bytes: bytes of float32 per compressed bucket.
         share: workers per core.
         measured: True to measure this machine's speeds; False for the reference machine's.
+        exchanges: names of those to compare; () for all. "hierarchical" is all of that name.
     """
 
     parameters: int
@@ -54,6 +55,29 @@ class Question:
     bucket_bytes: int = 25 * 2**20
     share: float = 1.0
     measured: bool = True
+    exchanges: Sequence[str] = ()
+
+    def exchanges_of(self, method: Method) -> list[str]:
+        """The exchanges to compare that a method can use."""
+        possible = [*model.possible_exchanges(method, self.network.workers_per_node), "server"]
+        asked = self.exchanges or possible
+        return [name for name in possible if name in asked or name.partition(":")[0] in asked]
+
+    def require_exchanges(self) -> None:
+        """Check that each asked exchange has a method.
+
+        Raises:
+            ValueError: one has none.
+        """
+        every = replace(self, exchanges=())
+        possible = dict.fromkeys(name for m in self.methods for name in every.exchanges_of(m))
+        for name in self.exchanges:
+            if not any(name in (one, one.partition(":")[0]) for one in possible):
+                more = "" if self.network.workers_per_node > 1 else "or give --ranks-per-node, "
+                raise ValueError(
+                    f"got --exchange {name}, expected one that a method here can use: "
+                    f"{', '.join(possible)}; take one of these, {more}or leave --exchange out"
+                )
 
 
 class Choice(NamedTuple):
@@ -121,8 +145,10 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
         probe: measures a method's speeds for a vector length.
 
     Raises:
-        ValueError: a method whose payloads have no known size.
+        ValueError: a method whose payloads have no known size, an exchange that no method can use,
+            or nodes with different numbers of workers.
     """
+    question.require_exchanges()
     lengths = bucket_counts(question.parameters, question.bucket_bytes)
     work = {
         method: (probe if question.measured else model.reference_work)(method, max(lengths))
@@ -152,7 +178,7 @@ def _answer(
         (f"{method!r}, {exchange}", method, _bucketed(question, workers, lengths, method, exchange,
                                                       work[method]))
         for method in question.methods
-        for exchange in (*model.possible_exchanges(method), "server")
+        for exchange in question.exchanges_of(method)
     ]  # fmt: skip
     rows = [*((name, None, cost) for name, cost in plain.items()), *compressed]
     dense = min(cost.step for name, cost in plain.items() if "dense" in name)
@@ -204,15 +230,19 @@ def _bucketed(
     each = zip(*([count * number for number in p.traffic] for p, count in parts), strict=True)
     moved = type(parts[0][0].traffic)(*map(sum, each))
     names = ("compress", "network", "decode")
-    seconds = (sum(count * getattr(p, name) for p, count in parts) for name in names)
-    return Cost(exchange, moved, question.compute or 0.0, *seconds)
+    compress, network, decode = (
+        sum(count * getattr(p, name) for p, count in parts) for name in names
+    )
+    through = sum(count * p.node_sent for p, count in parts)
+    compute = question.compute or 0.0
+    return Cost(parts[0][0].exchange, moved, compute, compress, network, decode, through)
 
 
 def page(question: Question, answers: Sequence[Answer]) -> str:
     """The table, the verdicts and the assumptions, as text for a terminal."""
     if len(answers) == 1:
         (answer,) = answers
-        text = _table(answer)
+        text = _table(answer, by_node=question.network.workers_per_node > 1)
         verdict = f"Verdict: {answer.verdict}."
     else:
         text = _many(answers)
@@ -237,20 +267,24 @@ def _learning(question: Question) -> str:
     return "\n".join(lines)
 
 
-def _table(answer: Answer) -> str:
+def _table(answer: Answer, *, by_node: bool) -> str:
+    """One row per choice; `by_node` adds the bytes that a node sends to others."""
     head = ["choice", "bytes out", "bytes in", "compress", "exchange", "decode", "step", "x dense"]
+    head[3:3] = ["node's bytes out"] * by_node
     rows = [
         [
             choice.name,
             f"{choice.cost.traffic.sent:,.0f}",
             f"{choice.cost.traffic.received:,.0f}",
+            *[f"{choice.cost.node_sent:,.0f}"] * by_node,
             *(show_seconds(getattr(choice.cost, p)) for p in ("compress", "network", "decode")),
             show_seconds(choice.cost.step),
             f"{choice.versus_dense:.2f}",
         ]
         for choice in answer.choices
     ]
-    return tabulate(rows, head, colalign=("left", *["right"] * 7), disable_numparse=True)
+    align = ["left", *["right"] * (len(head) - 1)]
+    return tabulate(rows, head, colalign=align, disable_numparse=True)
 
 
 def _many(answers: Sequence[Answer]) -> str:
@@ -276,9 +310,11 @@ def _assumptions(question: Question) -> str:
     network, compute = question.network, question.compute
     buckets = sum(bucket_counts(question.parameters, question.bucket_bytes).values())
     took = "measured on this machine now" if question.measured else "those of the reference machine"
+    r, within = network.workers_per_node, show_rate(network.within)
     lines = [
         f"network: {show_rate(network.bandwidth)} each way and {show_seconds(network.latency)} "
         "from host to host (given)",
+        *[f"nodes: {r} workers on each (given), {within} from one to another"] * (r > 1),
         f"software: {SOFTWARE[question.software].name}",
         f"forward and backward: {show_seconds(compute)} (given)"
         if compute is not None
@@ -312,6 +348,7 @@ def as_json(question: Question, answers: Sequence[Answer]) -> str:
                         "exchange": choice.cost.exchange,
                         "bytes_out": choice.cost.traffic.sent,
                         "bytes_in": choice.cost.traffic.received,
+                        "node_bytes_out": choice.cost.node_sent,
                         "compress": choice.cost.compress,
                         "network": choice.cost.network,
                         "decode": choice.cost.decode,

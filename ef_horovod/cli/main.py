@@ -197,7 +197,15 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add = parser.add_argument
     add("--parameters", type=argument(read_count), required=True, metavar="N", help="3.6M, 25000")
-    add("--workers", type=_counts, required=True, metavar="N[,N...]", help="one on each host; 4")
+    add("--workers", type=_counts, required=True, metavar="N[,N...]", help="in all; 4")
+    add(
+        "--ranks-per-node", type=_positive, default=1, metavar="R",
+        help="workers behind each link of --bandwidth (1)",
+    )  # fmt: skip
+    add(
+        "--node-bandwidth", type=argument(read_rate), metavar="RATE",
+        help="from one worker of a node to another (32gbit)",
+    )  # fmt: skip
     add(
         "--bandwidth", type=argument(read_rate), required=True, metavar="RATE",
         help="100mbit, 1gbit",
@@ -206,6 +214,10 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--compute", type=argument(read_seconds), metavar="TIME", help="of forward and backward")
     add("--method", action="append", default=[], help="'EF21(TopK(0.01))', ef21 (repeatable)")
     add("--compressor", action="append", default=[], help="topk:0.01: of each method (repeatable)")
+    add(
+        "--exchange", action="append", default=[], metavar="NAME",
+        help="gather, hierarchical: compare these alone (repeatable)",
+    )  # fmt: skip
     add_import_option(parser)
     add(
         "--mpi", choices=("default", "ring", "ideal"), default="default",
@@ -232,7 +244,7 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _run_advise(arguments: argparse.Namespace) -> None:
     from ef_horovod.cli import advise
-    from ef_horovod.exchange.network import Network
+    from ef_horovod.exchange.network import WITHIN_NODE, Network
     from ef_horovod.methods.parsing import read_compressor
 
     _load(arguments)
@@ -241,7 +253,13 @@ def _run_advise(arguments: argparse.Namespace) -> None:
         question = advise.Question(
             parameters=arguments.parameters,
             workers=arguments.workers,
-            network=Network(arguments.bandwidth, arguments.latency),
+            network=Network(
+                arguments.bandwidth,
+                arguments.latency,
+                workers_per_node=arguments.ranks_per_node,
+                within=arguments.node_bandwidth or WITHIN_NODE,
+            ),
+            exchanges=arguments.exchange,
             methods=advise.read_methods(arguments.method, compressors),
             compute=arguments.compute,
             software=arguments.mpi,

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from ef_horovod.common.options import number
 from ef_horovod.cost.traffic import method_traffic
 from ef_horovod.exchange.dense import UNCOMPRESSED
+from ef_horovod.exchange.hierarchical import Hierarchical, between_nodes
 from ef_horovod.exchange.network import OPEN_MPI, Network, Software, Work
-from ef_horovod.exchange.registry import EXCHANGES, exchange_of
+from ef_horovod.exchange.registry import exchange_of
 from ef_horovod.exchange.traffic import Traffic, reduce_traffic, require_counts
 from ef_horovod.methods.base import Method
 
@@ -44,6 +45,7 @@ class Cost(NamedTuple):
     compress: float
     network: float  # all collectives of the step
     decode: float
+    node_sent: float  # bytes from a node with all its workers to the other nodes
 
     @property
     def step(self) -> float:
@@ -68,17 +70,17 @@ def step_cost(
     Args:
         method: error-feedback method; ignored for "dense".
         d: number of elements.
-        n: number of workers, one per host.
-        exchange: name of a registered exchange, such as "gather" or "dense".
-        network: between the hosts.
+        n: number of workers, on `n / network.workers_per_node` nodes.
+        exchange: name of a registered exchange, such as "gather", "dense" or "hierarchical:gather".
+        network: between the nodes, and within one.
         software: that runs the collectives.
         work: speeds of a core; default `reference_work`.
         compute: seconds of forward and backward.
         share: workers per core, if more than 1.
 
     Raises:
-        ValueError: as in `method_traffic`; a time or `share` is negative or not finite, or `share`
-            is 0.
+        ValueError: as in `method_traffic`; a time or `share` is negative or not finite, `share`
+            is 0, or nodes would be unequal.
 
     Example:
         >>> import ef_horovod as ef
@@ -89,13 +91,51 @@ def step_cost(
         True
     """
     _require_times(compute, share, work)
-    moved = method_traffic(method, d, n, exchange)
-    way = exchange_of(exchange)
+    require_counts(d, n)
+    if exchange.partition(":")[0] == Hierarchical.name:
+        inner = exchange_of(exchange).inner(method).name  # type: ignore[attr-defined]
+        if network.workers_per_node not in (1, n):
+            return _two_levels(inner, method, d, n, network, software, work, compute, share)
+        exchange = inner
+    network.nodes(n)
+    moved, way = method_traffic(method, d, n, exchange), exchange_of(exchange)
     before, after = (d * share * s for s in way.work(work or reference_work(method, d), n))
     software = software._replace(start=share * software.start)
-    seconds = way.seconds(method, d, n, moved, network, software) if n > 1 else 0.0
+    parts = (method, d, n, moved, network, software)
+    seconds, node_sent = (way.seconds(*parts), way.node_sent(*parts)) if n > 1 else (0.0, 0.0)
     on_core = share * software.core * (moved.sent + moved.received)
-    return Cost(exchange, moved, compute, before, max(seconds, on_core), after)
+    return Cost(exchange, moved, compute, before, max(seconds, on_core), after, node_sent)
+
+
+def _two_levels(
+    inner: str,
+    method: Method,
+    d: int,
+    n: int,
+    network: Network,
+    software: Software,
+    work: Work | None,
+    compute: float,
+    share: float,
+) -> Cost:
+    """Sum within the node, exchange slices between nodes, gather slices within the node."""
+    r, nodes = network.workers_per_node, network.nodes(n)
+    work = work or reference_work(method, d)
+    between = step_cost(
+        method, -(-d // r), nodes, inner, network.of_one_slice(), software=software, work=work,
+        compute=compute, share=share,
+    )  # fmt: skip
+    start, copying = share * software.start, share * d * work.copy
+    within = 3 * start + 2 * network.carry_within(4 * d * (r - 1) / r)  # sums, flags, slices
+    return Cost(
+        f"{Hierarchical.name}:{inner}",
+        between.traffic,
+        compute,
+        between.compress + copying,
+        between.network + within,
+        between.decode + copying,
+        r * between.node_sent,
+    )
 
 
 def half_precision_cost(
@@ -111,12 +151,14 @@ def half_precision_cost(
     """
     _require_times(compute, share, work)
     require_counts(d, n)
+    network.nodes(n)
     moved = reduce_traffic(2 * d, n)
     sums = software.allreduce.seconds(moved.sent, n, network) if n > 1 else 0.0
     seconds = share * software.start + sums if n > 1 else 0.0
     cast = 0.75 * d * share * (work or reference_work(UNCOMPRESSED, d)).copy
     on_core = share * software.core * (moved.sent + moved.received)
-    return Cost("fp16", moved, compute, cast, max(seconds, on_core), cast)
+    through = software.allreduce.node_sent(moved.sent, n, network.workers_per_node)
+    return Cost("fp16", moved, compute, cast, max(seconds, on_core), cast, through)
 
 
 def _require_times(compute: float, share: float, work: Work | None) -> None:
@@ -126,9 +168,17 @@ def _require_times(compute: float, share: float, work: Work | None) -> None:
         number("Work", name, seconds, "[0, inf)", "give seconds per element")
 
 
-def possible_exchanges(method: Method) -> list[str]:
-    """The exchanges of ranks on nodes of their own that a method can use, except "dense"."""
+def possible_exchanges(method: Method, workers_per_node: int = 1) -> list[str]:
+    """The exchanges between ranks that a method can use, except "dense".
+
+    Example:
+        >>> import ef_horovod as ef
+        >>> possible_exchanges(ef.EF21(ef.TopK(0.01)), workers_per_node=4)
+        ['gather', 'double_pass', 'hierarchical:gather', 'hierarchical:double_pass']
+    """
     if method == UNCOMPRESSED:
         return []
-    among = [e for e in EXCHANGES.values() if e.compresses and not (e.needs_server or e.by_node)]
-    return [exchange.name for exchange in among if exchange.fits(method)]
+    ways = between_nodes()
+    if workers_per_node > 1:
+        ways += [Hierarchical(way) for way in ways]
+    return [way.name for way in ways if way.fits(method)]

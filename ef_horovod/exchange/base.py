@@ -24,7 +24,7 @@ from ef_horovod.arrays import Array
 from ef_horovod.compressors.base import Payload
 from ef_horovod.errors import PayloadError, UnsupportedError
 from ef_horovod.exchange.channel import Channel
-from ef_horovod.exchange.network import Network, Software, Work
+from ef_horovod.exchange.network import Collective, Network, Software, Work
 from ef_horovod.exchange.traffic import Traffic
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Transport
@@ -151,19 +151,31 @@ class Exchange(ABC):
         """Core seconds per element before and after the exchange, on the busiest path."""
         return work.push, n * work.decode + work.aggregate + work.pull
 
-    def seconds(
-        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
-    ) -> float:
-        """Seconds of a step's collectives among n >= 2 workers; here those of a single one.
+    def collectives(
+        self, method: Method, d: int, n: int, moved: Traffic, software: Software
+    ) -> list[tuple[Collective, float]]:
+        """A step's collectives among n >= 2 workers, each with the bytes that a worker sends in it.
 
         Args:
             method, d, n: as in `traffic`.
             moved: the result of `traffic`.
-            network: between the workers.
             software: that runs the collectives.
         """
-        collective = software.allreduce if self.sums else software.allgather
-        return software.start + collective.seconds(moved.sent, n, network)
+        return [(software.allreduce if self.sums else software.allgather, moved.sent)]
+
+    def seconds(
+        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
+    ) -> float:
+        """Seconds of `collectives`, one after the other, over a network between the workers."""
+        parts = self.collectives(method, d, n, moved, software)
+        return sum(software.start + part.seconds(sent, n, network) for part, sent in parts)
+
+    def node_sent(
+        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
+    ) -> float:
+        """Bytes that a node with all its workers sends to other nodes."""
+        parts = self.collectives(method, d, n, moved, software)
+        return sum(part.node_sent(sent, n, network.workers_per_node) for part, sent in parts)
 
 
 def checked(data: np.ndarray, rank: int, own: Payload, name: str) -> Payload:

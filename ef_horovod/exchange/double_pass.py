@@ -25,7 +25,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.errors import NonFiniteError, PayloadError, UnsupportedError
 from ef_horovod.exchange.base import Exchange, checked
 from ef_horovod.exchange.channel import Channel, Piece
-from ef_horovod.exchange.network import Network, Software, Work
+from ef_horovod.exchange.network import Collective, Software, Work
 from ef_horovod.exchange.registry import EXCHANGES, register_exchange
 from ef_horovod.exchange.traffic import (
     Traffic,
@@ -71,12 +71,11 @@ class DoublePass(Exchange):
         before, after = work.push + 2 * work.copy, work.decode + work.aggregate / n
         return before, after + work.pull + 2 * work.copy
 
-    def seconds(
-        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
-    ) -> float:
+    def collectives(
+        self, method: Method, d: int, n: int, moved: Traffic, software: Software
+    ) -> list[tuple[Collective, float]]:
         up = (n - 1) * method.compressor.nbytes(-(-d // n))
-        there = software.start + software.alltoall.seconds(up, n, network)
-        return there + software.start + software.allgather.seconds(moved.sent - up, n, network)
+        return [(software.alltoall, up), (software.allgather, moved.sent - up)]
 
 
 def cuts(d: int, ranks: int) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.exchange.dense import UNCOMPRESSED
 from ef_horovod.exchange.double_pass import cuts
 from ef_horovod.exchange.network import Work
-from ef_horovod.exchange.registry import exchange_of, register_exchange, usual_exchange
+from ef_horovod.exchange.registry import EXCHANGES, exchange_of, register_exchange, usual_exchange
 from ef_horovod.exchange.stats import Counted
 from ef_horovod.exchange.traffic import Traffic
 from ef_horovod.methods.base import Method
@@ -52,15 +52,20 @@ class Hierarchical(Exchange):
         if inner is not None:
             self.name = f"hierarchical:{inner.name}"
 
+    @property
+    def has_inner(self) -> bool:
+        """Whether the exchange between nodes was named."""
+        return self._inner is not None
+
     def with_inner(self, name: str) -> Exchange:
-        inner = exchange_of(name)
-        if not inner.compresses or inner.needs_server or isinstance(inner, Hierarchical):
+        allowed = [e.name for e in between_nodes()]
+        if name not in allowed:
             raise ValueError(
                 f"got exchange='hierarchical:{name}', expected one between nodes that sends "
-                "payloads; write 'hierarchical:gather', 'hierarchical:double_pass', or "
-                "'hierarchical' alone"
+                f"payloads after the colon, one of {allowed}; write 'hierarchical' alone for the "
+                "cheapest, or import the module that registers yours on all ranks"
             )
-        return Hierarchical(inner)
+        return Hierarchical(exchange_of(name))
 
     def inner(self, method: Method) -> Exchange:
         """The exchange between nodes."""
@@ -73,13 +78,15 @@ class Hierarchical(Exchange):
                 "slice of a vector as on any other, but this one looks at whole matrices; use "
                 "exchange='auto'"
             )
-        self.inner(method).require_fit(method)
+        if self._inner is not None and not self._inner.fits(method):
+            what = "messages that can be summed" if self._inner.sums else "messages that it carries"
+            raise UnsupportedError(
+                f"got exchange={self.name!r} with {method}, expected a method with {what}; write "
+                f"'hierarchical:{usual_exchange(method).name}', or 'hierarchical' alone"
+            )
 
     def on(self, transport: Transport, method: Method) -> Exchange:
-        if not transport.levels_known:
-            # A rank with another exchange compares its config next, under the same name.
-            require_same_config(transport, ["exchange='hierarchical', which begins with groups"])
-        if transport.levels() is None:
+        if levels_of(transport, self.name) is None:
             return self.inner(method)
         return Hierarchical(self.inner(method))
 
@@ -103,10 +110,27 @@ class Hierarchical(Exchange):
 
     def work(self, work: Work, n: int) -> tuple[float, float]:
         raise UnsupportedError(
-            f"got exchange={self.name!r} for the cost model, expected an exchange of workers on "
-            "nodes of their own, because the model knows one network; take the exchange between "
-            "nodes, with the number of nodes"
+            f"got exchange={self.name!r} for one rank's work, expected an exchange of one level, "
+            "because the rest depends on the ranks of a node; take ef.cost.step_cost"
         )
+
+
+def between_nodes() -> list[Exchange]:
+    """The exchanges that can be the one between nodes."""
+    return [e for e in EXCHANGES.values() if e.compresses and not e.needs_server and not e.by_node]
+
+
+def levels_of(transport: Transport, exchange: str) -> Levels | None:
+    """A transport's levels, for an exchange as users write it; collective at the first call.
+
+    Raises:
+        ConfigMismatchError: a rank has another exchange.
+        UnsupportedError: the groups of ranks cannot be made.
+    """
+    if not transport.levels_known:
+        # A rank with another exchange compares its config next, under the same name.
+        require_same_config(transport, [f"exchange={exchange!r}, with groups of ranks first,"])
+    return transport.levels()
 
 
 class _Names(NamedTuple):

@@ -42,6 +42,11 @@ class ParameterServer(Exchange):
         link = network.carry(n * moved.sent) + network.carry(n * moved.received)
         return 2 * network.latency + link  # an answer comes after the last message
 
+    def node_sent(
+        self, method: Method, d: int, n: int, moved: Traffic, network: Network, software: Software
+    ) -> float:
+        return network.workers_per_node * moved.sent
+
 
 class ServerChannel(Channel):
     """A channel with the worker's state; the server has the aggregator's state."""

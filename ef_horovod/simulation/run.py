@@ -89,8 +89,7 @@ def simulate(
             arguments. Each returns the same x and history, and the states of its own workers. The
             iterates are bitwise the same if messages are gathered, and the same up to rounding if
             they are summed in flight. None: all workers are in this process.
-        ranks_per_node: workers on each node with exchange="hierarchical"; the last node may have
-            fewer.
+        ranks_per_node: workers on each node with exchange="hierarchical".
 
     Raises:
         UnsupportedError: `method` is not a method, the estimator or the exchange does not fit it,
@@ -156,6 +155,11 @@ def _checked_options(**given: Any) -> int:
     whole("simulate", "workers", given["workers"], 1, None, "2 is the least that shows an exchange")
     per_node = given["ranks_per_node"]
     whole("simulate", "ranks_per_node", per_node, 1, None, "1 is a node for each worker")
+    if given["workers"] % per_node:
+        raise ValueError(
+            f"simulate got ranks_per_node={per_node} with workers={given['workers']}, expected as "
+            f"many workers on each node; take a multiple of {per_node} workers"
+        )
     whole("simulate", "steps", given["steps"], 0, None, "1 is one round")
     step_size, estimator = given["step_size"], given["estimator"]
     if not isinstance(step_size, Schedule) and not callable(step_size):

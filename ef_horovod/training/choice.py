@@ -4,20 +4,23 @@
 and "auto:100mbit,2ms" also name the network; they may leave a vector uncompressed.
 
 Nothing is measured, because measurements would differ between ranks, runs and hosts. The choice
-depends only on the method, the length, the number of ranks and the named network.
+depends only on the method, the length, the numbers of ranks and nodes and the named network.
 `ef-horovod advise` measures and reports to the user.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import NamedTuple
 
 from ef_horovod.arrays import Array
 from ef_horovod.cost.model import step_cost
+from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.base import Exchange
 from ef_horovod.exchange.channel import Channel
 from ef_horovod.exchange.dense import UNCOMPRESSED
+from ef_horovod.exchange.hierarchical import Hierarchical, levels_of
 from ef_horovod.exchange.network import IDEAL, Network
 from ef_horovod.exchange.registry import EXCHANGES, exchange_of, usual_exchange
 from ef_horovod.exchange.warmup import WarmupChannel, refuse_dense_steps
@@ -25,6 +28,8 @@ from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Transport
 
 USUAL_BITS_PER_SECOND = 1e9  # if no network is named
+# Rings, except that gathers send to all ranks, as Open MPI's do by default.
+_SOFTWARE = IDEAL._replace(allgather=IDEAL.allgather._replace(to_next=False))
 _GAIN = 0.8  # a double pass is used if its predicted time is below this part of the usual exchange
 # On a named network, compression is used if its predicted time is below this part of a dense
 # allreduce. The core's speed and load are unknown here; near the break-even, dense is safer.
@@ -149,15 +154,13 @@ def decide(
         exchange = "server"
     if method is None:
         return Choice(EXCHANGES["server" if wants_server(exchange) else "dense"], UNCOMPRESSED)
-    usual = choose(exchange, method).on(transport, method)
+    usual = _named(exchange, method, d, transport)
     refuse_dense_steps(usual, dense_steps)
     if not is_auto(exchange) or not usual.compresses or transport.size == 1:
         return Choice(usual, method, dense_steps)
     if not method.fixed_size:  # bytes are unknown
         return Choice(usual, method, dense_steps)
-    slices = type(transport).alltoall is not Transport.alltoall
-    slices = slices and EXCHANGES["double_pass"].fits(method)
-    best, pays = _best(exchange, method, d, transport.size, usual, slices=slices)
+    best, pays = _best(exchange, method, d, transport, usual, dense_steps)
     rest = method.uncompressed() or UNCOMPRESSED
     if pays or rest == method:
         return Choice(best, method, dense_steps)
@@ -171,17 +174,71 @@ def decide(
     return Choice(choose("auto", rest), rest)
 
 
+def _named(exchange: str, method: Method, d: int, transport: Transport) -> Exchange:
+    """The exchange that users named, with one between nodes; the usual one for "auto"."""
+    found = choose(exchange, method)
+    if isinstance(found, Hierarchical) and not found.has_inner:
+        levels = levels_of(transport, exchange)
+        n, length = transport.size, d
+        if levels is not None:
+            n, length = round(n / levels.per_node), -(-d // levels.slices)
+        if method.fixed_size:
+            network = Network(USUAL_BITS_PER_SECOND / (levels.slices if levels else 1))
+            found = Hierarchical(_cheapest(method, length, n, network, transport)[0])
+    return found.on(transport, method)
+
+
 def _best(
-    exchange: str, method: Method, d: int, workers: int, usual: Exchange, *, slices: bool
+    exchange: str, method: Method, d: int, transport: Transport, usual: Exchange, dense_steps: int
 ) -> tuple[Exchange, bool]:
     """The cheapest exchange, and whether to compress: always true without a named network."""
-    named = network_of(exchange)
-    network = named or Network(USUAL_BITS_PER_SECOND)
+    named, r = network_of(exchange), transport.ranks_per_node
+    network = replace(named or Network(USUAL_BITS_PER_SECOND), workers_per_node=r)
+    n = transport.size
+    best, least = _cheapest(method, d, n, network, transport)
+    by_node = Hierarchical(usual)
+    if r > 1 and by_node.fits(method) and not (dense_steps and transport.fixed_collectives):
+        slices = network.of_one_slice()
+        by_node = Hierarchical(_cheapest(method, -(-d // r), n // r, slices, transport)[0])
+        seconds = _seconds(method, d, n, by_node.name, network)
+        if seconds < least and _has_levels(transport, exchange):
+            best, least = by_node, seconds
+    return best, named is None or least < _SAVING * _seconds(method, d, n, "dense", network)
 
-    def seconds(name: str) -> float:
-        return step_cost(method, d, workers, name, network, software=IDEAL).step
 
-    best, least = usual.name, seconds(usual.name)
-    if slices and seconds("double_pass") < _GAIN * least:
-        best, least = "double_pass", seconds("double_pass")
-    return EXCHANGES[best], named is None or least < _SAVING * seconds("dense")
+def _cheapest(
+    method: Method, d: int, n: int, network: Network, transport: Transport
+) -> tuple[Exchange, float]:
+    """The usual exchange or a double pass, whichever is cheaper among n ranks, and its seconds."""
+    best = usual_exchange(method)
+    least = _seconds(method, d, n, best.name, network)
+    double = EXCHANGES["double_pass"]
+    if type(transport).alltoall is not Transport.alltoall and double.fits(method):
+        seconds = _seconds(method, d, n, double.name, network)
+        if seconds < _GAIN * least:
+            best, least = double, seconds
+    return best, least
+
+
+def _seconds(method: Method, d: int, n: int, exchange: str, network: Network) -> float:
+    return step_cost(method, d, n, exchange, network, software=_SOFTWARE).step
+
+
+def _has_levels(transport: Transport, exchange: str) -> bool:
+    """Whether the groups of ranks that a two-level exchange needs can be made; equal on all ranks.
+
+    If not, rank 0 says so once.
+    """
+    try:
+        return levels_of(transport, exchange) is not None
+    except UnsupportedError:
+        pass
+    if transport.rank == 0:
+        warnings.warn(
+            f"exchange={exchange!r} sends between all {transport.size} ranks, although "
+            f"{transport.ranks_per_node} ranks share a node's network interface, expected groups "
+            "of ranks to sum within a node first; write hvd.init(process_sets='dynamic'), or name "
+            "an exchange",
+            stacklevel=2,
+        )
+    return False

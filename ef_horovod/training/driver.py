@@ -176,7 +176,8 @@ class StepDriver(Generic[B]):
             f"parameter '{name}' by its own method {method!r}" for name, method in own.items()
         ]
         usual = f"compression {self.method!r}"
-        require_same_config(self.transport, [usual, *options, *policy, *facts])
+        # First the options, with the exchange: a rank with another one may have that fact alone.
+        require_same_config(self.transport, [*options, usual, *policy, *facts])
         self.transport.handshake(facts, self._steps_done(), several_rounds=several_rounds)
 
     def _finish(

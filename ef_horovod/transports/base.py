@@ -112,7 +112,9 @@ class Transport(ABC):
         )
 
     levels_known = True  # False: the next call of `levels` is collective
+    fixed_collectives = False  # whether the collectives of a bucket are the same in all steps
     _levels: Levels | None = None
+    _no_levels: UnsupportedError | None = None
 
     @property
     def who(self) -> str:
@@ -130,8 +132,22 @@ class Transport(ABC):
             UnsupportedError: the groups of ranks cannot be made; with the way out.
         """
         if not self.levels_known:
-            self._levels, self.levels_known = self._open_levels(), True
+            self.levels_known = True
+            try:
+                self._levels = self._open_levels()
+            except UnsupportedError as error:
+                self._no_levels = error
+        if self._no_levels is not None:
+            raise self._no_levels
         return self._levels
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Of several nodes with equally many ranks; 1 for others, or where it is not known yet.
+
+        Equal on all ranks, and not collective.
+        """
+        return self._levels.slices if self._levels is not None else 1
 
     def _open_levels(self) -> Levels | None:
         """Make the groups of ranks; collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -61,18 +62,28 @@ class HorovodTransport(Transport):
         """The collective's name in Horovod."""
         return f"{self.prefix}.{name}"
 
+    @property
+    def ranks_per_node(self) -> int:
+        hvd = self._hvd
+        # A given process set has its nodes' groups only if someone made them.
+        if self._process_set.process_set_id != 0 or not _basics().is_homogeneous():
+            return 1
+        return hvd.local_size() if hvd.cross_size() > 1 else 1
+
     def _open_levels(self) -> Levels | None:
         if self.size == 1:
             return None
         hvd = self._hvd
-        here = np.array([hvd.local_rank(), hvd.local_size(), hvd.cross_rank()], "<i4")
-        everyones = self.allgather("places", here.view(np.uint8))()
-        places = [Place(*(int(x) for x in np.frombuffer(p.tobytes(), "<i4"))) for p in everyones]
+        here = [hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), _adds_sets()]
+        everyones = self.allgather("places", np.array(here, "<i4").view(np.uint8))()
+        facts = [[int(x) for x in np.frombuffer(part.tobytes(), "<i4")] for part in everyones]
+        places = [Place(*fact[:3]) for fact in facts]
         groups = groups_of(nodes_of(places))
         if groups is None:
             return None
         named = [[[self.members[i] for i in group] for group in level] for level in groups]
-        sets = self._sets([group for level in named for group in level])
+        fixed = [rank for rank, fact in zip(self.members, facts, strict=True) if not fact[3]]
+        sets = self._sets([group for level in named for group in level], fixed)
         node, cross = (
             self._within(level, sets, kind) for level, kind in zip(named, _LEVELS, strict=True)
         )
@@ -90,8 +101,12 @@ class HorovodTransport(Transport):
             return None
         return type(self)(f"{self.prefix}.{kind}", sets[tuple(own)], self.timeout)
 
-    def _sets(self, groups: list[list[int]]) -> dict[tuple[int, ...], Any]:
+    def _sets(self, groups: list[list[int]], fixed: list[int]) -> dict[tuple[int, ...], Any]:
         """Process sets of these ranks: those that exist, and new ones; collective over all ranks.
+
+        Args:
+            groups: ranks of each set.
+            fixed: ranks whose Horovod adds no sets; the others would wait for them.
 
         Raises:
             UnsupportedError: they do not exist, and Horovod adds none.
@@ -105,15 +120,15 @@ class HorovodTransport(Transport):
                 f"{missing}, expected one of each group, because all ranks have to add them; call "
                 "hvd.add_process_set for each before, or leave process_set out"
             )
+        if missing and fixed:
+            raise UnsupportedError(
+                f"got exchange='hierarchical' in a job whose process sets are fixed on ranks "
+                f"{str(fixed)[:80]}, expected some of ranks {missing}; write "
+                "hvd.init(process_sets='dynamic'), or set HOROVOD_DYNAMIC_PROCESS_SETS=1 on all "
+                "ranks"
+            )
         for group in missing:
-            try:
-                known[tuple(group)] = self._hvd.add_process_set(group)
-            except ValueError as error:
-                raise UnsupportedError(
-                    f"got exchange='hierarchical' in a job whose process sets are fixed, expected "
-                    f"some of ranks {missing}; write hvd.init(process_sets='dynamic'), or set "
-                    "HOROVOD_DYNAMIC_PROCESS_SETS=1 on all ranks"
-                ) from error
+            known[tuple(group)] = self._hvd.add_process_set(group)
         return known
 
     def require_countable(self, name: str, nbytes: int) -> None:
@@ -131,12 +146,25 @@ class HorovodTransport(Transport):
             )
 
 
-def _known_sets() -> list[ProcessSet]:
-    """Horovod's process sets, also those that nobody holds."""
+def _adds_sets() -> bool:
+    """Whether this rank's Horovod adds process sets after its start, by the variable it reads."""
+    try:
+        return int(os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS", "0")) > 0
+    except ValueError:
+        return False
+
+
+def _basics() -> Any:
+    """Horovod's calls that not every framework's module has."""
     from horovod.common import process_sets
 
+    return process_sets._basics
+
+
+def _known_sets() -> list[ProcessSet]:
+    """Horovod's process sets, also those that nobody holds."""
     found = []
-    for number, ranks in process_sets._basics._get_process_set_ids_and_ranks().items():
+    for number, ranks in _basics()._get_process_set_ids_and_ranks().items():
         one = ProcessSet(list(ranks))
         one.process_set_id = number
         found.append(one)

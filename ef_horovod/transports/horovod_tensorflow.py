@@ -159,6 +159,8 @@ class GraphBridge(Transport):
         transport: its ops carry the messages.
     """
 
+    fixed_collectives = True
+
     def __init__(self, transport: HorovodTensorFlowTransport) -> None:
         super().__init__(transport.rank, transport.size, transport.timeout)
         self._transport = transport
@@ -201,6 +203,10 @@ class GraphBridge(Transport):
         self._count_allreduce(values.nbytes)
         # A view, because a graph whose collectives change carries floats as bytes.
         return lambda: self._arrived.pop(name).view(values.dtype)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self._transport.ranks_per_node
 
     def levels(self) -> Levels | None:
         levels = self._transport.levels()

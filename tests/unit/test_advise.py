@@ -43,6 +43,32 @@ def test_a_slow_link_is_told_to_compress(capsys):
     assert "the verdict is by time per step" in text
 
 
+NODES = ["--workers", "8", "--ranks-per-node", "4", "--bandwidth", "100mbit"]
+
+
+def test_nodes_with_several_ranks_are_told_to_sum_first(capsys):
+    words = [*NODES, "--method", "EF21(TopK(0.01))"]
+    text = run(capsys, *words)
+    assert "node's bytes out" in text
+    assert "nodes: 4 workers on each (given), 32 Gbit/s from one to another" in text
+    assert "exchange='hierarchical:gather'" in text
+    rows = {row["exchange"]: row for row in asked(capsys, *words)[0]["choices"]}
+    flat, two = rows["gather"], rows["hierarchical:gather"]
+    assert flat["node_bytes_out"] > 15 * two["node_bytes_out"]
+    assert flat["step"] > 5 * two["step"]
+    (slow,) = asked(capsys, *words, "--node-bandwidth", "100mbit")
+    (after,) = [row for row in slow["choices"] if row["exchange"] == "hierarchical:gather"]
+    assert after["step"] > two["step"] + 1
+
+
+def test_exchanges_can_be_picked(capsys):
+    words = [*NODES, "--method", "EF21(TopK(0.01))", "--exchange"]
+    names = {row["exchange"] for row in asked(capsys, *words, "hierarchical")[0]["choices"]}
+    assert names == {"dense", "fp16", "hierarchical:gather", "hierarchical:double_pass"}
+    names = {row["exchange"] for row in asked(capsys, *words, "gather")[0]["choices"]}
+    assert names == {"dense", "fp16", "gather"}
+
+
 def test_what_was_measured_of_steps_is_shown(capsys):
     words = ["--workers", "4", "--bandwidth", "100mbit", "--compute", "60ms"]
     text = run(capsys, *words, "--method", "ErrorFeedback(OneBit())", "--method", "EF21(Natural())")
@@ -234,6 +260,12 @@ def test_a_probe_finds_speeds(method):
         (["--workers", "4", "--bandwidth", "fast"], "got the rate 'fast', expected 64kbit or more"),
         (["--workers", "0", "--bandwidth", "1gbit"], "expected an integer of 1 or more"),
         (["--workers", "4,", "--bandwidth", "1gbit"], "expected an integer of 1 or more"),
+        ([*NODES, "--workers", "6"], "got 6 workers on nodes of 4, expected equally many on each"),
+        ([*NODES, "--exchange", "auto"], "got --exchange auto, expected one that a method here"),
+        (
+            ["--workers", "4", "--bandwidth", "1gbit", "--exchange", "hierarchical"],
+            "take one of these, or give --ranks-per-node, or leave --exchange out",
+        ),
         (["--workers", "4", "--bandwidth", "1gbit", "--compute", "60"], "got the time '60'"),
         (["--workers", "4", "--bandwidth", "1gbit", "--method", "nosuch"], "nosuch"),
         (

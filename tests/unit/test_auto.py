@@ -179,3 +179,78 @@ def test_a_network_that_is_none_is_refused(exchange):
 
 def test_simulate_takes_no_slices():
     assert choose("auto", BOTH) is choose("auto:1gbit", BOTH) is EXCHANGES["gather"]
+
+
+def by_nodes(nodes, method=ONE_WAY, d=4 * MILLION, exchange="auto", dense_steps=0):
+    """What each rank takes, with the numbers of its node's ranks."""
+    ends = local_group(len(nodes), nodes=nodes)
+    return {decide(exchange, method, d, end, dense_steps).exchange.name for end in ends}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "method", "d", "expected"),
+    [
+        ([0] * 4 + [1] * 4, ONE_WAY, 4 * MILLION, "hierarchical:gather"),
+        ([0, 1] * 4, ONE_WAY, 4 * MILLION, "hierarchical:gather"),
+        ([0, 0, 1, 1], ONE_WAY, 4 * MILLION, "gather"),  # as fast on 1 Gbit/s
+        ([0] * 4 + [1] * 4, ef.EF21(ef.RandomK(0.01)), 4 * MILLION, "reduce"),  # a ring already
+        ([j // 4 for j in range(64)], BOTH, 4 * MILLION, "hierarchical:double_pass"),
+        ([0] * 4 + [1] * 4, ONE_WAY, 2000, "gather"),  # which is one collective, not four
+        ([0, 0, 0, 0], ONE_WAY, 4 * MILLION, "gather"),  # one node
+        ([0, 1, 2, 3], ONE_WAY, 4 * MILLION, "gather"),  # one rank on each
+        (
+            [0] * 4 + [1] * 3,
+            ONE_WAY,
+            4 * MILLION,
+            "gather",
+        ),  # unequal: a leader would compress alone
+        ([0] * 4 + [1] * 4, ef.PowerSGD(rank=2), 4 * MILLION, "reduce"),  # not to be cut
+        ([0, 0, 1, 1], ef.ErrorFeedback(ef.HardThreshold(0.1)), 4 * MILLION, "gather"),
+        ([0, 0, 1, 1], DENSE, 4 * MILLION, "dense"),
+    ],
+    ids=repr,
+)
+def test_auto_sums_within_a_node_where_nodes_have_several_ranks_and_it_pays(
+    nodes, method, d, expected
+):
+    assert by_nodes(nodes, method, d) == {expected}
+
+
+def test_on_a_named_slow_network_it_pays_earlier():
+    taken = by_nodes([0, 0, 1, 1], exchange="auto:100mbit")
+    assert taken == {"hierarchical:gather"}
+
+
+def test_the_exchange_between_nodes_is_the_cheapest_for_their_number():
+    many = [j // 2 for j in range(32)]
+    assert by_nodes(many, BOTH, exchange="hierarchical") == {"hierarchical:double_pass"}
+    assert by_nodes([0, 0, 1, 1], BOTH, exchange="hierarchical") == {"hierarchical:gather"}
+    assert by_nodes(many, BOTH, exchange="hierarchical:gather") == {"hierarchical:gather"}
+
+
+class Fixed(EchoTransport):
+    """Four ranks on each node, in a job whose groups of ranks cannot be made."""
+
+    levels_known, ranks_per_node, tries = False, 4, 0
+
+    def _open_levels(self):
+        self.tries += 1
+        raise ef.UnsupportedError("got no groups")
+
+
+def test_auto_goes_on_without_the_groups_of_ranks_and_says_so():
+    transport = Fixed(8)
+    with pytest.warns(UserWarning, match="although 4 ranks share .*write hvd.init") as w:
+        names = [decide("auto", ONE_WAY, 4 * MILLION, transport).exchange.name for _ in range(3)]
+    assert names == ["gather"] * 3
+    assert transport.tries == 1, "making groups is collective"
+    assert len({str(one.message) for one in w}) == 1
+    with pytest.raises(ef.UnsupportedError, match="got no groups"):
+        decide("hierarchical", ONE_WAY, 4 * MILLION, transport)
+
+
+def test_auto_keeps_the_collectives_of_graphs_with_dense_steps():
+    ends = local_group(8, nodes=[0, 1] * 4)
+    assert decide("auto", ONE_WAY, 4 * MILLION, ends[0], 5).exchange.name == "hierarchical:gather"
+    ends[1].fixed_collectives = True
+    assert decide("auto", ONE_WAY, 4 * MILLION, ends[1], 5).exchange.name == "gather"

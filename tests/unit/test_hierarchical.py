@@ -223,9 +223,11 @@ def test_the_usual_exchange_between_nodes_is_that_of_the_method():
     ("exchange", "message"),
     [
         ("hierarchical:dense", "got exchange='hierarchical:dense', expected one between nodes"),
-        ("hierarchical:server", "expected one between nodes that sends payloads; write"),
+        ("hierarchical:server", "expected one between nodes that sends payloads after the"),
         ("hierarchical:hierarchical", "expected one between nodes"),
-        ("hierarchical:ring", "got exchange='ring', expected one of"),
+        ("hierarchical:ring", "got exchange=.hierarchical:ring., .*double_pass.*; write"),
+        ("hierarchical:auto", "got exchange='hierarchical:auto', expected one between nodes"),
+        ("hierarchical:", "got exchange='hierarchical:', expected one between nodes"),
         ("gather:reduce", "got exchange='gather:reduce', expected 'gather', which has no other"),
     ],
 )
@@ -237,7 +239,8 @@ def test_what_is_no_exchange_between_nodes_is_refused(exchange, message):
 def test_methods_that_cannot_be_cut_are_refused():
     with pytest.raises(ef.UnsupportedError, match="got exchange='hierarchical' with PowerSGD"):
         choose("hierarchical", ef.PowerSGD(rank=2))
-    with pytest.raises(ef.UnsupportedError, match="got exchange='reduce' with .*TopK"):
+    message = "got exchange='hierarchical:reduce' with .*TopK.*that can be summed; write"
+    with pytest.raises(ef.UnsupportedError, match=message):
         choose("hierarchical:reduce", TOP)
 
 
@@ -266,6 +269,15 @@ def test_simulation_of_nodes_reaches_the_optimum_and_counts_bytes_between_them()
     np.testing.assert_allclose(run.x, targets.mean(0), atol=1e-3)
     assert run.bytes_sent == 300 * ef.TopK(ratio=0.25).nbytes(128)
     assert [len(states) for states in run.states] == [1] * 4
+
+
+@pytest.mark.parametrize("ranks_per_node", [3, 8])
+def test_simulation_of_nodes_that_are_unequal_is_refused(ranks_per_node):
+    with pytest.raises(ValueError, match=f"ranks_per_node={ranks_per_node} with workers=4"):
+        ef.simulate(
+            TOP, lambda i, x, t: x, np.zeros(100), workers=4, steps=1, step_size=0.1,
+            exchange="hierarchical", ranks_per_node=ranks_per_node,
+        )  # fmt: skip
 
 
 def test_simulation_of_nodes_over_ranks_is_refused():

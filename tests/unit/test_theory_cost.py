@@ -171,7 +171,8 @@ def test_a_burst_goes_at_once():
     [("100mbit", (1e8, 50e-6)), ("2.5gbit,2ms", (2.5e9, 2e-3)), ("1gbit,0us", (1e9, 0.0))],
 )
 def test_networks_are_read_from_text(text, network):
-    assert dataclasses.astuple(cost.Network.read(text)) == pytest.approx((*network, 0.0))
+    read = cost.Network.read(text)
+    assert (read.bandwidth, read.latency, read.burst) == pytest.approx((*network, 0.0))
 
 
 @pytest.mark.parametrize("text", ["", "fast", "100mbit,", "100mbit,2", "1gbit,2ms,3", "100"])
@@ -207,3 +208,48 @@ def test_units():
     for text in ("0", "many", "-3", "1.2.3", "3 M"):
         with pytest.raises(ValueError, match="expected a count of 1 or more"):
             read_count(text)
+
+
+SPARSE = ef.EF21(ef.TopK(0.01))
+FOUR = cost.Network(1e8, workers_per_node=4)
+
+
+def test_a_node_sends_one_message_by_two_levels_and_many_without():
+    d, n = 3_600_000, 8
+
+    def node_sent(kind, network=FOUR, **options):
+        return cost.step_cost(SPARSE, d, n, kind, network, **options).node_sent
+
+    message = SPARSE.compressor.nbytes(d)
+    assert node_sent("gather") == 16 * message  # each of 4 ranks to each of 4
+    assert node_sent("gather", software=OPEN_MPI_RING) == 7 * message
+    assert node_sent("hierarchical:gather") == pytest.approx(message, rel=1e-3)
+    alone = cost.Network(1e8)
+    assert cost.step_cost(SPARSE, d, 2, "gather", alone).node_sent == message
+    assert node_sent("dense", software=OPEN_MPI_RING) == cost.dense_traffic(d, n).sent
+
+
+def test_two_levels_are_the_exchange_between_nodes_where_there_is_one_level():
+    d = 3_600_000
+    flat = cost.step_cost(SPARSE, d, 4, "gather", cost.Network(1e8))
+    assert cost.step_cost(SPARSE, d, 4, "hierarchical", cost.Network(1e8)) == flat
+    one = cost.step_cost(SPARSE, d, 4, "hierarchical", FOUR)
+    assert one == cost.step_cost(SPARSE, d, 4, "gather", FOUR)
+    assert one.node_sent == 0
+    assert one.network > 0
+
+
+def test_a_slower_node_and_a_slower_network_both_count():
+    def step(**given):
+        network = cost.Network(**{"bandwidth": 1e8, "workers_per_node": 4} | given)
+        return cost.step_cost(SPARSE, 3_600_000, 8, "hierarchical", network).step
+
+    assert step(within=1e9) > step() + 0.1  # 2 times 3/4 of 14.4 MB
+    assert step(bandwidth=1e7) > step() + 0.1
+
+
+def test_unequal_nodes_are_refused():
+    with pytest.raises(ValueError, match="got 6 workers on nodes of 4, expected equally many"):
+        cost.step_cost(SPARSE, 100, 6, "gather", FOUR)
+    with pytest.raises(ValueError, match="workers_per_node"):
+        cost.Network(1e8, workers_per_node=0)
