@@ -16,7 +16,7 @@ def results(request, tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="module")
 def in_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovod_job(2, "tf_updates.py", tmp_path_factory.mktemp("updates"))
+    return horovod_job(2, "tf_updates.py", tmp_path_factory.mktemp("updates"), timeout=400)
 
 
 def test_without_compression_sgd_with_momentum_is_that_of_averaged_gradients(
