@@ -81,12 +81,14 @@ def _natural(ratio: float) -> str:
 _DOUBLE = "DoubleSqueeze(OneBit(), server_compressor=OneBit())"
 
 _FEW_SIGNS = f"ErrorFeedback({_signs(0.02)})"
+_FEWER_SIGNS = f"ErrorFeedback({_signs(0.003)})"
 _IMAGE_WAYS = _by_name(
     Way("Horovod dense", "horovod"),
     Way("momentum, signs of 1 %", "ours", _momentum(_signs(0.01)), "momentum"),
     Way("momentum, top-k 0.5 %, natural", "ours", _momentum(_natural(0.005)), "momentum"),
     Way("SGD's updates, signs of 1 %", "ours", f"ErrorFeedback({_signs(0.01)})", "update"),
     Way("SGD's updates, signs of 2 % of all", "ours", _FEW_SIGNS, "update", vectors=True),
+    Way("SGD's updates, signs of 0.3 % of all", "ours", _FEWER_SIGNS, "update", vectors=True),
     Way("PowerSGD rank 1", "ours", "PowerSGD(rank=1)"),
     Way("DDP PowerSGD rank 2", "ddp", power_rank=2),
     Way("PowerSGD rank 2", "ours", "PowerSGD(rank=2)"),
@@ -129,7 +131,7 @@ _TEXT_WAYS = _by_name(
 )
 
 TASKS = {
-    "images": Task(16, "test accuracy, %", True, {"sgd": (0.05, 0.1, 0.2)}, _IMAGE_WAYS),
+    "images": Task(12, "test accuracy, %", True, {"sgd": (0.1, 0.2, 0.4)}, _IMAGE_WAYS),
     "text": Task(
         4,
         "validation loss, nats per character",

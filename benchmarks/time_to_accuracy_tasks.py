@@ -10,14 +10,18 @@ import numpy as np
 import torch
 from text_model import Text, Transformer, loss
 from torch import nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import conv2d, cross_entropy, gelu, pad
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-_PAD = 4  # pixels
+_PAD = 2  # pixels
+_SMOOTHING = 0.1  # of labels
 
 
 class Images:
-    """CIFAR-10, and a residual network of 0.41 million parameters with batch norm.
+    """CIFAR-10, and a residual network of 0.76 million parameters with batch norm.
+
+    Its first layer is fixed: it whitens pieces of 2 x 2 pixels, which saves epochs (K. Jordan, "94%
+    on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498).
 
     Args:
         folder: of prepared arrays, see `prepare`.
@@ -26,7 +30,7 @@ class Images:
     """
 
     batch, clip = 64, None
-    weight_decay = 5e-4
+    weight_decay = 1e-3
 
     def __init__(self, folder: Path, rank: int, ranks: int, seed: int) -> None:
         arrays = {f.stem: torch.from_numpy(np.load(f)) for f in folder.glob("images-*.npy")}
@@ -41,10 +45,9 @@ class Images:
         self._draw = torch.Generator().manual_seed(1000 * seed + rank)
         self.steps = len(self._labels) // (self.batch * ranks)  # of an epoch
 
-    @staticmethod
-    def model() -> nn.Module:
-        """Four stages of 16, 32, 64 and 128 channels, two of them with a residual block."""
-        return _network((16, 32, 64, 128))
+    def model(self) -> nn.Module:
+        """Whitening, then three residual stages of 32, 128 and 192 channels."""
+        return _network((32, 128, 192), _whitening(self._normal(self._train[:5000])))
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """This rank's batches of an epoch: random crops of padded images, half of them flipped."""
@@ -70,15 +73,19 @@ class Images:
 
     @staticmethod
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy."""
-        return cross_entropy(model(batch[0]).float(), batch[1])
+        """Mean cross-entropy with smoothed labels."""
+        return cross_entropy(model(batch[0]).float(), batch[1], label_smoothing=_SMOOTHING)
 
     def score(self, model: nn.Module) -> tuple[float, int]:
-        """Sum of right answers (in %) over this rank's test images, and their number."""
+        """Sum of right answers (in %) over this rank's test images, and their number.
+
+        An answer is that to the image and its mirror image together.
+        """
         right = 0
         for start in range(0, len(self._test), 500):
             part = slice(start, start + 500)
-            answers = model(self._normal(self._test[part])).argmax(1)
+            images = self._normal(self._test[part])
+            answers = (model(images) + model(images.flip(3))).argmax(1)
             right += int((answers == self._test_labels[part]).sum())
         return 100.0 * right, len(self._test)
 
@@ -124,31 +131,56 @@ class Characters:
 TASKS: dict[str, Any] = {"images": Images, "text": Characters}
 
 
-def _network(widths: tuple[int, int, int, int]) -> nn.Module:
-    a, b, c, d = widths
+def _network(widths: tuple[int, int, int], whitening: torch.Tensor) -> nn.Module:
+    a, b, c = widths
     return nn.Sequential(
-        _layer(3, a),
-        _layer(a, b, pool=True),
-        _Residual(b),
-        _layer(b, c, pool=True),
-        _layer(c, d, pool=True),
-        _Residual(d),
+        _Whitening(whitening),
+        _stage(len(whitening), a),
+        _stage(a, b),
+        _stage(b, c),
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
-        nn.Linear(d, 10),
+        nn.Linear(c, 10),
     )
 
 
-def _layer(before: int, after: int, *, pool: bool = False) -> nn.Sequential:
-    pooling = [nn.MaxPool2d(2)] if pool else []
-    convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
-    return nn.Sequential(convolution, *pooling, nn.BatchNorm2d(after), nn.ReLU())
+def _stage(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1, bias=False),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(after),
+        nn.GELU(),
+        _Residual(after),
+    )
 
 
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(_layer(width, width), _layer(width, width))
+        convolution = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.layer = nn.Sequential(convolution, nn.BatchNorm2d(width), nn.GELU())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.layers(x)
+        return x + self.layer(x)
+
+
+class _Whitening(nn.Module):
+    """A fixed convolution and its negative; equal on all ranks, so it is no parameter."""
+
+    def __init__(self, filters: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("filters", filters)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gelu(conv2d(x, self.filters))
+
+
+def _whitening(images: torch.Tensor) -> torch.Tensor:
+    """Filters whose outputs over pieces of 2 x 2 pixels have variance 1 and no correlation."""
+    size, channels = 2, images.shape[1]
+    pieces = images.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
+    rows = pieces.reshape(-1, channels * size * size).double()
+    variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+    filters = (directions / torch.sqrt(variances + 5e-4)).T.float()
+    filters = filters.reshape(-1, channels, size, size)
+    return torch.cat([filters, -filters])

@@ -26,6 +26,7 @@ from ef_horovod.errors import (
     EFHorovodError,
     NonFiniteError,
     PayloadError,
+    StateFileError,
     UnsupportedError,
 )
 from ef_horovod.methods.base import Method
@@ -56,6 +57,7 @@ __all__ = [
     "PayloadError",
     "Run",
     "Schedule",
+    "StateFileError",
     "UnsupportedError",
     "cost",
     "simulate",

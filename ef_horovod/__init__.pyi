@@ -31,6 +31,7 @@ from ef_horovod.errors import ConfigMismatchError as ConfigMismatchError
 from ef_horovod.errors import EFHorovodError as EFHorovodError
 from ef_horovod.errors import NonFiniteError as NonFiniteError
 from ef_horovod.errors import PayloadError as PayloadError
+from ef_horovod.errors import StateFileError as StateFileError
 from ef_horovod.errors import UnsupportedError as UnsupportedError
 from ef_horovod.methods.base import Method as Method
 from ef_horovod.methods.doublesqueeze import DoubleSqueeze as DoubleSqueeze

@@ -51,6 +51,10 @@ class LogError(EFHorovodError, ValueError):
     """A log that cannot be read or shown; the message says which file and why."""
 
 
+class StateFileError(EFHorovodError, ValueError):
+    """A file of error-feedback state cannot be read or written; the message names it."""
+
+
 def without_adapter(compression: object) -> UnsupportedError:
     """The error for a method or a compressor passed directly to stock Horovod."""
     return UnsupportedError(

@@ -57,5 +57,5 @@ def as_words(arguments: argparse.Namespace) -> list[str]:
 def _count(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"received {text!r}, expected an integer of 1 or more")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of 1 or more")
     return number

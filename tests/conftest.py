@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from sampling import (  # noqa: F401 - hooks
+from sampling import (  # noqa: F401 - hooks and a fixture
+    every_case,
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,

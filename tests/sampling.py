@@ -32,8 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--all") or any("::" in argument for argument in config.args):
-        return  # whoever names a test means it
+    if _every_case(config):  # whoever names a test means it
+        return
     products: dict[Any, list[Any]] = {}
     left_out = {item for item in items if item.get_closest_marker("exhaustive")}
     for item in items:
@@ -46,18 +46,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-def covering(cases: Sequence[Any], factors: Callable[[Any], tuple[Any, ...]]) -> list[Any]:
+@pytest.fixture(scope="session")
+def every_case(pytestconfig: pytest.Config) -> bool:
+    """Whether a job has to run every case: with --all, or if a test is named."""
+    return _every_case(pytestconfig)
+
+
+def _every_case(config: pytest.Config) -> bool:
+    return config.getoption("--all") or any("::" in argument for argument in config.args)
+
+
+def covering(
+    cases: Sequence[Any], factors: Callable[[Any], tuple[Any, ...]], together: int = 2
+) -> list[Any]:
     """Cases that have every pair of values of two factors, few of them, in their order.
 
     Args:
         cases: all there are.
         factors: a case's values; equally many for each.
+        together: 1 for every value of a factor, instead of every pair.
     """
     found, chosen = set(), set()
     order = list(range(len(cases)))
     random.Random(0).shuffle(order)
     for place in order:
-        pairs = set(combinations(enumerate(map(repr, factors(cases[place]))), 2))
+        pairs = set(combinations(enumerate(map(repr, factors(cases[place]))), together))
         if pairs - found:
             found |= pairs
             chosen.add(place)

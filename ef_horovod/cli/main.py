@@ -92,7 +92,7 @@ def _positive(text: str, most: int = _MOST) -> int:
         number = 0
     if not 1 <= number <= most:
         raise argparse.ArgumentTypeError(
-            f"received {text[:80]!r}, expected an integer of 1 or more, up to {most}"
+            f"got {text[:80]!r}, expected an integer of 1 or more, up to {most}"
         )
     return number
 
@@ -103,7 +103,7 @@ def _share(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number <= _MOST:
-        raise argparse.ArgumentTypeError(f"received {text[:80]!r}, expected a number above 0")
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, expected a number above 0")
     return number
 
 

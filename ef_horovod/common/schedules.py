@@ -193,16 +193,17 @@ class Piecewise(Schedule):
         way_out = "write Piecewise({0: 0.1, 1000: 0.01})"
         given = self.pieces
         try:
-            pairs = list(given.items() if isinstance(given, Mapping) else given)
-            pieces = sorted(
-                (
-                    whole("Piecewise", "step", step, 0, None, way_out),
-                    number("Piecewise", "value", value, "(0, inf)", way_out),
-                )
-                for step, value in pairs
+            entries = given.items() if isinstance(given, Mapping) else given
+            pairs = [(step, value) for step, value in entries]
+        except (TypeError, ValueError):  # not a series of pairs
+            pairs = []
+        pieces = sorted(
+            (
+                whole("Piecewise", "step", step, 0, None, way_out),
+                number("Piecewise", "value", value, "(0, inf)", way_out),
             )
-        except TypeError:
-            pieces = []
+            for step, value in pairs
+        )
         if not pieces or pieces[0][0] != 0 or len(dict(pieces)) < len(pieces):
             raise ValueError(
                 f"Piecewise got {given!r}, expected a value from step 0 on and one for each later "

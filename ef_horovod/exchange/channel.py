@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
@@ -234,6 +235,13 @@ class Channel:
         """The aggregator's part of a step, with this channel's replica of its state."""
         aggregate, self.server = self.method.reduce(self.server, messages, self._key.of_server())
         return aggregate
+
+    def abandon(self) -> None:
+        """End what is under way between ranks that are no longer the same, whatever it brings."""
+        if self._finish is not None:
+            with suppress(Exception):  # Horovod frees what it holds
+                self._finish()
+        self._finish = None
 
     def drop(self) -> None:
         """Drop the step: all states stay as they were before `start`."""

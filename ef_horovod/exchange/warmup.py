@@ -142,6 +142,9 @@ class WarmupChannel(Channel):
         self._take_back()
         return direction
 
+    def abandon(self) -> None:
+        self._active.abandon()
+
     def drop(self) -> None:
         self._active.drop()
 

@@ -25,8 +25,8 @@ import horovod.{framework} as hvd
 {make_x}
 hvd.init()
 total = hvd.allreduce(x * (hvd.rank() + 1), op=hvd.Sum, name="check").numpy().tolist()
-assert hvd.size() == 2, f"received {{hvd.size()}} ranks, expected 2"
-assert total == [3.0, 3.0, 3.0], f"received {{total}}, expected a sum of 3.0"
+assert hvd.size() == 2, f"got {{hvd.size()}} ranks, expected 2"
+assert total == [3.0, 3.0, 3.0], f"got {{total}}, expected a sum of 3.0"
 """
 
 

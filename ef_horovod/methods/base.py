@@ -18,7 +18,7 @@ Ownership of arrays avoids copies in each step, and a step can still be dropped:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,6 +27,7 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.common.repr import Shown
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload, mean_at_once
 from ef_horovod.errors import UnsupportedError, without_adapter
+from ef_horovod.methods.merging import Merge
 
 State = Any  # a NamedTuple, defined by each method
 
@@ -59,6 +60,9 @@ class Method(Shown):
 
     # Fields of the states that hold nothing between steps; checkpoints omit them.
     scratch: ClassVar[frozenset[str]] = frozenset({"mean"})
+    # What becomes of each other field, "worker.FIELD" or "server.FIELD", in a job with another
+    # number of workers; None if unknown.
+    merging: ClassVar[Mapping[str, Merge] | None] = None
     # Vectors of the aggregator's state that `reduce` changes in place; None if unknown. A server
     # that may have to undo a round copies them first.
     reduced_in_place: ClassVar[frozenset[str] | None] = None
@@ -112,6 +116,19 @@ class Method(Shown):
         True unless a method needs the shapes in a vector.
         """
         return type(self).for_shapes is Method.for_shapes
+
+    def require_mergeable(self) -> None:
+        """Raise if the state fits the number of workers that it was made for, and no other.
+
+        Raises:
+            UnsupportedError: it does.
+        """
+        if self.merging is None:
+            raise UnsupportedError(
+                f"got {self!r}, which does not say what becomes of its state in a job with another "
+                "number of ranks, expected a method with `merging`; save the state of each rank by "
+                "compression_state_dict(), for a job with as many ranks"
+            )
 
     @classmethod
     def examples(cls, compressor: Compressor) -> tuple[Method, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -12,6 +12,7 @@ from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import Method, mean_of, vector_like
 from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.registry import register_method
 from ef_horovod.methods.server_compressor import decoded, require_server_compressor
 
@@ -63,6 +64,10 @@ class DoubleSqueeze(Method):
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "direction"})
     reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # vectors are swapped
     pulled_in_place: ClassVar[frozenset[str]] = frozenset()
+    merging: ClassVar[Mapping[str, Merge]] = {
+        "worker.error": Merge.MEAN,
+        "server.error": Merge.SHARED,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

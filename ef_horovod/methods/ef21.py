@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +14,7 @@ from ef_horovod.common.options import keep, keep_number, number
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method, vector_like
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.participation import participates
 from ef_horovod.methods.registry import register_method
 from ef_horovod.methods.server_compressor import require_server_compressor
@@ -96,6 +97,14 @@ class EF21(Method):
     weights: tuple[float, ...] | None = None
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "next_velocity", "pending"})
     pulled_in_place: ClassVar[frozenset[str]] = frozenset({"tracked", "estimate"})
+    merging: ClassVar[Mapping[str, Merge]] = {
+        "worker.tracked": Merge.MEAN,
+        "worker.velocity": Merge.MEAN,
+        "worker.started": Merge.SHARED,
+        "worker.estimate": Merge.SHARED,
+        "server.total": Merge.SUM,
+        "server.estimate": Merge.SHARED,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,6 +139,15 @@ class EF21(Method):
             cls(compressor, participation=0.5),
             cls(compressor, server_compressor=compressor),
         )
+
+    def require_mergeable(self) -> None:
+        super().require_mergeable()
+        if self.weights is not None:
+            raise UnsupportedError(
+                f"got {self!r} for a job with another number of ranks, expected one without "
+                "weights, which are those of the workers it has; save the state of each rank by "
+                "compression_state_dict(), for a job with as many ranks"
+            )
 
     def init(self, x: Array, workers: int = 1) -> tuple[EF21State, EF21Server]:
         if self.weights is not None and len(self.weights) != workers:

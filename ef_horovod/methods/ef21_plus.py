@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -11,6 +11,7 @@ from ef_horovod.arrays.keys import Key
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.ef21 import require_contraction
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.registry import register_method
 
 
@@ -55,6 +56,10 @@ class EF21Plus(Method):
 
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "afresh", "pending"})
     pulled_in_place: ClassVar[frozenset[str]] = frozenset({"tracked"})
+    merging: ClassVar[Mapping[str, Merge]] = {
+        "worker.tracked": Merge.MEAN,
+        "server.tracked": Merge.EACH,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

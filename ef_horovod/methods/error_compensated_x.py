@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.registry import register_method
 from ef_horovod.methods.schedules import Scheduled, keep_weight, value_at
 from ef_horovod.methods.server_compressor import decoded, require_server_compressor
@@ -95,6 +96,15 @@ class ErrorCompensatedX(Method):
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "answer", "next_filtered", "alpha"})
     reduced_in_place: ClassVar[frozenset[str]] = frozenset()  # vectors are swapped
     pulled_in_place: ClassVar[frozenset[str]] = frozenset({"direction"})
+    merging: ClassVar[Mapping[str, Merge]] = {
+        "worker.last": Merge.MEAN,
+        "worker.before": Merge.MEAN,
+        "worker.filtered": Merge.MEAN,
+        "worker.direction": Merge.SHARED,
+        "server.last": Merge.SHARED,
+        "server.before": Merge.SHARED,
+        "server.filtered": Merge.SHARED,
+    }
     can_listen: ClassVar[bool] = False  # only `push` sets alpha_t, the weight of an answer
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -10,6 +10,7 @@ from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.methods.base import MeanState, Method, vector_like
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.registry import register_method
 from ef_horovod.methods.schedules import Scheduled, keep_schedule, value_at
 
@@ -52,6 +53,7 @@ class ErrorFeedback(Method):
 
     step_inside: Scheduled | None = None
     pulled_in_place: ClassVar[frozenset[str]] = frozenset()
+    merging: ClassVar[Mapping[str, Merge]] = {"worker.error": Merge.MEAN}
 
     def __post_init__(self) -> None:
         super().__post_init__()

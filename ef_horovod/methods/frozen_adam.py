@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,6 +16,7 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.clipping import clip_norm, keep_clip
 from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.registry import register_method
 
 
@@ -83,6 +85,12 @@ class FrozenAdam(Method):
     clip: float | None = None
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "update"})
     pulled_in_place: ClassVar[frozenset[str]] = frozenset({"momentum", "second"})
+    merging: ClassVar[Mapping[str, Merge]] = {
+        "worker.error": Merge.MEAN,
+        "worker.momentum": Merge.SHARED,
+        "worker.second": Merge.SHARED,
+        "worker.steps": Merge.SHARED,
+    }
     makes_updates: ClassVar[bool] = True
     needs_dense_steps: ClassVar[bool] = True
 

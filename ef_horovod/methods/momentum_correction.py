@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import MeanState, Method, SGDMomentum, vector_like
 from ef_horovod.methods.clipping import clip_norm, keep_clip
 from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.registry import register_method
 
 
@@ -66,6 +68,10 @@ class MomentumCorrection(Method):
     clip: float | None = None
     scratch: ClassVar[frozenset[str]] = frozenset({"mean", "next_velocity"})
     pulled_in_place: ClassVar[frozenset[str]] = frozenset()  # vectors are swapped
+    merging: ClassVar[Mapping[str, Merge]] = {
+        "worker.accumulation": Merge.MEAN,
+        "worker.velocity": Merge.MEAN,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.error_feedback import ErrorFeedbackState, require_no_amplifier
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.registry import register_method
 
 RESETS = ("flush", "drop")
@@ -55,6 +57,7 @@ class PerturbedCompressedSGD(Method):
     reset_every: int | None = None
     reset: str = "flush"
     pulled_in_place: ClassVar[frozenset[str]] = frozenset()
+    merging: ClassVar[Mapping[str, Merge]] = {"worker.error": Merge.MEAN}
 
     def __post_init__(self) -> None:
         super().__post_init__()

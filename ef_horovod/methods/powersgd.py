@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +20,7 @@ from ef_horovod.compressors.cast import Cast
 from ef_horovod.compressors.identity import Identity
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.error_feedback import require_no_amplifier
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.registry import register_method
 
 Shape = tuple[int, ...]
@@ -108,6 +109,10 @@ class PowerSGD(Method):
     scratch: ClassVar[frozenset[str]] = frozenset({"under_way"})
     # `push` makes a new error; `pull` overwrites the old one with the result.
     pulled_in_place: ClassVar[frozenset[str]] = frozenset({"error", "factors"})
+    merging: ClassVar[Mapping[str, Merge]] = {
+        "worker.error": Merge.MEAN,
+        "worker.factors": Merge.SHARED,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

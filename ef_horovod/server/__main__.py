@@ -151,7 +151,7 @@ def count(text: str) -> int:
     """Parse an option's number of ranks or threads."""
     number = int(text) if text.isdecimal() else 0
     if not 1 <= number <= _MOST:
-        raise argparse.ArgumentTypeError(f"received {text!r}, expected an integer of 1 or more")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of 1 or more")
     return number
 
 

@@ -8,7 +8,6 @@ the step.
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 import zlib
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ef_horovod.common.files import write_atomically
 from ef_horovod.errors import ConfigMismatchError
 
 _KEPT = 3  # steps kept per folder; older ones are removed
@@ -33,12 +33,10 @@ def save(folder: Path, step: int, server: int, fingerprint: int, state: Mapping[
     place = folder / f"step-{step:09d}"
     place.mkdir(parents=True, exist_ok=True)
     target = place / f"server-{server}.npz"
-    part = target.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.savez(file, **{_FINGERPRINT: np.uint64(fingerprint)}, **state)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, target)
+    write_atomically(
+        target,
+        lambda file: np.savez(file, **{_FINGERPRINT: np.uint64(fingerprint)}, **state),
+    )
     for old in sorted(steps_in(folder))[:-_KEPT]:
         shutil.rmtree(folder / f"step-{old:09d}", ignore_errors=True)
     return target

@@ -66,7 +66,7 @@ def read(
     make_server_parser().parse_args(for_server)
     program = list(words[cut + 1 :])
     if not program:
-        parser.error("received no program for the workers, expected one after --: -- python x.py")
+        parser.error("got no program for the workers, expected one after --: -- python x.py")
     return arguments, for_server, program
 
 

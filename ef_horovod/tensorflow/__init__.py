@@ -19,6 +19,7 @@ from ef_horovod.common import openmpi
 from ef_horovod.common.extras import explained
 from ef_horovod.training.policies import by_name, dense_below, dense_unless_smaller
 from ef_horovod.training.policy import small_or_vector
+from ef_horovod.training.saving import load, save
 
 with explained("ef_horovod.tensorflow"):
     from ef_horovod.tensorflow.broadcast import broadcast_variables
@@ -36,7 +37,7 @@ openmpi.set_prefix()  # before hvd.init(): without mpirun it would not find Open
 __all__ = [
     "CompressedUpdates", "Compression", "DistributedGradientTape", "DistributedOptimizer",
     "Reducer", "TrainingCallback", "TrainingLog", "broadcast_variables", "by_name", "dense_below",
-    "dense_unless_smaller", "require_in_sync", "small_or_vector",
+    "dense_unless_smaller", "load", "require_in_sync", "save", "small_or_vector",
     *_core.__all__,
 ]  # fmt: skip
 

@@ -119,6 +119,13 @@ class Averaging(tf.Module):
         others = {key: one.compression_state_dict() for key, one in self.others.items()}
         return self.reducer.compression_state_dict() | ({"others": others} if others else {})
 
+    def merged_state_dict(self) -> dict[str, Any]:
+        """The same of all ranks together; collective."""
+        if self.reducer is None:
+            return {}
+        others = {key: self.others[key].merged_state_dict() for key in sorted(self.others)}
+        return self.reducer.merged_state_dict() | ({"others": others} if others else {})
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load it, now or when a set is first seen; the optimizer must be built."""
         assert self.reducer is not None

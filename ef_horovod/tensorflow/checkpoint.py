@@ -7,14 +7,14 @@ this. If the state did not fit one rank, all ranks start from zero.
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from ef_horovod.training.state_file import pack, unpack
 
 
 class TrackedState(tf.train.experimental.PythonState):
@@ -33,11 +33,11 @@ class TrackedState(tf.train.experimental.PythonState):
 
     def serialize(self) -> bytes:
         """For TensorFlow: the state as bytes."""
-        return pack_state(self._save())
+        return pack(self._save())
 
     def deserialize(self, string_value: bytes) -> None:
         """For TensorFlow: the reverse of `serialize`."""
-        self._load(unpack_state(string_value))
+        self._load(unpack(string_value, "a checkpoint's compression state"))
 
 
 class StateInKeras(keras.layers.Layer):
@@ -57,38 +57,3 @@ class StateInKeras(keras.layers.Layer):
     def load_own_variables(self, store: Any) -> None:
         if "state" in store.keys():  # noqa: SIM118 - an h5py group, not a dict
             self._tracked.deserialize(np.asarray(store["state"]).tobytes())
-
-
-def pack_state(state: dict[str, Any]) -> bytes:
-    """A state dict as bytes: NumPy's npz with the facts as JSON; no pickle."""
-    parameters = state["parameters"]
-    arrays: dict[str, Any] = {}
-    plain: dict[str, Any] = {}
-    for name, fields in parameters.items():
-        for field, value in fields.items():
-            (arrays if hasattr(value, "shape") else plain)[f"{name}|{field}"] = value
-    facts = {key: value for key, value in state.items() if key != "parameters"}
-    text = json.dumps({"facts": facts, "plain": plain})
-    buffer = io.BytesIO()
-    arrays[_TEXT] = np.frombuffer(text.encode(), np.uint8)
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def unpack_state(data: bytes) -> dict[str, Any]:
-    """The reverse of `pack_state`.
-
-    Raises:
-        ValueError: the bytes are something else.
-    """
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        content = json.loads(archive[_TEXT].tobytes())
-        entries = content["plain"] | {key: archive[key] for key in archive.files if key != _TEXT}
-    parameters: dict[str, dict[str, Any]] = {}
-    for key, value in entries.items():
-        name, _, field = key.rpartition("|")
-        parameters.setdefault(name, {})[field] = value
-    return {**content["facts"], "parameters": parameters}
-
-
-_TEXT = "|facts"

@@ -97,6 +97,19 @@ class Engine(StepDriver[Bucket]):
         rows = [*super().stats()[:-1], *(rows.stats for rows in self._rows.values())]
         return [*rows, total_stats(rows)]
 
+    def merged_state_dict(self) -> dict[str, Any]:
+        """See `StepDriver.merged_state_dict`.
+
+        Raises:
+            UnsupportedError: before the first step, which makes the buckets.
+        """
+        if not self._opened:
+            raise UnsupportedError(
+                "got ef.save before the first step, expected it after a step, which finds out what "
+                "is compressed; a training that has not begun needs no error-feedback state"
+            )
+        return super().merged_state_dict()
+
     def load_state_dict(self, state: dict[str, Any], *, must_fit: bool = True) -> None:
         """Load error-feedback state, now or as soon as the buckets are made.
 

@@ -138,6 +138,7 @@ class Reducer(tf.Module):
             what=self._what,
         )
         self._count, self._discardable = len(named), discardable
+        self.outside = process_set is not None and not process_set.included()
         self._engine: Engine | None = None
         self.tracked_state: TrackedState | None = None
         if transport is not None:
@@ -252,6 +253,10 @@ class Reducer(tf.Module):
     def compression_state_dict(self) -> dict[str, Any]:
         """This rank's error-feedback state by variable, as NumPy arrays; one file per rank."""
         return self._engine.state_dict() if self._engine is not None else {}
+
+    def merged_state_dict(self) -> dict[str, Any]:
+        """State of all ranks together, for `ef.save`; collective. Empty with a single rank."""
+        return self._engine.merged_state_dict() if self._engine is not None else {}
 
     def checkpoint(self) -> dict[str, Any]:
         """Make the servers save their state; return this rank's `compression_state_dict()`.

@@ -56,6 +56,11 @@ class Distributed:
         return self._ef.drivers
 
     @property
+    def outside(self) -> bool:
+        """Whether this rank is outside of the process set; then `ef.save` writes nothing."""
+        return self._ef.reducer is not None and self._ef.reducer.outside
+
+    @property
     def common_variables(self) -> list[Any]:
         """The optimizer's variables that are equal on all ranks."""
         return self._ef.in_common(self.variables)  # type: ignore[attr-defined]
@@ -68,6 +73,11 @@ class Distributed:
         """As `ef.Reducer.compression_state_dict`; empty before the optimizer is built."""
         return self._ef.state_dict()
 
+    def merged_state_dict(self) -> dict[str, Any]:
+        """State of all ranks together, for `ef.save`; collective; the optimizer must be built."""
+        self._ef_require_built()
+        return self._ef.merged_state_dict()
+
     def checkpoint(self) -> dict[str, Any]:
         """As `ef.Reducer.checkpoint`, between two steps, such as in a callback of `fit`."""
         reducer = self._ef.reducer
@@ -79,12 +89,15 @@ class Distributed:
 
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
         """As `ef.Reducer.load_compression_state_dict`; the optimizer must be built."""
+        self._ef_require_built()
+        self._ef.load_state_dict(state)
+
+    def _ef_require_built(self) -> None:
         if self._ef.reducer is None:
             raise UnsupportedError(
                 "got a compression state for an optimizer that is not built, expected a built "
                 "one; call optimizer.build(model.trainable_variables) first"
             )
-        self._ef.load_state_dict(state)
 
     def _ef_build(self, variables: Any) -> None:
         tracked = self._ef.build(list(variables))
@@ -149,7 +162,8 @@ def require_plain(optimizer: Any) -> type[Distributed]:
     if isinstance(optimizer, Distributed) or hasattr(optimizer, "_allreduce_grads"):
         raise UnsupportedError(
             "got an optimizer that is wrapped already, expected a plain Keras optimizer; "
-            "wrap it once, by hvd.DistributedOptimizer or by ef.DistributedOptimizer"
+            "wrap it once, by hvd.DistributedOptimizer, ef.DistributedOptimizer or "
+            "ef.CompressedUpdates"
         )
     if isinstance(optimizer, keras.optimizers.Optimizer):
         return _Keras3

@@ -19,7 +19,7 @@ from ef_horovod.exchange.channel import Channel
 from ef_horovod.exchange.double_pass import cuts
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.registry import METHODS
-from ef_horovod.testing.checkpoints import check_checkpoint
+from ef_horovod.testing.checkpoints import check_checkpoint, check_merging
 from ef_horovod.testing.frameworks import check_frameworks
 from ef_horovod.testing.tools import array_of, is_deterministic, norm, require
 from ef_horovod.testing.workers import D, Workers, channels, gradients, memory, run_channels
@@ -74,6 +74,7 @@ def each_method_check(method: Method, frameworks: Sequence[str] = ("numpy",)) ->
         for framework in frameworks:
             if framework != "tensorflow":
                 yield partial(check_slices, method, framework)
+    yield partial(check_merging, method)
 
 
 def check_registered(method: Method) -> None:

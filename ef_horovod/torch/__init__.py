@@ -19,6 +19,7 @@ from ef_horovod.common import openmpi
 from ef_horovod.common.extras import explained
 from ef_horovod.training.policies import by_name, dense_below, dense_unless_smaller
 from ef_horovod.training.policy import small_or_vector
+from ef_horovod.training.saving import load, save
 
 with explained("ef_horovod.torch"):
     from ef_horovod.torch.compression import Compression
@@ -39,7 +40,9 @@ __all__ = [
     "by_name",
     "dense_below",
     "dense_unless_smaller",
+    "load",
     "require_in_sync",
+    "save",
     "small_or_vector",
     *_core.__all__,
 ]

@@ -11,3 +11,5 @@ from ef_horovod.training.policies import by_name as by_name
 from ef_horovod.training.policies import dense_below as dense_below
 from ef_horovod.training.policies import dense_unless_smaller as dense_unless_smaller
 from ef_horovod.training.policy import small_or_vector as small_or_vector
+from ef_horovod.training.saving import load as load
+from ef_horovod.training.saving import save as save

@@ -7,7 +7,7 @@ step on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,15 +58,31 @@ class Engine(StepDriver[Bucket]):
         self.decay = DecayVelocity(options.method)
         self._averages: Averages | None = None  # delivered, not yet applied
         self._config_checked = False
-        parameters = [p for _, p in [*trainable, *frozen]]
-        self._in_sync = SyncCheck(parameters, transport, options.check_sync, others)
+        self._others = others
         self._sparse: set[torch.Tensor] = set()  # densified in this step
         self._trainable = trainable
+        self.is_stale: Callable[[], bool] = lambda: False  # in elastic jobs: see `Elastic`
+        self._open(transport)
+        self._hooks = GradientHooks(dict(self.named_parameters()), self._on_gradient)
+
+    def _open(self, transport: Transport) -> None:
+        """Begin between the ranks of a transport, without state."""
+        self.transport = transport
+        parameters = [p for _, p in [*self._trainable, *self._frozen]]
+        self._in_sync = SyncCheck(parameters, transport, self.options.check_sync, self._others)
         # Parameters sent as rows are known only when all ranks have their first gradients.
-        self._rows_known = options.sparse_as_dense or transport.has_server
+        self._rows_known = self.options.sparse_as_dense or transport.has_server
         self._use(self._make_buckets({}), {})
         self.reset_passes()
-        self._hooks = GradientHooks(dict(self.named_parameters()), self._on_gradient)
+
+    def renew(self, transport: Transport) -> None:
+        """Begin anew between other ranks, without state; a step under way is forgotten."""
+        for bucket in self.buckets:
+            bucket.channel.abandon()
+        self._averages, self._config_checked = None, False
+        self.step, self.decay = 0, DecayVelocity(self.method)
+        self._sparse.clear()
+        self._open(transport)
 
     @property
     def under_way(self) -> bool:
@@ -101,7 +117,8 @@ class Engine(StepDriver[Bucket]):
         Do not call it in a hook, because the order of hooks differs between ranks.
         """
         if not self._config_checked:
-            self._compare([self._facts()], several_rounds=True)
+            scaled = self.scaler is not None
+            self._compare([self.options.facts(scaled=scaled)], several_rounds=True)
             self._config_checked = True
 
     def finish(self, *, undoable: bool = False, scale: float | None = None) -> bool:
@@ -235,6 +252,12 @@ class Engine(StepDriver[Bucket]):
         decay = self.decay.state_dict(self.named_parameters())
         return {**super().state_dict(), "rows": dict(self._rows), "decay": decay}
 
+    def describe_merged(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """See `StepDriver.describe_merged`; the rest is the same on all ranks."""
+        decay = self.decay.state_dict(self.named_parameters())
+        arrays = {name: velocity.float().cpu().numpy() for name, velocity in decay.items()}
+        return {**super().describe_merged(parameters), "rows": dict(self._rows), "decay": arrays}
+
     def checkpoint(self) -> dict[str, Any]:
         """See `StepDriver.checkpoint`."""
         self.begin()
@@ -308,6 +331,8 @@ class Engine(StepDriver[Bucket]):
                     self._take(bucket, slot)
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
+        if self.is_stale():
+            return  # `finish` takes the gradient, between the present ranks
         if self._averages is not None:
             self.keep() if self._averages.were_kept(parameter) else self.clear()
         self._passes_left[parameter] -= 1
@@ -342,8 +367,7 @@ class Engine(StepDriver[Bucket]):
         self, directions: Sequence[torch.Tensor | None], *, unscaled: bool = False
     ) -> None:
         factor = 1.0 if unscaled else self._loss_scale
-        if not self.options.average:
-            factor *= self.transport.size
+        factor *= 1 if self.options.average else self.transport.size
         for bucket, direction in zip(self.buckets, directions, strict=True):
             bucket.deliver(direction, factor)
         for parameter in self._sparse:
@@ -370,15 +394,6 @@ class Engine(StepDriver[Bucket]):
             raise no_rows(slot.name, gradient, self.transport)
         else:
             bucket.filled[slot.parameter] = Taken.of(gradient)  # for `_agree_on_rows`
-
-    def _facts(self) -> str:
-        options = self.options
-        return (
-            f"exchange={options.exchange!r}, seed={options.seed}, average={options.average}, "
-            f"dense_steps={options.dense_steps}, "
-            f"backward_passes_per_step={options.passes}, grad_scaler={self.scaler is not None}, "
-            f"check_sync={options.check_sync}, sparse_as_dense={options.sparse_as_dense}"
-        )
 
     def _require_unchanged(self) -> None:
         trained = [(slot.name, p) for p, (_, slot) in self._place.items()]

@@ -127,5 +127,5 @@ class DecayVelocity:
                         f"{tuple(state[name].shape)}, expected {tuple(p.shape)}; load it into the "
                         "same model"
                     )
-                new._velocity[p] = torch.zeros_like(p).copy_(state[name])
+                new._velocity[p] = torch.zeros_like(p).copy_(torch.as_tensor(state[name]))
         return new

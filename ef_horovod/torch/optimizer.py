@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.torch import wrapping
+from ef_horovod.torch.elastic import Elastic, refuse_fixed, register
 from ef_horovod.torch.engine import Engine
 from ef_horovod.torch.loss_scale import (
     average_unscaled,
@@ -23,13 +25,14 @@ from ef_horovod.torch.loss_scale import (
     unscale_averages,
 )
 from ef_horovod.torch.momentum import require_fit
-from ef_horovod.torch.options import Options, open_transport, refuse_unsupported
+from ef_horovod.torch.options import Options, open_transport, refuse_unsupported, reopened
 from ef_horovod.torch.parameters import name_parameters, settings_of
 from ef_horovod.torch.wrapped import _Wrapped
 from ef_horovod.training.momentum import for_one_rank, refuse_synchronize, warn_of_adam
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
+    is_elastic,
     require_answers,
     require_method,
     small_or_vector,
@@ -133,10 +136,14 @@ def DistributedOptimizer(
     frozen = [(name, p) for name, p in named if not p.requires_grad]
     require_answers(trainable, dense, method)
     wrapped = wrapping.wrap(optimizer, _Distributed)
+    elastic = is_elastic()
+    if elastic:
+        refuse_fixed(method, exchange, process_set)
     transport = open_transport(exchange, process_set, timeout, method)
+    wrapped.outside = process_set is not None and not process_set.included()
     if transport is None:
         return wrapped
-    if transport.size == 1 and not transport.has_server:
+    if transport.size == 1 and not transport.has_server and not elastic:
         (method, dense), exchange = for_one_rank(method, dense), "auto"
     options = Options(
         method=method,
@@ -157,6 +164,9 @@ def DistributedOptimizer(
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
     wrapped._engine = Engine(trainable, frozen, options, transport, scaler, others)
     warn_of_adam(optimizer, wrapped._engine.methods(), transport.rank)
+    if elastic:
+        wrapped._elastic = Elastic(wrapped._engine, partial(reopened, transport))
+        register()
     return wrapped
 
 
@@ -164,6 +174,7 @@ class _Distributed(_Wrapped):
     """What an optimizer that averages gradients can do besides."""
 
     _engine: Engine | None = None
+    _elastic: Elastic | None = None
     _synchronized = False
     _should_synchronize = True
     rounds = 0
@@ -175,6 +186,8 @@ class _Distributed(_Wrapped):
         `zero_grad()` or `discard()` instead of `step()` leaves the step out and restores the
         error-feedback state. If parameters have changed meanwhile, the averages count as applied.
         """
+        if self._elastic is not None:
+            self._elastic.follow()
         if self._engine is not None and (self._engine.under_way or not self._synchronized):
             refuse_synchronize(self._engine.method)
             self.step_skipped = not self._engine.finish(undoable=True)
@@ -203,6 +216,8 @@ class _Distributed(_Wrapped):
         if engine is None:
             return self._base_step(loss, closure)
         require_fit(self, engine.method)
+        if self._elastic is not None:
+            self._elastic.follow()
         call = take_call(self)
         if self._should_synchronize and (engine.under_way or not self._synchronized):
             if engine.comes_in_rounds(scaled=call is not None):
@@ -320,6 +335,12 @@ class _Distributed(_Wrapped):
             )
         return _Wrapped.checkpoint(self)
 
+    def merged_state_dict(self) -> dict[str, Any]:
+        """See `_Wrapped.merged_state_dict`."""
+        if self._elastic is not None:
+            self._elastic.follow()
+        return _Wrapped.merged_state_dict(self)
+
     def load_compression_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of `compression_state_dict` or `checkpoint` of this rank.
 
@@ -330,6 +351,8 @@ class _Distributed(_Wrapped):
         _Wrapped.load_compression_state_dict(self, state)
         if self._engine is not None:
             self.rounds = self._engine.step
+        if self._elastic is not None:
+            self._elastic.take(state)
 
 
 # The base's step runs the users' hooks. `hooked` keeps torch from running them in ours again.

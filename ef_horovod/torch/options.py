@@ -12,7 +12,7 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.training.choice import wants_server
 from ef_horovod.training.momentum import require_included
-from ef_horovod.training.policy import DensePolicy, refuse_elastic, refuse_process_set
+from ef_horovod.training.policy import DensePolicy, is_elastic, refuse_process_set
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.horovod import next_prefix
 from ef_horovod.transports.horovod_torch import HorovodTorchTransport
@@ -51,6 +51,15 @@ class Options:
     overlap: bool
     check_sync: bool
 
+    def facts(self, *, scaled: bool) -> str:
+        """What must be equal on all ranks; `scaled`: whether there is a GradScaler."""
+        return (
+            f"exchange={self.exchange!r}, seed={self.seed}, average={self.average}, "
+            f"dense_steps={self.dense_steps}, "
+            f"backward_passes_per_step={self.passes}, grad_scaler={scaled}, "
+            f"check_sync={self.check_sync}, sparse_as_dense={self.sparse_as_dense}"
+        )
+
 
 def refuse_unsupported(
     optimizer: Any, op: Any, gradient_predivide_factor: float, num_groups: int, groups: Any
@@ -75,7 +84,6 @@ def refuse_unsupported(
             f"got groups={groups or num_groups!r}, expected none, because buckets replace them; "
             "leave it out and set bucket_bytes"
         )
-    refuse_elastic()
     if not hasattr(optimizer, "param_groups"):
         raise UnsupportedError(
             f"got {type(optimizer).__name__} as optimizer, expected a torch optimizer; write for "
@@ -106,8 +114,18 @@ def open_transport(
     process_set = process_set or hvd.global_process_set
     prefix = next_prefix("ef", process_set)  # wrap optimizers in the same order on all ranks
     require_included(method, process_set.included())
-    if process_set.included() and (method.replaces_optimizer or process_set.size() > 1):
-        transport = HorovodTorchTransport(prefix, process_set, timeout)
-        watch_over(transport, hvd.shutdown)
-        return transport
+    needed = method.replaces_optimizer or process_set.size() > 1 or is_elastic()
+    if process_set.included() and needed:
+        return _watched(HorovodTorchTransport(prefix, process_set, timeout))
     return None
+
+
+def reopened(transport: Transport) -> HorovodTorchTransport:
+    """A transport between the present ranks with the names of a former one."""
+    assert isinstance(transport, HorovodTorchTransport)
+    return _watched(HorovodTorchTransport(transport.prefix, None, transport.timeout))
+
+
+def _watched(transport: HorovodTorchTransport) -> HorovodTorchTransport:
+    watch_over(transport, hvd.shutdown)
+    return transport

@@ -30,6 +30,7 @@ from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
+    refuse_elastic,
     require_method,
     small_or_vector,
     warn_of_surprises,
@@ -125,6 +126,7 @@ def CompressedUpdates(
         and a mean as the outer one.
     """
     _require_average(op)
+    refuse_elastic()
     refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
     check_options("CompressedUpdates", **locals())
     method = require_method(compression)
@@ -132,6 +134,7 @@ def CompressedUpdates(
     named, others = name_parameters(named_parameters, optimizer.param_groups)
     wrapped = wrapping.wrap(optimizer, _Updating)
     transport = open_transport(exchange, process_set, timeout, method)
+    wrapped.outside = process_set is not None and not process_set.included()
     if transport is not None:
         wrapped._engine = _Engine(
             named,

@@ -24,6 +24,7 @@ class _Wrapped:
     _base: type[torch.optim.Optimizer]
     _engine: Any = None  # None with a single rank
     step_skipped = False
+    outside = False  # of the process set
     param_groups: list[dict[str, Any]]
 
     @property
@@ -37,6 +38,11 @@ class _Wrapped:
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the new parameters would not be averaged."""
+        if not self.param_groups:  # Horovod makes an optimizer of this class
+            raise UnsupportedError(
+                "got an optimizer that is wrapped already, expected a plain torch optimizer; wrap "
+                "it once, by hvd.DistributedOptimizer or by this package, or call its unwrap()"
+            )
         raise UnsupportedError(
             "got a new parameter group for a wrapped optimizer, expected none, because its "
             "parameters would not be averaged; add it to the optimizer before wrapping"
@@ -81,6 +87,10 @@ class _Wrapped:
     def compression_state_dict(self) -> dict[str, Any]:
         """This rank's error-feedback state by parameter name; save one file per rank."""
         return self._engine.state_dict() if self._engine is not None else {}
+
+    def merged_state_dict(self) -> dict[str, Any]:
+        """State of all ranks together, for `ef.save`; collective. Empty with a single rank."""
+        return self._engine.merged_state_dict() if self._engine is not None else {}
 
     def checkpoint(self) -> dict[str, Any]:
         """`compression_state_dict()`, by the name that also saves servers' state, if there are any.

@@ -18,7 +18,9 @@ from ef_horovod.exchange.server import finish_rounds
 from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.methods.base import Method
 from ef_horovod.training.buckets import describe, own_methods
-from ef_horovod.training.state import Filled, keeps_state, load_state, save_state
+from ef_horovod.training.entries import Filled
+from ef_horovod.training.merging import merge
+from ef_horovod.training.state import keeps_state, load_state, merged_facts, save_state
 from ef_horovod.transports.base import Transport
 
 
@@ -43,6 +45,7 @@ class StepDriver(Generic[B]):
 
     step: Any = 0  # number of the next step; a dropped step's number is used again
     compressed = "gradients"  # or "updates"
+    has_newcomers = False  # whether ranks come in later, for which loading must not be collective
 
     def __init__(self, method: Method, transport: Transport, buckets: Sequence[B] = ()) -> None:
         self.method, self.transport, self.buckets = method, transport, buckets
@@ -90,6 +93,19 @@ class StepDriver(Generic[B]):
         state = save_state(self.buckets, self._steps_done(), self.method, self.transport)
         return state | {"compressed": self.compressed}
 
+    def merged_state_dict(self) -> dict[str, Any]:
+        """The error-feedback state of all ranks together, for any number of ranks; collective.
+
+        Raises:
+            UnsupportedError: servers keep a part of it, or a method's state cannot be merged.
+        """
+        return self.describe_merged(merge(self.buckets, self.transport))
+
+    def describe_merged(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Merged parameters with all that belongs to the state; not collective."""
+        facts = merged_facts(self.buckets, self._steps_done(), self.method, self.transport)
+        return {**facts, "parameters": parameters, "compressed": self.compressed}
+
     def checkpoint(self) -> dict[str, Any]:
         """`state_dict` after the servers, if any, have saved their state; collective.
 
@@ -104,6 +120,8 @@ class StepDriver(Generic[B]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of `state_dict`, from the same rank of an equal job.
+
+        The result of `merged_state_dict` loads on any number of ranks.
 
         Raises:
             UnsupportedError: with servers, after the first step; servers load their state before.

@@ -107,6 +107,11 @@ def require_method(compression: Any) -> Method:
         return compression
     if isinstance(compression, Compressor):
         way_out = f"wrap it: ErrorFeedback({compression}) or EF21({compression})"
+    elif hasattr(compression, "decompress"):  # hvd.Compression.fp16, ef.Compression
+        way_out = (
+            "such an adapter goes to hvd.DistributedOptimizer; here write EF21(TopK(ratio=0.01)), "
+            "or NoFeedback(Cast('float16')) for fp16"
+        )
     else:
         way_out = "write EF21(TopK(ratio=0.01)), or NoFeedback(Cast('float16')) for fp16"
     raise UnsupportedError(f"got compression={compression!r}, expected a method; {way_out}")
@@ -156,16 +161,22 @@ def warn_of_surprises(
         )
 
 
+def is_elastic() -> bool:
+    """Whether this is an elastic Horovod job."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
 def refuse_elastic() -> None:
     """Raise in an elastic job, because states and transports need a fixed set of ranks.
 
     Raises:
         UnsupportedError: the job is elastic.
     """
-    if os.environ.get("HOROVOD_ELASTIC") == "1":
+    if is_elastic():
         raise UnsupportedError(
             "got an elastic Horovod job, expected a fixed number of ranks, because error-feedback "
-            "state does not follow ranks that come and go; start it with horovodrun -np N"
+            "state does not follow ranks that come and go here; start it with horovodrun -np N, or "
+            "take ef.DistributedOptimizer in PyTorch"
         )
 
 

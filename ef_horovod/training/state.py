@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from ef_horovod.arrays import namespace
-from ef_horovod.exchange.channel import Channel, Piece
 from ef_horovod.methods.base import Method
-from ef_horovod.training.buckets import Slot, own_methods
+from ef_horovod.training.buckets import own_methods
+from ef_horovod.training.entries import Filled, entries
+from ef_horovod.training.merging import split
 from ef_horovod.transports.base import Transport
-
-
-class Filled(Protocol):
-    """A channel with error-feedback state, and the slots of its vectors."""
-
-    channel: Channel
-    slots: list[Slot]
 
 
 def save_state(
@@ -30,18 +24,21 @@ def save_state(
 def load_state(
     state: dict[str, Any], buckets: Sequence[Filled], method: Method, transport: Transport
 ) -> int:
-    """Load the result of `save_state` from this rank of an equal job; returns its step.
+    """Load the result of `save_state`, or a merged state; returns its step.
 
     Raises:
-        ValueError: another rank, number of ranks, method or model; then nothing has changed.
+        ValueError: another method or model; or, unless it is merged, another rank or number of
+            ranks. Then nothing has changed.
         UnsupportedError: there are servers, and the first step has begun.
     """
     transport.require_not_begun()
-    for fact, expected in _facts(method, transport).items():
-        if state.get(fact) != expected:
+    facts = _facts(method, transport)
+    for fact, expected in facts.items():
+        if state.get(fact) != expected and not (is_merged(state) and fact in ("rank", "size")):
             raise ValueError(
                 f"got a compression state of {fact} {state.get(fact)!r}, expected {expected!r}; "
-                "load each rank's own file into an equal job, or start without it"
+                "load each rank's own file into an equal job, take a file of ef.save, which fits "
+                "any number of ranks, or start without it"
             )
     mine, theirs = _texts(own_methods(buckets, method)), state.get("methods", {})
     for name in sorted(mine.keys() | theirs.keys()):
@@ -51,15 +48,33 @@ def load_state(
                 f"got a compression state of '{name}' by {found}, expected one by {wanted}; pass "
                 "the dense= of the job that saved it, or start without the state"
             )
-    write_state(buckets, state["parameters"])
+    (split if is_merged(state) else write_state)(buckets, state["parameters"])
     return int(state["step"])
+
+
+def merged_facts(
+    buckets: Sequence[Filled], step: int, method: Method, transport: Transport
+) -> dict[str, Any]:
+    """The facts that identify the job of a merged state."""
+    return {
+        "merged": True,
+        "compression": repr(method),
+        "methods": _texts(own_methods(buckets, method)),
+        "step": step,
+        "size": transport.size,
+    }
+
+
+def is_merged(state: dict[str, Any]) -> bool:
+    """Whether a state is that of all ranks together."""
+    return bool(state.get("merged"))
 
 
 def read_state(buckets: Sequence[Filled]) -> dict[str, dict[str, Any]]:
     """{parameter name: {"worker.error": array, ...}}; arrays are copies."""
     parameters: dict[str, dict[str, Any]] = {}
     for bucket in buckets:
-        for memory in _entries(bucket):
+        for memory in entries(bucket):
             for slot, start, stop in memory.places(bucket.slots):
                 value = memory.value
                 part = namespace(value).read(value, start, stop) if _is_vector(value) else value
@@ -81,7 +96,7 @@ def write_state(buckets: Sequence[Filled], parameters: dict[str, dict[str, Any]]
             "compression and exchange (the same network, if exchange='auto' was given one)"
         )
     for bucket in buckets:
-        for memory in list(_entries(bucket)):
+        for memory in list(entries(bucket)):
             parts = [
                 (start, parameters[slot.name][memory.name])
                 for slot, start, _ in memory.places(bucket.slots)
@@ -101,50 +116,7 @@ def move_state(before: Sequence[Filled], after: Sequence[Filled]) -> None:
 
 def keeps_state(buckets: Sequence[Filled]) -> bool:
     """Whether any channel keeps error-feedback state between steps."""
-    return any(True for bucket in buckets for _ in _entries(bucket))
-
-
-class _Entry(NamedTuple):
-    """A vector or a number in the error-feedback state of a piece."""
-
-    piece: Piece
-    half: str  # "worker" or "server"
-    field: str
-    value: Any
-
-    @property
-    def name(self) -> str:
-        return f"{self.piece.name}{self.half}.{self.field}"
-
-    def places(self, slots: Sequence[Slot]) -> Iterator[tuple[Slot, int, int]]:
-        """The parameters in the piece, with start and stop of their part in the value."""
-        channel, offset = self.piece.channel, self.piece.start
-        d = channel.gradient.shape[0]
-        for slot in slots:
-            start, stop = (min(max(at - offset, 0), d) for at in (slot.start, slot.stop))
-            if start < stop or slot.start == slot.stop:
-                yield slot, *channel.method.span(self.field, start, stop, d)
-
-    def put(self, number: Any) -> None:
-        """Replace the number."""
-        channel = self.piece.channel
-        held = getattr(channel, self.half)
-        setattr(channel, self.half, held._replace(**{self.field: number}))
-
-
-def _entries(bucket: Filled) -> Iterator[_Entry]:
-    """The error-feedback state of a bucket's channel."""
-    for piece in bucket.channel.pieces():
-        for half in ("worker", "server"):
-            held = getattr(piece.channel, half)
-            for field, value in held._asdict().items() if held is not None else ():
-                if value is None or field in piece.channel.method.scratch:
-                    continue
-                if isinstance(value, tuple):
-                    for i, part in enumerate(value):
-                        yield _Entry(piece, half, f"{field}.{i}", part)
-                else:
-                    yield _Entry(piece, half, field, value)
+    return any(True for bucket in buckets for _ in entries(bucket))
 
 
 def _facts(method: Method, transport: Transport) -> dict[str, Any]:

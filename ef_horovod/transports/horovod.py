@@ -54,13 +54,13 @@ class HorovodTransport(Transport):
         # A rank outside the set never takes part, but it may create the object.
         rank = self._process_set.rank() if self._process_set.included() else -1
         super().__init__(rank, self._process_set.size(), limit_of(timeout))
-        self._prefix = prefix
+        self.prefix = prefix
         if self._process_set.process_set_id != 0:
             self.members = list(self._process_set.ranks)
 
     def named(self, name: str) -> str:
         """The collective's name in Horovod."""
-        return f"{self._prefix}.{name}"
+        return f"{self.prefix}.{name}"
 
     @property
     def ranks_per_node(self) -> int:
@@ -99,7 +99,7 @@ class HorovodTransport(Transport):
         own = next((group for group in level if self.members[self.rank] in group), None)
         if own is None:
             return None
-        return type(self)(f"{self._prefix}.{kind}", sets[tuple(own)], self.timeout)
+        return type(self)(f"{self.prefix}.{kind}", sets[tuple(own)], self.timeout)
 
     def _sets(self, groups: list[list[int]], fixed: list[int]) -> dict[tuple[int, ...], Any]:
         """Process sets of these ranks: those that exist, and new ones; collective over all ranks.

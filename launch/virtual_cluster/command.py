@@ -116,17 +116,17 @@ def _plan(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, command: list[str]
 ) -> inside.Plan:
     if arguments.hosts is None:
-        parser.error("received no --hosts, expected their number: --hosts 4")
+        parser.error("got no --hosts, expected their number: --hosts 4")
     if not command:
-        parser.error("received no command, expected one after --: -- horovodrun ...")
+        parser.error("got no command, expected one after --: -- horovodrun ...")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"received --json {arguments.json}, expected a file in a folder that exists")
+        parser.error(f"got --json {arguments.json}, expected a file in a folder that exists")
     rates = arguments.rate or [None]
     if len(rates) == 1:
         rates = rates * arguments.hosts
     if len(rates) != arguments.hosts:
         parser.error(
-            f"received {len(rates)} rates for {arguments.hosts} hosts, expected one, or one each"
+            f"got {len(rates)} rates for {arguments.hosts} hosts, expected one, or one each"
         )
     hosts = [Host(number, rate) for number, rate in enumerate(rates, 1)]
     return inside.Plan(hosts, arguments.delay, command)

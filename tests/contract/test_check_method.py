@@ -14,6 +14,7 @@ from ef_horovod.compressors.base import DEFAULT_KEY
 from ef_horovod.errors import NonFiniteError
 from ef_horovod.methods.base import Method, vector_like
 from ef_horovod.methods.error_feedback import ErrorFeedback, ErrorFeedbackState
+from ef_horovod.methods.merging import Merge
 from ef_horovod.methods.registry import register_method
 from ef_horovod.testing import check_method, each_method_check
 from ef_horovod.testing.methods import check_bad_gradient
@@ -177,6 +178,16 @@ class RemembersText(ErrorFeedback):
 class PullsOwnErrors(ErrorFeedback):
     def pull(self, state, aggregate):
         return aggregate + state.error, state
+
+
+@breaks("cannot merge its state")
+class MergesNothing(ErrorFeedback):
+    merging: ClassVar = {}
+
+
+@breaks("takes another direction on 6 ranks than on 3")
+class MergesASumAsAMean(ef.EF21):
+    merging: ClassVar = ef.EF21.merging | {"server.total": Merge.SHARED}
 
 
 class HiddenError(NamedTuple):

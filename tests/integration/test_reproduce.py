@@ -72,7 +72,7 @@ def test_a_server_needs_ranks(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch" / "reproduce"), "server", "--local"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2
-    assert "received server with --local, expected it alone" in run.stderr
+    assert "got server with --local, expected it alone" in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ def mpirun(
     return _run(launcher, ranks, program, out, arguments, **options)
 
 
+def torchrun(ranks: int, program: str, out: Path, *arguments: str, **options: Any) -> Results:
+    """Run a program as ranks of torch.distributed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    return _run([*launcher, f"--nproc-per-node={ranks}"], ranks, program, out, arguments, **options)
+
+
 def server_job(
     servers: int,
     workers: int,

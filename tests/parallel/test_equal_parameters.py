@@ -14,14 +14,16 @@ FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
 
 
 @pytest.mark.parametrize(
-    ("which", "ranks"),
+    ("which", "ranks", "steps"),
     [
-        ("classes", 3),
-        *(pytest.param("selection", ranks, marks=pytest.mark.exhaustive) for ranks in (2, 3, 4)),
+        ("classes", 3, 80),
+        *(pytest.param("selection", n, 120, marks=pytest.mark.exhaustive) for n in (2, 3, 4)),
     ],
 )
-def test_every_compressor_and_every_method(which: str, ranks: int, tmp_path: Path) -> None:
-    words = ("ef,stock", which, "120")
+def test_every_compressor_and_every_method(
+    which: str, ranks: int, steps: int, tmp_path: Path
+) -> None:
+    words = ("ef,stock", which, str(steps))
     of_ranks = horovod_job(
         ranks, "train_all.py", tmp_path, *words, timeout=600, environment=FAST_CYCLE
     )

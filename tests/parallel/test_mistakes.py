@@ -119,9 +119,15 @@ def test_the_stock_adapter_resumes_to_the_last_bit(results: Results) -> None:
         assert result["stock_checkpoint"]["whole"] == result["stock_checkpoint"]["again"]
 
 
-def test_elastic_jobs_are_refused(results: Results) -> None:
-    for error in results[0]["elastic"]:
-        assert "start it with horovodrun -np N" in error
+def test_what_needs_fixed_ranks_is_refused_in_elastic_jobs(results: Results) -> None:
+    found = results[0]["elastic"]
+    for error in (*found["refused"], *found["fixed"]):
+        assert "horovodrun -np N" in error
+    for error, got in zip(
+        found["fixed"], ("'hierarchical'", "'auto:1gbit'", "a process_set"), strict=True
+    ):
+        assert got in error
+    assert "expected one without weights" in found["weights"]
 
 
 @pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])

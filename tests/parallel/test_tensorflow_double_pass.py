@@ -12,7 +12,7 @@ from processes import JobFailed
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.exhaustive), 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("double_pass")
     return horovod_job(request.param, "tf_double_pass.py", out, timeout=600)

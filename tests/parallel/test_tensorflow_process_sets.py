@@ -36,3 +36,13 @@ def test_optimizer_and_tape_average_alike_and_the_sets_apart(results: Results) -
 def test_a_rank_outside_sends_nothing(results: Results) -> None:
     assert results[1]["optimizer first"]["rows"] == results[0]["optimizer second"]["rows"] == 0
     assert results[0]["optimizer first"]["rows"] > 0
+
+
+@pytest.mark.parametrize("holder", ["optimizer", "reducer"])
+def test_two_ranks_go_on_with_the_state_that_three_saved(holder: str, results: Results) -> None:
+    found = [result[f"file, {holder}"] for result in results]
+    assert "got ef.save before the first step, expected it after a step" in found[1]["too early"]
+    for two in (found[0], found[2]):
+        assert two["same"]
+        assert two["step"] == 10
+    assert found[0]["end"] == found[2]["end"] != found[1]["end"]

@@ -16,7 +16,7 @@ def results(request, tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="module")
 def in_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovod_job(2, "tf_updates.py", tmp_path_factory.mktemp("updates"))
+    return horovod_job(2, "tf_updates.py", tmp_path_factory.mktemp("updates"), timeout=400)
 
 
 def test_without_compression_sgd_with_momentum_is_that_of_averaged_gradients(
@@ -103,6 +103,7 @@ REFUSALS = {
     "server": "UnsupportedError: got exchange='server' for updates",
     "wrapped": "UnsupportedError: got an optimizer that is wrapped already",
     "inside": "UnsupportedError: got an optimizer that is wrapped already",
+    "by horovod": "UnsupportedError: got an optimizer that is wrapped already",
     "group": "UnsupportedError: got a new parameter group for a wrapped optimizer",
     "op": "UnsupportedError: got op=1 for updates, expected hvd.Average",
     "adasum": "UnsupportedError: got op=2 for updates, expected hvd.Average",
@@ -111,6 +112,7 @@ REFUSALS = {
     "passes": "ValueError: CompressedUpdates got backward_passes_per_step=0",
     "rows": "ValueError: CompressedUpdates got sparse_as_dense=2",
     "none": "UnsupportedError: got compression=None, expected a method",
+    "adapter": "UnsupportedError: got compression=<class 'horovod",
 }
 REFUSALS_OF_SEVERAL_RANKS = {
     "seed": "ConfigMismatchError: ",

@@ -60,13 +60,13 @@ def test_headers_are_taken_off():
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--", "true"], "received no --hosts"),
-        (["--hosts", "2"], "received no command, expected one after --"),
+        (["--", "true"], "got no --hosts"),
+        (["--hosts", "2"], "got no command, expected one after --"),
         (["--hosts", "2", "true"], "unrecognized arguments: true"),
         (["--hosts", "0", "--", "true"], "got '0', expected an integer from 1 to 250"),
         (["--hosts", "2", "--rate", "1mb", "--", "x"], "got the rate '1mb'"),
-        (["--hosts", "3", "--rate", "1mbit,2mbit", "--", "x"], "received 2 rates for 3 hosts"),
-        (["--hosts", "2", "--json", "/no/x", "--", "x"], "received --json /no/x, expected a file"),
+        (["--hosts", "3", "--rate", "1mbit,2mbit", "--", "x"], "got 2 rates for 3 hosts"),
+        (["--hosts", "2", "--json", "/no/x", "--", "x"], "got --json /no/x, expected a file"),
         (["--hosts", "2", "--delay", "5", "--", "x"], "got the delay '5', expected a time such as"),
     ],
 )

@@ -23,6 +23,13 @@ def test_every_pair_of_values_occurs_in_few_cases():
     assert sample == sorted(sample)
 
 
+def test_every_value_occurs_in_still_fewer():
+    sample = covering(CASES, lambda case: case, together=1)
+    for values, of_all in zip(zip(*sample, strict=True), zip(*CASES, strict=True), strict=True):
+        assert set(values) == set(of_all)
+    assert len(sample) < len(covering(CASES, lambda case: case))
+
+
 def test_factors_may_be_coarser_than_cases():
     sample = covering(CASES, lambda case: (case[0] % 2, case[2]))
     assert {(a % 2, c) for a, _, c in sample} == {(a % 2, c) for a, _, c in CASES}

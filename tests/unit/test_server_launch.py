@@ -82,12 +82,12 @@ def test_the_limit_of_waits_reaches_ranks_on_other_hosts(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["-w", "2"], "received no program for the workers"),
-        (["-w", "0", "--", "x"], "received '0', expected an integer of 1 or more"),
-        (["-w", str(2**31), "--", "x"], f"received '{2**31}', expected an integer of 1 or more"),
-        (["-w", "2", "-s", "-1", "--", "x"], "received '-1', expected an integer of 1 or more"),
-        (["-w", "2", "--threads", "1.5", "--", "x"], "received '1.5', expected an integer of 1 or"),
-        (["-w", "2", "--quorum", "0", "--", "x"], "received '0', expected an integer of 1 or more"),
+        (["-w", "2"], "got no program for the workers"),
+        (["-w", "0", "--", "x"], "got '0', expected an integer of 1 or more"),
+        (["-w", str(2**31), "--", "x"], f"got '{2**31}', expected an integer of 1 or more"),
+        (["-w", "2", "-s", "-1", "--", "x"], "got '-1', expected an integer of 1 or more"),
+        (["-w", "2", "--threads", "1.5", "--", "x"], "got '1.5', expected an integer of 1 or"),
+        (["-w", "2", "--quorum", "0", "--", "x"], "got '0', expected an integer of 1 or more"),
         (["-w", "2", "--quorum", "3", "--", "x"], "got a quorum of 3 with 2 workers and 1 servers"),
         (
             ["-w", "3", "-s", "2", "--quorum", "2", "--", "x"],

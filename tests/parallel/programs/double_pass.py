@@ -27,7 +27,7 @@ METHODS = (
     ef.ErrorCompensatedX(SIGNS, server_compressor=SIGNS, alpha=0.5),
     ef.EF21Plus(TOP),
 )
-STEPS = 100
+STEPS = 40
 
 
 def wrap(adapter, model, method=BOTH_WAYS, **options):

@@ -227,11 +227,27 @@ def stock_checkpoint():
 
 def elastic():
     os.environ["HOROVOD_ELASTIC"] = "1"
-    model = build_model()
-    return [
-        error_of(lambda: wrapped(model)),
-        error_of(lambda: ef.Compression(METHOD, model.named_parameters())),
-    ]
+    model, sgd = build_model(), torch.optim.SGD
+    named = list(model.named_parameters())
+
+    def wrapped_for_updates():
+        ef.CompressedUpdates(sgd(model.parameters(), lr=0.1), named, compression=METHOD)
+
+    def wrapped_by(method=METHOD, **options):
+        inner = sgd(model.parameters(), lr=0.1)
+        return error_of(
+            lambda: ef.DistributedOptimizer(inner, named, compression=method, **options)
+        )
+
+    return {
+        "refused": [error_of(lambda: ef.Compression(METHOD, named)), error_of(wrapped_for_updates)],
+        "fixed": [
+            wrapped_by(exchange="hierarchical"),
+            wrapped_by(exchange="auto:1gbit"),
+            wrapped_by(process_set=hvd.global_process_set),
+        ],
+        "weights": wrapped_by(ef.EF21(ef.TopK(k=3), weights=(1.0, 2.0))),
+    }
 
 
 def main() -> None:

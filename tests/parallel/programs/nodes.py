@@ -26,7 +26,7 @@ METHODS = (
     (ef.MomentumCorrection(TOP), {"dense_steps": 5}),
     (ef.FrozenAdam(SIGNS), {"dense_steps": 15}),
 )
-STEPS = 50
+STEPS = 25
 
 
 def wrap(adapter, model, method=METHODS[0][0], **options):

@@ -45,15 +45,27 @@ def dense_steps_of(method: Method) -> int:
     return 2 if method.needs_dense_steps else 0
 
 
-def cases(every: bool) -> list[tuple[Method, str]]:
-    """Methods and exchanges: all of them, or a sample with every pair of values."""
+def cases(which: str) -> list[tuple[Method, str]]:
+    """Methods and exchanges: "all" of them, or a sample.
+
+    The sample "pairs" has every two of a method, a compressor and an exchange; of these, "singles"
+    has every method and every compressor by each of its exchanges.
+    """
     product = [(method, exchange) for method in every_method() for exchange in exchanges_of(method)]
-    return product if every else covering(product, _factors)
+    if which == "all":
+        return product
+    pairs = covering(product, _factors)
+    return pairs if which == "pairs" else covering(pairs, _by_each_exchange, together=1)
 
 
 def _factors(case: tuple[Method, str]) -> tuple[str, str, str]:
     method, exchange = case
     return type(method).__name__, repr(method.compressor), exchange
+
+
+def _by_each_exchange(case: tuple[Method, str]) -> tuple[tuple[str, str], tuple[str, str]]:
+    method, compressor, exchange = _factors(case)
+    return (method, exchange), (compressor, exchange)
 
 
 def digest(x: np.ndarray) -> str:

@@ -1,7 +1,7 @@
 """Steps of every method x compressor x exchange on this rank; where they lead, as digests.
 
 Arguments: "mpi" (a channel over mpi4py), "torch" or "tensorflow" (the adapters over Horovod), or
-"torch:cuda" for torch with its tensors on a GPU; and "all", or "sample" for a part of the cases.
+"torch:cuda" for torch with its tensors on a GPU; and which cases: "all", "pairs" or "singles".
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
         rank,
         {
             f"{method} by {exchange}": digest(walk(method, exchange))
-            for method, exchange in cases(ARGUMENTS[1] == "all")
+            for method, exchange in cases(ARGUMENTS[1])
         },
     )
 

@@ -1,4 +1,4 @@
-"""Every way to train with TensorFlow: 120 steps each; digests, accuracies and traces."""
+"""Every way to train with TensorFlow: 60 steps each; digests, accuracies and traces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tf_common import (
 
 import ef_horovod.tensorflow as ef
 
-STEPS, EAGER_STEPS = 120, 60
+STEPS, EAGER_STEPS = 60, 30
 METHOD = ef.EF21(ef.TopK(ratio=0.05))
 
 

@@ -1,6 +1,6 @@
-"""Compressors and methods through a tape in a tf.function, for 120 steps; digests, losses.
+"""Compressors and methods through a tape in a tf.function; digests, losses.
 
-Argument: pairs ("selection" or "classes").
+Arguments: pairs ("selection" or "classes"), steps.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from one_of_each import chosen
 from tf_common import CLASSES, INPUTS, data, digest, loss_of
 
 import ef_horovod.tensorflow as ef
-
-STEPS = 120
 
 
 class Small(tf.Module):
@@ -34,7 +32,7 @@ class Small(tf.Module):
         return float(self.loss(*data(999, 50)))
 
 
-def train(method):
+def train(method, steps):
     model = Small()
     variables = [model.first, model.bias, model.second]
     start, loss_at_start = digest(variables), model.loss_of_test()
@@ -49,8 +47,8 @@ def train(method):
         for variable, gradient in zip(variables, tape.gradient(loss, variables), strict=True):
             variable.assign_sub(lr * gradient)
 
-    inputs, labels = (part.reshape(STEPS, 16, *part.shape[1:]) for part in data(hvd.rank(), STEPS))
-    for i in range(STEPS):
+    inputs, labels = (part.reshape(steps, 16, *part.shape[1:]) for part in data(hvd.rank(), steps))
+    for i in range(steps):
         step(tf.constant(inputs[i]), tf.constant(labels[i]))
     (compressed,) = (row for row in reducer.stats() if row.name == "bucket.0")
     return {
@@ -69,7 +67,7 @@ def main() -> None:
     hvd.init()
     results = {}
     for method in chosen(ARGUMENTS[0]):
-        results[repr(method)] = train(method)
+        results[repr(method)] = train(method, int(ARGUMENTS[1]))
     report(hvd.rank(), results)
 
 
