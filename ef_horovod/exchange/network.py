@@ -35,8 +35,8 @@ class Network:
             `workers_per_node` is no whole number from 1 on.
 
     Example:
-        >>> Network.read("100mbit,2ms")
-        Network(bandwidth=100000000, latency=0.002, burst=0)
+        >>> Network.read("100mbit,2ms").latency
+        0.002
         >>> str(Network.read("2.5gbit"))
         '2.5 Gbit/s, 50 us'
     """

@@ -18,8 +18,13 @@ class EchoOps(HorovodTensorFlowTransport):
 
     def __init__(self, size: int) -> None:
         Transport.__init__(self, 0, size)
-        self._prefix = "echo"
+        self.prefix = "echo"
         self.alarm = Alarm(self.timeout, self._waited, lambda: None)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """All on nodes of their own."""
+        return 1
 
     def carry(self, name: str, message: tf.Tensor) -> tf.Tensor:
         """As Horovod's op: gathers bytes, sums floats."""
