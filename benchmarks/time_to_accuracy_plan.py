@@ -131,7 +131,7 @@ _TEXT_WAYS = _by_name(
 )
 
 TASKS = {
-    "images": Task(12, "test accuracy, %", True, {"sgd": (0.1, 0.2, 0.4)}, _IMAGE_WAYS),
+    "images": Task(20, "test accuracy, %", True, {"sgd": (0.1, 0.2, 0.4)}, _IMAGE_WAYS),
     "text": Task(
         4,
         "validation loss, nats per character",
