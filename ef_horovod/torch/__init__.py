@@ -21,6 +21,7 @@ from ef_horovod.training.policies import by_name, dense_below, dense_unless_smal
 from ef_horovod.training.policy import small_or_vector
 
 with explained("ef_horovod.torch"):
+    from ef_horovod.torch.ddp import ddp_hook
     from ef_horovod.torch.estimation import EstimatedGradient
     from ef_horovod.torch.log import TrainingLog
     from ef_horovod.torch.optimizer import DistributedOptimizer
@@ -41,6 +42,7 @@ __all__ = [
     "TorchDistributed",
     "TrainingLog",
     "by_name",
+    "ddp_hook",
     "dense_below",
     "dense_unless_smaller",
     "require_in_sync",

@@ -15,7 +15,7 @@ import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.torch.averages import Averages
-from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
+from ef_horovod.torch.buckets import Bucket, Taken, in_order, require_untouched
 from ef_horovod.torch.hooks import GradientHooks
 from ef_horovod.torch.momentum import DecayVelocity
 from ef_horovod.torch.options import Options
@@ -333,19 +333,15 @@ class Engine(StepDriver[Bucket]):
         if not self.transport.in_order:
             bucket.start(self.step)
             return
-        for each in self._in_order():
+        for each in in_order(self.buckets):
             if len(each.filled) < len(each.slots):
                 return
             if not each.started:
                 each.start(self.step)
 
-    def _in_order(self) -> list[Bucket]:
-        """The buckets in the order of their starts; small parameters are all there last."""
-        return sorted(self.buckets, key=lambda bucket: bucket.channel.name.startswith("dense"))
-
     def _start_rest(self) -> None:
         """Send the buckets that are not yet under way."""
-        for bucket in self._in_order():
+        for bucket in in_order(self.buckets):
             if not bucket.started:
                 self._fill_rest(bucket)
                 bucket.start(self.step)

@@ -133,8 +133,8 @@ def _over_torch(
 ) -> Transport | None:
     if transport != "torch" and not isinstance(transport, TorchDistributed):
         raise UnsupportedError(
-            f"got transport={transport!r}, expected 'horovod', 'torch' or a TorchDistributed; for a "
-            "process group write transport=ef.TorchDistributed(group)"
+            f"got transport={transport!r}, expected 'horovod', 'torch' or a TorchDistributed; for "
+            "a process group write transport=ef.TorchDistributed(group)"
         )
     if process_set is not None:
         raise UnsupportedError(

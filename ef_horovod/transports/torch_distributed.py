@@ -109,9 +109,7 @@ class TorchDistributed(Transport):
             padded = np.zeros(max(sizes), np.uint8)
             padded[: data.size] = data
             parts = self._gather(name, padded)()
-            joined = np.concatenate(
-                [part[:size] for part, size in zip(parts, sizes, strict=True)]
-            )
+            joined = np.concatenate([part[:size] for part, size in zip(parts, sizes, strict=True)])
             return split(name, joined, data.size, self.size, measure)
 
         return finish

@@ -70,6 +70,12 @@ def mpirun(
     return _run(launcher, ranks, program, out, arguments, **options)
 
 
+def torchrun(ranks: int, program: str, out: Path, *arguments: str, **options: Any) -> Results:
+    """Run a program as ranks of torch.distributed."""
+    words = ["--standalone", "--nproc-per-node", str(ranks), "--no-python"]
+    return _run([str(BIN / "torchrun"), *words], ranks, program, out, arguments, **options)
+
+
 def server_job(
     servers: int,
     workers: int,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launching import horovod_job, mpirun
+from launching import horovod_job, mpirun, torchrun
 from same_gradients import SEED, SHAPE, STEPS, cases, dense_steps_of, digest, gradient
 
 import ef_horovod as ef
@@ -50,11 +50,12 @@ def simulate(method: ef.Method, exchange: str) -> np.ndarray:
     return run.x
 
 
-@pytest.mark.parametrize("way", ["mpi", "torch", "tensorflow"])
+@pytest.mark.parametrize("way", ["mpi", "torch", "tensorflow", "distributed"])
 def test_every_method_compressor_and_exchange(
     way: str, chosen: str, simulated: dict[str, str], tmp_path: Path
 ) -> None:
-    launch: Any = mpirun if way == "mpi" else horovod_job
+    launchers: dict[str, Any] = {"mpi": mpirun, "distributed": torchrun}
+    launch = launchers.get(way, horovod_job)
     words = (way, chosen)
     results = launch(
         RANKS, "same_numbers.py", tmp_path, *words, timeout=600, environment=FAST_CYCLE
