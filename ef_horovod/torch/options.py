@@ -83,6 +83,7 @@ def refuse_unsupported(
             "example ef.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), "
             "model.named_parameters(), compression=method)"
         )
+    _refuse_shards(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedError(
             "got LBFGS, expected an optimizer that needs one gradient a step; use SGD or Adam"
@@ -92,6 +93,22 @@ def refuse_unsupported(
             "got an optimizer that is wrapped already, expected a plain torch optimizer; "
             "wrap it once, by hvd.DistributedOptimizer, ef.DistributedOptimizer or "
             "ef.CompressedUpdates, or call its unwrap() before"
+        )
+
+
+def _refuse_shards(optimizer: Any) -> None:
+    """Raise for FSDP and ZeRO, where a rank has a part of each parameter or of the optimizer."""
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    sharded = "ZeroRedundancyOptimizer" in kinds or any(
+        hasattr(p, "_local_tensor") or hasattr(p, "_is_flat_param")
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+    if sharded:
+        raise UnsupportedError(
+            "got parameters or an optimizer in shards (FSDP, ZeRO), expected whole ones on each "
+            "rank, because a gradient's parts go to one rank each there; take plain data parallel "
+            "training, or DDP with ef.ddp_hook"
         )
 
 

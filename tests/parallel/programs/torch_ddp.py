@@ -82,7 +82,7 @@ def main():
     model, state = hooked(**small)
     steps(model, batches(rank), 3)
     result["kept"] = {
-        name: sum(float(torch.as_tensor(value).norm()) for value in fields.values())
+        name: sum(float(torch.as_tensor(value).float().norm()) for value in fields.values())
         for name, fields in state.state_dict()["parameters"].items()
     }
     result["rebuilt"] = len(state._earlier)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import without_horovod  # noqa: F401
 from common import error_of, report
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch_common import batches, build_model, digest, train
 
 import ef_horovod.torch as ef
@@ -108,6 +110,11 @@ def main():
         lambda: ef.require_in_sync([torch.full((3,), float(rank))], transport=ef.TorchDistributed())
     )
     result["wrong"] = error_of(lambda: trained(transport="mpi"))
+    mesh = init_device_mesh("cpu", (4,))
+    sharded = distribute_tensor(torch.ones(8, 8), mesh)
+    result["sharded"] = error_of(
+        lambda: ef.DistributedOptimizer(torch.optim.SGD([torch.nn.Parameter(sharded)], lr=0.1))
+    )
     result["horovod"] = error_of(lambda: trained(transport="horovod"))
     late = ef.TorchDistributed(timeout=1.0)
     if rank == 0:
