@@ -2,6 +2,7 @@
 
 from ef_horovod import *  # noqa: F403
 from ef_horovod.torch.compression import Compression as Compression
+from ef_horovod.torch.ddp import ddp_hook as ddp_hook
 from ef_horovod.torch.estimation import EstimatedGradient as EstimatedGradient
 from ef_horovod.torch.log import TrainingLog as TrainingLog
 from ef_horovod.torch.optimizer import DistributedOptimizer as DistributedOptimizer
@@ -13,3 +14,4 @@ from ef_horovod.training.policies import dense_unless_smaller as dense_unless_sm
 from ef_horovod.training.policy import small_or_vector as small_or_vector
 from ef_horovod.training.saving import load as load
 from ef_horovod.training.saving import save as save
+from ef_horovod.transports.torch_distributed import TorchDistributed as TorchDistributed

@@ -121,6 +121,11 @@ def open_buckets(
     return buckets
 
 
+def in_order(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """In the order of their starts: small parameters share a bucket that is full last."""
+    return sorted(buckets, key=lambda bucket: bucket.channel.name.startswith("dense"))
+
+
 class Taken(NamedTuple):
     """Snapshot of a gradient at the time it was copied into a bucket."""
 

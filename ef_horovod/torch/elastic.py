@@ -32,7 +32,7 @@ from ef_horovod.training.state_file import pack, unpack
 from ef_horovod.transports.base import Transport
 
 
-def refuse_fixed(method: Method, exchange: str, process_set: Any) -> None:
+def refuse_fixed(method: Method, exchange: str, process_set: Any, transport: Any) -> None:
     """Raise for options of an elastic job that need a fixed set of ranks.
 
     Raises:
@@ -40,8 +40,9 @@ def refuse_fixed(method: Method, exchange: str, process_set: Any) -> None:
     """
     method.require_mergeable()
     fixed = exchange.startswith(("hierarchical", "server", "auto:"))
-    if fixed or process_set is not None:
-        got = f"exchange={exchange!r}" if fixed else "a process_set"
+    other = "a process_set" if process_set is not None else f"transport={transport!r}"
+    if fixed or process_set is not None or transport not in (None, "horovod"):
+        got = f"exchange={exchange!r}" if fixed else other
         raise UnsupportedError(
             f"got {got} in an elastic job, expected an exchange for any ranks that come and go; "
             "take 'auto', 'gather', 'reduce' or 'double_pass' over all ranks, or start the job "

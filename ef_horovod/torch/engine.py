@@ -15,7 +15,7 @@ import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.torch.averages import Averages
-from ef_horovod.torch.buckets import Bucket, Taken, require_untouched
+from ef_horovod.torch.buckets import Bucket, Taken, in_order, require_untouched
 from ef_horovod.torch.hooks import GradientHooks
 from ef_horovod.torch.momentum import DecayVelocity
 from ef_horovod.torch.options import Options
@@ -146,11 +146,13 @@ class Engine(StepDriver[Bucket]):
                 "comes between the two (clipping, a GradScaler), or start the server without "
                 "--quorum"
             )
-        self._in_sync.check()
         if scale is not None:
             self._loss_scale = scale
         elif not self.under_way:
             self._loss_scale = self._scale_now()
+        if self.transport.in_order and self._rows_known:  # before any other collective
+            self._start_rest()
+        self._in_sync.check()
         self._agree_on_rows()
         self._start_rest()
         if scale is None:
@@ -349,11 +351,22 @@ class Engine(StepDriver[Bucket]):
         self._take(bucket, slot)
         full = len(bucket.filled) == len(bucket.slots)
         if full and self.options.overlap and self._config_checked and self._rows_known:
+            self._start_full(bucket)
+
+    def _start_full(self, bucket: Bucket) -> None:
+        """Send a full bucket, or all that its place in the order allows."""
+        if not self.transport.in_order:
             bucket.start(self.step)
+            return
+        for each in in_order(self.buckets):
+            if len(each.filled) < len(each.slots):
+                return
+            if not each.started:
+                each.start(self.step)
 
     def _start_rest(self) -> None:
         """Send the buckets that are not yet under way."""
-        for bucket in self.buckets:
+        for bucket in in_order(self.buckets):
             if not bucket.started:
                 self._fill_rest(bucket)
                 bucket.start(self.step)

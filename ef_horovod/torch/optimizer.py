@@ -8,7 +8,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import horovod.torch as hvd
 import torch
 
 from ef_horovod.compressors.identity import Identity
@@ -16,7 +15,6 @@ from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.no_feedback import NoFeedback
 from ef_horovod.torch import wrapping
-from ef_horovod.torch.elastic import Elastic, refuse_fixed, register
 from ef_horovod.torch.engine import Engine
 from ef_horovod.torch.loss_scale import (
     average_unscaled,
@@ -25,7 +23,13 @@ from ef_horovod.torch.loss_scale import (
     unscale_averages,
 )
 from ef_horovod.torch.momentum import require_fit
-from ef_horovod.torch.options import Options, open_transport, refuse_unsupported, reopened
+from ef_horovod.torch.options import (
+    Options,
+    averages,
+    open_transport,
+    refuse_unsupported,
+    reopened,
+)
 from ef_horovod.torch.parameters import name_parameters, settings_of
 from ef_horovod.torch.wrapped import _Wrapped
 from ef_horovod.training.momentum import for_one_rank, refuse_synchronize, warn_of_adam
@@ -40,6 +44,7 @@ from ef_horovod.training.policy import (
 )
 
 if TYPE_CHECKING:
+    from ef_horovod.torch.elastic import Elastic
     from ef_horovod.torch.typed import WrappedOptimizer
 
 
@@ -48,7 +53,7 @@ def DistributedOptimizer(
     named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
     compression: Method = NoFeedback(Identity()),  # noqa: B008 - frozen
     backward_passes_per_step: int = 1,
-    op: Any = hvd.Average,
+    op: Any = "average",
     gradient_predivide_factor: float = 1.0,
     num_groups: int = 0,
     groups: Any = None,
@@ -64,6 +69,7 @@ def DistributedOptimizer(
     overlap: bool = True,
     check_sync: bool = True,
     timeout: float | None = None,
+    transport: Any = None,
 ) -> WrappedOptimizer:
     """Wrap an optimizer so that its gradients are averaged over all ranks, compressed.
 
@@ -90,7 +96,7 @@ def DistributedOptimizer(
             `MomentumCorrection` the optimizer must have no momentum, and SGD's weight decay gets
             that of the method.
         backward_passes_per_step: micro-batches whose gradients are summed before an exchange.
-        op: `hvd.Average` or `hvd.Sum`.
+        op: "average" or "sum", or `hvd.Average` or `hvd.Sum`.
         gradient_predivide_factor: must be 1.0; sums are float32, which do not overflow.
         num_groups, groups: not supported; buckets replace them.
         sparse_as_dense: compress sparse gradients like all others. Otherwise their rows are sent
@@ -117,6 +123,9 @@ def DistributedOptimizer(
             step changes them, and in steps 2, 4, 8 and so on (with a quorum only in the first).
             All ranks raise `OutOfSyncError` if they differ.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
+        transport: "horovod", "torch" (all ranks of `torch.distributed`), or
+            `ef.TorchDistributed(group)`. Default: Horovod after `hvd.init()`, else
+            `torch.distributed` if it is initialised.
 
     Raises:
         UnsupportedError: the combination cannot work; the message names an alternative.
@@ -128,7 +137,7 @@ def DistributedOptimizer(
                                             compression=ef.ErrorFeedback(ef.OneBit()))
     """
     refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
-    check_options("DistributedOptimizer", **locals())
+    check_options("DistributedOptimizer", **locals() | {"transport": None})  # checked when opened
     method = require_method(compression)
     require_fit(optimizer, method)
     named, others = name_parameters(named_parameters, optimizer.param_groups)
@@ -138,8 +147,10 @@ def DistributedOptimizer(
     wrapped = wrapping.wrap(optimizer, _Distributed)
     elastic = is_elastic()
     if elastic:
-        refuse_fixed(method, exchange, process_set)
-    transport = open_transport(exchange, process_set, timeout, method)
+        from ef_horovod.torch.elastic import Elastic, refuse_fixed, register
+
+        refuse_fixed(method, exchange, process_set, transport)
+    transport = open_transport(exchange, process_set, timeout, method, transport)
     wrapped.outside = process_set is not None and not process_set.included()
     if transport is None:
         return wrapped
@@ -154,7 +165,7 @@ def DistributedOptimizer(
         seed=seed,
         dense_steps=dense_steps,
         # Adam's update of a sum of gradients is that of their mean.
-        average=op == hvd.Average or method.makes_updates,
+        average=averages(op) or method.makes_updates,
         sparse_as_dense=sparse_as_dense,
         overlap=overlap,
         check_sync=check_sync,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.torch.parameters import tensors_of
 from ef_horovod.training.in_sync import digest_of, require_equal
 from ef_horovod.transports.base import Transport
-from ef_horovod.transports.horovod_torch import HorovodTorchTransport
+from ef_horovod.transports.torch_distributed import TorchDistributed
 
 _BY_BROADCAST = (
     "call hvd.broadcast_optimizer_state(optimizer, root_rank=0) and then "
@@ -21,6 +20,11 @@ _BY_BROADCAST = (
     "parameters), also after hvd.join(), in which ranks miss steps; and give all ranks the same "
     "learning rate"
 )
+_BY_TORCH = (
+    "give all ranks the same first values by torch.manual_seed(seed) or "
+    "torch.distributed.broadcast(parameter.data, 0), and the same learning rate, optimizer state "
+    "and number of steps"
+)
 _BY_SEED = (
     "give all workers the same first values by torch.manual_seed(seed) or a file, and the same "
     "learning rate and optimizer state"
@@ -28,7 +32,7 @@ _BY_SEED = (
 
 
 def require_in_sync(
-    parameters: Any, timeout: float | None = None, *, process_set: Any = None
+    parameters: Any, timeout: float | None = None, *, process_set: Any = None, transport: Any = None
 ) -> None:
     """Raise on all ranks unless the parameters are bitwise equal on all of them; collective.
 
@@ -40,6 +44,8 @@ def require_in_sync(
         timeout: seconds to wait for other ranks; default $EF_HOROVOD_TIMEOUT or 300.
         process_set: Horovod process set to compare within; default all ranks.
 
+        transport: an `ef.TorchDistributed`, to compare over `torch.distributed`.
+
     Raises:
         OutOfSyncError: parameters differ; the message names two ranks and likely reasons.
         UnsupportedError: Horovod is not initialised, as in a job with parameter servers.
@@ -47,6 +53,13 @@ def require_in_sync(
     Example:
         ef.require_in_sync(model.parameters())
     """
+    if isinstance(transport, TorchDistributed):
+        _compare(tensors_of(parameters), transport, "digest")
+        return
+    import horovod.torch as hvd
+
+    from ef_horovod.transports.horovod_torch import HorovodTorchTransport
+
     if not hvd.is_initialized():
         raise UnsupportedError(
             "got ef.require_in_sync without an initialised Horovod, expected hvd.init() before it; "
@@ -98,7 +111,8 @@ class SyncCheck:
 def _compare(parameters: Iterable[torch.Tensor], transport: Transport, name: str) -> None:
     if transport.size > 1:
         digests = transport.allgather(name, digest_of(_bits(p) for p in parameters))()
-        require_equal(digests, _BY_SEED if transport.has_server else _BY_BROADCAST)
+        by = _BY_TORCH if isinstance(transport, TorchDistributed) else _BY_BROADCAST
+        require_equal(digests, _BY_SEED if transport.has_server else by)
 
 
 def _bits(tensor: torch.Tensor) -> Any:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import horovod.torch as hvd
 import torch
 
 from ef_horovod.errors import UnsupportedError
@@ -21,7 +20,7 @@ from ef_horovod.torch import wrapping
 from ef_horovod.torch.buckets import Bucket
 from ef_horovod.torch.hooks import Owned
 from ef_horovod.torch.loss_scale import lower_scale, take_call, unscale
-from ef_horovod.torch.options import open_transport, refuse_unsupported
+from ef_horovod.torch.options import averages, open_transport, refuse_unsupported
 from ef_horovod.torch.parameters import name_parameters, require_unchanged
 from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.torch.wrapped import _Wrapped
@@ -49,7 +48,7 @@ def CompressedUpdates(
     named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
     compression: Method,
     backward_passes_per_step: int = 1,
-    op: Any = hvd.Average,
+    op: Any = "average",
     gradient_predivide_factor: float = 1.0,
     num_groups: int = 0,
     groups: Any = None,
@@ -63,6 +62,7 @@ def CompressedUpdates(
     dense_steps: int = 0,
     check_sync: bool = True,
     timeout: float | None = None,
+    transport: Any = None,
 ) -> UpdatingOptimizer:
     """Wrap an optimizer so that its updates are averaged over all ranks, compressed.
 
@@ -96,7 +96,7 @@ def CompressedUpdates(
         compression: error-feedback method with its compressor, such as ErrorFeedback(OneBit()).
         backward_passes_per_step: micro-batches whose gradients are summed before `step()`. Nothing
             is sent before, so the number only has to be valid.
-        op: `hvd.Average`.
+        op: "average", or `hvd.Average`.
         gradient_predivide_factor: must be 1.0.
         num_groups, groups: not supported; buckets replace them.
         sparse_as_dense: whether the optimizer gets sparse gradients as dense ones. Its updates are
@@ -109,6 +109,7 @@ def CompressedUpdates(
         dense_steps: number of first steps that average uncompressed updates.
         check_sync: as in `ef.DistributedOptimizer`.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
+        transport: as in `ef.DistributedOptimizer`.
 
     Raises:
         UnsupportedError: the combination cannot work; the message names an alternative.
@@ -128,12 +129,12 @@ def CompressedUpdates(
     _require_average(op)
     refuse_elastic()
     refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
-    check_options("CompressedUpdates", **locals())
+    check_options("CompressedUpdates", **locals() | {"transport": None})  # checked when opened
     method = require_method(compression)
     refuse_for_updates(method, exchange)
     named, others = name_parameters(named_parameters, optimizer.param_groups)
     wrapped = wrapping.wrap(optimizer, _Updating)
-    transport = open_transport(exchange, process_set, timeout, method)
+    transport = open_transport(exchange, process_set, timeout, method, transport)
     wrapped.outside = process_set is not None and not process_set.included()
     if transport is not None:
         wrapped._engine = _Engine(
@@ -310,7 +311,7 @@ def _hooks_after(optimizer: Any) -> Iterator[Callable[[], None]]:
 
 
 def _require_average(op: Any) -> None:
-    if op != hvd.Average:
+    if not averages(op):
         raise UnsupportedError(
             f"got op={op!r} for updates, expected hvd.Average, because the mean of the ranks' "
             "updates is applied; leave it out, or take ef.DistributedOptimizer for sums"

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.torch.hooks import uncompiled
 
+_HOROVODS = "horovod.torch.optimizer"  # by this name Horovod knows distributed optimizers
 _NOT_MEMBERS = ("__dict__", "__weakref__", "__annotations__", "__module__", "__doc__")
 
 
@@ -114,7 +114,7 @@ def _class_of(base: type, methods: type) -> type:
         name: uncompiled(m) if isinstance(m, FunctionType) else m
         for name, m in _members(methods).items()
     }
-    members |= {"_base": base, "_methods": methods, "__module__": hvd.optimizer.__name__}
+    members |= {"_base": base, "_methods": methods, "__module__": _HOROVODS}
     return type(base.__name__, (base,), members)
 
 

@@ -111,6 +111,7 @@ class Transport(ABC):
             "exchange"
         )
 
+    in_order = False  # True: matched by order, so all ranks must start collectives in the same one
     levels_known = True  # False: the next call of `levels` is collective
     fixed_collectives = False  # whether the collectives of a bucket are the same in all steps
     _levels: Levels | None = None

@@ -32,7 +32,7 @@ _LATE_SECONDS = 1.0  # for ranks that wait, too, to say so
 Finish = Callable[[], list[np.ndarray]]
 
 
-class TorchDistributedTransport(Transport):
+class TorchDistributed(Transport):
     """The ranks of a process group of gloo, nccl or mpi.
 
     Creating it is collective over the group: it makes a group of its own, so that other users'
@@ -47,9 +47,10 @@ class TorchDistributedTransport(Transport):
 
     Example:
         torch.distributed.init_process_group("gloo")
-        transport = TorchDistributedTransport()
+        transport = TorchDistributed()
     """
 
+    in_order = True
     levels_known = False
 
     def __init__(
@@ -205,12 +206,12 @@ class TorchDistributedTransport(Transport):
         assert node is not None
         return Levels(node, cross, len(groups.cross), self.size / len(groups.nodes))
 
-    def _within(self, level: list[list[int]]) -> TorchDistributedTransport | None:
+    def _within(self, level: list[list[int]]) -> TorchDistributed | None:
         """This rank's transport in one level; None if it is in none of its groups."""
         own = next((group for group in level if self.rank in group), None)
         if own is None:
             return None
-        return TorchDistributedTransport([self.members[rank] for rank in own], self.timeout)
+        return TorchDistributed([self.members[rank] for rank in own], self.timeout)
 
 
 class _Naming:
@@ -238,6 +239,11 @@ def _ranks_of(group: distributed.ProcessGroup | Sequence[int] | None) -> list[in
         )
     if group is None:
         return list(range(distributed.get_world_size()))
+    if group == distributed.GroupMember.NON_GROUP_MEMBER:
+        raise UnsupportedError(
+            f"got a process group without rank {distributed.get_rank()}, expected one that has "
+            "it; wrap only where the rank is in the group"
+        )
     if isinstance(group, Sequence):
         return list(group)
     ranks = distributed.get_process_group_ranks(group)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from jobs import ROOT, run_example
-from processes import run_job
+from processes import BIN, run_job
 
 pytestmark = pytest.mark.parallel
 
@@ -31,6 +31,17 @@ def test_script_learns_with_few_bytes(script: str, dense_over_sent: float) -> No
     assert dense / sent > dense_over_sent  # biases included, which stay dense
     for norm in re.findall(r"largest norm ([\d.]+)", output):  # of the script that clips
         assert 0.9 < float(norm) <= 1.001, "some step was clipped, and none left longer"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--ddp"]])
+def test_a_job_of_torchrun_learns_with_few_bytes(arguments: list[str]) -> None:
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+    output = run_job([*torchrun, str(ROOT / "examples/torch_distributed.py"), *arguments])
+    found = re.findall(r"accuracy ([\d.]+), sent (\d+) bytes, dense (\d+)", output)
+    assert len(found) == 1, f"rank 0 alone reports: {output}"
+    accuracy, sent, dense = map(float, found[0])
+    assert accuracy > 0.88
+    assert dense / sent > 30
 
 
 def test_simulation_shows_what_feedback_is_for() -> None:

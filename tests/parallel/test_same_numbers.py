@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launching import horovod_job, mpirun
+from launching import horovod_job, mpirun, torchrun
 from same_gradients import SEED, SHAPE, STEPS, cases, dense_steps_of, digest, gradient
 
 import ef_horovod as ef
@@ -22,7 +22,7 @@ FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
 
 
 # Without --all: what methods do to compressors needs no framework.
-SAMPLES = {"mpi": "pairs", "torch": "singles", "tensorflow": "singles"}
+SAMPLES = {"mpi": "pairs", "torch": "singles", "tensorflow": "singles", "distributed": "singles"}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,12 @@ def simulate(method: ef.Method, exchange: str) -> np.ndarray:
     return run.x
 
 
-@pytest.mark.parametrize("way", ["mpi", "torch", "tensorflow"])
+@pytest.mark.parametrize("way", ["mpi", "torch", "tensorflow", "distributed"])
 def test_every_method_compressor_and_exchange(
     way: str, every_case: bool, simulated: dict[str, str], tmp_path: Path
 ) -> None:
-    launch: Any = mpirun if way == "mpi" else horovod_job
+    launchers: dict[str, Any] = {"mpi": mpirun, "distributed": torchrun}
+    launch = launchers.get(way, horovod_job)
     which = "all" if every_case else SAMPLES[way]
     expected = {name: simulated[name] for name in names(which)}
     words = (way, which)

@@ -1,7 +1,8 @@
 """Steps of every method x compressor x exchange on this rank; where they lead, as digests.
 
-Arguments: "mpi" (a channel over mpi4py), "torch" or "tensorflow" (the adapters over Horovod), or
-"torch:cuda" for torch with its tensors on a GPU; and which cases: "all", "pairs" or "singles".
+Arguments: "mpi" (a channel over mpi4py), "torch" or "tensorflow" (the adapters over Horovod),
+"torch:cuda" for torch with its tensors on a GPU, or "distributed" (torch without Horovod); and
+which cases: "all", "pairs" or "singles".
 """
 
 from __future__ import annotations
@@ -35,11 +36,22 @@ def over_mpi():
 
 def with_torch(device=None):
     import horovod.torch as hvd
+
+    hvd.init()
+    return hvd.rank(), torch_walk(hvd.rank(), device)
+
+
+def with_torch_distributed():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    return dist.get_rank(), torch_walk(dist.get_rank(), None, transport="torch")
+
+
+def torch_walk(rank, device, **options):
     import torch
 
     import ef_horovod.torch as ef
-
-    hvd.init()
 
     def walk(method, exchange):
         x = torch.nn.Parameter(torch.zeros(SHAPE, device=device))
@@ -50,15 +62,16 @@ def with_torch(device=None):
             exchange=exchange,
             seed=SEED,
             dense_steps=dense_steps_of(method),
+            **options,
         )
         for step in range(STEPS):
             optimizer.zero_grad()
-            own = torch.from_numpy(gradient(hvd.rank(), step)).to(device)
+            own = torch.from_numpy(gradient(rank, step)).to(device)
             (x * own).sum().backward()
             optimizer.step()
         return x.detach().cpu().numpy()
 
-    return hvd.rank(), walk
+    return walk
 
 
 def with_tensorflow():
@@ -83,6 +96,7 @@ def with_tensorflow():
 
 def main() -> None:
     ways = {"mpi": over_mpi, "torch": with_torch, "tensorflow": with_tensorflow}
+    ways["distributed"] = with_torch_distributed
     way, *device = ARGUMENTS[0].split(":")
     rank, walk = ways[way](*device)
     report(

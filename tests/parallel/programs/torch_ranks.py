@@ -15,7 +15,7 @@ import ef_horovod as ef
 from ef_horovod.exchange.channel import finish_step
 from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.training.choice import choose
-from ef_horovod.transports.torch_distributed import TorchDistributedTransport
+from ef_horovod.transports.torch_distributed import TorchDistributed
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -86,16 +86,16 @@ def disagreements(transport):
 
 
 def missing_rank():
-    transport = TorchDistributedTransport(timeout=1.5)
+    transport = TorchDistributed(timeout=1.5)
     begin = time.monotonic()
     found = error_of(lambda: transport.barrier("late")) if RANK else ""
     return found, time.monotonic() - begin
 
 
 if __name__ == "__main__":
-    before = error_of(TorchDistributedTransport)
+    before = error_of(TorchDistributed)
     distributed.init_process_group("gloo")
-    everyone = TorchDistributedTransport(timeout=30)
+    everyone = TorchDistributed(timeout=30)
     facts = {
         "before": before,
         "sizes": unequal_sizes(everyone),
@@ -106,7 +106,7 @@ if __name__ == "__main__":
         "disagreements": disagreements(everyone),
     }
     os.environ["GROUP_RANK"] = str(RANK // 2)
-    facts["hierarchical"] = training(TorchDistributedTransport(), "hierarchical:gather", 2)
+    facts["hierarchical"] = training(TorchDistributed(), "hierarchical:gather", 2)
     facts["missing"] = missing_rank()
     facts["horovod"] = any(name.split(".")[0] == "horovod" for name in sys.modules)
     report(RANK, facts)
