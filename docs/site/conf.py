@@ -44,7 +44,8 @@ python_maximum_signature_line_length = 90
 # The sidebar. A page that is missing here is an error.
 CONTENTS = {
     "Use": """
-        training methods compressors server cost-model when-it-helps cluster docker gpu timeline
+        training torch-distributed methods compressors server cost-model when-it-helps cluster
+        docker gpu timeline
     """,
     "Reference": """
         reference/README reference/torch reference/tensorflow reference/server

@@ -32,7 +32,11 @@ except ImportError as error:
     ("hidden", "statement", "sentence"),
     [
         ("torch", "import ef_horovod.torch", "which ef_horovod.torch needs.*`pip install torch`"),
-        ("horovod", "import ef_horovod.torch", "which ef_horovod.torch needs.*build-horovod`"),
+        (
+            "horovod",
+            "from ef_horovod.torch import Compression",
+            "which ef_horovod.torch.Compression needs.*build-horovod`",
+        ),
         (
             "tensorflow",
             "import ef_horovod.tensorflow",
