@@ -17,6 +17,7 @@ RUN_BY = {
     "docs/cluster.md": ["parallel/test_bandwidth.py"],
     "docs/methods.md": ["integration/test_methods_page.py", "parallel/programs/docs_torch.py"],
     "docs/server.md": ["parallel/programs/docs_blocks.py"],
+    "docs/torch-distributed.md": ["parallel/programs/torch_ddp.py"],
     "docs/training.md": ["parallel/programs/docs_torch.py", "parallel/programs/docs_tensorflow.py"],
 }
 _BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)

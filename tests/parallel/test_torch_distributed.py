@@ -115,3 +115,8 @@ def test_the_hook_refuses_what_it_cannot_do(pair: list[dict[str, Any]]) -> None:
     for rank in pair:
         assert "got Linear, expected a DistributedDataParallel model" in rank["not_ddp"]
         assert "take ef.DistributedOptimizer with transport='torch'" in rank["momentum"]
+
+
+def test_the_pages_blocks_run(pair: list[dict[str, Any]]) -> None:
+    assert [rank["blocks"] for rank in pair] == [pair[0]["blocks"]] * 2
+    assert pair[0]["blocks"][0] == 2

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch_common import batches, build_model, digest, flat
 
 import ef_horovod.torch as ef
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from pages import python_blocks, run_in_order
 
 TOPK = ef.EF21(ef.TopK(0.1))
 ALL = {"dense": lambda name, parameter: False}
@@ -68,9 +74,9 @@ def by_optimizer(count):
 
 
 def main():
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    result = {"optimizer": by_optimizer(5)}
+    rank = int(os.environ["RANK"])
+    result = {"blocks": follow_the_page(rank)}  # whose first block makes the process group
+    result["optimizer"] = by_optimizer(5)
 
     model, state = hooked()
     steps(model, batches(rank), 5)
@@ -130,6 +136,25 @@ def main():
     momentum = ef.MomentumCorrection(ef.TopK(0.1))
     result["momentum"] = error_of(lambda: ef.ddp_hook(momentum, DDP(plain)))
     report(rank, result)
+
+
+def follow_the_page(rank):
+    """Run the blocks of the documentation, and a step with what each one makes."""
+    done = 0
+    model = build_model()
+    names = {
+        "ef": ef, "torch": torch, "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.05),
+    }  # fmt: skip
+    for block in python_blocks("docs/torch-distributed.md"):
+        names = run_in_order([block], "docs/torch-distributed.md", lambda _, names=names: names)
+        inputs, labels = batches(rank)()
+        torch.nn.functional.cross_entropy(names["model"](inputs), labels).backward()
+        names["optimizer"].step()
+        if not done:
+            names["optimizer"].unwrap()  # DDP sends the gradients of the second block
+        done += 1
+    return [done, digest(names["model"])]
 
 
 main()
