@@ -1,4 +1,4 @@
-"""Without Horovod: handwritten digits in a job of torchrun, a hundredth of the bytes.
+"""Without Horovod: handwritten digits in a job of torchrun, at 1/37 of the bytes.
 
     torchrun --nproc-per-node 2 examples/torch_distributed.py
 
