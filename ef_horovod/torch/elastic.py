@@ -100,8 +100,10 @@ class Elastic:
         engine, transport = self._engine, self._reopen()
         state = self._state_of_rank_0(transport)
         engine.renew(transport)
-        if state:
+        if state and state["parameters"]:
             engine.load_state_dict(state)
+        elif state:  # a rank that is gone had a part of it, so it starts from zero
+            engine.step = state["step"]
         self._committed, self._rolled_back = state, False
 
     def _is_known(self) -> bool:

@@ -73,3 +73,12 @@ def test_a_killed_rank_leaves_what_it_had_committed(
     processes = elastic_job(tmp_path, hosts, 3, "3,2", method, exchange, "killed")
     require_equal_and_continued(processes)
     assert sum("ends" in lines[-1] for lines in processes) == 2
+
+
+@pytest.mark.exhaustive
+def test_ranks_that_leave_without_a_commit_end_no_job(tmp_path: Path) -> None:
+    hosts = "localhost:2\n127.0.0.1:1\n"
+    processes = elastic_job(tmp_path, hosts, 3, "3,2", "both ways", "double_pass", "checked")
+    ends = [lines[-1] for lines in processes if "ends" in lines[-1]]
+    assert len(ends) == 2
+    assert ends[0]["ends"] == ends[1]["ends"]
