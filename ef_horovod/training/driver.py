@@ -7,7 +7,7 @@ out of them. Each adapter's order of a step is in docs/design.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ef_horovod.arrays import Array
@@ -132,6 +132,11 @@ class StepDriver(Generic[B]):
         self._set_step(load_state(state, self.buckets, self.method, self.transport))
 
     def _require_own(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"got {type(state).__name__} as a compression state, expected the dict of "
+                "compression_state_dict(); pass what it returned, or what a file holds of it"
+            )
         if state.get("compressed", self.compressed) != self.compressed:
             raise ValueError(
                 f"got a compression state of {state['compressed']}, expected one of "

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from ef_horovod.common.options import whole
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
-from ef_horovod.training.policy import DensePolicy, Parameter, small_or_vector
+from ef_horovod.training.policy import DensePolicy, Parameter, require_method, small_or_vector
 
 _WORDS = {"dense": True, "compressed": False}
 
@@ -27,7 +27,7 @@ def by_name(
         otherwise: for names that fit no pattern.
 
     Raises:
-        UnsupportedError: a pattern stands for something else.
+        UnsupportedError: a pattern stands for something else, or is no text.
 
     Example:
         >>> import ef_horovod as ef, numpy
@@ -36,13 +36,28 @@ def by_name(
         >>> policy("embedding.weight", table), policy("head.weight", table), policy("0.w", table)
         (True, EF21(TopK(ratio=0.1)), False)
     """
+    way_out = "write for example {'*.embed*': 'dense', 'head.*': EF21(TopK(0.1))}"
+    if not isinstance(patterns, Mapping) or not all(isinstance(p, str) for p in patterns):
+        raise UnsupportedError(
+            f"by_name got {patterns!r}, expected a dict from patterns of names to answers; "
+            f"{way_out}"
+        )
+    _require_policy("by_name", otherwise)
     for pattern, answer in patterns.items():
         if not (isinstance(answer, Method) or (isinstance(answer, str) and answer in _WORDS)):
             raise UnsupportedError(
                 f"by_name got {answer!r} for {pattern!r}, expected 'dense', 'compressed' or a "
-                "method; write for example {'*.embed*': 'dense', 'head.*': EF21(TopK(0.1))}"
+                f"method; {way_out}"
             )
     return _ByName(dict(patterns), otherwise)
+
+
+def _require_policy(owner: str, otherwise: DensePolicy) -> None:
+    if not callable(otherwise):
+        raise UnsupportedError(
+            f"{owner} got otherwise={otherwise!r}, expected a function of a name and a parameter; "
+            "write otherwise=ef.dense_below(1024), or leave it out"
+        )
 
 
 class _ByName:
@@ -92,12 +107,17 @@ def dense_unless_smaller(method: Method, otherwise: DensePolicy = small_or_vecto
             of a schedule, the final value.
         otherwise: for the other parameters.
 
+    Raises:
+        UnsupportedError: `method` is not a method.
+
     Example:
         >>> import ef_horovod as ef, numpy
         >>> policy = dense_unless_smaller(ef.EF21(ef.TopK(k=1000)), dense_below(0))
         >>> policy("w", numpy.zeros((30, 30))), policy("w", numpy.zeros((300, 300)))
         (True, False)
     """
+    require_method(method)
+    _require_policy("dense_unless_smaller", otherwise)
 
     def policy(name: str, parameter: Parameter) -> bool | Method:
         d, own = math.prod(parameter.shape), method.for_shapes([tuple(parameter.shape)])

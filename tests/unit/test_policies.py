@@ -184,3 +184,17 @@ def test_the_config_that_ranks_compare_names_the_method_of_each_parameter():
     facts = describe(Driver(POLICY, local_group(1)[0]).buckets)
     (fact,) = (fact for fact in facts if "'1.weight'" in fact)
     assert fact.endswith(f"of shape (50, 40) in bucket.1 by {OTHER!r} (gather)")
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: by_name([1]), r"by_name got \[1\], expected a dict"),
+        (lambda: by_name({1: "dense"}), "by_name got .* expected a dict"),
+        (lambda: by_name({}, otherwise=3), "by_name got otherwise=3, expected a fun"),
+        (lambda: dense_unless_smaller(3), "got compression=3, expected a method"),
+    ],
+)
+def test_what_is_no_policy_is_refused(make, sentence):
+    with pytest.raises(ef.UnsupportedError, match=sentence):
+        make()
