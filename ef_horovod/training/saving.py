@@ -59,10 +59,10 @@ def save(path: str | os.PathLike[str], optimizer: Saved) -> None:
     if transport is None or transport.rank == 0:
         try:
             write_atomically(Path(path), lambda file: file.write(pack(state)))
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # the others wait for its text
             problem = (
-                f"could not write {os.fspath(path)} ({error}), expected a folder with room for it; "
-                "make room, or name another path"
+                f"could not write {path} ({error}), expected a file name in a folder that "
+                "exists and has room; make room, or name another path"
             )
     if problem := from_rank_0(transport, problem.encode()).decode():
         raise StateFileError(problem)
@@ -97,24 +97,24 @@ def load(path: str | os.PathLike[str], optimizer: Saved) -> None:
     if others is None or others.rank == 0:
         try:
             data = Path(path).read_bytes()
-            unpack(data, os.fspath(path))
-        except OSError as error:
-            problem = (
-                f"could not read {os.fspath(path)} ({error}), expected a file of ef.save; name "
-                "the right path, or start without it"
-            )
+            unpack(data, str(path))
         except StateFileError as error:
             problem = str(error)
+        except (OSError, TypeError, ValueError) as error:
+            problem = (
+                f"could not read {path} ({error}), expected a file of ef.save; name "
+                "the right path, or start without it"
+            )
     if problem := from_rank_0(others, problem.encode()).decode():
         raise StateFileError(problem)
-    state = unpack(from_rank_0(others, data), os.fspath(path))
+    state = unpack(from_rank_0(others, data), str(path))
     if transport is not None and state:
         take = getattr(optimizer, "load_compression_state_dict", None)
         (take or optimizer.load_state_dict)(state)  # type: ignore[attr-defined]
     elif state or (transport is not None and transport.rank == 0):
         here = 1 if transport is None else transport.size
         warnings.warn(
-            f"got {os.fspath(path)} of a job of {state.get('size', 1)} ranks for one of {here}, "
+            f"got {path} of a job of {state.get('size', 1)} ranks for one of {here}, "
             "expected several in both, because a single rank keeps no error-feedback state; what "
             "was not sent yet is left out, and state starts from zero",
             stacklevel=2,
