@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ef_horovod.torch.compression import Compression
 
 if sys.modules.get("horovod.torch") is not None:
-    import ef_horovod.transports.horovod_torch
+    import ef_horovod.transports.horovod_torch  # so that hvd.join() is refused from now on
 openmpi.set_prefix()  # before hvd.init(): without mpirun it would not find Open MPI's files
 
 __all__ = [

@@ -246,13 +246,7 @@ def _ranks_of(group: distributed.ProcessGroup | Sequence[int] | None) -> list[in
         )
     if isinstance(group, Sequence):
         return list(group)
-    ranks = distributed.get_process_group_ranks(group)
-    if distributed.get_rank() not in ranks:
-        raise UnsupportedError(
-            f"got a process group of ranks {ranks} on rank {distributed.get_rank()}, expected one "
-            "with this rank; wrap only where the rank is in the group"
-        )
-    return list(ranks)
+    return list(distributed.get_process_group_ranks(group))
 
 
 def _gather(arrived: torch.Tensor, sent: torch.Tensor, group: Any) -> Any:
