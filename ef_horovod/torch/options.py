@@ -80,8 +80,9 @@ def refuse_unsupported(
             "sums are float32 here and do not overflow; leave it out"
         )
     if num_groups or groups is not None:
+        given = f"num_groups={num_groups!r}" if groups is None else f"groups={groups!r}"
         raise UnsupportedError(
-            f"got groups={groups or num_groups!r}, expected none, because buckets replace them; "
+            f"got {given}, expected none, because buckets replace them; "
             "leave it out and set bucket_bytes"
         )
     if not hasattr(optimizer, "param_groups"):

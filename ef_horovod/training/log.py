@@ -65,7 +65,7 @@ class TrainingLog:
     Raises:
         LogError: the path is another file, or its folder cannot be written. Later failures give a
             warning: a log does not end a training.
-        UnsupportedError: `optimizer` is something else.
+        UnsupportedError: `optimizer` or `path` is something else.
         ValueError: `every` is out of range, or a loss is no single number.
 
     Example:
@@ -86,6 +86,11 @@ class TrainingLog:
         layers: bool = True,
         scalars: Scalars | None = None,
     ) -> None:
+        if not isinstance(path, (str, Path)):
+            raise UnsupportedError(
+                f"TrainingLog got {path!r} as path, expected a file name and then the optimizer; "
+                "write for example TrainingLog('runs/topk.jsonl', optimizer)"
+            )
         self._every = whole("TrainingLog", "every", every, 1, None, "10 writes every tenth step")
         flag("TrainingLog", "layers", layers)
         several = isinstance(optimizer, (list, tuple))

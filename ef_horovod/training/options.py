@@ -5,6 +5,7 @@ check_options("Reducer", seed=seed, bucket_bytes=bucket_bytes)
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,19 @@ def _kind(expected: str, way_out: str, fits: Callable[[Any], bool]) -> Callable[
     return check
 
 
+def _takes_two(value: Any) -> bool:
+    """Whether it can be called with two arguments, as far as Python knows."""
+    if not callable(value):
+        return False
+    try:
+        inspect.signature(value).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # some built-in functions have no signature
+        pass
+    return True
+
+
 _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     "backward_passes_per_step": _count,
     "bucket_bytes": _bytes,
@@ -75,7 +89,7 @@ _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     "dense": _kind(
         "a function of name and parameter that says which ones stay uncompressed",
         "write dense=lambda name, parameter: False to compress all, or leave it out",
-        callable,
+        _takes_two,
     ),
     "exchange": _kind(
         "a text", "write exchange='auto', or leave it out", lambda value: isinstance(value, str)

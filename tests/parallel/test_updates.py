@@ -107,7 +107,7 @@ REFUSALS = {
     "group": "UnsupportedError: got a new parameter group for a wrapped optimizer",
     "op": "UnsupportedError: got op=1 for updates, expected hvd.Average",
     "adasum": "UnsupportedError: got op=2 for updates, expected hvd.Average",
-    "groups": "UnsupportedError: got groups=2, expected none",
+    "groups": "UnsupportedError: got num_groups=2, expected none",
     "predivide": "UnsupportedError: got gradient_predivide_factor=2.0, expected 1.0",
     "passes": "ValueError: CompressedUpdates got backward_passes_per_step=0",
     "rows": "ValueError: CompressedUpdates got sparse_as_dense=2",

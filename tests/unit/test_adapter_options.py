@@ -121,6 +121,13 @@ def test_a_worker_pushes_real_numbers(gradient):
     assert not bucket.channel.gradient.any()
 
 
+def test_a_policy_takes_a_name_and_a_parameter():
+    for policy in (lambda name: True, lambda: True, lambda a, b, c: True, 3):
+        with pytest.raises(ef.UnsupportedError, match="it got dense=.*, expected a function"):
+            check_options("it", dense=policy)
+    check_options("it", dense=lambda name, parameter, extra=1: True)
+
+
 def test_good_options_pass():
     check_options(
         "it", backward_passes_per_step=np.int64(2), bucket_bytes=1, seed=-1, dense=max,

@@ -254,6 +254,8 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
 
 
 def test_wrong_arguments_are_refused(tmp_path):
+    with pytest.raises(ef.UnsupportedError, match="got 3 as path, expected a file name and then"):
+        TrainingLog(3, "log")
     with pytest.raises(ef.UnsupportedError, match="got a float as optimizer, expected one that"):
         TrainingLog(tmp_path / "log", 1.0)
     with pytest.raises(ValueError, match="every=0, expected a whole number of at least 1"):
