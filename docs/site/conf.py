@@ -45,7 +45,7 @@ python_maximum_signature_line_length = 90
 CONTENTS = {
     "Use": """
         training torch-distributed methods compressors server cost-model when-it-helps cluster
-        docker gpu timeline
+        docker gpu timeline promises
     """,
     "Reference": """
         reference/README reference/torch reference/tensorflow reference/server

@@ -94,6 +94,7 @@ def ddp_hook(
             "method of gradients alone, because DDP does not know the optimizer; take "
             "ef.DistributedOptimizer with transport='torch'"
         )
+    _require_dense_gradients(model.module)
     named = [(name, p) for name, p in pairs_of(model.module) if p.requires_grad]
     named = require_distinct(named)
     require_answers(named, dense, method)
@@ -107,6 +108,17 @@ def ddp_hook(
     options = {"dense": dense, "dense_steps": dense_steps}
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
     return DDPState(method, transport, named, exchange, seed, scaler, options), _hook
+
+
+def _require_dense_gradients(module: torch.nn.Module) -> None:
+    """Refuse sparse embeddings: DDP gives a hook no part of their gradients."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag) and part.sparse:
+            raise UnsupportedError(
+                f"ddp_hook got {name!r}, an embedding with sparse gradients, expected dense ones, "
+                "because DDP gives its hooks no rows; build it with sparse=False, or take "
+                "ef.DistributedOptimizer with transport='torch'"
+            )
 
 
 class DDPState(StepDriver[Bucket]):

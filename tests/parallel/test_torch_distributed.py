@@ -115,6 +115,7 @@ def test_the_hook_refuses_what_it_cannot_do(pair: list[dict[str, Any]]) -> None:
     for rank in pair:
         assert "got Linear, expected a DistributedDataParallel model" in rank["not_ddp"]
         assert "take ef.DistributedOptimizer with transport='torch'" in rank["momentum"]
+        assert "got '0', an embedding with sparse gradients, expected dense" in rank["sparse"]
 
 
 def test_the_pages_blocks_run(pair: list[dict[str, Any]]) -> None:

@@ -93,3 +93,36 @@ def test_the_checks_see_all_blocks(tmp_path):
     page.write_text(text)
     assert languages(text) == ["python", "python", "", "py"]
     assert python_blocks(page) == ["x = 1\n", "y = 2\n"]
+
+
+_NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def missing_tests(text: str) -> list[str]:
+    """Tests that a text names by file and function, and that are not there."""
+    missing = []
+    for path, name in _NAMED_TEST.findall(text):
+        file = ROOT / path
+        if not file.is_file() or not re.search(rf"^def {name}\(", file.read_text(), re.MULTILINE):
+            missing.append(f"{path}::{name}")
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_that_a_page_names_exist(page):
+    text = page.read_text()
+    assert not missing_tests(text)
+    assert text.count(".py::") == len(_NAMED_TEST.findall(text)), "written so that none is checked"
+
+
+def test_every_case_on_the_page_of_promises_names_a_test():
+    text = (ROOT / "docs/promises.md").read_text()
+    cases = text.split("\n## ")[2:]  # behind the introduction and the overview
+    assert len(cases) >= 15
+    assert not [case.partition("\n")[0] for case in cases if not _NAMED_TEST.search(case)]
+
+
+def test_the_check_sees_a_test_that_is_gone():
+    here = "tests/unit/test_documentation.py"
+    names = [f"{here}::prose", f"{here}::pros", "tests/unit/test_gone.py::test_x"]
+    assert missing_tests(" ".join(f"`{name}`" for name in names)) == names[1:]

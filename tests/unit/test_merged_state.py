@@ -15,7 +15,7 @@ from ef_horovod.testing.frameworks import OneChannel
 from ef_horovod.testing.workers import D, channels, gradients, run_channels
 from ef_horovod.training.buckets import Slot
 from ef_horovod.training.choice import open_channel
-from ef_horovod.training.merging import split
+from ef_horovod.training.merging import merge, split
 from ef_horovod.training.saving import load, save
 from ef_horovod.training.state_file import pack, unpack
 from ef_horovod.transports.local import local_group
@@ -246,3 +246,11 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 def test_only_what_has_such_state_is_saved(tmp_path):
     with pytest.raises(ef.UnsupportedError, match="got a list, expected a wrapped optimizer"):
         save(tmp_path / "x", [])
+
+
+def test_state_that_servers_keep_is_refused():
+    class Served:
+        has_server = True
+
+    with pytest.raises(ef.UnsupportedError, match=r"exchange='server'.*save by checkpoint\(\)"):
+        merge([], Served())

@@ -135,6 +135,8 @@ def main():
     result["not_ddp"] = error_of(lambda: ef.ddp_hook(TOPK, plain))
     momentum = ef.MomentumCorrection(ef.TopK(0.1))
     result["momentum"] = error_of(lambda: ef.ddp_hook(momentum, DDP(plain)))
+    rows = torch.nn.Sequential(torch.nn.Embedding(10, 4, sparse=True), plain)
+    result["sparse"] = error_of(lambda: ef.ddp_hook(TOPK, DDP(rows)))
     report(rank, result)
 
 
