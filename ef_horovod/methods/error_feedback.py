@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
+from ef_horovod.common.options import number
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.merging import Merge
@@ -33,12 +34,17 @@ class ErrorFeedback(Method):
     iterate exact while the learning rate changes. The two variants differ if it changes, and for
     compressors that are not homogeneous, such as a hard threshold. State: one vector per rank.
 
+    With `decay` b < 1, p = g + b e: what was not sent fades. SparseLoCo takes 0.95 for updates of
+    many local steps, in place of an outer momentum. Then the sum of what was sent is less than the
+    sum of all gradients.
+
     Args:
         compressor: a contraction, or another one that `supports_error_feedback`.
         step_inside: the optimizer's learning rate, or None.
+        decay: b in (0, 1]; 1 loses nothing.
 
     Raises:
-        ValueError: a compressor without a known bound on the error memory.
+        ValueError: a compressor without a known bound on the error memory, or a decay out of range.
 
     Example:
         >>> import ef_horovod as ef
@@ -49,15 +55,18 @@ class ErrorFeedback(Method):
         Seide et al.: 1-Bit Stochastic Gradient Descent (Interspeech 2014). Stich, Cordonnier,
         Jaggi: Sparsified SGD with Memory (NeurIPS 2018), Algorithm 1. Karimireddy et al.: Error
         Feedback Fixes SignSGD (ICML 2019), Algorithm 2 (both with the step size inside the error).
+        Decay: Sarfi et al.: SparseLoCo (arXiv 2508.15706, 2025).
     """
 
     step_inside: Scheduled | None = None
+    decay: float = 1.0
     pulled_in_place: ClassVar[frozenset[str]] = frozenset()
     merging: ClassVar[Mapping[str, Merge]] = {"worker.error": Merge.MEAN}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_no_amplifier("ErrorFeedback", self.compressor)
+        number("ErrorFeedback", "decay", self.decay, "(0, 1]", "leave it out to lose nothing")
         if self.step_inside is not None:
             what, way_out = "the optimizer's learning rate", "leave it out to compress gradients"
             keep_schedule(self, "step_inside", "(0, inf)", way_out, what)
@@ -75,7 +84,7 @@ class ErrorFeedback(Method):
         xp = namespace(gradient)
         if self.step_inside is not None:
             xp.divide(gradient, 1.0 / value_at(self.step_inside, key.step), out=gradient)
-        xp.add(gradient, state.error)
+        xp.add(gradient, state.error, self.decay)
         message, residual = self.compressor.compress_with_residual(gradient, key)
         return message, ErrorFeedbackState(error=residual)
 

@@ -1,14 +1,14 @@
 """Compressed updates: each rank's optimizer makes an update from its own gradients, and the updates
 are averaged.
 
-A step of H = 1 in the language of local updates: nothing is asked of the optimizer, because what is
-compressed is the change that it made to the parameters.
+Nothing is asked of the optimizer, because what is compressed is the change that it made to the
+parameters, in one step or in several.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +17,23 @@ import torch
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.methods.base import Method
 from ef_horovod.torch import wrapping
-from ef_horovod.torch.buckets import Bucket
-from ef_horovod.torch.hooks import Owned
 from ef_horovod.torch.loss_scale import lower_scale, take_call, unscale
 from ef_horovod.torch.options import averages, open_transport, refuse_unsupported
-from ef_horovod.torch.parameters import name_parameters, require_unchanged
+from ef_horovod.torch.parameters import name_parameters
 from ef_horovod.torch.sync import SyncCheck
+from ef_horovod.torch.update_engine import UpdateEngine
 from ef_horovod.torch.wrapped import _Wrapped
-from ef_horovod.training.buckets import plan_buckets
-from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
     DensePolicy,
     refuse_elastic,
     require_method,
     small_or_vector,
-    warn_of_surprises,
 )
-from ef_horovod.training.updates import ask_all, refuse_for_updates
-from ef_horovod.transports.base import Transport
+from ef_horovod.training.updates import refuse_for_updates
 
 if TYPE_CHECKING:
     from ef_horovod.torch.typed import UpdatingOptimizer
-
-Named = list[tuple[str, torch.Tensor]]
 
 
 def CompressedUpdates(
@@ -60,6 +53,7 @@ def CompressedUpdates(
     bucket_bytes: int = 25 * 2**20,
     seed: int = 0,
     dense_steps: int = 0,
+    local_steps: int = 1,
     check_sync: bool = True,
     timeout: float | None = None,
     transport: Any = None,
@@ -89,6 +83,13 @@ def CompressedUpdates(
     scale on all ranks. The exchange starts after the backward pass and does not overlap with it.
     Memory: a copy of the parameters during `step()`.
 
+    With `local_steps=H`, ranks exchange in every H-th step, and send the change of H steps. Between
+    exchanges their parameters differ, and the copy stays in memory. Call `exchange()` before
+    validation, before the model is saved, and at the end. Buffers such as the statistics of batch
+    norm are each rank's own. A NaN or an infinity in a gradient then leaves out the step on this
+    rank alone; one in a change drops the exchange, and all ranks return to the parameters of the
+    last one.
+
     Args:
         optimizer: any torch optimizer that needs one gradient per step, not wrapped.
         named_parameters: `model.named_parameters()`; names must be equal on all ranks. None numbers
@@ -106,7 +107,9 @@ def CompressedUpdates(
         exchange: as in `ef.DistributedOptimizer`, but no server.
         bucket_bytes: bytes of float32 per compressed bucket.
         seed: of random compressors.
-        dense_steps: number of first steps that average uncompressed updates.
+        dense_steps: number of first exchanges that average uncompressed updates.
+        local_steps: steps per exchange, equal on all ranks. Schedules of compressors count
+            exchanges, those of learning rates steps.
         check_sync: as in `ef.DistributedOptimizer`.
         timeout: seconds that a wait for other ranks may take; default $EF_HOROVOD_TIMEOUT or 300.
         transport: as in `ef.DistributedOptimizer`.
@@ -123,8 +126,9 @@ def CompressedUpdates(
 
     References:
         Karimireddy, Rebjock, Stich, Jaggi: Error Feedback Fixes SignSGD (ICML 2019), Algorithm 2,
-        whose compressed quantity is the step; Douillard et al.: DiLoCo (2023), with one inner step
-        and a mean as the outer one.
+        whose compressed quantity is the step. Local steps: Douillard et al.: DiLoCo (2023), with a
+        mean as the outer step; Sarfi et al.: SparseLoCo (arXiv 2508.15706, 2025), whose error
+        memory decays: `ErrorFeedback(..., decay=0.95)`.
     """
     _require_average(op)
     refuse_elastic()
@@ -137,7 +141,7 @@ def CompressedUpdates(
     transport = open_transport(exchange, process_set, timeout, method, transport)
     wrapped.outside = process_set is not None and not process_set.included()
     if transport is not None:
-        wrapped._engine = _Engine(
+        wrapped._engine = UpdateEngine(
             named,
             method,
             transport,
@@ -147,6 +151,7 @@ def CompressedUpdates(
             bucket_bytes=bucket_bytes,
             seed=seed,
             dense_steps=dense_steps,
+            local_steps=local_steps,
             sparse_as_dense=sparse_as_dense,
         )
     return wrapped
@@ -155,7 +160,7 @@ def CompressedUpdates(
 class _Updating(_Wrapped):
     """What an optimizer whose updates are averaged can do besides."""
 
-    _engine: _Engine | None = None
+    _engine: UpdateEngine | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the wrapped optimizer, and the exchange of what it changed; collective.
@@ -203,95 +208,28 @@ class _Updating(_Wrapped):
         """Clear gradients, to leave this step out; call it on all ranks in place of `step()`."""
         self._base.zero_grad(self)  # type: ignore[arg-type]
 
+    def exchange(self) -> None:
+        """Exchange what changed since the last exchange now, with `local_steps`; collective.
+
+        Call it on all ranks after the same step. All of them have the same parameters then. It does
+        nothing right after an exchange, and with a single rank.
+        """
+        if self._engine is not None and self._engine.since:
+            self.step_skipped = not self._engine.exchange()
+
+    def unwrap(self) -> None:
+        """As of all wrapped optimizers; not between exchanges.
+
+        Raises:
+            RuntimeError: local steps were taken since the last exchange.
+        """
+        if self._engine is not None:
+            self._engine.require_exchanged("unwrap()")
+        _Wrapped.unwrap(self)
+
 
 # Hooks run in the base's step. `hooked` keeps torch from running them in ours again.
 _Updating.step.hooked = True  # type: ignore[attr-defined]
-
-
-class _Engine(StepDriver[Bucket]):
-    """The buckets of updates."""
-
-    compressed = "updates"
-
-    def __init__(
-        self, named: Named, method: Method, transport: Transport, in_sync: SyncCheck, *,
-        dense: DensePolicy, exchange: str, bucket_bytes: int, seed: int, dense_steps: int,
-        sparse_as_dense: bool,
-    ) -> None:  # fmt: skip
-        trained = [(name, p) for name, p in named if p.requires_grad]
-        self._frozen = [(name, p) for name, p in named if not p.requires_grad]
-        warn_of_surprises(trained, method, dense, transport.rank)
-        plans = plan_buckets(
-            trained,
-            method,
-            dense=dense,
-            bucket_bytes=bucket_bytes,
-            device_of=lambda p: p.device,
-            dense_steps=dense_steps,
-        )
-        super().__init__(
-            method,
-            transport,
-            [
-                Bucket.open(plan, plan.decide(transport, exchange), transport, seed=seed)
-                for plan in plans
-            ],
-        )
-        self._facts = [f"updates, exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}"]
-        self._compared = False
-        self._in_sync, self._sparse_as_dense = in_sync, sparse_as_dense
-        self._owned = Owned({p: name for name, p in trained})
-
-    def close(self) -> None:
-        """Let another optimizer have the parameters."""
-        self._owned.remove()
-
-    def begin(self) -> None:
-        """Compare the ranks' options before the first step, and parameters if due; collective."""
-        if not self._compared:
-            self._compare(self._facts)
-            self._compared = True
-        slots = [slot for bucket in self.buckets for slot in bucket.slots]
-        require_unchanged(self._frozen, [(slot.name, slot.parameter) for slot in slots])
-        self._in_sync.check()
-
-    @torch.no_grad()
-    def average(
-        self, groups: Sequence[dict[str, Any]], step: Callable[[], Any]
-    ) -> tuple[bool, Any]:
-        """Take a step, and put the mean of all ranks' changes in its place; collective.
-
-        Args:
-            groups: the optimizer's parameters, with this rank's gradients.
-            step: changes the parameters.
-
-        Returns:
-            Whether the step was taken, and what `step` returned. It is left out if a gradient of
-            any rank is not finite. If a change is not, the parameters are as they were.
-        """
-        gradients = [p.grad for group in groups for p in group["params"]]
-        if not ask_all(self.transport, _are_finite(gradients))():
-            self.count_left_out()
-            return False, None
-        if self._sparse_as_dense:
-            _make_dense(groups)
-        before = {slot.parameter: slot.parameter.clone() for b in self.buckets for slot in b.slots}
-        with torch.enable_grad():
-            stepped = step()
-        for bucket in self.buckets:
-            for slot in bucket.slots:
-                p, old = slot.parameter, before[slot.parameter]
-                target = bucket.channel.gradient[slot.start : slot.stop].view(p.shape)
-                torch.sub(p.to(target.dtype), old.to(target.dtype), out=target)
-                p.copy_(old)
-            bucket.start(self.step)
-        directions = self._finish()
-        for bucket, direction in zip(self.buckets, directions or (), strict=False):
-            for slot in bucket.slots:
-                slot.parameter.add_(direction[slot.start : slot.stop].view(slot.parameter.shape))
-        for bucket in self.buckets:
-            bucket.release()
-        return directions is not None, stepped
 
 
 @contextmanager
@@ -316,20 +254,3 @@ def _require_average(op: Any) -> None:
             f"got op={op!r} for updates, expected hvd.Average, because the mean of the ranks' "
             "updates is applied; leave it out, or take ef.DistributedOptimizer for sums"
         )
-
-
-def _make_dense(groups: Iterable[dict[str, Any]]) -> None:
-    for group in groups:
-        for p in group["params"]:
-            if p.grad is not None and p.grad.is_sparse:
-                p.grad = p.grad.to_dense()
-
-
-def _are_finite(gradients: Iterable[torch.Tensor | None]) -> bool:
-    """One wait for each device, not for each gradient."""
-    good: dict[torch.device, list[torch.Tensor]] = {}
-    for g in gradients:
-        if g is not None:
-            values = g.coalesce().values() if g.is_sparse else g
-            good.setdefault(g.device, []).append(torch.isfinite(values).all())
-    return all(bool(torch.stack(each).all()) for each in good.values())

@@ -38,6 +38,10 @@ def _steps(owner: str, name: str, value: Any) -> None:
     whole(owner, name, value, 0, None, "0 compresses from the first step on")
 
 
+def _local(owner: str, name: str, value: Any) -> None:
+    whole(owner, name, value, 1, None, "1 exchanges updates in every step")
+
+
 def _bytes(owner: str, name: str, value: Any) -> None:
     whole(owner, name, value, 1, None, "25 * 2**20 is the default")
 
@@ -79,6 +83,7 @@ _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     "backward_passes_per_step": _count,
     "bucket_bytes": _bytes,
     "dense_steps": _steps,
+    "local_steps": _local,
     "seed": _seed,
     "timeout": _seconds,
     "overlap": flag,

@@ -7,7 +7,10 @@ A step of compressed updates, on each rank:
     theta  = theta + mean of what was sent of theta' - theta, by error feedback
 
 The optimizer's state stays on its rank. An adapter adds how its framework takes the step and how
-the change gets into the buckets.
+the change gets into the buckets. With H local steps per exchange:
+
+    theta_r = H steps of the rank's own optimizer, from theta; those with NaNs are left out
+    theta   = theta + mean of what was sent of theta_r - theta, or theta if any change has a NaN
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 
 from ef_horovod.arrays import Array
 from ef_horovod.errors import UnsupportedError
+from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.training.choice import wants_server
 from ef_horovod.transports.base import Transport
@@ -50,6 +54,19 @@ def ask_all(transport: Transport, good: bool) -> Callable[[], bool]:
         return float(np.asarray(bad)[0]) == 0
 
     return answer
+
+
+def count_local_steps(counters: ChannelStats, before: ChannelStats, steps: int) -> None:
+    """Count an exchange as the local steps that it stands for.
+
+    Args:
+        counters: after the exchange, which counted it as one step.
+        before: the same before it.
+        steps: since the last exchange.
+    """
+    counters.steps += (counters.steps - before.steps) * (steps - 1)
+    dense = counters.dense_bytes_out - before.dense_bytes_out
+    counters.dense_bytes_out += dense * (steps - 1)
 
 
 QUESTION = "updates.bad"  # name of the collective
