@@ -17,6 +17,7 @@ from ef_horovod.cost.probe import measure_work
 from ef_horovod.exchange.network import SOFTWARE, Network, Software, Work
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.parsing import read_method
+from ef_horovod.training.updates import refuse_for_updates
 
 USUAL_METHODS = (
     "ErrorFeedback(Then(TopK(0.01), OneBit()))",
@@ -44,6 +45,7 @@ class Question:
         share: workers per core.
         measured: True to measure this machine's speeds; False for the reference machine's.
         exchanges: names of those to compare; () for all. "hierarchical" is all of that name.
+        local_steps: steps per exchange, of `ef.CompressedUpdates`.
     """
 
     parameters: int
@@ -56,10 +58,12 @@ class Question:
     share: float = 1.0
     measured: bool = True
     exchanges: Sequence[str] = ()
+    local_steps: int = 1
 
     def exchanges_of(self, method: Method) -> list[str]:
         """The exchanges to compare that a method can use."""
-        possible = [*model.possible_exchanges(method, self.network.workers_per_node), "server"]
+        possible = list(model.possible_exchanges(method, self.network.workers_per_node))
+        possible += ["server"] if self.local_steps == 1 else []
         asked = self.exchanges or possible
         return [name for name in possible if name in asked or name.partition(":")[0] in asked]
 
@@ -94,6 +98,7 @@ class Answer(NamedTuple):
 
     workers: int
     choices: list[Choice]
+    local_steps: int = 1  # per exchange
 
     @property
     def verdict(self) -> str:
@@ -112,6 +117,8 @@ class Answer(NamedTuple):
         if best.method is None:
             return f"take Horovod's own hvd.Compression.fp16, without this library: {gain}"
         where = " in ef.CompressedUpdates" if self._suits_updates(best) else ""
+        if self.local_steps > 1:
+            where = f" in ef.CompressedUpdates(local_steps={self.local_steps})"
         return f"take compression={best.method!r}, exchange={best.cost.exchange!r}{where}: {gain}"
 
     def _suits_updates(self, choice: Choice) -> bool:
@@ -147,8 +154,12 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
     Raises:
         ValueError: a method whose payloads have no known size, an exchange that no method can use,
             or nodes with different numbers of workers.
+        UnsupportedError: a method that cannot have local steps.
     """
     question.require_exchanges()
+    if question.local_steps > 1:
+        for method in question.methods:
+            refuse_for_updates(method, exchange="auto")
     lengths = bucket_counts(question.parameters, question.bucket_bytes)
     work = {
         method: (probe if question.measured else model.reference_work)(method, max(lengths))
@@ -183,7 +194,8 @@ def _answer(
     rows = [*((name, None, cost) for name, cost in plain.items()), *compressed]
     dense = min(cost.step for name, cost in plain.items() if "dense" in name)
     choices = [Choice(name, method, cost, dense / cost.step) for name, method, cost in rows]
-    return Answer(workers, sorted(choices, key=lambda choice: choice.cost.step))
+    ordered = sorted(choices, key=lambda choice: choice.cost.step)
+    return Answer(workers, ordered, question.local_steps)
 
 
 def _plain_costs(question: Question, workers: int, work: Work | None) -> dict[str, Cost]:
@@ -212,7 +224,7 @@ def _bucketed(
     exchange: str,
     work: Work,
 ) -> Cost:
-    """The sum over buckets, which are exchanged one after the other."""
+    """The sum over buckets, which are exchanged one after the other, in one of `local_steps`."""
     costs = {
         d: model.step_cost(
             method,
@@ -226,7 +238,7 @@ def _bucketed(
         )
         for d in lengths
     }
-    parts = [(costs[d], count) for d, count in lengths.items()]
+    parts = [(costs[d], count / question.local_steps) for d, count in lengths.items()]
     each = zip(*([count * number for number in p.traffic] for p, count in parts), strict=True)
     moved = type(parts[0][0].traffic)(*map(sum, each))
     names = ("compress", "network", "decode")
@@ -252,6 +264,8 @@ def page(question: Question, answers: Sequence[Answer]) -> str:
 
 def _learning(question: Question) -> str:
     """What was measured of each method's progress per step, or that nothing was."""
+    if question.local_steps > 1:
+        return f"Steps: each makes less progress with local steps; {SOURCE} has what was measured."
     rows, unknown = [], []
     for method in question.methods:
         found = evidence_of(method)
@@ -311,6 +325,7 @@ def _assumptions(question: Question) -> str:
     buckets = sum(bucket_counts(question.parameters, question.bucket_bytes).values())
     took = "measured on this machine now" if question.measured else "those of the reference machine"
     r, within = network.workers_per_node, show_rate(network.within)
+    h = question.local_steps
     lines = [
         f"network: {show_rate(network.bandwidth)} each way and {show_seconds(network.latency)} "
         "from host to host (given)",
@@ -321,6 +336,7 @@ def _assumptions(question: Question) -> str:
         else "forward and backward: not given (--compute), so a step is what the exchange costs",
         f"speed of a core: {took}; {question.share:g} worker(s) on each",
         f"{question.parameters:,} parameters in {buckets} bucket(s); no overlap with backward",
+        *[f"one exchange in {h} local steps (given); Horovod's rows exchange in each"] * (h > 1),
         "the verdict is by time per step; how many steps each one takes is above",
     ]
     return "Predicted, from:\n" + "\n".join(f"  {line}" for line in lines)
@@ -334,6 +350,7 @@ def as_json(question: Question, answers: Sequence[Answer]) -> str:
         "software": question.software,
         "compute": question.compute,
         "workers_per_core": question.share,
+        "local_steps": question.local_steps,
         "speeds": "measured" if question.measured else "reference",
         "learning": {
             repr(method): [e._asdict() for e in evidence_of(method)] for method in question.methods

@@ -218,6 +218,10 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--exchange", action="append", default=[], metavar="NAME",
         help="gather, hierarchical: compare these alone (repeatable)",
     )  # fmt: skip
+    add(
+        "--local-steps", type=_positive, default=1, metavar="H",
+        help="steps per exchange, of ef.CompressedUpdates (1)",
+    )  # fmt: skip
     add_import_option(parser)
     add(
         "--mpi", choices=("default", "ring", "ideal"), default="default",
@@ -266,6 +270,7 @@ def _run_advise(arguments: argparse.Namespace) -> None:
             bucket_bytes=arguments.bucket_bytes,
             share=max(1.0, arguments.workers_per_core),
             measured=not arguments.reference,
+            local_steps=arguments.local_steps,
         )
         answers = advise.advise(question)
     except ValueError as error:

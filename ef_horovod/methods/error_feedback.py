@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.arrays.keys import Key
-from ef_horovod.common.options import number
+from ef_horovod.common.options import keep_number
 from ef_horovod.compressors.base import DEFAULT_KEY, Compressor, Payload
 from ef_horovod.methods.base import MeanState, Method, vector_like
 from ef_horovod.methods.merging import Merge
@@ -66,7 +66,7 @@ class ErrorFeedback(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_no_amplifier("ErrorFeedback", self.compressor)
-        number("ErrorFeedback", "decay", self.decay, "(0, 1]", "leave it out to lose nothing")
+        keep_number(self, "decay", "(0, 1]", "leave it out to lose nothing")
         if self.step_inside is not None:
             what, way_out = "the optimizer's learning rate", "leave it out to compress gradients"
             keep_schedule(self, "step_inside", "(0, inf)", way_out, what)

@@ -30,6 +30,21 @@ def test_nothing_is_lost(compressor, step_inside):
         np.testing.assert_array_less(np.abs(sent + error - total), 1e-5 * size + 1e-4)
 
 
+@pytest.mark.parametrize("compressor", [ef.TopK(k=7), ef.OneBit()], ids=repr)
+@pytest.mark.parametrize("decay", [0.5, 0.95])
+def test_errors_fade_by_the_decay(compressor, decay):
+    """local_updates.md section 1: e = decay e + g - sent; the sum of g no longer comes back."""
+    workers = Workers(ef.ErrorFeedback(compressor, decay=decay))
+    error, kept = np.zeros(D), np.zeros(D)
+    for t, g in enumerate(gradients(1, 40)):
+        sent = workers.step(g, t)[1].astype(np.float64)
+        error = decay * error + g[0] - sent
+        kept += sent - g[0]
+        found = workers.states[0].error
+        np.testing.assert_allclose(found, error, atol=1e-4 * np.abs(error).max())
+    assert np.abs(kept + found).max() > 0.1 * np.abs(found).max()
+
+
 @pytest.mark.parametrize("compressor", EXACT, ids=repr)
 def test_no_bit_of_integers_is_lost(compressor):
     workers = Workers(ef.ErrorFeedback(compressor))

@@ -18,6 +18,7 @@ from ef_horovod.cost.model import reference_work
 from ef_horovod.cost.probe import measure_work
 from ef_horovod.methods.parsing import read_method
 
+ADAM = "FrozenAdam(OneBit())"
 MODEL = ["advise", "--parameters", "3.6M", "--reference"]
 
 
@@ -67,6 +68,21 @@ def test_exchanges_can_be_picked(capsys):
     assert names == {"dense", "fp16", "hierarchical:gather", "hierarchical:double_pass"}
     names = {row["exchange"] for row in asked(capsys, *words, "gather")[0]["choices"]}
     assert names == {"dense", "fp16", "gather"}
+
+
+def test_local_steps_divide_what_an_exchange_costs(capsys):
+    words = ["--workers", "4", "--bandwidth", "50mbit", "--method", "ErrorFeedback(TopK(0.01))"]
+    words += ["--exchange", "gather"]
+    (each,), (local,) = (asked(capsys, *words, "--local-steps", h) for h in ("1", "30"))
+    one, thirtieth = (
+        next(c for c in answer["choices"] if c["exchange"] == "gather") for answer in (each, local)
+    )
+    for name in ("bytes_out", "compress", "network", "decode", "step"):
+        assert thirtieth[name] == pytest.approx(one[name] / 30), name
+    assert "in ef.CompressedUpdates(local_steps=30)" in local["verdict"]
+    text = run(capsys, *words, "--local-steps", "30")
+    assert "one exchange in 30 local steps (given); Horovod's rows exchange in each" in text
+    assert "each makes less progress with local steps" in text
 
 
 def test_what_was_measured_of_steps_is_shown(capsys):
@@ -265,6 +281,10 @@ def test_a_probe_finds_speeds(method):
         (
             ["--workers", "4", "--bandwidth", "1gbit", "--exchange", "hierarchical"],
             "take one of these, or give --ranks-per-node, or leave --exchange out",
+        ),
+        (
+            ["--workers", "4", "--bandwidth", "1gbit", "--local-steps", "9", "--method", ADAM],
+            "got FrozenAdam(OneBit()) for updates, expected a method without momentum",
         ),
         (["--workers", "4", "--bandwidth", "1gbit", "--compute", "60"], "got the time '60'"),
         (["--workers", "4", "--bandwidth", "1gbit", "--method", "nosuch"], "nosuch"),
