@@ -28,6 +28,7 @@ class Way(NamedTuple):
         power_rank: of PyTorch's PowerSGD hook; 0: none.
         exchange: of this package.
         vectors: compress biases and scales, too.
+        local_steps: of "update", per exchange.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Way(NamedTuple):
     power_rank: int = 0
     exchange: str = "auto"
     vectors: bool = False
+    local_steps: int = 1
 
 
 class Task(NamedTuple):
@@ -111,12 +113,21 @@ def _adam(compressor: str) -> str:
     return f"FrozenAdam({compressor}, clip=1.0)"
 
 
+def _local(inner: str, steps: int) -> Way:
+    name = {"adamw": "AdamW", "muon": "Muon"}[inner]
+    method = f"ErrorFeedback({_signs(0.02)}, decay=0.95)"
+    label = f"{name}'s updates, {steps} local steps, signs of 2 % of all"
+    return Way(label, "ours", method, "update", inner, vectors=True, local_steps=steps)
+
+
 _TEXT_WAYS = _by_name(
     Way("Horovod dense, AdamW", "horovod", inner="adamw"),
     Way("Muon's updates, signs of 2 % of all", "ours", _FEW_SIGNS, "update", "muon", vectors=True),
     Way(
         "AdamW's updates, signs of 2 % of all", "ours", _FEW_SIGNS, "update", "adamw", vectors=True
     ),
+    _local("adamw", 30),
+    _local("muon", 30),
     Way("FrozenAdam, signs of 4 %", "ours", _adam(_signs(0.04)), "momentum", "adamw", 0.1),
     Way("DDP PowerSGD rank 4, AdamW", "ddp", inner="adamw", power_rank=4),
     Way("Muon's updates, 1 bit", "ours", "ErrorFeedback(OneBit())", "update", "muon"),

@@ -77,6 +77,9 @@ class Training:
 
     def score(self) -> float:
         """Over all ranks' parts, with the mean of all ranks' statistics of batch norm."""
+        if self.way.what == "update":
+            for one in self._wrapped:
+                one.exchange()
         for value in self.model.buffers():
             if value.is_floating_point():
                 value.copy_(torch.from_numpy(PEERS.allreduce(value.numpy()) / PEERS.size))
@@ -135,7 +138,9 @@ def _ours(training: Training, optimizer: Any, named: Any) -> Any:
     common: Any = {"exchange": way.exchange, "dense_steps": training.dense_steps}
     if way.vectors:
         common["dense"] = lambda name, parameter: False
-    wrap = ef.CompressedUpdates if way.what == "update" else ef.DistributedOptimizer
+    wrap: Any = ef.DistributedOptimizer
+    if way.what == "update":
+        wrap, common["local_steps"] = ef.CompressedUpdates, way.local_steps
     return wrap(optimizer, named, compression=read_method(way.method), **common)
 
 
@@ -214,13 +219,15 @@ def _all_equal(model: nn.Module) -> bool:
 def time_steps(training: Training, task: Any, steps: int) -> dict[str, Any]:
     """Seconds and bytes of a step after the dense ones, and of a dense one if there are any.
 
-    A step takes as long as its slowest rank; medians.
+    A step takes as long as its slowest rank; medians, of means over the steps of an exchange.
     """
     from virtual_cluster.network import counters
 
     batches, found = list(zip(range(8), task.epoch(0), strict=False)), {}
+    every = training.way.local_steps
+    steps = -(-steps // every) * every
     for phase in ("dense", "compressed") if training.dense_steps else ("compressed",):
-        for number in range(_FIRST_STEPS):
+        for number in range(-(-_FIRST_STEPS // every) * every):
             training.step(batches[number % 8][1])
         PEERS.Barrier()
         before, times = counters("self").payload_out, []
@@ -230,7 +237,8 @@ def time_steps(training: Training, task: Any, steps: int) -> dict[str, Any]:
             times.append(time.perf_counter() - begin)
         sent = counters("self").payload_out - before
         slowest = [max(row) for row in zip(*PEERS.allgather(times), strict=True)]
-        found[f"{phase}_seconds"] = statistics.median(slowest)
+        means = [statistics.mean(slowest[at : at + every]) for at in range(0, steps, every)]
+        found[f"{phase}_seconds"] = statistics.median(means)
         found[f"{phase}_wire_bytes"] = PEERS.allreduce(sent / steps) / PEERS.size
     return found
 
