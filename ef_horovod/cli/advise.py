@@ -62,8 +62,7 @@ class Question:
 
     def exchanges_of(self, method: Method) -> list[str]:
         """The exchanges to compare that a method can use."""
-        possible = list(model.possible_exchanges(method, self.network.workers_per_node))
-        possible += ["server"] if self.local_steps == 1 else []
+        possible = [*model.possible_exchanges(method, self.network.workers_per_node), "server"]
         asked = self.exchanges or possible
         return [name for name in possible if name in asked or name.partition(":")[0] in asked]
 
@@ -159,7 +158,7 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
     question.require_exchanges()
     if question.local_steps > 1:
         for method in question.methods:
-            refuse_for_updates(method, exchange="auto")
+            refuse_for_updates(method)
     lengths = bucket_counts(question.parameters, question.bucket_bytes)
     work = {
         method: (probe if question.measured else model.reference_work)(method, max(lengths))

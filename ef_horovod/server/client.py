@@ -145,8 +145,9 @@ class ServerTransport(MPITransport):
         if self.quorum is not None and not several_rounds:
             raise UnsupportedError(
                 f"got a server with a quorum of {self.quorum}, expected one that waits for all "
-                "workers, because TensorFlow's optimizers take one aggregated gradient per step; "
-                "start it without --quorum, or train with PyTorch or ef_horovod.server.Worker"
+                "workers, because TensorFlow's optimizers and ef.CompressedUpdates take one aggregate "
+                "per step; start it without --quorum, or take PyTorch's ef.DistributedOptimizer "
+                "or ef_horovod.server.Worker"
             )
 
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:

@@ -19,6 +19,7 @@ from ef_horovod.tensorflow.reducer import Reducer
 from ef_horovod.tensorflow.sync import question_op
 from ef_horovod.tensorflow.variables import native
 from ef_horovod.tensorflow.wrapping import attach, handles_nan, rebuild, require_plain
+from ef_horovod.training.choice import wants_server
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import DensePolicy, small_or_vector
 from ef_horovod.training.updates import QUESTION, ask_all, refuse_for_updates
@@ -96,7 +97,12 @@ def CompressedUpdates(
         "timeout": timeout,
     }
     require_options(compression, **options)
-    refuse_for_updates(compression, exchange)
+    refuse_for_updates(compression)
+    if wants_server(exchange):
+        raise UnsupportedError(
+            f"got exchange={exchange!r} for updates in TensorFlow, expected one between ranks; "
+            "leave it out, or take ef.DistributedOptimizer"
+        )
     _refuse_averages_of_weights(optimizer)
     wrapped, accumulation = rebuild(optimizer)
     updates = Updates(

@@ -104,7 +104,7 @@ def CompressedUpdates(
             dense and compressed in any case.
         process_set: Horovod process set to average over; default all ranks.
         dense: `dense(name, parameter)` says which parameters' updates stay uncompressed.
-        exchange: as in `ef.DistributedOptimizer`, but no server.
+        exchange: as in `ef.DistributedOptimizer`; a server must wait for all workers (no quorum).
         bucket_bytes: bytes of float32 per compressed bucket.
         seed: of random compressors.
         dense_steps: number of first exchanges that average uncompressed updates.
@@ -135,7 +135,7 @@ def CompressedUpdates(
     refuse_unsupported(optimizer, op, gradient_predivide_factor, num_groups, groups)
     check_options("CompressedUpdates", **locals() | {"transport": None})  # checked when opened
     method = require_method(compression)
-    refuse_for_updates(method, exchange)
+    refuse_for_updates(method)
     named, others = name_parameters(named_parameters, optimizer.param_groups)
     wrapped = wrapping.wrap(optimizer, _Updating)
     transport = open_transport(exchange, process_set, timeout, method, transport)

@@ -23,25 +23,19 @@ from ef_horovod.arrays import Array
 from ef_horovod.errors import UnsupportedError
 from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
-from ef_horovod.training.choice import wants_server
 from ef_horovod.transports.base import Transport
 
 
-def refuse_for_updates(method: Method, exchange: str) -> None:
-    """Raise for a method or an exchange that cannot carry updates.
+def refuse_for_updates(method: Method) -> None:
+    """Raise for a method that cannot carry updates.
 
     Raises:
-        UnsupportedError: the method has momentum, or makes updates; or the exchange is a server.
+        UnsupportedError: it has momentum, or makes updates.
     """
     if method.replaces_optimizer:
         raise UnsupportedError(
             f"got {method!r} for updates, expected a method without momentum, because the inner "
             "optimizer has it; take ErrorFeedback(...), or ef.DistributedOptimizer with this method"
-        )
-    if wants_server(exchange):
-        raise UnsupportedError(
-            f"got exchange={exchange!r} for updates, expected one between ranks; leave it out, or "
-            "take ef.DistributedOptimizer"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launching import Results, horovod_job
+from launching import Results, horovod_job, server_job
 
 pytestmark = pytest.mark.parallel
 EVERY = 5
@@ -66,6 +66,15 @@ def test_a_run_goes_on_between_two_exchanges(results: Results) -> None:
     first, second = (result["resumed"] for result in results)
     assert first["whole"] == first["again"] == second["whole"]
     assert first["steps"] == [3 * EVERY] * 3
+
+
+def test_a_server_makes_the_same_steps(
+    results: Results, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ends = server_job(1, 2, "server_updates.py", tmp_path_factory.mktemp("server"))
+    for end, result in zip(ends, results, strict=True):
+        assert end["end"] == result["compressed"]["gather"]["end"]
+        assert end["steps"] == result["compressed"]["gather"]["steps"]
 
 
 def test_what_cannot_work_is_refused(results: Results) -> None:
