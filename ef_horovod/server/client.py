@@ -145,7 +145,7 @@ class ServerTransport(MPITransport):
         if self.quorum is not None and not several_rounds:
             raise UnsupportedError(
                 f"got a server with a quorum of {self.quorum}, expected one that waits for all "
-                "workers, because TensorFlow's optimizers and ef.CompressedUpdates take one aggregate "
+                "workers, because TensorFlow's optimizers and updates take one aggregated gradient "
                 "per step; start it without --quorum, or take PyTorch's ef.DistributedOptimizer "
                 "or ef_horovod.server.Worker"
             )
