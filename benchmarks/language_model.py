@@ -43,10 +43,12 @@ class Way(NamedTuple):
     what: str = "gradient"  # or "momentum" (FrozenAdam), or "update" (CompressedUpdates)
     dense_part: float = 0.0  # of all steps
     muon: bool = False  # for matrices; AdamW for the rest
+    local_steps: int = 1  # of "update", per exchange
 
 
 DENSE, SIGNS = ef.NoFeedback(ef.Identity()), ef.ErrorFeedback(ef.OneBit())
 TOP = ef.ErrorFeedback(ef.TopK(ratio=0.01))
+FEW_UPDATES = ef.ErrorFeedback(ef.Then(ef.TopK(ratio=0.04), ef.OneBit()))
 FEW_SIGNS = ef.FrozenAdam(ef.Then(ef.TopK(ratio=0.04), ef.OneBit()), clip=1.0)
 WAYS = {
     "dense AdamW": Way(DENSE),
@@ -56,6 +58,11 @@ WAYS = {
     "the same, 5 % dense steps": Way(FEW_SIGNS, "momentum", 0.05),
     "FrozenAdam, top-k 1 %": Way(ef.FrozenAdam(ef.TopK(ratio=0.01), clip=1.0), "momentum", 0.15),
     "AdamW's updates, 1 bit": Way(SIGNS, "update"),
+    "AdamW, 10 local steps, dense": Way(DENSE, "update", local_steps=10),
+    "AdamW, 10 local steps, 1 bit": Way(SIGNS, "update", local_steps=10),
+    "AdamW, 10 local steps, signs of 4 %": Way(FEW_UPDATES, "update", local_steps=10),
+    "AdamW, 30 local steps, dense": Way(DENSE, "update", local_steps=30),
+    "AdamW, 30 local steps, signs of 4 %": Way(FEW_UPDATES, "update", local_steps=30),
     "error feedback, 1 bit, AdamW": Way(SIGNS),
     "error feedback, top-k 1 %, AdamW": Way(TOP),
     "top-k 1 %, 15 % dense steps, AdamW": Way(TOP, dense_part=0.15),
@@ -73,8 +80,7 @@ def train(way: Way, text: Text, *, lr: float, steps: int, seed: int) -> dict[str
     inner = optimizers(way, model, lr)
     wrapped = [wrap(way, one, model, dense_steps) for one in inner]
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda t: _rate(t, steps))
-        for one in (inner if way.what == "update" else wrapped)
+        torch.optim.lr_scheduler.LambdaLR(one, lambda t: _rate(t, steps)) for one in wrapped
     ]
     draw = torch.Generator().manual_seed(1000 * seed + hvd.rank())
     begin, before = time.perf_counter(), (0, 0)
@@ -94,8 +100,10 @@ def train(way: Way, text: Text, *, lr: float, steps: int, seed: int) -> dict[str
                 one.step()
         for schedule in schedules:
             schedule.step()
+    for one in wrapped if way.what == "update" else ():
+        one.exchange()
     sent, dense = _bytes(wrapped)
-    for one in wrapped if way.what != "update" else ():
+    for one in wrapped:
         one.unwrap()
     with torch.no_grad():
         reached = float(loss(model, *text.validation_pieces(256)))
@@ -129,7 +137,7 @@ def wrap(way: Way, optimizer: torch.optim.Optimizer, model: nn.Module, dense_ste
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     named = [(name, p) for name, p in model.named_parameters() if p in owned]
     if way.what == "update":
-        return ef.CompressedUpdates(optimizer, named, way.method)
+        return ef.CompressedUpdates(optimizer, named, way.method, local_steps=way.local_steps)
     return ef.DistributedOptimizer(
         optimizer, named, compression=way.method, dense_steps=dense_steps
     )
