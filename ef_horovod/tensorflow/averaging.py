@@ -168,14 +168,19 @@ class Averaging(tf.Module):
 
     def _require_many_sets(self, variables: list[Any]) -> None:
         """Raise where only one reducer is supported."""
+        if what := self._one_set():
+            raise UnsupportedError(
+                f"got gradients of {len(variables)} variables with {what}, expected those of the "
+                f"first call ({len(self._first)}); wrap an optimizer for each set of variables"
+            )
+
+    def _one_set(self) -> str:
+        """What allows only one set of variables, or ""."""
         assert self.reducer is not None
         transport = self.reducer.transport
-        if self.accumulation.passes > 1 or (transport is not None and transport.has_server):
-            what = "with gradient accumulation" if self.accumulation.passes > 1 else "with servers"
-            raise UnsupportedError(
-                f"got gradients of {len(variables)} variables {what}, expected those of the first "
-                f"call ({len(self._first)}); wrap an optimizer for each set of variables"
-            )
+        if self.accumulation.passes > 1:
+            return "gradient accumulation"
+        return "servers" if transport is not None and transport.has_server else ""
 
 
 class Part(NamedTuple):

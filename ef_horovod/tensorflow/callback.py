@@ -30,6 +30,10 @@ class TrainingCallback(keras.callbacks.Callback):
     error-feedback state. After the first batch, parameters are compared by hash, which detects an
     optimizer that is not wrapped.
 
+    With the `local_steps` of `ef.CompressedUpdates`, `optimizer.exchange()` is called before
+    validation and at the end of each epoch, so all ranks have the same weights there, and save
+    the same ones. Parameters are compared after the first exchange.
+
     At the end of an epoch, metrics become means over ranks. Callbacks that stop training or change
     the learning rate then decide the same on all ranks. These logs are added, for the history,
     TensorBoard and all later callbacks in the list:
@@ -92,11 +96,9 @@ class TrainingCallback(keras.callbacks.Callback):
         self._start()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Compare parameters once."""
+        """Compare parameters once, when they have to be equal."""
         self._start()  # after an eager step that built the model
-        if self._check_sync and not self._checked:
-            require_in_sync(self.model.trainable_variables)
-        self._checked = True
+        self._compare()
         if self._log is not None:
             self._log.step((logs or {}).get("loss"))
 
@@ -104,6 +106,30 @@ class TrainingCallback(keras.callbacks.Callback):
         """Write the log's last line."""
         if self._log is not None:
             self._log.close()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Let all ranks validate the same weights, if there are local steps."""
+        self._exchange()
+
+    def _compare(self) -> None:
+        if self._checked or self._steps_since():
+            return
+        if self._check_sync:
+            require_in_sync(self.model.trainable_variables)
+        self._checked = True
+
+    def _exchange(self) -> None:
+        for optimizer in self._updating():
+            optimizer.exchange()
+
+    def _steps_since(self) -> int:
+        """Local steps since the last exchange."""
+        drivers = [driver for one in self._updating() for driver in one.drivers]
+        return sum(driver.steps_since() for driver in drivers)
+
+    def _updating(self) -> list[Any]:
+        """The optimizers of `ef.CompressedUpdates`."""
+        return [one for one in self._optimizers() if hasattr(one, "exchange")]
 
     def _build_in_first_step(self) -> None:
         """Make `fit` trace one step before its first one; tracing creates all variables."""
@@ -124,6 +150,7 @@ class TrainingCallback(keras.callbacks.Callback):
         if self._started:
             return
         self._started = True
+        self._exchange_restored()
         # Weights only: the seeds of random layers may differ between ranks.
         variables = [*self.model.weights]
         for optimizer in self._optimizers():
@@ -133,13 +160,26 @@ class TrainingCallback(keras.callbacks.Callback):
             ours = [one for one in self._optimizers() if hasattr(one, "drivers")]
             self._log = TrainingLog(self._log_path, ours, self._log_every)
 
+    def _exchange_restored(self) -> None:
+        """Exchange, if all ranks loaded a state from between two exchanges.
+
+        The broadcast would otherwise overwrite what the other ranks have changed since.
+        """
+        if self._transport.size == 1 or not self._updating():
+            return
+        between = np.array([self._steps_since() > 0], np.uint8)
+        if all(part[0] for part in self._transport.allgather("between", between)()):
+            self._exchange()
+
     def _optimizers(self) -> list[Any]:
         """The model's optimizers, each once: from `compile` or in attributes (GANs)."""
         held = [self.model.optimizer, *vars(self.model).values()]
         return list({id(one): one for one in held if is_optimizer(one)}.values())
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Change and extend the logs, in place."""
+        """Let all ranks have the same weights; change and extend the logs, in place."""
+        self._exchange()
+        self._compare()
         if logs is None:
             return
         if self._average_metrics and self._transport.size > 1:

@@ -130,7 +130,10 @@ class Engine(StepDriver[Bucket]):
     def _load(self) -> None:
         state, self._loaded = self._loaded, None
         if state is not None:
-            super().load_state_dict(state)
+            self._take(state)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
 
     @property
     def followed(self) -> list[Any]:

@@ -144,12 +144,17 @@ class Reducer(tf.Module):
         if transport is not None:
             if transport.size > 1:
                 warn_of_surprises(by_path, compression, dense, transport.rank)
-            self._engine = Engine(named, options, transport)
+            self._engine = self._make_engine(named, options, transport)
             # Tracked by checkpoints, unlike the model's variables.
             self.step = self._engine.step
             self.tracked_state = TrackedState(
                 self._engine.state_dict, partial(self._engine.load_state_dict, must_fit=False)
             )
+
+    def _make_engine(
+        self, named: list[tuple[str, Any]], options: Options, transport: GraphTransport
+    ) -> Engine:
+        return Engine(named, options, transport)
 
     @property
     def active(self) -> bool:

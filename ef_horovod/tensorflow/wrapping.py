@@ -191,10 +191,14 @@ def _is_from(package: str, optimizer: Any) -> bool:
     return any(kind.__module__.partition(".")[0] == package for kind in type(optimizer).__mro__)
 
 
-def rebuild(optimizer: Any) -> tuple[Any, int]:
+def rebuild(optimizer: Any, *additions: type) -> tuple[Any, int]:
     """The optimizer under a new class; settings and variables are shared with it.
 
     The class has the base's name and module, so that a saved model names a standard class.
+
+    Args:
+        optimizer: a plain one.
+        additions: classes with more methods.
 
     Returns:
         The optimizer, still without an exchange, and Keras' number of accumulated steps, which is
@@ -202,7 +206,7 @@ def rebuild(optimizer: Any) -> tuple[Any, int]:
     """
     base = type(optimizer)
     members = {"__module__": base.__module__, "__doc__": base.__doc__}
-    bases = (require_plain(optimizer), base)
+    bases = (*additions, require_plain(optimizer), base)
     wrapped: Any = object.__new__(
         new_class(base.__name__, bases, {}, lambda ns: ns.update(members))
     )

@@ -16,7 +16,7 @@ from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import Slot, plan_buckets
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.policy import DensePolicy, warn_of_surprises
-from ef_horovod.training.updates import ask_all, count_local_steps
+from ef_horovod.training.updates import ask_all, count_local_steps, require_exchanged
 from ef_horovod.transports.base import Transport
 
 Named = list[tuple[str, torch.Tensor]]
@@ -149,12 +149,7 @@ class UpdateEngine(StepDriver[Bucket]):
 
     def require_exchanged(self, what: str) -> None:
         """Raise between exchanges, when the ranks' parameters differ."""
-        if self.since:
-            raise RuntimeError(
-                f"got {what} after {self.since} of {self.local_steps} local steps, expected it "
-                "right after an exchange, because the ranks' parameters differ until then; call "
-                "optimizer.exchange() before, on all ranks"
-            )
+        require_exchanged(what, self.since, self.local_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """See `StepDriver.state_dict`; between exchanges with the parameters of the last one."""

@@ -50,6 +50,22 @@ def ask_all(transport: Transport, good: bool) -> Callable[[], bool]:
     return answer
 
 
+def require_exchanged(what: str, since: int, local_steps: int) -> None:
+    """Raise between exchanges, when the ranks' parameters differ.
+
+    Args:
+        what: the user asked for.
+        since: steps since the last exchange.
+        local_steps: steps per exchange.
+    """
+    if since:
+        raise RuntimeError(
+            f"got {what} after {since} of {local_steps} local steps, expected it right after an "
+            "exchange, because the ranks' parameters differ until then; call "
+            "optimizer.exchange() before, on all ranks"
+        )
+
+
 def count_local_steps(counters: ChannelStats, before: ChannelStats, steps: int) -> None:
     """Count an exchange as the local steps that it stands for.
 
