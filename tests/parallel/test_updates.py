@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from launching import Results, horovod_job
@@ -189,6 +191,76 @@ def test_accumulation_constraints_and_rows_in_keras(in_tensorflow: Results) -> N
     assert first["steps"] == 4  # of eight calls
     assert first["least"] == 0 < first["zeros"]
     assert {1, 2, 30} <= set(first["changed rows"])
+
+
+def local(in_tensorflow: Results, scenario: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What both ranks found out with three local steps per exchange."""
+    first, second = (result["local"][scenario] for result in in_tensorflow)
+    return first, second
+
+
+def test_local_steps_in_tensorflow_give_the_mean_of_the_workers(in_tensorflow: Results) -> None:
+    first, second = local(in_tensorflow, "means")
+    assert first["off"] < 1e-6
+    equal = [a == b for a, b in zip(first["digests"], second["digests"], strict=True)]
+    assert equal == [False, False, True]
+
+
+def test_local_steps_in_tensorflow_end_with_the_same_bits(in_tensorflow: Results) -> None:
+    first, second = local(in_tensorflow, "compressed")
+    for kind, facts in first.items():
+        assert facts["end"] == facts["again"] == second[kind]["end"], kind
+        assert facts["before"] != second[kind]["before"], kind
+        assert (facts["steps"], facts["taken"], facts["skipped"]) == (7, 7, 0), kind
+        numbers = 40 * 60 + 7 + 50 * 30
+        assert facts["dense"] == 7 * 4 * numbers, kind
+        assert facts["wire"] < facts["dense"] * 0.2 / 2, kind
+    first, second = local(in_tensorflow, "corners")
+    assert first == second
+    assert first["steps"] == 4  # of eight calls
+    assert first["least"] == 0 < first["zeros"]
+
+
+def test_nans_in_local_steps_in_tensorflow(in_tensorflow: Results) -> None:
+    first, second = local(in_tensorflow, "spoiled")
+    assert (first["stood"], second["stood"]) == (False, True)
+    assert first["good"] == second["good"] == first["back"] == second["back"]
+    assert (first["skipped"], second["skipped"]) == (1, 2)  # the exchange; a step too
+    assert first["steps"] == first["taken"] == second["steps"] == second["taken"] == 3
+    first, second = local(in_tensorflow, "scaled")
+    for kind in ("keras", "tf_keras"):
+        assert (first[kind]["scale"], second[kind]["scale"]) == (2.0**15, 2.0**14), kind
+        assert first[kind]["end"] == second[kind]["end"], kind
+
+
+def test_tensorflow_goes_on_between_two_exchanges(in_tensorflow: Results) -> None:
+    first, second = local(in_tensorflow, "resumed")
+    assert first == second
+    assert first["whole"] == first["again"]
+    assert first["exchanged"] != first["next"]
+    assert first["counts"] == [9, 9, 5, 6]
+    assert first["one"].startswith("ValueError: got a compression state after 2 local steps, exp")
+
+
+def test_fit_exchanges_before_anybody_looks_at_the_weights(in_tensorflow: Results) -> None:
+    first, second = local(in_tensorflow, "fitted")
+    assert first == second
+    for kind, steps in (("keras", 13), ("tf_keras", 12)):
+        assert first[kind]["steps"] == steps, kind
+        assert len(first[kind]["losses"]) == 3
+        start, test, end, *others = first[kind]["seen"]
+        assert start != test == end
+        assert len({start, end, *others}) == 5, kind
+
+
+def test_local_steps_that_cannot_work_in_tensorflow_are_refused(in_tensorflow: Results) -> None:
+    for facts in local(in_tensorflow, "refusals"):
+        assert "got the state for any number of ranks after 1 of 3 local steps" in facts["save"]
+        assert "got gradients of 1 variables with local_steps=3, expected those" in facts["set"]
+        assert "UnsupportedError: got exchange() inside a tf.function, expected" in facts["graph"]
+        assert facts["steps"].startswith("ValueError: CompressedUpdates got local_steps=0")
+        assert "local_steps=2" in facts["unlike"]
+        assert "local_steps=3" in facts["unlike"]
 
 
 def test_what_cannot_work_in_tensorflow_is_refused(in_tensorflow: Results) -> None:

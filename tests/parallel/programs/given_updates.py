@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 STEPS = 10
+CASES = ("SGD", 1), ("AdamW", 1), ("AdamW", 4)  # optimizer and local steps
 SHAPES = ((40, 60), (7,), (50, 30))  # two that are compressed, as one vector, and a dense one
 # Keras adds epsilon inside of the bias correction, PyTorch outside: a tiny one makes them equal.
 SETTINGS: dict[str, dict[str, Any]] = {

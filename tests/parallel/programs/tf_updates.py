@@ -7,8 +7,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tf_keras
+import tf_local_updates
 from common import OUT, error_of, report
-from given_updates import SETTINGS, SHAPES, STEPS, gradients_of
+from given_updates import CASES, SETTINGS, SHAPES, STEPS, gradients_of
 from tf_common import build_model, build_tf_keras_model, data, digest, loss_of
 
 import ef_horovod.tensorflow as ef
@@ -93,16 +94,18 @@ def end_of(model, optimizer):
 def of_given_gradients():
     """The same gradients as in PyTorch: where they lead, and the bytes of each bucket."""
     facts = {}
-    for name, kind in (("SGD", keras.optimizers.SGD), ("AdamW", keras.optimizers.AdamW)):
+    for name, local_steps in CASES:
+        kind = getattr(keras.optimizers, name)
         variables = [keras.Variable(np.zeros(shape, np.float32), name="v") for shape in SHAPES]
         lr, settings = SETTINGS[name]["lr"], dict(SETTINGS[name])
         del settings["lr"]
         if "eps" in settings:
             settings["epsilon"] = settings.pop("eps")
-        optimizer = ef.CompressedUpdates(kind(lr, **settings), SIGNS)
+        optimizer = ef.CompressedUpdates(kind(lr, **settings), SIGNS, local_steps=local_steps)
         for step in range(STEPS):
             optimizer.apply([tf.constant(g) for g in gradients_of(hvd.rank(), step)], variables)
-        facts[name] = {
+        optimizer.exchange()
+        facts[f"{name} {local_steps}"] = {
             "end": [float(x) for v in variables for x in np.ravel(v)],
             "bytes": [[row.name, row.bytes_out, row.bytes_in] for row in optimizer.stats()],
         }
@@ -168,7 +171,7 @@ def fitted():
     return ends | {"logs": sorted(history.history)}
 
 
-def corners():
+def corners(local_steps=1):
     """Keras' accumulation, a constraint, a gradient of rows, and one that is missing on a rank."""
     start = np.random.default_rng(0).random((40, 50), np.float32)
     positive = keras.Variable(start, name="positive")
@@ -176,8 +179,9 @@ def corners():
     table = keras.Variable(start, name="table")
     variables = [positive, table]
     optimizer = ef.CompressedUpdates(
-        keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), SIGNS, dense=lambda *_: False
-    )
+        keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), SIGNS, dense=lambda *_: False,
+        local_steps=local_steps,
+    )  # fmt: skip
     for step in range(8):
         rows = tf.IndexedSlices(
             tf.constant(gradients_of(hvd.rank(), step)[0][:3, :50]),
@@ -230,7 +234,10 @@ def main() -> None:
         without_compression, compressed, of_given_gradients, spoiled, resumed, fitted, corners,
         refusals,
     )  # fmt: skip
-    report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
+    results = {scenario.__name__: scenario() for scenario in scenarios}
+    local = {scenario.__name__: scenario() for scenario in tf_local_updates.SCENARIOS}
+    local["corners"] = corners(local_steps=2)
+    report(hvd.rank(), results | {"local": local})
     hvd.allreduce(tf.zeros(1), name="end")  # a rank that ends early shuts Horovod down for all
 
 

@@ -9,7 +9,7 @@ import warnings
 import horovod.torch as hvd
 import torch
 from common import OUT, error_of, report
-from given_updates import SETTINGS, SHAPES, STEPS, gradients_of
+from given_updates import CASES, SETTINGS, SHAPES, STEPS, gradients_of
 from torch_common import batches, build_model, digest, flat
 
 import ef_horovod.torch as ef
@@ -78,15 +78,17 @@ def compressed():
 def of_given_gradients():
     """The same gradients as in TensorFlow: where they lead, and the bytes of each bucket."""
     facts = {}
-    for name, (kind, _) in OPTIMIZERS.items():
+    for name, local_steps in CASES:
+        kind, _ = OPTIMIZERS[name]
         named = [(str(i), torch.nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(SHAPES)]
         inner = kind([p for _, p in named], **SETTINGS[name])
-        optimizer = ef.CompressedUpdates(inner, named, SIGNS)
+        optimizer = ef.CompressedUpdates(inner, named, SIGNS, local_steps=local_steps)
         for step in range(STEPS):
             for (_, p), gradient in zip(named, gradients_of(hvd.rank(), step), strict=True):
                 p.grad = torch.from_numpy(gradient)
             optimizer.step()
-        facts[name] = {
+        optimizer.exchange()
+        facts[f"{name} {local_steps}"] = {
             "end": [x for _, p in named for x in p.detach().reshape(-1).tolist()],
             "bytes": [[row.name, row.bytes_out, row.bytes_in] for row in optimizer.stats()],
         }
