@@ -130,9 +130,9 @@ class Engine(StepDriver[Bucket]):
     def _load(self) -> None:
         state, self._loaded = self._loaded, None
         if state is not None:
-            self._take(state)
+            self._load_now(state)
 
-    def _take(self, state: dict[str, Any]) -> None:
+    def _load_now(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
 
     @property

@@ -150,7 +150,7 @@ class UpdateEngine(Engine):
                 zeros = tf.zeros(slot.parameter.shape, native(slot.parameter).dtype)
                 self._starts[id(slot.parameter)] = tf.Variable(zeros, trainable=False)
 
-    def _take(self, state: dict[str, Any]) -> None:
+    def _load_now(self, state: dict[str, Any]) -> None:
         self._require_own(state)
         local = _local(state)
         since, start = local.get("since", 0), local.get("start", {})
@@ -168,7 +168,7 @@ class UpdateEngine(Engine):
                 f"got a compression state of {len(theirs)} variables after an exchange, whose "
                 f"names or shapes differ from the {len(mine)} here; load it into the same model"
             )
-        super()._take(state)
+        super()._load_now(state)
         self._more = local.get("committed", self._steps_done()) - self._steps_done()
         self.since.assign(since)
         for slot in slots:

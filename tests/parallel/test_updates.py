@@ -18,7 +18,7 @@ def results(request, tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="module")
 def in_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovod_job(2, "tf_updates.py", tmp_path_factory.mktemp("updates"), timeout=400)
+    return horovod_job(2, "tf_updates.py", tmp_path_factory.mktemp("updates"), timeout=600)
 
 
 def test_without_compression_sgd_with_momentum_is_that_of_averaged_gradients(
@@ -214,7 +214,8 @@ def test_local_steps_in_tensorflow_end_with_the_same_bits(in_tensorflow: Results
         assert (facts["steps"], facts["taken"], facts["skipped"]) == (7, 7, 0), kind
         numbers = 40 * 60 + 7 + 50 * 30
         assert facts["dense"] == 7 * 4 * numbers, kind
-        assert facts["wire"] < facts["dense"] * 0.2 / 2, kind
+        most = 0.3 if kind == "double_pass" else 0.1  # its answers are uncompressed
+        assert facts["wire"] < facts["dense"] * most, kind
     first, second = local(in_tensorflow, "corners")
     assert first == second
     assert first["steps"] == 4  # of eight calls
