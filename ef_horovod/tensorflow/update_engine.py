@@ -165,8 +165,9 @@ class UpdateEngine(Engine):
         theirs = {name: value.shape for name, value in start.items()}
         if mine != theirs:
             raise ValueError(
-                f"got a compression state of {len(theirs)} variables after an exchange, whose "
-                f"names or shapes differ from the {len(mine)} here; load it into the same model"
+                f"got a compression state after {since} local steps of {len(theirs)} variables, "
+                f"expected the names and shapes of the {len(mine)} here; load it into the same "
+                "model"
             )
         super()._load_now(state)
         self._more = local.get("committed", self._steps_done()) - self._steps_done()
