@@ -13,6 +13,7 @@ from ef_horovod.tensorflow.checkpoint import TrackedState
 from ef_horovod.tensorflow.engine import Engine, appeared
 from ef_horovod.tensorflow.reducer import Reducer
 from ef_horovod.tensorflow.variables import path_of
+from ef_horovod.training.driver import require_state
 
 Apply = Callable[[list[Any]], None]
 Step = Callable[[list[Any]], tf.Tensor]  # averages and applies gradients; True if good
@@ -129,6 +130,7 @@ class Averaging(tf.Module):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load it, now or when a set is first seen; the optimizer must be built."""
         assert self.reducer is not None
+        require_state(state)
         self._loaded = dict(state.get("others", {}))
         self.reducer.load_compression_state_dict(
             {key: value for key, value in state.items() if key != "others"}

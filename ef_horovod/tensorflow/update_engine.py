@@ -16,7 +16,7 @@ from ef_horovod.tensorflow.options import Options
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.tensorflow.variables import native
 from ef_horovod.training.buckets import Slot
-from ef_horovod.training.updates import count_local_steps, require_exchanged
+from ef_horovod.training.updates import count_local_steps, local_part, require_exchanged
 
 
 class UpdateEngine(Engine):
@@ -152,29 +152,15 @@ class UpdateEngine(Engine):
 
     def _load_now(self, state: dict[str, Any]) -> None:
         self._require_own(state)
-        local = _local(state)
-        since, start = local.get("since", 0), local.get("start", {})
-        if since and self.local_steps == 1:
-            raise ValueError(
-                f"got a compression state after {since} local steps, expected one right after an "
-                "exchange for local_steps=1; pass the local_steps= of the job that saved it, or "
-                "call optimizer.exchange() before it is saved"
-            )
-        slots = self._slots() if since else []
-        mine = {slot.name: tuple(slot.parameter.shape) for slot in slots}
-        theirs = {name: value.shape for name, value in start.items()}
-        if mine != theirs:
-            raise ValueError(
-                f"got a compression state after {since} local steps of {len(theirs)} variables, "
-                f"expected the names and shapes of the {len(mine)} here; load it into the same "
-                "model"
-            )
+        shapes = {slot.name: tuple(slot.parameter.shape) for slot in self._slots()}
+        local = local_part(state, shapes, self.local_steps)
         super()._load_now(state)
-        self._more = local.get("committed", self._steps_done()) - self._steps_done()
-        self.since.assign(since)
-        for slot in slots:
+        done = self._steps_done()
+        self._more = 0 if local.committed is None else local.committed - done
+        self.since.assign(local.since)
+        for slot in self._slots() if local.since else []:
             kept = self._starts[id(slot.parameter)]
-            kept.assign(tf.cast(start[slot.name], kept.dtype))
+            kept.assign(tf.cast(local.start[slot.name], kept.dtype))
 
     def _facts(self) -> list[str]:
         options, *others = super()._facts()

@@ -16,7 +16,7 @@ from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import Slot, plan_buckets
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.policy import DensePolicy, warn_of_surprises
-from ef_horovod.training.updates import ask_all, count_local_steps, require_exchanged
+from ef_horovod.training.updates import ask_all, count_local_steps, local_part, require_exchanged
 from ef_horovod.transports.base import Transport
 
 Named = list[tuple[str, torch.Tensor]]
@@ -59,10 +59,7 @@ class UpdateEngine(StepDriver[Bucket]):
                 for plan in plans
             ],
         )
-        self._facts = [
-            f"updates, exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}, "
-            f"local_steps={local_steps}"
-        ]
+        self._options = f"updates, exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}"
         self.local_steps = local_steps
         self.since = 0  # steps since the last exchange
         self._start: dict[torch.Tensor, torch.Tensor] = {}  # the parameters after it
@@ -78,7 +75,8 @@ class UpdateEngine(StepDriver[Bucket]):
     def begin(self) -> None:
         """Compare the ranks' options before the first step, and parameters if due; collective."""
         if not self._compared:
-            self._compare(self._facts)
+            local = f"local_steps={self.local_steps} ({self.since} since an exchange)"
+            self._compare([f"{self._options}, {local}"])
             self._compared = True
         slots = [slot for bucket in self.buckets for slot in bucket.slots]
         require_unchanged(self._frozen, [(slot.name, slot.parameter) for slot in slots])
@@ -170,12 +168,14 @@ class UpdateEngine(StepDriver[Bucket]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `StepDriver.load_state_dict`."""
+        self._require_own(state)
+        shapes = {slot.name: tuple(slot.parameter.shape) for slot in self._slots()}
+        local = local_part(state, shapes, self.local_steps)
         super().load_state_dict(state)
-        local = state.get("local", {})
-        self._committed, self.since = local.get("committed", self.step), local.get("since", 0)
-        start = local.get("start", {})
-        slots = list(self._slots()) if start else []
-        self._start = {slot.parameter: start[slot.name].clone() for slot in slots}
+        self._committed = self.step if local.committed is None else local.committed
+        self.since = local.since
+        slots = list(self._slots()) if self.since else []
+        self._start = {slot.parameter: local.start[slot.name].clone() for slot in slots}
 
 
 def _taken(groups: Sequence[dict[str, Any]], step: Callable[[], Any], dense: bool) -> Any:

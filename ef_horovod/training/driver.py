@@ -24,6 +24,19 @@ from ef_horovod.training.state import keeps_state, load_state, merged_facts, sav
 from ef_horovod.transports.base import Transport
 
 
+def require_state(state: Any) -> None:
+    """Raise unless this is a dict, as of `compression_state_dict()`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"got {type(state).__name__} as a compression state, expected the dict of "
+            "compression_state_dict(); pass what it returned, or what a file holds of it"
+        )
+
+
 class LayerNorms(NamedTuple):
     """Euclidean norms at one step, over a parameter of this rank."""
 
@@ -132,11 +145,7 @@ class StepDriver(Generic[B]):
         self._set_step(load_state(state, self.buckets, self.method, self.transport))
 
     def _require_own(self, state: dict[str, Any]) -> None:
-        if not isinstance(state, Mapping):
-            raise ValueError(
-                f"got {type(state).__name__} as a compression state, expected the dict of "
-                "compression_state_dict(); pass what it returned, or what a file holds of it"
-            )
+        require_state(state)
         if state.get("compressed", self.compressed) != self.compressed:
             raise ValueError(
                 f"got a compression state of {state['compressed']}, expected one of "

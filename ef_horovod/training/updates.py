@@ -15,7 +15,8 @@ the change gets into the buckets. With H local steps per exchange:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,6 +65,44 @@ def require_exchanged(what: str, since: int, local_steps: int) -> None:
             "exchange, because the ranks' parameters differ until then; call "
             "optimizer.exchange() before, on all ranks"
         )
+
+
+class LocalPart(NamedTuple):
+    """What a state says of local steps."""
+
+    committed: int | None  # steps in all exchanges so far; None: of a state without this part
+    since: int  # steps since the last one
+    start: Mapping[str, Any]  # parameters after the last one, by name; empty right after it
+
+
+def local_part(
+    state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], local_steps: int
+) -> LocalPart:
+    """The part of a state about local steps.
+
+    Args:
+        state: of `UpdateEngine.state_dict`, or a merged one.
+        shapes: of all parameters here, by name.
+        local_steps: here.
+
+    Raises:
+        ValueError: it is between exchanges, and of other parameters or for single steps.
+    """
+    part = state.get("local", {})
+    found = LocalPart(part.get("committed"), part.get("since", 0), part.get("start", {}))
+    if found.since and local_steps == 1:
+        raise ValueError(
+            f"got a compression state after {found.since} local steps, expected one right after an "
+            "exchange for local_steps=1; pass the local_steps= of the job that saved it, or "
+            "call optimizer.exchange() before it is saved"
+        )
+    theirs = {name: tuple(value.shape) for name, value in found.start.items()}
+    if found.since and theirs != shapes:
+        raise ValueError(
+            f"got a compression state after {found.since} local steps of {len(theirs)} parameters, "
+            f"expected the names and shapes of the {len(shapes)} here; load it into the same model"
+        )
+    return found
 
 
 def count_local_steps(counters: ChannelStats, before: ChannelStats, steps: int) -> None:
