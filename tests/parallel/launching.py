@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from processes import BIN, JobFailed, run_job
 
 PROGRAMS = Path(__file__).parent / "programs"
+START = Path(__file__).parent / "start"  # what each rank and server does first
 
 Results = list[dict[str, Any]]  # one for each rank, as it gave them to `report`
 
@@ -111,7 +113,7 @@ def ended_job(
     serve = servers_in_a_row(servers, jobs, *server) if jobs else server_command(servers, *server)
     command = [*serve, ":", "-np", str(workers), sys.executable]
     try:
-        run_job([*command, str(PROGRAMS / program), str(out), *arguments], **options)
+        _start([*command, str(PROGRAMS / program), str(out), *arguments], **options)
     except JobFailed as failure:
         found = {int(file.stem[4:]): json.loads(file.read_text()) for file in out.glob("rank*")}
         return str(failure), found
@@ -143,5 +145,16 @@ def _run(
     arguments: tuple[str, ...],
     **options: Any,
 ) -> Results:
-    run_job([*launcher, sys.executable, str(PROGRAMS / program), str(out), *arguments], **options)
+    _start([*launcher, sys.executable, str(PROGRAMS / program), str(out), *arguments], **options)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _start(
+    command: list[str], *, environment: dict[str, str] | None = None, **options: Any
+) -> str:
+    """Run a job whose processes begin with start/sitecustomize.py; what it printed."""
+    given = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **(environment or {})}
+    paths = [str(START), *filter(None, [given["PYTHONPATH"]])]
+    return run_job(
+        command, environment={**given, "PYTHONPATH": os.pathsep.join(paths)}, **options
+    )
