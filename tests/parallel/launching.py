@@ -149,12 +149,8 @@ def _run(
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def _start(
-    command: list[str], *, environment: dict[str, str] | None = None, **options: Any
-) -> str:
+def _start(command: list[str], *, environment: dict[str, str] | None = None, **options: Any) -> str:
     """Run a job whose processes begin with start/sitecustomize.py; what it printed."""
     given = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **(environment or {})}
     paths = [str(START), *filter(None, [given["PYTHONPATH"]])]
-    return run_job(
-        command, environment={**given, "PYTHONPATH": os.pathsep.join(paths)}, **options
-    )
+    return run_job(command, environment={**given, "PYTHONPATH": os.pathsep.join(paths)}, **options)
