@@ -1,7 +1,7 @@
 """One algorithm, one copy: NumPy, torch, eager TensorFlow and tf.function send the same bytes.
 
-Here every compressor and every method for 50 steps; tests/parallel/test_same_numbers.py has all
-pairs of them, for fewer steps.
+Here every class of compressors and methods for 50 steps, and with --all every compressor; for fewer
+steps tests/parallel/test_same_numbers.py has every one of both, and with --all all pairs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import ef_horovod as ef
 from ef_horovod.testing.frameworks import by_channel, check_frameworks
 from ef_horovod.testing.pairs import selection
 
-METHODS = selection()
+CLASSES = {}
+for chosen in selection():
+    for kind in (type(chosen), type(chosen.compressor)):
+        CLASSES.setdefault(kind, chosen)
+METHODS = [
+    method if method in CLASSES.values() else pytest.param(method, marks=pytest.mark.exhaustive)
+    for method in selection()
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)

@@ -64,6 +64,7 @@ def test_every_function_is_tested():
     assert set(CALLS) == STAGED - {"write"} | {"assign"}
 
 
+@pytest.mark.covering(factors=lambda name, call, kind, length: (name, call, kind, length))
 @pytest.mark.parametrize(("name", "call", "kind"), CASES)
 @pytest.mark.parametrize("length", [10_001, 9, 1, 0])
 def test_a_variable_gets_the_bits_of_numpy(name, call, kind, length):
@@ -306,6 +307,7 @@ def test_a_simulation_takes_the_steps_of_numpy(exchange):
     assert runs[1].x.numpy().tobytes() == runs[0].x.tobytes()
 
 
+@pytest.mark.covering(factors=lambda method: (type(method), type(method.compressor)))
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_methods_on_variables_are_those_on_numpy(method):
     """Gradients in variables, which a method may change in place or keep; to the last bit."""
@@ -337,6 +339,7 @@ def test_a_channel_of_variables_has_numpy_arrays():
     assert all(isinstance(x, np.ndarray) for rank in ranks for x in (rank.gradient, *rank.worker))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 @pytest.mark.parametrize("shape", [(100,), (20, 5), (), (0,)])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
