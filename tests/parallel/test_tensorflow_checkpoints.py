@@ -11,11 +11,11 @@ from launching import Results, alone, horovod_job
 pytestmark = pytest.mark.parallel
 
 WAYS = [
-    "Loop-ef21", "Loop-random", "Loop-top", "AmidAccumulation-ef21", "Tape-ef21", "Tape-random",
-    "Stock-ef21", "Stock-random", "Pickle-ef21", "Pickle-random", "Weights-ef21",
-    "Weights-random", "WholeModel-ef21", "WholeModel-random", "AccumulatingModel-ef21",
-    "Backup-ef21", "TFKeras-ef21", "TFKeras-random",
+    "Loop-ef21", "Loop-random", "Loop-top", "AmidAccumulation-ef21", "Tape-ef21", "Stock-ef21",
+    "Pickle-ef21", "Pickle-random", "Weights-ef21", "WholeModel-ef21", "AccumulatingModel-ef21",
+    "Backup-ef21", "TFKeras-ef21",
 ]  # fmt: skip
+MORE = ["Tape-random", "Stock-random", "Weights-random", "WholeModel-random", "TFKeras-random"]
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +24,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, saved: Path) -> Results:
-    """Trainings that went on without a stop after they were saved."""
-    out = tmp_path_factory.mktemp("whole")
-    return horovod_job(2, "tf_checkpoints.py", out, "save", str(saved))
+def ways(every_case: bool) -> list[str]:
+    return WAYS + MORE if every_case else WAYS
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory, saved: Path, whole: Results) -> Results:
+def whole(tmp_path_factory: pytest.TempPathFactory, saved: Path, ways: list[str]) -> Results:
+    """Trainings that went on without a stop after they were saved."""
+    out = tmp_path_factory.mktemp("whole")
+    return horovod_job(2, "tf_checkpoints.py", out, "save", str(saved), *ways)
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    tmp_path_factory: pytest.TempPathFactory, saved: Path, whole: Results, ways: list[str]
+) -> Results:
     out = tmp_path_factory.mktemp("resumed")
-    return horovod_job(2, "tf_checkpoints.py", out, "resume", str(saved))
+    return horovod_job(2, "tf_checkpoints.py", out, "resume", str(saved), *ways)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory, saved: Path, whole: Results)
     return alone("tf_plain_load.py", tmp_path_factory.mktemp("plain"), str(saved))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [*WAYS, *(pytest.param(way, marks=pytest.mark.exhaustive) for way in MORE)]
+)
 def test_a_resumed_training_ends_as_an_uninterrupted_one(
     way: str, whole: Results, resumed: Results
 ) -> None:
@@ -50,10 +59,10 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(
 
 
 def test_every_way_to_save_is_tried_and_moves_the_parameters(
-    whole: Results, resumed: Results
+    whole: Results, resumed: Results, ways: list[str]
 ) -> None:
     for result in (*whole, *resumed):
-        assert list(result["ends"]) == WAYS
+        assert list(result["ends"]) == ways
     # The same steps by optimizer, tape, pickle and fit; other methods and models end elsewhere.
     ends = whole[0]["ends"]
     assert ends["Loop-ef21"] == ends["Tape-ef21"] == ends["Weights-ef21"]

@@ -16,15 +16,15 @@ from tf_common import CLASSES, INPUTS, build_model, data, loss_of
 import ef_horovod.tensorflow as ef
 
 STEPS, SIZE = 6, 16
-EF21 = ef.EF21(ef.TopK(ratio=0.05), momentum=0.5)
-RANDOM = ef.ErrorFeedback(ef.RandomK(ratio=0.05))  # draws from the step: it has to be saved too
+# They draw from the step: it has to be saved, beside the memories.
+EF21 = ef.EF21(ef.RandomK(ratio=0.05), momentum=0.5)
+RANDOM = ef.ErrorFeedback(ef.RandomK(ratio=0.05))
 TOP = ef.ErrorFeedback(ef.TopK(ratio=0.05))
 
 
 class Loop:
     """A loop of one's own, its wrapped optimizer in a `tf.train.Checkpoint`."""
 
-    tried = ("ef21", "random", "top")
     passes: int | None = None
 
     def __init__(self, method: Any, folder: Path, seed: int = 0) -> None:
@@ -62,14 +62,11 @@ class Loop:
 class AmidAccumulation(Loop):
     """Saved when two of four micro-batches have been added up."""
 
-    tried = ("ef21",)
     passes = 4
 
 
 class Tape(Loop):
     """A plain optimizer, averages from a tape, and the reducer in the checkpoint."""
-
-    tried = ("ef21", "random")
 
     def prepare(self, method: Any) -> tf.train.Checkpoint:
         self.optimizer = self.plain_optimizer()
@@ -87,8 +84,6 @@ class Tape(Loop):
 class Stock(Loop):
     """Horovod's own tape with `ef.Compression`, which is in the checkpoint."""
 
-    tried = ("ef21", "random")
-
     def prepare(self, method: Any) -> tf.train.Checkpoint:
         self.optimizer = self.plain_optimizer()
         self.compression = ef.Compression(method, self.variables)
@@ -105,8 +100,6 @@ class Stock(Loop):
 
 class Pickle(Loop):
     """Parameters, optimizer variables and `compression_state_dict()` as arrays in one pickle."""
-
-    tried = ("ef21", "random")
 
     def save(self) -> None:
         self.optimizer.build(self.variables)
@@ -127,8 +120,6 @@ class Pickle(Loop):
 
 class Weights(Loop):
     """Keras' `save_weights` and `load_weights` with the optimizer compiled into the model."""
-
-    tried = ("ef21", "random")
 
     def prepare(self, method: Any) -> None:
         self.compile(ef.DistributedOptimizer(self.plain_optimizer(), compression=method))
@@ -156,8 +147,6 @@ class Weights(Loop):
 class WholeModel(Weights):
     """A `.keras` file: it gives a plain optimizer, which is wrapped again."""
 
-    tried = ("ef21", "random")
-
     def prepare(self, method: Any) -> None:
         self.method = method
         super().prepare(method)
@@ -180,14 +169,12 @@ class WholeModel(Weights):
 class AccumulatingModel(WholeModel):
     """A `.keras` file of an optimizer that adds up micro-batches; saved between updates."""
 
-    tried = ("ef21",)
     passes = 2
 
 
 class Backup(Weights):
     """Keras' BackupAndRestore callback: an epoch is half the training here."""
 
-    tried = ("ef21",)
     resumed = False
 
     def train(self, first: int, last: int) -> None:
@@ -213,8 +200,6 @@ class Backup(Weights):
 
 class TFKeras(Loop):
     """tf_keras: `model.fit`, its optimizer in a `tf.train.Checkpoint`."""
-
-    tried = ("ef21", "random")
 
     def prepare(self, method: Any) -> tf.train.Checkpoint:
         plain = tf_keras.optimizers.SGD(0.05, momentum=0.9)

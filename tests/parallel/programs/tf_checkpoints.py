@@ -1,6 +1,7 @@
 """Trains, saves and goes on (`save`); goes on from there in another process (`resume`).
 
-A process of three ranks (`more_ranks`) goes on from what two ranks have saved.
+A process of three ranks (`more_ranks`) goes on from what two ranks have saved. Arguments: one of
+the three, a folder, and the cases, such as "Loop-ef21".
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from tf_common import digest
 import ef_horovod.tensorflow as ef
 
 TASK, SAVED = ARGUMENTS[0], Path(ARGUMENTS[1])
+KINDS = {way.__name__: way for way in WAYS}
+METHODS = {"ef21": EF21, "random": RANDOM, "top": TOP}
 CASES = {
-    f"{way.__name__}-{tag}": (way, method)
-    for way in WAYS
-    for tag, method in (("ef21", EF21), ("random", RANDOM), ("top", TOP))
-    if tag in way.tried
+    case: (KINDS[case.partition("-")[0]], METHODS[case.partition("-")[2]]) for case in ARGUMENTS[2:]
 }
 
 
