@@ -15,7 +15,7 @@ def torch_results(request, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return horovod_job(request.param, "momentum.py", tmp_path_factory.mktemp("momentum"))
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.exhaustive)])
 def tensorflow_results(request, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return horovod_job(request.param, "tf_momentum.py", tmp_path_factory.mktemp("momentum"))
 

@@ -65,8 +65,16 @@ def simulated(method: ef.Method) -> str:
     return digest(run.x)
 
 
-def test_keras_fit_and_what_needs_horovod(tmp_path: Path) -> None:
-    results = server_job(2, 2, PROGRAM, tmp_path, "fit")
+@pytest.fixture(scope="module")
+def in_a_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What both workers found in jobs one after the other, on the same processes."""
+    jobs = ("fit", "tape", "overlap", "rows", "unequal_start")
+    results = server_job(2, 2, PROGRAM, tmp_path_factory.mktemp("jobs"), *jobs, jobs=len(jobs))
+    return {job: [result[job] for result in results] for job in jobs}
+
+
+def test_keras_fit_and_what_needs_horovod(in_a_row: dict[str, list[Any]]) -> None:
+    results = in_a_row["fit"]
     assert results[0]["end"] == results[1]["end"] != results[0]["start"]
     for result in results:
         assert result["accuracy"] > 0.6  # by chance 0.1
@@ -82,14 +90,6 @@ def test_keras_fit_and_what_needs_horovod(tmp_path: Path) -> None:
         assert len(result["second"]) == 3
         for error in result["second"]:
             assert error.startswith(SECOND)
-
-
-@pytest.fixture(scope="module")
-def in_a_row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What both workers found in jobs one after the other, on the same processes."""
-    jobs = ("tape", "overlap", "rows", "unequal_start")
-    results = server_job(1, 2, PROGRAM, tmp_path_factory.mktemp("jobs"), *jobs, jobs=len(jobs))
-    return {job: [result[job] for result in results] for job in jobs}
 
 
 def test_a_tape_and_an_optimizer(in_a_row: dict[str, list[Any]]) -> None:

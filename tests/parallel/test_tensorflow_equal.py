@@ -65,7 +65,7 @@ def compresses(method: str) -> bool:
 @pytest.mark.parametrize(
     ("which", "ranks", "steps"),
     [
-        ("classes", 2, 80),
+        ("methods", 2, 80),  # test_frameworks.py has every class of compressors in a graph
         *(pytest.param("selection", ranks, 120, marks=pytest.mark.exhaustive) for ranks in (2, 3)),
     ],
 )

@@ -17,8 +17,9 @@ def results(request, tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.fixture(scope="module")
-def in_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return horovod_job(2, "tf_updates.py", tmp_path_factory.mktemp("updates"), timeout=600)
+def in_tensorflow(tmp_path_factory: pytest.TempPathFactory, every_case: bool) -> Results:
+    which = "all" if every_case else "sample"
+    return horovod_job(2, "tf_updates.py", tmp_path_factory.mktemp("updates"), which, timeout=600)
 
 
 def test_without_compression_sgd_with_momentum_is_that_of_averaged_gradients(
@@ -147,7 +148,7 @@ def test_tensorflow_ends_with_the_same_bits_on_all_ranks(in_tensorflow: Results)
     for kind, facts in first.items():
         assert facts["ratio"] < (0.6 if "dense_steps" in kind else 0.2), kind
     different = len({facts["digest"] for facts in first.values()})
-    assert different >= 6  # tf_keras and eager mode may end as Keras 3 and a graph do
+    assert different >= len(first) - 2 >= 4  # tf_keras and eager mode may end as the others do
 
 
 def test_both_frameworks_make_the_same_steps_of_the_same_gradients(

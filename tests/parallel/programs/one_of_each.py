@@ -17,7 +17,16 @@ def one_of_each() -> list[Method]:
     return [*of_compressors.values(), *of_methods.values()]
 
 
+def each_method() -> list[Method]:
+    """Of these one of each class of methods."""
+    found: dict[type, Method] = {}
+    for method in one_of_each():
+        found.setdefault(type(method), method)
+    return list(found.values())
+
+
 def chosen(which: str) -> list[Method]:
-    """`which` is "all", "selection" or "classes"."""
-    choices = {"all": pairs.every_method, "selection": pairs.selection, "classes": one_of_each}
+    """`which` is "all", "selection", "classes" or "methods"."""
+    choices = {"all": pairs.every_method, "selection": pairs.selection}
+    choices |= {"classes": one_of_each, "methods": each_method}
     return choices[which]()

@@ -35,9 +35,18 @@ def exchanges_of(method: Method) -> list[str]:
     ]
 
 
-def methods_of_servers() -> list[Method]:
-    """All but those that need dense steps, which servers do not have."""
-    return [method for method in every_method() if not method.needs_dense_steps]
+def methods_of_servers(which: str) -> list[Method]:
+    """All but those that need dense steps, which servers do not have.
+
+    "all" of them, or of these a "sample" that has every method and every compressor.
+    """
+    found = [method for method in every_method() if not method.needs_dense_steps]
+    return found if which == "all" else covering(found, _parts, together=1)
+
+
+def _parts(method: Method) -> tuple[str, str]:
+    compressor = repr(method.compressor)
+    return repr(method).replace(compressor, "C"), compressor
 
 
 def dense_steps_of(method: Method) -> int:
@@ -49,13 +58,19 @@ def cases(which: str) -> list[tuple[Method, str]]:
     """Methods and exchanges: "all" of them, or a sample.
 
     The sample "pairs" has every two of a method, a compressor and an exchange; of these, "singles"
-    has every method and every compressor by each of its exchanges.
+    has every method and every compressor by each of its exchanges; and of these "methods" has every
+    method by each.
     """
     product = [(method, exchange) for method in every_method() for exchange in exchanges_of(method)]
     if which == "all":
         return product
     pairs = covering(product, _factors)
-    return pairs if which == "pairs" else covering(pairs, _by_each_exchange, together=1)
+    if which == "pairs":
+        return pairs
+    singles = covering(pairs, _by_each_exchange, together=1)
+    if which == "singles":
+        return singles
+    return covering(singles, lambda case: _by_each_exchange(case)[:1], together=1)
 
 
 def _factors(case: tuple[Method, str]) -> tuple[str, str, str]:

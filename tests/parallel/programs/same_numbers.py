@@ -2,7 +2,7 @@
 
 Arguments: "mpi" (a channel over mpi4py), "torch" or "tensorflow" (the adapters over Horovod),
 "torch:cuda" for torch with its tensors on a GPU, or "distributed" (torch without Horovod); and
-which cases: "all", "pairs" or "singles".
+which cases: "all", "pairs", "singles" or "methods".
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Steps of methods through parameter servers; where they lead, as digests.
 
 The models of `doublesqueeze_oracle.py` are trained, and one channel of every method x compressor
-takes steps, all of them under way at once. Arguments: "torch" for tensors in one job; or "cases"
-and [[servers, workers, whether every method takes steps], ...], for which the program runs on all
-ranks, as servers and as workers.
+takes steps, all of them under way at once. Arguments: "all" or "sample" of these pairs; and "torch"
+for tensors in one job, or "cases" and [[servers, workers, whether every method takes steps], ...],
+for which the program runs on all ranks, as servers and as workers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def open_every(transport):
         f"x{i} by {method}": open_channel(
             f"x{i}", zeros, method.for_shapes([SHAPE]), transport, exchange="server", seed=SEED
         )
-        for i, method in enumerate(methods_of_servers())
+        for i, method in enumerate(methods_of_servers(ARGUMENTS[0]))
     }
 
 
@@ -113,8 +113,8 @@ def run_cases(cases):
 
 
 def main() -> None:
-    if ARGUMENTS[0] == "cases":
-        run_cases(json.loads(ARGUMENTS[1]))
+    if ARGUMENTS[1] == "cases":
+        run_cases(json.loads(ARGUMENTS[2]))
     else:
         transport = ServerTransport()
         report(transport.rank, run_worker(transport, every=True))

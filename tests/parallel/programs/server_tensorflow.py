@@ -98,7 +98,7 @@ def fit():
     model.fit(inputs, labels, batch_size=16, epochs=2, verbose=0)
     total, variables = optimizer.stats()[-1], model.trainable_variables
     with_callback = {"callbacks": [ef.TrainingCallback()], "verbose": 0}
-    return rank, {
+    facts = {
         "start": start,
         "end": digest_of(variables),
         "accuracy": accuracy(model),
@@ -121,6 +121,8 @@ def fit():
             error_of(lambda: ef.Reducer(variables, METHOD, exchange="server")),
         ],
     }
+    optimizer.transport.close()
+    return rank, facts
 
 
 def overlap():

@@ -1,6 +1,6 @@
 """Compressors and methods through a tape in a tf.function; digests, losses.
 
-Arguments: pairs ("selection" or "classes"), steps.
+Arguments: pairs ("selection" or "methods"), steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""CompressedUpdates on real ranks of TensorFlow and Keras."""
+"""CompressedUpdates on real ranks of TensorFlow and Keras.
+
+Argument: "all", or "sample" for every option with one of the optimizers only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 import tf_local_updates
-from common import OUT, error_of, report
+from common import ARGUMENTS, OUT, error_of, report
 from given_updates import CASES, SETTINGS, SHAPES, STEPS, gradients_of
 from tf_common import build_model, build_tf_keras_model, data, digest, loss_of
 
@@ -16,6 +19,7 @@ import ef_horovod.tensorflow as ef
 
 SIGNS = ef.ErrorFeedback(ef.OneBit())
 NONE = ef.NoFeedback(ef.Identity())
+EVERY_CASE = ARGUMENTS == ["all"]
 OPTIMIZERS = {
     "SGD": lambda: keras.optimizers.SGD(0.05, momentum=0.9, weight_decay=0.01),
     "AdamW": lambda: keras.optimizers.AdamW(0.003),
@@ -74,11 +78,14 @@ def without_compression():
 def compressed():
     """Ends and ratios of bytes: in graphs, eagerly, and with tf_keras."""
     pairs, facts = batches(10), {}
-    for name in OPTIMIZERS:
-        for options in ({}, {"dense_steps": 5}, {"exchange": "gather", "bucket_bytes": 4096}):
-            optimizer = updates(name, **options)
-            model = train(build_model(), optimizer, pairs)
-            facts[f"{name} {options}"] = end_of(model, optimizer)
+    plain, dense, small = {}, {"dense_steps": 5}, {"exchange": "gather", "bucket_bytes": 4096}
+    cases = [(name, options) for name in OPTIMIZERS for options in (plain, dense, small)]
+    if not EVERY_CASE:
+        cases = [("SGD", plain), ("SGD", dense), ("AdamW", plain), ("AdamW", small)]
+    for name, options in cases:
+        optimizer = updates(name, **options)
+        model = train(build_model(), optimizer, pairs)
+        facts[f"{name} {options}"] = end_of(model, optimizer)
     optimizer = updates()
     facts["eager"] = end_of(train(build_model(), optimizer, pairs, in_graph=False), optimizer)
     optimizer = ef.CompressedUpdates(tf_keras.optimizers.AdamW(0.003), SIGNS)
@@ -117,13 +124,15 @@ def spoiled():
     pairs, facts = batches(1), {}
     adam, old_adam = OPTIMIZERS["AdamW"], lambda: tf_keras.optimizers.AdamW(0.003)
     old_scaler = tf_keras.mixed_precision.LossScaleOptimizer
+    fixed = lambda: old_scaler(old_adam(), dynamic=False, initial_scale=8.0)  # noqa: E731
+    more = {"tf_keras fixed scale": fixed} if EVERY_CASE else {}
     for name, make in {
         "plain": adam,
         "double_pass": adam,
         "scaled": lambda: keras.optimizers.LossScaleOptimizer(adam()),
         "tf_keras": old_adam,
-        "tf_keras fixed scale": lambda: old_scaler(old_adam(), dynamic=False, initial_scale=8.0),
         "tf_keras scaled": lambda: old_scaler(old_adam()),
+        **more,
     }.items():
         build = build_tf_keras_model if "tf_keras" in name else build_model
         exchange = "double_pass" if name == "double_pass" else "auto"

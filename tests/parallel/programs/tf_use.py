@@ -1,4 +1,7 @@
-"""TensorFlow as people use it: tapes made anew, gradients that are missing, models of all kinds."""
+"""TensorFlow as people use it: tapes made anew, gradients that are missing, models of all kinds.
+
+Argument: "all", or "sample" for fewer models of tf_keras.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Many methods x compressors, by both adapters; digests of the parameters.
 
-Arguments: adapters ("ef", "stock" or "ef,stock"), pairs ("all", "selection" or "classes"), steps,
+Arguments: adapters ("ef", "stock" or "ef,stock"), pairs ("all", "selection" or "methods"), steps,
 and a device if it is not the CPU.
 """
 
