@@ -113,7 +113,7 @@ def ended_job(
     serve = servers_in_a_row(servers, jobs, *server) if jobs else server_command(servers, *server)
     command = [*serve, ":", "-np", str(workers), sys.executable]
     try:
-        _start([*command, str(PROGRAMS / program), str(out), *arguments], **options)
+        run_program([*command, str(PROGRAMS / program), str(out), *arguments], **options)
     except JobFailed as failure:
         found = {int(file.stem[4:]): json.loads(file.read_text()) for file in out.glob("rank*")}
         return str(failure), found
@@ -145,11 +145,15 @@ def _run(
     arguments: tuple[str, ...],
     **options: Any,
 ) -> Results:
-    _start([*launcher, sys.executable, str(PROGRAMS / program), str(out), *arguments], **options)
+    run_program(
+        [*launcher, sys.executable, str(PROGRAMS / program), str(out), *arguments], **options
+    )
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def _start(command: list[str], *, environment: dict[str, str] | None = None, **options: Any) -> str:
+def run_program(
+    command: list[str], *, environment: dict[str, str] | None = None, **options: Any
+) -> str:
     """Run a job whose processes begin with start/sitecustomize.py; what it printed."""
     given = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **(environment or {})}
     paths = [str(START), *filter(None, [given["PYTHONPATH"]])]

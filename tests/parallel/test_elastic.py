@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import PROGRAMS
-from processes import BIN, run_job
+from launching import PROGRAMS, run_program
+from processes import BIN
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
@@ -23,7 +23,7 @@ def elastic_job(out: Path, hosts: str, ranks: int, *arguments: str) -> list[Line
     script.write_text(f"#!/bin/sh\ncat {out / 'hosts'}\n")
     script.chmod(0o755)
     limits = ["-np", str(ranks), "--min-np", "1", "--max-np", "3"]
-    run_job(
+    run_program(
         [
             str(BIN / "horovodrun"), "--gloo", "--network-interfaces", "lo", *limits,
             "--host-discovery-script", str(script),
