@@ -17,6 +17,7 @@ from ef_horovod.cost.probe import measure_work
 from ef_horovod.exchange.network import SOFTWARE, Network, Software, Work
 from ef_horovod.methods.base import Method
 from ef_horovod.methods.parsing import read_method
+from ef_horovod.training.choice import wants_server
 from ef_horovod.training.updates import refuse_for_updates
 
 USUAL_METHODS = (
@@ -121,8 +122,9 @@ class Answer(NamedTuple):
         return f"take compression={best.method!r}, exchange={best.cost.exchange!r}{where}: {gain}"
 
     def _suits_updates(self, choice: Choice) -> bool:
-        found = evidence_of(choice.method) if choice.method is not None else []
-        return choice.cost.exchange != "server" and any(e.compressed == UPDATES for e in found)
+        if choice.method is None or wants_server(choice.cost.exchange):
+            return False
+        return any(e.compressed == UPDATES for e in evidence_of(choice.method))
 
     @property
     def dense(self) -> Choice:

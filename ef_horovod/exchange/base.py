@@ -37,7 +37,7 @@ class Exchange(ABC):
     compresses: ClassVar[bool] = True  # False: the gradient itself is sent, without payloads
     sums: ClassVar[bool] = False  # float32 values are summed in flight; False: bytes are sent
     has_answers: ClassVar[bool] = False  # a second collective brings answers, `Channel.answers`
-    needs_server: ClassVar[bool] = False
+    needs_server: bool = False
     by_node: ClassVar[bool] = False  # its channels know the ranks of a node: `Transport.levels`
 
     def require_fit(self, method: Method) -> None:  # noqa: B027 - most carry every method

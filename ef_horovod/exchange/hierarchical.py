@@ -7,7 +7,8 @@
 
 The method sees one worker per node. So a node sends as much as one rank would, whatever the number
 of its ranks. They share the compression, and each has the error-feedback state of one slice. The
-exchange between nodes is any other one: "hierarchical:double_pass".
+exchange between nodes is any other one: "hierarchical:double_pass". With "hierarchical:server",
+a parameter server hears one worker per node.
 
 With different numbers of ranks on the nodes, slices have no counterparts. The first rank of each
 node then has the whole vector. In all cases the aggregated gradient is the mean over ranks.
@@ -32,6 +33,7 @@ from ef_horovod.exchange.registry import EXCHANGES, exchange_of, register_exchan
 from ef_horovod.exchange.stats import Counted
 from ef_horovod.exchange.traffic import Traffic
 from ef_horovod.methods.base import Method
+from ef_horovod.methods.parsing import write_method
 from ef_horovod.transports.base import Transport
 from ef_horovod.transports.nodes import Levels
 
@@ -51,6 +53,7 @@ class Hierarchical(Exchange):
         self._inner = inner
         if inner is not None:
             self.name = f"hierarchical:{inner.name}"
+            self.needs_server = inner.needs_server
 
     @property
     def has_inner(self) -> bool:
@@ -58,7 +61,7 @@ class Hierarchical(Exchange):
         return self._inner is not None
 
     def with_inner(self, name: str) -> Exchange:
-        allowed = [e.name for e in between_nodes()]
+        allowed = [e.name for e in EXCHANGES.values() if e.compresses and not e.by_node]
         if name not in allowed:
             raise ValueError(
                 f"got exchange='hierarchical:{name}', expected one between nodes that sends "
@@ -116,7 +119,7 @@ class Hierarchical(Exchange):
 
 
 def between_nodes() -> list[Exchange]:
-    """The exchanges that can be the one between nodes."""
+    """The exchanges that can be the one between nodes, in jobs without servers."""
     return [e for e in EXCHANGES.values() if e.compresses and not e.needs_server and not e.by_node]
 
 
@@ -159,9 +162,14 @@ class NodeChannel(Channel):
         self._slices = shares + [(d, d)] * (ranks - len(shares))
         self._start, self._stop = self._slices[levels.node.rank]
         self._inner: Channel | None = None
+        inner = self.exchange.inner(self.method)
+        if inner.needs_server:
+            lengths = [stop - start for start, stop in shares]
+            method = write_method(self.method)
+            self._transport.open_slices(self.slice_name, lengths, method, seed)
         if levels.cross is not None:
-            self._inner = self.exchange.inner(self.method).open(
-                f"{self.name}.slice.{levels.node.rank}",
+            self._inner = inner.open(
+                self.slice_name(levels.node.rank),
                 self.gradient[self._start : self._stop],
                 self.method,
                 levels.cross,
@@ -172,6 +180,10 @@ class NodeChannel(Channel):
         self._relayed = False
         self._failed: Exception | None = None
         return None, None  # the inner channel has the states
+
+    def slice_name(self, j: int) -> str:
+        """The name of slice j's channel between nodes."""
+        return f"{self.name}.slice.{j}"
 
     def forget(self) -> None:
         self._undo = None

@@ -18,7 +18,15 @@ from ef_horovod.errors import (
     UnsupportedError,
 )
 from ef_horovod.server.asked import AskedBucket
-from ef_horovod.server.link import WORKER, connect, in_words, what_ends_this_process
+from ef_horovod.server.link import (
+    WORKER,
+    connect,
+    in_words,
+    opened,
+    require_first,
+    what_ends_this_process,
+)
+from ef_horovod.server.nodes import levels_by
 from ef_horovod.server.plan import BucketSpec, Config, assign
 from ef_horovod.server.protocol import (
     CONTROL_TAG,
@@ -34,6 +42,7 @@ from ef_horovod.server.rounds import longest_message
 from ef_horovod.server.world import watch
 from ef_horovod.transports.base import Answer
 from ef_horovod.transports.mpi import MPI, PIECE_NBYTES, MPITransport, communicator, largest_tag
+from ef_horovod.transports.nodes import groups_of
 from ef_horovod.transports.timeouts.waiting import limit_of, wait_until
 
 # A worker's limit is longer than a server's, because the server can name the missing workers.
@@ -64,6 +73,8 @@ class ServerTransport(MPITransport):
         limit = limit_of(timeout)
         self._group = connect(WORKER, limit, comm)
         super().__init__(self._group.peers, limit)
+        self._nodes = groups_of(self._first_ranks(), one_node=True)
+        self._levels = None if self._nodes is None else levels_by(self._nodes, self, self._comm)
         self._all = self._group.comm
         self._buckets: list[AskedBucket] = []
         self._index: dict[str, int] = {}
@@ -78,8 +89,10 @@ class ServerTransport(MPITransport):
         self._hopeless = False  # whether servers do not respond at all
         self._servers_leave = False  # whether the servers' processes end with the job
         self._watching = watch(communicator(comm), self.rank, limit)
-        _opened.append((communicator(comm), self))
+        opened.append((communicator(comm), self))
         atexit.register(self._at_exit)  # registered after mpi4py's, so it runs before MPI ends
+
+    levels_known = True
 
     @property
     def has_server(self) -> bool:
@@ -93,14 +106,24 @@ class ServerTransport(MPITransport):
     def dense_nbytes(self, nbytes: int) -> int:
         return nbytes
 
+    def open_slices(
+        self, name: Callable[[int], str], lengths: Sequence[int], method: str, seed: int
+    ) -> None:
+        assert self._nodes is not None
+        for j, (length, workers) in enumerate(zip(lengths, self._nodes.cross, strict=True)):
+            self._open(BucketSpec(name(j), length, method, seed, tuple(workers)))
+
     def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
+        self._open(BucketSpec(name, length, method, seed))
+
+    def _open(self, spec: BucketSpec) -> None:
         self.require_open()
+        name, length = spec.name, spec.length
         if self._config is not None or name in self._index:
             raise ValueError(
                 f"got the bucket '{name}' twice or after the first step, expected each once and "
                 "before it; make one optimizer for all parameters"
             )
-        spec = BucketSpec(name, length, method, seed)
         if longest_message(spec) > PIECE_NBYTES:
             raise UnsupportedError(
                 f"got a bucket '{name}' of {length} elements, whose messages may have "
@@ -134,7 +157,8 @@ class ServerTransport(MPITransport):
         self._config = Config(specs, tuple(facts), step)
         self._fingerprint = self._config.fingerprint
         for index, owner in enumerate(assign(specs, self.servers)):
-            self._buckets[index].open(self._group.servers[owner])
+            if self.rank in specs[index].senders(self.size):
+                self._buckets[index].open(self._group.servers[owner])
         hello = pack(Message(Kind.HELLO, self.rank), text_body(self._config.to_json()))
         self._send(hello, self._group.servers, CONTROL_TAG)
         self._wait(
@@ -274,7 +298,7 @@ class ServerTransport(MPITransport):
         self._closed = True
         if not self._servers_leave:  # servers may now take part in MPI.COMM_WORLD's collectives
             self._watching.set()
-            _opened[:] = [(comm, one) for comm, one in _opened if one is not self]
+            opened[:] = [(comm, one) for comm, one in opened if one is not self]
         error = error or in_words(self._broken)
         bye = pack(Message(Kind.BYE, self.rank), text_body(error))
         self._send(bye, self._group.servers, CONTROL_TAG)
@@ -319,8 +343,14 @@ class ServerTransport(MPITransport):
         try:
             wait_until(look, limit, waited)
         except CollectiveTimeoutError as error:
-            self._broken, self._hopeless = error, True
+            if self._broken is None:  # otherwise a server has said so
+                self._broken, self._hopeless = error, True
             raise
+
+    def listen(self) -> None:
+        """Raise if the servers have ended the job; for waits for other workers."""
+        self._move_on()
+        self._raise_broken()
 
     def _move_on(self) -> None:
         """Let MPI make progress, and handle the servers' control messages."""
@@ -365,24 +395,3 @@ class ServerTransport(MPITransport):
     def _send(self, data: np.ndarray, ranks: Sequence[int], tag: int) -> None:
         for rank in ranks:
             self._sends.append((self._all.Isend([data, MPI.BYTE], rank, tag), data))
-
-
-def require_first(comm: Any = None) -> None:
-    """Raise if this process is already a worker of the job, by another optimizer or similar.
-
-    Args:
-        comm: of servers and workers; default COMM_WORLD.
-
-    Raises:
-        UnsupportedError: the process is already a worker.
-    """
-    if any(c == communicator(comm) for c, _ in _opened):
-        raise UnsupportedError(
-            "got a second optimizer, reducer, tape or Worker in a job with parameter servers, "
-            "expected one per process, because servers learn of all buckets at once; give all "
-            "parameters to one, in parameter groups if their settings differ, and close it only "
-            "after the last step, because the servers end with it"
-        )
-
-
-_opened: list[tuple[Any, ServerTransport]] = []  # (communicator, transport)

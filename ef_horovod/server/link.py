@@ -27,6 +27,7 @@ HINT = (  # for errors about missing workers
 _ROLL_CALL = 31415  # tag on COMM_WORLD, only for the roll call
 _ENDED = 255  # sent instead of a role; the reason follows, if known
 _ANSWER_NBYTES = 512
+opened: list[tuple[Any, Any]] = []  # communicator and transport of this process as a worker
 
 
 class Group(NamedTuple):
@@ -37,6 +38,24 @@ class Group(NamedTuple):
     servers: list[int]  # ranks in comm
     workers: list[int]  # ranks in comm
     number: int  # of this rank among ranks of its role
+
+
+def require_first(comm: Any = None) -> None:
+    """Raise if this process is already a worker of the job, by another optimizer or similar.
+
+    Args:
+        comm: of servers and workers; default COMM_WORLD.
+
+    Raises:
+        UnsupportedError: the process is already a worker.
+    """
+    if any(c == communicator(comm) for c, _ in opened):
+        raise UnsupportedError(
+            "got a second optimizer, reducer, tape or Worker in a job with parameter servers, "
+            "expected one per process, because servers learn of all buckets at once; give all "
+            "parameters to one, in parameter groups if their settings differ, and close it only "
+            "after the last step, because the servers end with it"
+        )
 
 
 def connect(role: int, timeout: float, comm: Any = None) -> Group:

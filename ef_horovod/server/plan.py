@@ -22,10 +22,22 @@ class BucketSpec(NamedTuple):
     length: int  # elements of float32
     method: str  # written by `parsing.write_method`
     seed: int
+    workers: tuple[int, ...] = ()  # that send it; () for all
 
     def make_method(self) -> Method:
         """The method object."""
         return read_method(self.method)
+
+    def senders(self, workers: int) -> list[int]:
+        """The workers that send it, out of all."""
+        return list(self.workers or range(workers))
+
+    def __str__(self) -> str:
+        senders = f" from workers {list(self.workers)}" if self.workers else ""
+        return (
+            f"bucket '{self.name}' of {self.length} elements by {self.method} with seed "
+            f"{self.seed}{senders}"
+        )
 
 
 class Config(NamedTuple):
@@ -37,13 +49,11 @@ class Config(NamedTuple):
 
     def lines(self) -> list[str]:
         """The config as lines, one per fact; must be equal on all workers."""
+        by_nodes = any(spec.workers for spec in self.buckets)
+        how = " by nodes (exchange='hierarchical:server')" if by_nodes else ""
         return [
-            f"{len(self.buckets)} buckets and the next step {self.step}",
-            *(
-                f"bucket '{spec.name}' of {spec.length} elements by {spec.method} with seed "
-                f"{spec.seed}"
-                for spec in self.buckets
-            ),
+            f"{len(self.buckets)} buckets{how} and the next step {self.step}",
+            *map(str, self.buckets),
             *self.facts,
         ]
 
@@ -64,7 +74,8 @@ class Config(NamedTuple):
         """
         try:
             fields = json.loads(text)
-            buckets = tuple(BucketSpec(*spec) for spec in fields["buckets"])
+            specs = [(*spec, tuple(senders)) for *spec, senders in fields["buckets"]]
+            buckets = tuple(BucketSpec._make(spec) for spec in specs)
             return cls(buckets, tuple(fields["facts"]), int(fields["step"]))
         except (ValueError, KeyError, TypeError) as error:
             raise PayloadError(

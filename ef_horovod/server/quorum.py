@@ -56,13 +56,21 @@ class Participation:
         return self._chosen[turn]
 
 
-def require_quorum(quorum: int, workers: int, servers: int, methods: Iterable[str]) -> None:
+def require_quorum(
+    quorum: int, workers: int, servers: int, methods: Iterable[str], *, by_nodes: bool = False
+) -> None:
     """Raise unless this quorum is possible.
 
     Raises:
-        UnsupportedError: there are too few workers, several servers, or a method whose workers must
-            not miss a round.
+        UnsupportedError: there are too few workers, several servers, workers that wait for those of
+            their node, or a method whose workers must not miss a round.
     """
+    if by_nodes:
+        raise UnsupportedError(
+            f"got a quorum of {quorum} with exchange='hierarchical:server', expected none, because "
+            "the workers of a node wait for each other; leave --quorum out, or take "
+            "exchange='server'"
+        )
     if not 1 <= quorum < workers or servers > 1:
         raise UnsupportedError(
             f"got a quorum of {quorum} with {workers} workers and {servers} servers, expected one "

@@ -49,7 +49,7 @@ class ServedBucket:
     Args:
         index: of the bucket, among those of all servers.
         spec: of the bucket.
-        workers: number of workers.
+        workers: number of workers in the job.
         fingerprint: of the config.
         step: of the first round.
     """
@@ -57,12 +57,13 @@ class ServedBucket:
     def __init__(
         self, index: int, spec: BucketSpec, workers: int, fingerprint: int, step: int = 0
     ) -> None:
-        self.index, self.spec, self.workers = index, spec, workers
+        self.senders = spec.senders(workers)  # in the order in which their messages are reduced
+        self.index, self.spec, self.workers = index, spec, len(self.senders)
         self.round = 0  # the round being collected
         self.step = step  # step of this round, unless the last step was dropped
         self.dropped = 0  # rounds that were dropped or undone
         self.method = spec.make_method()
-        self.state = self.method.init(np.zeros(spec.length, np.float32), workers)[1]
+        self.state = self.method.init(np.zeros(spec.length, np.float32), self.workers)[1]
         self._fingerprint = fingerprint
         self._messages: dict[int, Payload] = {}
         self._arrivals: dict[int, float] = {}  # time of each worker's last message
@@ -74,7 +75,7 @@ class ServedBucket:
     @property
     def missing(self) -> list[int]:
         """Workers whose messages of this round have not arrived."""
-        return [worker for worker in range(self.workers) if worker not in self._messages]
+        return [worker for worker in self.senders if worker not in self._messages]
 
     @property
     def begun(self) -> bool:
@@ -113,7 +114,7 @@ class ServedBucket:
     def answers(self) -> Iterator[tuple[np.ndarray, list[int]]]:
         """Messages due now, and their receivers; see `answer`."""
         if len(self._messages) == self.workers:
-            yield self.answer(), list(range(self.workers))
+            yield self.answer(), self.senders
 
     def answer(self) -> np.ndarray:
         """Reduce the complete round; returns the message to all workers, valid for one round.
@@ -123,7 +124,7 @@ class ServedBucket:
                 unchanged, and the round waits for another message from that worker.
             ServerError: the method failed for another reason.
         """
-        payloads = [self._messages[worker] for worker in range(self.workers)]
+        payloads = [self._messages[worker] for worker in self.senders]
         if self._this_step < self.step:
             self._take_back()
         kind, body = self._reduce(payloads)

@@ -32,6 +32,7 @@ from ef_horovod.transports.timeouts.waiting import limit_of, wait_until
 
 _FAREWELL_SECONDS = 5.0  # for workers to receive the reason of the end
 _REFUSED_SHOWN = 20
+_GRACE, _GRACE_SECONDS = 1.05, 1.0  # less than that of a worker for its servers
 
 
 class _Begun(NamedTuple):
@@ -140,16 +141,18 @@ class Server:
         require_agreement(configs, self._method)
         methods = {spec.method for spec in configs[0].buckets}
         if self._quorum not in (None, self.workers):
-            require_quorum(self._quorum, self.workers, len(self._group.servers), methods)
+            by_nodes = any(spec.workers for spec in configs[0].buckets)
+            require_quorum(
+                self._quorum, self.workers, len(self._group.servers), methods, by_nodes=by_nodes
+            )
             self._participation = Participation(self._quorum, self.workers)
         self._fingerprint, specs, step = configs[0].fingerprint, configs[0].buckets, configs[0].step
         for index, owner in enumerate(assign(specs, len(self._group.servers))):
             if owner != self._group.number:
                 continue
-            spec = specs[index]
-            self.buckets[index] = self._make_bucket(index, spec)
-            for worker in range(self.workers):
-                self._buffers[worker, index] = np.empty(longest_message(spec), np.uint8)
+            bucket = self.buckets[index] = self._make_bucket(index, specs[index])
+            for worker in bucket.senders:
+                self._buffers[worker, index] = np.empty(longest_message(bucket.spec), np.uint8)
         if step > 0:
             self._saves.load(self.buckets.values(), step, self._fingerprint)
         elements = sum(bucket.spec.length for bucket in self.buckets.values())
@@ -158,8 +161,9 @@ class Server:
             f"{elements:,} elements by {', '.join(sorted({spec.method for spec in specs}))}, from "
             f"step {step} on"
         )
-        dense_nbytes, number = 4 * elements * self.workers, self._group.number
-        self._watch = ServerMonitor(self._totals, dense_nbytes, self._say, self._log, number)
+        dense = sum(4 * bucket.spec.length * bucket.workers for bucket in self.buckets.values())
+        number = self._group.number
+        self._watch = ServerMonitor(self._totals, dense, self._say, self._log, number)
         quorum = "" if self._participation is None else str(self._quorum)
         self._tell(Kind.WELCOME, quorum, LEAVES if self._leaves else 0)
 
@@ -185,7 +189,7 @@ class Server:
         if tag == CONTROL_TAG:
             return control_buffer(nbytes)
         bucket = self.buckets.get(tag - 1)
-        if worker is None or bucket is None:
+        if worker is None or bucket is None or worker not in bucket.senders:
             return None
         place = worker, bucket.index
         if nbytes > self._buffers[place].size:
@@ -325,7 +329,7 @@ class Server:
         if begun is None:
             self._wait_without_limit()
         else:
-            limit = begun.since + self.timeout - time.monotonic()
+            limit = begun.since + self._limit - time.monotonic()
             wait_until(self._progress, limit, lambda: self._waited(begun.missing, begun.what))
         some = len(self._present) not in (0, self.workers) and self._participation is None
         if some and any(bucket.begun for bucket in self.buckets.values()):
@@ -350,6 +354,14 @@ class Server:
 
         wait_until(look, math.inf, lambda: "")
 
+    @property
+    def _limit(self) -> float:
+        """Seconds that workers may be behind others."""
+        if not any(bucket.spec.workers for bucket in self.buckets.values()):
+            return self.timeout
+        # Later than the workers of a node, which know which one of them is missing.
+        return _GRACE * self.timeout + _GRACE_SECONDS
+
     def _begun(self) -> _Begun | None:
         """The action that some workers have begun and others have not, or None."""
         if not self._fingerprint:
@@ -371,7 +383,7 @@ class Server:
 
     def _waited(self, workers: list[int], what: str) -> str:
         return (
-            f"server {self._group.number} waited {self.timeout:g} s for workers {workers} to "
+            f"server {self._group.number} waited {self._limit:g} s for workers {workers} to "
             f"{what}; see why they did not ({HINT}), or raise --timeout or EF_HOROVOD_TIMEOUT"
         )
 

@@ -14,6 +14,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.server.client import ServerTransport
 from ef_horovod.server.link import in_words
 from ef_horovod.training.buckets import BucketPlan, Slot, plan_buckets
+from ef_horovod.training.choice import choose, wants_server
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
@@ -41,6 +42,8 @@ class Worker(StepDriver["_Bucket"]):
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32, last
             one first. A bucket is compressed as one vector and belongs to one server.
         seed: of random compressors.
+        exchange: "server", or "hierarchical:server": the workers of a node sum their gradients
+            first, so that servers hear one worker per node.
         timeout: limit of every wait, in seconds; default $EF_HOROVOD_TIMEOUT or 300.
         state: result of `checkpoint` on this rank of an equal job, to continue there, bitwise as
             if it had not been interrupted. The servers continue from their files of the same step.
@@ -49,8 +52,9 @@ class Worker(StepDriver["_Bucket"]):
     Raises:
         ConfigMismatchError: workers or servers have another model or compression.
         CollectiveTimeoutError: ranks are missing; the message names them.
-        UnsupportedError: `compression` is not a method, or the job has no server.
-        ValueError: there are no parameters, or one occurs twice.
+        UnsupportedError: `compression` is not a method, does not go with the exchange, or the job
+            has no server.
+        ValueError: there are no parameters, one occurs twice, or `exchange` is without servers.
 
     Example:
         worker = Worker({"w": w}, ef.EF21(ef.TopK(ratio=0.01)))
@@ -67,6 +71,7 @@ class Worker(StepDriver["_Bucket"]):
         dense: DensePolicy = small_or_vector,
         bucket_bytes: int = 25 * 2**20,
         seed: int = 0,
+        exchange: str = "server",
         timeout: float | None = None,
         state: dict[str, Any] | None = None,
         transport: ServerTransport | None = None,
@@ -82,8 +87,15 @@ class Worker(StepDriver["_Bucket"]):
         plans = plan_buckets(
             named, method, dense=dense, bucket_bytes=bucket_bytes, device_of=lambda _: None
         )
+        if not wants_server(exchange):
+            raise ValueError(
+                f"Worker got exchange={exchange!r}, expected 'server' or 'hierarchical:server'; "
+                "leave it out for 'server'"
+            )
+        choose(exchange, method)
         transport = transport or ServerTransport(timeout)
-        super().__init__(method, transport, [_Bucket(plan, transport, seed) for plan in plans])
+        buckets = [_Bucket(plan, transport, exchange, seed) for plan in plans]
+        super().__init__(method, transport, buckets)
         self.transport: ServerTransport = transport
         self._place = {slot.name: (b, slot) for b in self.buckets for slot in b.slots}
         self._order = [name for name, _ in named]
@@ -219,9 +231,11 @@ class Worker(StepDriver["_Bucket"]):
 class _Bucket:
     """Parameters that are sent together, and their channel."""
 
-    def __init__(self, plan: BucketPlan, transport: ServerTransport, seed: int) -> None:
+    def __init__(
+        self, plan: BucketPlan, transport: ServerTransport, exchange: str, seed: int
+    ) -> None:
         like = np.empty(plan.length, np.float32)
-        self.channel: Channel = plan.open(like, transport, exchange="server", seed=seed)
+        self.channel: Channel = plan.open(like, transport, exchange=exchange, seed=seed)
         self.slots: list[Slot] = plan.slots
         self.filled: set[str] = set()
 

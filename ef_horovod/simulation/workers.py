@@ -47,6 +47,12 @@ def choice_of(
             f"got exchange={exchange!r} with a transport, expected none, because nodes are "
             "pretended here, and ranks may share workers; leave transport= out"
         )
+    if kind.needs_server and kind.by_node:
+        raise UnsupportedError(
+            f"simulate got exchange={exchange!r}, expected 'hierarchical', which has the same "
+            "iterates, because the simulated server hears single workers; write "
+            "exchange='hierarchical'"
+        )
     refuse_dense_steps(kind, dense_steps)
     require_dense_steps(method, dense_steps)
     return Choice(kind, method, dense_steps)

@@ -39,7 +39,9 @@ class Bucket:
         like = np.zeros(plan.length, np.float32)
         self._transport, self._bridge = transport, transport.bridge()
         self.channel = plan.open(like, self._bridge, exchange=exchange, seed=seed)
-        self.nodes = NodeOps(self.channel, transport) if self.channel.exchange.by_node else None
+        way = self.channel.exchange
+        by_ops = way.by_node and not way.needs_server  # in a job with servers no ops carry messages
+        self.nodes = NodeOps(self.channel, transport) if by_ops else None
         self.whole = WholeSteps(self.channel.name)
 
     def send(self, step: tf.Tensor, loss_scale: tf.Tensor, gradients: list[tf.Tensor]) -> tf.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -16,6 +16,7 @@ import tensorflow as tf
 from ef_horovod.arrays import Array
 from ef_horovod.transports.base import Answer, Measure, Transport
 from ef_horovod.transports.horovod_tensorflow import HorovodTensorFlowTransport
+from ef_horovod.transports.nodes import Levels
 
 if TYPE_CHECKING:  # it needs MPI
     from ef_horovod.server.client import ServerTransport
@@ -31,13 +32,14 @@ class ServerBridge(Transport):
     come in the same order on all ranks. Each bucket has a bridge, which counts its bytes.
 
     Args:
-        servers: sends and receives.
+        servers: sends and receives; or one of its levels.
         lock: for `servers`; default a new one.
     """
 
-    def __init__(self, servers: ServerTransport, lock: threading.Lock | None = None) -> None:
+    def __init__(self, servers: Any, lock: threading.Lock | None = None) -> None:
         super().__init__(servers.rank, servers.size, servers.timeout)
-        self._servers, self._lock = servers, lock or threading.Lock()
+        self._servers: ServerTransport = servers
+        self._lock, self.members = lock or threading.Lock(), servers.members
 
     @property
     def has_server(self) -> bool:
@@ -46,6 +48,14 @@ class ServerBridge(Transport):
     def bridge(self) -> ServerBridge:
         """Another bridge, with a separate count of bytes."""
         return ServerBridge(self._servers, self._lock)
+
+    def levels(self) -> Levels | None:
+        """Those of the servers' transport, under the same lock."""
+        if self._levels is None and (found := self._servers.levels()) is not None:
+            node = ServerBridge(found.node, self._lock)
+            cross = None if found.cross is None else ServerBridge(found.cross, self._lock)
+            self._levels = found._replace(node=node, cross=cross)
+        return self._levels
 
     def handshake(
         self, facts: Sequence[str] = (), step: int = 0, *, several_rounds: bool = False
@@ -64,6 +74,11 @@ class ServerBridge(Transport):
 
     def open_bucket(self, name: str, length: int, method: str, seed: int) -> None:
         self._servers.open_bucket(name, length, method, seed)
+
+    def open_slices(
+        self, name: Callable[[int], str], lengths: Sequence[int], method: str, seed: int
+    ) -> None:
+        self._servers.open_slices(name, lengths, method, seed)
 
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
         return self._start(lambda: self._servers.ask(name, payload, step))

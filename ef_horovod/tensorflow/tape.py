@@ -57,7 +57,7 @@ class DistributedGradientTape(tf.GradientTape):
         if wants_server(options.get("exchange", "auto")) and not any(
             one.transport for one in _made
         ):
-            from ef_horovod.server.client import require_first
+            from ef_horovod.server.link import require_first
 
             require_first()
         self.__dict__ = tape.__dict__  # the same tape, with another `gradient`

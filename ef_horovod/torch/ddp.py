@@ -14,6 +14,7 @@ from ef_horovod.methods.base import Method
 from ef_horovod.torch.buckets import Bucket
 from ef_horovod.torch.parameters import pairs_of
 from ef_horovod.training.buckets import plan_buckets
+from ef_horovod.training.choice import wants_server
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import (
@@ -99,10 +100,10 @@ def ddp_hook(
     named = require_distinct(named)
     require_answers(named, dense, method)
     transport = TorchDistributed(model.process_group if group is None else group, timeout)
-    if transport.has_server or exchange == "server":
+    if transport.has_server or wants_server(exchange):
         raise UnsupportedError(
-            "ddp_hook got exchange='server', expected one between ranks, because DDP's ranks have "
-            "no servers; take ef.DistributedOptimizer in a job by launch/server"
+            f"ddp_hook got exchange={exchange!r}, expected one between ranks, because DDP's ranks "
+            "have no servers; take ef.DistributedOptimizer in a job by launch/server"
         )
     warn_of_surprises(named, method, dense, transport.rank)
     options = {"dense": dense, "dense_steps": dense_steps}

@@ -105,7 +105,10 @@ def network_of(exchange: str) -> Network | None:
 
 def wants_server(exchange: str) -> bool:
     """Whether the exchange needs a job with parameter servers."""
-    return exchange in EXCHANGES and EXCHANGES[exchange].needs_server
+    try:
+        return not is_auto(exchange) and exchange_of(exchange).needs_server
+    except ValueError:  # others say so
+        return False
 
 
 def choose(exchange: str, method: Method) -> Exchange:
@@ -151,9 +154,10 @@ def decide(
         ValueError, UnsupportedError: as in `choose`, or dense steps with a server.
     """
     if transport.has_server and (is_auto(exchange) or method is None):
-        exchange = "server"
+        exchange = exchange if wants_server(exchange) else "server"
     if method is None:
-        return Choice(EXCHANGES["server" if wants_server(exchange) else "dense"], UNCOMPRESSED)
+        dense = exchange_of(exchange if wants_server(exchange) else "dense")
+        return Choice(dense.on(transport, UNCOMPRESSED), UNCOMPRESSED)
     usual = _named(exchange, method, d, transport)
     refuse_dense_steps(usual, dense_steps)
     if not is_auto(exchange) or not usual.compresses or transport.size == 1:

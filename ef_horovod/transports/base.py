@@ -212,6 +212,18 @@ class Transport(ABC):
         """Announce a vector float32[length], before the first `ask` sends it."""
         raise self._without_server()
 
+    def open_slices(
+        self, name: Callable[[int], str], lengths: Sequence[int], method: str, seed: int
+    ) -> None:
+        """Announce a vector in slices, each sent by one rank of every node, as in `levels`.
+
+        Args:
+            name: of slice j's bucket.
+            lengths: of the slices.
+            method, seed: as for `open_bucket`.
+        """
+        raise self._without_server()
+
     def ask(self, name: str, payload: np.ndarray, step: int) -> Callable[[], list[Answer]]:
         """Send a bucket's payload, uint8[m], to its server.
 

@@ -78,15 +78,19 @@ class MPITransport(Transport):
         self._late: dict[str, str] = {}  # names that timed out, with the error's text
 
     def _open_levels(self) -> Levels | None:
-        shared = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        node = self._comm.allgather(shared.bcast(self.rank))  # of each rank: its node's first rank
-        shared.Free()
-        groups = groups_of(node)
+        groups = groups_of(self._first_ranks())
         if groups is None:
             return None
         within, cross = (self._within(level) for level in groups)
         assert within is not None
         return Levels(within, cross, len(groups.cross), self.size / len(groups.nodes))
+
+    def _first_ranks(self) -> list[int]:
+        """Of each rank: the first rank on its node."""
+        shared = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        first: list[int] = self._comm.allgather(shared.bcast(self.rank))
+        shared.Free()
+        return first
 
     def _within(self, level: list[list[int]]) -> MPITransport | None:
         """This rank's transport in one level; None if it is in none of its groups."""

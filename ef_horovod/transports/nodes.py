@@ -36,11 +36,13 @@ class Groups(NamedTuple):
         return [group for group in [*self.nodes, *self.cross] if len(group) > 1]
 
 
-def groups_of(nodes: Sequence[object]) -> Groups | None:
+def groups_of(nodes: Sequence[object], *, one_node: bool = False) -> Groups | None:
     """The groups of a job; None with one node, or with one rank on each.
 
     Args:
         nodes: of each rank, in rank order: anything that is equal for ranks of one node.
+        one_node: whether several ranks on a single node are groups, too, because they send to
+            somebody outside.
 
     Example:
         >>> groups_of(["a", "a", "b", "b"])
@@ -53,7 +55,7 @@ def groups_of(nodes: Sequence[object]) -> Groups | None:
         by_node.setdefault(node, []).append(rank)
     ranks = list(by_node.values())
     sizes = {len(group) for group in ranks}
-    if len(ranks) == 1 or sizes == {1}:
+    if (len(ranks) == 1 and not one_node) or sizes == {1}:
         return None
     slices = max(sizes) if len(sizes) == 1 else 1
     return Groups(ranks, [[group[place] for group in ranks] for place in range(slices)])
