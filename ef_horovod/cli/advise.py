@@ -28,6 +28,7 @@ USUAL_METHODS = (
     "DoubleSqueeze(OneBit(), server_compressor=OneBit())",
 )
 _SAVING = 0.9  # a choice is recommended if it takes less than this part of a dense step
+_NODES_TO_SERVER = "hierarchical:server"
 _PLAIN = "Horovod, "  # prefix of rows without this library
 
 
@@ -63,9 +64,26 @@ class Question:
 
     def exchanges_of(self, method: Method) -> list[str]:
         """The exchanges to compare that a method can use."""
-        possible = [*model.possible_exchanges(method, self.network.workers_per_node), "server"]
+        per_node = self.network.workers_per_node
+        served = ["server", _NODES_TO_SERVER] if per_node > 1 and method.sliceable else ["server"]
+        possible = [*model.possible_exchanges(method, per_node), *served]
         asked = self.exchanges or possible
         return [name for name in possible if name in asked or name.partition(":")[0] in asked]
+
+    def require_nodes(self) -> None:
+        """Check that nodes have equally many workers.
+
+        Raises:
+            ValueError: they do not.
+        """
+        per_node = self.network.workers_per_node
+        for workers in self.workers:
+            if workers % per_node:
+                raise ValueError(
+                    f"got --workers {workers} with --ranks-per-node {per_node}, expected equally "
+                    f"many workers on each node; take a multiple of {per_node} workers, or another "
+                    "--ranks-per-node (the mean, if your nodes are unequal)"
+                )
 
     def require_exchanges(self) -> None:
         """Check that each asked exchange has a method.
@@ -158,6 +176,7 @@ def advise(question: Question, probe: Callable[[Method, int], Work] = measure_wo
         UnsupportedError: a method that cannot have local steps.
     """
     question.require_exchanges()
+    question.require_nodes()
     if question.local_steps > 1:
         for method in question.methods:
             refuse_for_updates(method)
@@ -186,15 +205,14 @@ def _answer(
     question: Question, workers: int, lengths: dict[int, int], work: dict[Method, Work]
 ) -> Answer:
     plain = _plain_costs(question, workers, next(iter(work.values()), None))
-    compressed = [
-        (f"{method!r}, {exchange}", method, _bucketed(question, workers, lengths, method, exchange,
-                                                      work[method]))
-        for method in question.methods
-        for exchange in question.exchanges_of(method)
-    ]  # fmt: skip
-    rows = [*((name, None, cost) for name, cost in plain.items()), *compressed]
+    rows: dict[str, tuple[Method | None, Cost]] = {n: (None, cost) for n, cost in plain.items()}
+    for method in question.methods:
+        for exchange in question.exchanges_of(method):
+            cost = _bucketed(question, workers, lengths, method, exchange, work[method])
+            # On one node, two levels are the exchange between nodes.
+            rows.setdefault(f"{method!r}, {cost.exchange}", (method, cost))
     dense = min(cost.step for name, cost in plain.items() if "dense" in name)
-    choices = [Choice(name, method, cost, dense / cost.step) for name, method, cost in rows]
+    choices = [Choice(n, method, cost, dense / cost.step) for n, (method, cost) in rows.items()]
     ordered = sorted(choices, key=lambda choice: choice.cost.step)
     return Answer(workers, ordered, question.local_steps)
 

@@ -93,16 +93,18 @@ def step_cost(
     _require_times(compute, share, work)
     require_counts(d, n)
     if exchange.partition(":")[0] == Hierarchical.name:
-        inner = exchange_of(exchange).inner(method).name  # type: ignore[attr-defined]
-        if network.workers_per_node not in (1, n):
-            return _two_levels(inner, method, d, n, network, software, work, compute, share)
-        exchange = inner
+        inner = exchange_of(exchange).inner(method)  # type: ignore[attr-defined]
+        r = network.workers_per_node
+        if r > 1 and (r != n or inner.needs_server):
+            return _two_levels(inner.name, method, d, n, network, software, work, compute, share)
+        exchange = inner.name
     network.nodes(n)
     moved, way = method_traffic(method, d, n, exchange), exchange_of(exchange)
     before, after = (d * share * s for s in way.work(work or reference_work(method, d), n))
     software = software._replace(start=share * software.start)
     parts = (method, d, n, moved, network, software)
-    seconds, node_sent = (way.seconds(*parts), way.node_sent(*parts)) if n > 1 else (0.0, 0.0)
+    sends = n > 1 or way.needs_server
+    seconds, node_sent = (way.seconds(*parts), way.node_sent(*parts)) if sends else (0.0, 0.0)
     on_core = share * software.core * (moved.sent + moved.received)
     return Cost(exchange, moved, compute, before, max(seconds, on_core), after, node_sent)
 

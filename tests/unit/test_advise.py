@@ -62,10 +62,24 @@ def test_nodes_with_several_ranks_are_told_to_sum_first(capsys):
     assert after["step"] > two["step"] + 1
 
 
+def test_one_node_has_each_row_once(capsys):
+    """Two levels are the exchange between nodes there, except that a server hears one worker."""
+    words = ["--workers", "4,8", "--ranks-per-node", "4", "--bandwidth", "100mbit"]
+    one, two = asked(capsys, *words, "--method", "EF21(TopK(0.01))")
+    names = [row["choice"] for row in one["choices"]]
+    assert len(names) == len(set(names))
+    rows = {row["exchange"]: row for row in one["choices"]}
+    assert set(rows) == {"dense", "fp16", "gather", "double_pass", "server", "hierarchical:server"}
+    assert rows["server"]["step"] > 3.5 * rows["hierarchical:server"]["step"]
+    assert rows["server"]["node_bytes_out"] > 3.5 * rows["hierarchical:server"]["node_bytes_out"]
+    assert {row["exchange"] for row in two["choices"]} > set(rows)
+
+
 def test_exchanges_can_be_picked(capsys):
     words = [*NODES, "--method", "EF21(TopK(0.01))", "--exchange"]
     names = {row["exchange"] for row in asked(capsys, *words, "hierarchical")[0]["choices"]}
-    assert names == {"dense", "fp16", "hierarchical:gather", "hierarchical:double_pass"}
+    two_levels = {f"hierarchical:{name}" for name in ("gather", "double_pass", "server")}
+    assert names == {"dense", "fp16", *two_levels}
     names = {row["exchange"] for row in asked(capsys, *words, "gather")[0]["choices"]}
     assert names == {"dense", "fp16", "gather"}
 
@@ -276,7 +290,11 @@ def test_a_probe_finds_speeds(method):
         (["--workers", "4", "--bandwidth", "fast"], "got the rate 'fast', expected 64kbit or more"),
         (["--workers", "0", "--bandwidth", "1gbit"], "expected an integer of 1 or more"),
         (["--workers", "4,", "--bandwidth", "1gbit"], "expected an integer of 1 or more"),
-        ([*NODES, "--workers", "6"], "got 6 workers on nodes of 4, expected equally many on each"),
+        (
+            [*NODES, "--workers", "2"],
+            "got --workers 2 with --ranks-per-node 4, expected equally many workers on each node",
+        ),
+        ([*NODES, "--workers", "8,6"], "take a multiple of 4 workers, or another --ranks-per-node"),
         ([*NODES, "--exchange", "auto"], "got --exchange auto, expected one that a method here"),
         (
             ["--workers", "4", "--bandwidth", "1gbit", "--exchange", "hierarchical"],
