@@ -74,8 +74,13 @@ class Exchange(ABC):
         """
         return self
 
-    def in_dense_steps(self, method: Method) -> Exchange | None:
-        """For dense steps by a method on the same states, cut alike; None: the usual one."""
+    def in_dense_steps(self, method: Method, *, in_graph: bool = False) -> Exchange | None:
+        """For dense steps by a method on the same states, cut alike; None: the usual one.
+
+        Args:
+            method: of the dense steps.
+            in_graph: whether all steps have to have the same collectives, but for sums.
+        """
         return self if self.has_answers else None
 
     def open(

@@ -119,6 +119,11 @@ class Channel:
         )
 
     @property
+    def sums(self) -> bool:
+        """Whether the messages to other workers are summed in flight."""
+        return self.exchange.sums
+
+    @property
     def answers(self) -> str:
         """Name of the collective for the answers, if the exchange has them."""
         return f"{self.name}.answers"

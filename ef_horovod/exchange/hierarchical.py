@@ -93,8 +93,8 @@ class Hierarchical(Exchange):
             return self.inner(method)
         return Hierarchical(self.inner(method))
 
-    def in_dense_steps(self, method: Method) -> Exchange | None:
-        if method == UNCOMPRESSED:
+    def in_dense_steps(self, method: Method, *, in_graph: bool = False) -> Exchange | None:
+        if method == UNCOMPRESSED and not in_graph:
             return None
         # The pieces have to be the same.
         return self if self.inner(method).has_answers else Hierarchical()
@@ -189,6 +189,10 @@ class NodeChannel(Channel):
         self._undo = None
         if self._inner is not None:
             self._inner.forget()
+
+    @property
+    def sums(self) -> bool:
+        return self.exchange.inner(self.method).sums
 
     @property
     def levels(self) -> Levels:

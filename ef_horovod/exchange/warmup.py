@@ -61,7 +61,7 @@ class WarmupChannel(Channel):
         self._plain = dense.method == UNCOMPRESSED
         self.name, self.method = compressed.name, compressed.method
         self.exchange = compressed.exchange
-        self.sums_before = steps if dense.exchange.sums and not compressed.exchange.sums else 0
+        self.sums_before = steps if dense.sums and not compressed.sums else 0
         dense._stats = compressed._stats
         self._spans: Sequence[Span] = ()
         self._lend()
@@ -95,6 +95,11 @@ class WarmupChannel(Channel):
         self._compressed.forget()
         self._dense._undo = None
         self._lend()
+
+    @property
+    def compressed(self) -> Channel:
+        """The channel of the later steps."""
+        return self._compressed
 
     @property
     def refused(self) -> bool:

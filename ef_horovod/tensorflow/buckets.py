@@ -15,7 +15,7 @@ import tensorflow as tf
 from ef_horovod.arrays import Array, namespace
 from ef_horovod.exchange.channel import agree, arrive, conclude, settle
 from ef_horovod.tensorflow.graphs import WholeSteps, python_op
-from ef_horovod.tensorflow.nodes import NOTHING, NodeOps
+from ef_horovod.tensorflow.nodes import NOTHING, NodeOps, carried
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.training.buckets import BucketPlan, Slot
 
@@ -52,21 +52,14 @@ class Bucket:
         inputs, name = [step, loss_scale, *gradients], self.channel.name
         if self.nodes is not None:
             message, lengths = self._now(self._push_slices, inputs, [tf.uint8, tf.int32])
-            return self.nodes.relay(message, lengths)
+            return self.nodes.relay(step, message, lengths)
         if self.sliced:
             message, lengths = self._now(self._push_slices, inputs, [tf.uint8, tf.int32])
             message, lengths = tf.ensure_shape(message, [None]), tf.ensure_shape(lengths, [None])
             return self._transport.carry_slices(name, message, lengths)
         kind = tf.float32 if self.channel.exchange.sums else tf.uint8
         message = tf.ensure_shape(self._now(self._push, inputs, kind), [None])
-        if not self.channel.sums_before:
-            return self._transport.carry(name, message)
-        with tf.device("/CPU:0"):
-            return tf.cond(
-                step < self.channel.sums_before,
-                lambda: _as_bytes(self._transport.carry(name, _as_floats(message))),
-                lambda: self._transport.carry(name, message),
-            )
+        return carried(self._transport, name, message, step, self.channel.sums_before)
 
     def _now(self, function: Callable[..., Any], inputs: list[Any], kinds: Any) -> Any:
         """An op that runs a function as soon as its inputs exist."""
@@ -240,16 +233,6 @@ def _answers(
     good = tf.ensure_shape(good, [])
     slices = [one.carry_slices(part) for one, part in zip(nodes, parts, strict=True)]
     return good, [*carried[:plain], *slices]
-
-
-def _as_floats(data: tf.Tensor) -> tf.Tensor:
-    """uint8[4 m] as float32[m], the same memory."""
-    return tf.bitcast(tf.reshape(data, [-1, 4]), tf.float32)
-
-
-def _as_bytes(numbers: tf.Tensor) -> tf.Tensor:
-    """The reverse."""
-    return tf.reshape(tf.bitcast(numbers, tf.uint8), [-1])
 
 
 def _bring(buckets: Sequence[Bucket], arrived: Sequence[Array]) -> None:

@@ -87,11 +87,4 @@ def require_options(
         )
     if wants_server(exchange):
         refuse_process_set(process_set)
-    found = choose(exchange, require_method(compression))
-    refuse_dense_steps(found, dense_steps)
-    if found.by_node and dense_steps:
-        raise UnsupportedError(
-            f"got dense_steps={dense_steps} with exchange={exchange!r} in TensorFlow, expected 0, "
-            "because a graph's collectives would change; leave dense_steps out, or take another "
-            "exchange"
-        )
+    refuse_dense_steps(choose(exchange, require_method(compression)), dense_steps)

@@ -46,19 +46,20 @@ class Choice(NamedTuple):
     def open(self, name: str, like: Array, transport: Transport, *, seed: int = 0) -> Channel:
         """The vector's channel; arguments as in `Channel`."""
         channel = self.exchange.open(name, like, self.method, transport, seed=seed)
-        first = self.warm_up()
+        first = self.warm_up(in_graph=transport.fixed_collectives)
         if first is None:
             return channel
         dense = first.open(name, like, transport, seed=seed)
         return WarmupChannel(dense, channel, self.dense_steps)
 
-    def warm_up(self) -> Choice | None:
-        """Exchange and method of the dense steps; None if there are none."""
+    def warm_up(self, *, in_graph: bool = False) -> Choice | None:
+        """Exchange and method of the dense steps, None if there are none; see `in_dense_steps`."""
         method = self.method.warm_up() or UNCOMPRESSED
         if not self.dense_steps or method == self.method:
             return None
         # A double pass of uncompressed slices sends as much as a dense ring.
-        return Choice(self.exchange.in_dense_steps(method) or choose("auto", method), method)
+        same = self.exchange.in_dense_steps(method, in_graph=in_graph)
+        return Choice(same or choose("auto", method), method)
 
 
 def open_channel(
@@ -164,7 +165,7 @@ def decide(
         return Choice(usual, method, dense_steps)
     if not method.fixed_size:  # bytes are unknown
         return Choice(usual, method, dense_steps)
-    best, pays = _best(exchange, method, d, transport, usual, dense_steps)
+    best, pays = _best(exchange, method, d, transport, usual)
     rest = method.uncompressed() or UNCOMPRESSED
     if pays or rest == method:
         return Choice(best, method, dense_steps)
@@ -193,7 +194,7 @@ def _named(exchange: str, method: Method, d: int, transport: Transport) -> Excha
 
 
 def _best(
-    exchange: str, method: Method, d: int, transport: Transport, usual: Exchange, dense_steps: int
+    exchange: str, method: Method, d: int, transport: Transport, usual: Exchange
 ) -> tuple[Exchange, bool]:
     """The cheapest exchange, and whether to compress: always true without a named network."""
     named, r = network_of(exchange), transport.ranks_per_node
@@ -201,7 +202,7 @@ def _best(
     n = transport.size
     best, least = _cheapest(method, d, n, network, transport)
     by_node = Hierarchical(usual)
-    if r > 1 and by_node.fits(method) and not (dense_steps and transport.fixed_collectives):
+    if r > 1 and by_node.fits(method):
         slices = network.of_one_slice()
         by_node = Hierarchical(_cheapest(method, -(-d // r), n // r, slices, transport)[0])
         seconds = _seconds(method, d, n, by_node.name, network)

@@ -17,7 +17,7 @@ START = Path(__file__).parent / "start"  # what each rank and server does first
 Results = list[dict[str, Any]]  # one for each rank, as it gave them to `report`
 
 
-HOSTS = ("localhost", "127.0.0.1", "127.0.0.2")  # all of this machine
+HOSTS = ("localhost", "127.0.0.1", "127.1")  # all of this machine, also for horovodrun
 
 
 # What `horovodrun --mpi` calls (horovod/runner/mpi_run.py), without the 3 s that its own imports

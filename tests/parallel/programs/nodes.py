@@ -1,4 +1,7 @@
-"""Several ranks on a node by both PyTorch adapters; facts for the tests."""
+"""Several ranks on a node by both PyTorch adapters; facts for the tests.
+
+Arguments: which methods take steps, of `cases_by_nodes`; and "pretend" for nodes of two over MPI.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,18 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 from common import ARGUMENTS, error_of, report
+from pretended_nodes import pretend
+from same_gradients import SEED, SHAPE, cases_by_nodes, dense_steps_of
+from same_gradients import STEPS as FEW_STEPS
+from same_gradients import digest as digest_of
+from same_gradients import gradient as gradient_of
 from torch_common import batches, build_model, digest, train
 
 import ef_horovod.torch as ef
 from ef_horovod import simulate
+from ef_horovod.exchange.channel import finish_step
+from ef_horovod.training.choice import open_channel
+from ef_horovod.transports.horovod_torch import HorovodTorchTransport
 
 TOP, SIGNS = ef.TopK(ratio=0.1), ef.OneBit()
 METHODS = (
@@ -146,6 +157,28 @@ def as_in_one_process():
     return {"same": same, "sent": sent}
 
 
+def every_method():
+    """One channel of each method, all under way at once; where the steps lead."""
+    transport = HorovodTorchTransport("every")
+    zeros = torch.zeros(SHAPE).reshape(-1)
+    channels = {
+        f"{method} by {exchange}": open_channel(
+            f"x{i}", zeros, method, transport, exchange=exchange, seed=SEED,
+            dense_steps=dense_steps_of(method),
+        )
+        for i, (method, exchange) in enumerate(cases_by_nodes(ARGUMENTS[0]))
+    }  # fmt: skip
+    x = dict.fromkeys(channels, 0)
+    for step in range(FEW_STEPS):
+        for channel in channels.values():
+            channel.gradient[:] = torch.from_numpy(gradient_of(hvd.rank(), step).reshape(-1))
+            channel.start(step)
+        directions = finish_step(list(channels.values()))
+        for name, direction in zip(x, directions, strict=True):
+            x[name] = x[name] - direction.numpy()
+    return {name: digest_of(value) for name, value in x.items()}
+
+
 def mean_over_ranks():
     x = torch.nn.Parameter(torch.zeros(40, 50))
     optimizer = ef.DistributedOptimizer(
@@ -184,14 +217,19 @@ def missing_rank():
 
 
 SCENARIOS = (
-    trainings, not_finite, resumed, as_in_one_process, mean_over_ranks, refused, missing_rank,
+    every_method, trainings, not_finite, resumed, as_in_one_process, mean_over_ranks, refused,
+    missing_rank,
 )  # fmt: skip
 
 
 def main() -> None:
-    hvd.init()
-    fixed = error_of(lambda: wrap("ef", build_model()))
-    hvd.shutdown()
+    fixed = None
+    if "pretend" in ARGUMENTS:
+        pretend(hvd, 2)
+    else:  # over MPI, Horovod starts once
+        hvd.init()
+        fixed = error_of(lambda: wrap("ef", build_model()))
+        hvd.shutdown()
     hvd.init(process_sets="dynamic")
     found = {scenario.__name__: scenario() for scenario in SCENARIOS}
     report(hvd.rank(), {**found, "fixed": fixed, "arguments": ARGUMENTS})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ef_horovod import Identity, Method, NoFeedback
+from ef_horovod import Identity, Method, NoFeedback, simulate
 from ef_horovod.testing.pairs import every_method, selection
 
 sys.path.append(str(Path(__file__).parents[2]))  # tests/, for sampling.py
@@ -71,6 +71,36 @@ def cases(which: str) -> list[tuple[Method, str]]:
     if which == "singles":
         return singles
     return covering(singles, lambda case: _by_each_exchange(case)[:1], together=1)
+
+
+def cases_by_nodes(which: str) -> list[tuple[Method, str]]:
+    """The same for two levels: the methods that work on slices, and exchanges between nodes."""
+    product = [
+        (method, f"hierarchical:{exchange}")
+        for method in every_method()
+        if method.sliceable
+        for exchange in exchanges_of(method)
+        if exchange != "dense"
+    ]
+    return product if which == "all" else covering(product, _by_each_exchange, together=1)
+
+
+def simulated_by_nodes(method: Method, exchange: str, name: str) -> np.ndarray:
+    """Where the steps lead on two nodes of two ranks."""
+    run = simulate(
+        method,
+        lambda rank, x, step: gradient(rank, step),
+        np.zeros(SHAPE, np.float32),
+        workers=4,
+        ranks_per_node=2,
+        steps=STEPS,
+        step_size=1.0,
+        seed=SEED,
+        name=name,
+        exchange=exchange,
+        dense_steps=dense_steps_of(method),
+    )
+    return run.x
 
 
 def _factors(case: tuple[Method, str]) -> tuple[str, str, str]:

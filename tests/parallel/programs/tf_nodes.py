@@ -1,4 +1,7 @@
-"""Several ranks on a node in TensorFlow: eager, in graphs, and by Horovod's tape."""
+"""Several ranks on a node in TensorFlow: eager, in graphs, and by Horovod's tape.
+
+Arguments: "singles" for steps of many methods, or "few"; and "pretend" for nodes of two over MPI.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,12 @@ import hashlib
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
-from common import error_of, report
+from common import ARGUMENTS, report
+from pretended_nodes import pretend
+from same_gradients import SEED, SHAPE, cases_by_nodes, dense_steps_of
+from same_gradients import STEPS as MORE_STEPS
+from same_gradients import digest as digest_of
+from same_gradients import gradient as gradient_of
 
 import ef_horovod.tensorflow as ef
 from ef_horovod import simulate
@@ -20,6 +28,10 @@ CASES = (
     ("graph", ef.EF21(ef.OneBit(), server_compressor=TOP), "hierarchical:double_pass"),
     ("graph", ef.ErrorFeedback(ef.RandomK(ratio=0.1)), "hierarchical"),
     ("tape", ef.ErrorFeedback(TOP), "hierarchical"),
+    ("graph", ef.EF21(TOP), "auto:64kbit,0us"),
+    ("graph", ef.ErrorFeedback(TOP), "hierarchical", 2),
+    ("graph", ef.EF21(ef.OneBit(), server_compressor=TOP), "hierarchical:double_pass", 2),
+    ("eager", ef.MomentumCorrection(TOP), "hierarchical", 2),
 )
 
 
@@ -27,10 +39,10 @@ def gradient(rank, step, shape):
     return np.random.default_rng((rank, step)).integers(-8, 9, shape).astype(np.float32)
 
 
-def steps_of(kind, method, exchange):
+def steps_of(kind, method, exchange, dense_steps=0):
     """STEPS steps with a NaN on the last rank in one of them; what became of the variables."""
     variables = [tf.Variable(tf.zeros(shape)) for shape in SHAPES]
-    options = {"exchange": exchange, "seed": 3}
+    options = {"exchange": exchange, "seed": 3, "dense_steps": dense_steps}
     if kind == "tape":
         source = ef.Compression(method, variables, **options)
     else:
@@ -57,37 +69,54 @@ def steps_of(kind, method, exchange):
     return source, variables
 
 
-def simulated(method, exchange):
+def simulated(method, exchange, dense_steps=0):
     """The first variable's bucket, without the bad step."""
     good = [number for number in range(STEPS) if number != BAD]
     return simulate(
         method, lambda rank, x, step: gradient(rank, good[step], SHAPES[0]),
         np.zeros(SHAPES[0], np.float32), workers=4, ranks_per_node=2, steps=len(good),
-        step_size=1.0, seed=3, name="bucket.1", exchange=exchange,
+        step_size=1.0, seed=3, name="bucket.1", dense_steps=dense_steps,
+        exchange=exchange if exchange.startswith("hierarchical") else "hierarchical:gather",
     )  # fmt: skip
 
 
+def every_method():
+    """Steps of a variable by each method in a graph; where they lead."""
+    ends = {}
+    for method, exchange in cases_by_nodes("singles") if ARGUMENTS[0] == "singles" else ():
+        x = tf.Variable(tf.zeros(SHAPE))
+        reducer = ef.Reducer(
+            [x], method, exchange=exchange, seed=SEED, dense_steps=dense_steps_of(method)
+        )
+
+        @tf.function
+        def step(g, x=x, reducer=reducer):
+            x.assign_sub(reducer.reduce([g])[0])
+
+        for number in range(MORE_STEPS):
+            step(tf.constant(gradient_of(hvd.rank(), number)))
+        ends[f"{method} by {exchange}"] = digest_of(x.numpy())
+    return ends
+
+
 def main() -> None:
+    if "pretend" in ARGUMENTS:
+        pretend(hvd, 2)
     hvd.init(process_sets="dynamic")
     found = {}
-    for kind, method, exchange in CASES:
-        source, variables = steps_of(kind, method, exchange)
+    for kind, method, exchange, *dense in CASES:
+        source, variables = steps_of(kind, method, exchange, *dense)
         bits = b"".join(variable.numpy().tobytes() for variable in variables)
         fact = {
             "bits": hashlib.sha256(bits).hexdigest(),
             "skipped": [row.skipped for row in source.stats()],
             "exchanges": sorted({row.exchange for row in source.stats()}),
         }
-        if kind == "graph" and hvd.size() == 4:
-            fact["same"] = variables[0].numpy().tobytes() == simulated(method, exchange).x.tobytes()
-        found[f"{kind} {method} {exchange}"] = fact
-    refused = error_of(
-        lambda: ef.Reducer(
-            [tf.Variable(tf.zeros((64, 64)))], ef.ErrorFeedback(TOP), exchange="hierarchical",
-            dense_steps=5,
-        )
-    )  # fmt: skip
-    report(hvd.rank(), {"found": found, "refused": refused})
+        if (kind == "graph" or dense) and hvd.size() == 4:
+            end = simulated(method, exchange, *dense).x
+            fact["same"] = variables[0].numpy().tobytes() == end.tobytes()
+        found[" ".join(map(str, (kind, method, exchange, *dense)))] = fact
+    report(hvd.rank(), {"found": found, "every_method": every_method()})
 
 
 main()
