@@ -9,7 +9,6 @@ from launching import Results, horovod_job
 from same_gradients import cases_by_nodes, digest, simulated_by_nodes
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
-FAST_CYCLE = {"HOROVOD_CYCLE_TIME": "0.2"}
 
 
 @pytest.fixture(
@@ -39,7 +38,7 @@ def results(
     words = ["all" if every_case else "singles", *["pretend"] * (library == "mpi")]
     return horovod_job(
         sum(hosts), "nodes.py", tmp_path_factory.mktemp("nodes"), *words,
-        gloo=library == "gloo", hosts=hosts, timeout=900, environment=FAST_CYCLE,
+        gloo=library == "gloo", hosts=hosts, timeout=900,
     )  # fmt: skip
 
 
