@@ -63,7 +63,8 @@ class Reducer(tf.Module):
             works with any compressor; each rank reduces one slice, so the cost does not grow with
             the number of ranks. "hierarchical" sums within a node of several ranks first; it needs
             hvd.init(process_sets="dynamic"). "server" is for a job started by `launch/server`,
-            without `hvd.init()`; sparse gradients need `sparse_as_dense` there.
+            without `hvd.init()`; sparse gradients need `sparse_as_dense` there. With
+            "hierarchical:server" the workers of a node sum first.
         bucket_bytes: variables are packed into buckets of about this many bytes of float32. Each
             is compressed as one vector and sent in one collective as soon as its gradients exist.
         seed: of random compressors.

@@ -111,7 +111,8 @@ def DistributedOptimizer(
             works with any compressor; each rank reduces one slice, so the cost does not grow with
             the number of ranks. "hierarchical" sums within a node of several ranks first; it needs
             hvd.init(process_sets="dynamic"), and is collective here. "server" is for a job started
-            by `launch/server`, without `hvd.init()`.
+            by `launch/server`, without `hvd.init()`; with "hierarchical:server" the workers of a
+            node sum first.
         bucket_bytes: parameters are packed into buckets of about this many bytes of float32. Each
             is compressed as one vector and sent in one collective, during backward.
         seed: of random compressors.

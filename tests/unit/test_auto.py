@@ -249,8 +249,14 @@ def test_auto_goes_on_without_the_groups_of_ranks_and_says_so():
         decide("hierarchical", ONE_WAY, 4 * MILLION, transport)
 
 
-def test_auto_keeps_the_collectives_of_graphs_with_dense_steps():
-    ends = local_group(8, nodes=[0, 1] * 4)
-    assert decide("auto", ONE_WAY, 4 * MILLION, ends[0], 5).exchange.name == "hierarchical:gather"
-    ends[1].fixed_collectives = True
-    assert decide("auto", ONE_WAY, 4 * MILLION, ends[1], 5).exchange.name == "gather"
+def test_dense_steps_keep_the_collectives_of_graphs():
+    """Two levels in all steps, with sums in place of gathers; elsewhere one flat sum."""
+    end = local_group(8, nodes=[0, 1] * 4)[0]
+    taken = decide("auto", ONE_WAY, 4 * MILLION, end, 5)
+    assert taken.exchange.name == "hierarchical:gather"
+    dense, in_graph = taken.warm_up(), taken.warm_up(in_graph=True)
+    assert (dense.method, in_graph.method) == (DENSE, DENSE)
+    assert dense.exchange.name == "dense"
+    assert in_graph.exchange.inner(DENSE).name == "reduce"
+    both = decide("hierarchical:double_pass", BOTH, MILLION, end, 5).warm_up(in_graph=True)
+    assert both.exchange.name == "hierarchical:double_pass"

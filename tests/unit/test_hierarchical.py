@@ -223,7 +223,6 @@ def test_the_usual_exchange_between_nodes_is_that_of_the_method():
     ("exchange", "message"),
     [
         ("hierarchical:dense", "got exchange='hierarchical:dense', expected one between nodes"),
-        ("hierarchical:server", "expected one between nodes that sends payloads after the"),
         ("hierarchical:hierarchical", "expected one between nodes"),
         ("hierarchical:ring", "got exchange=.hierarchical:ring., .*double_pass.*; write"),
         ("hierarchical:auto", "got exchange='hierarchical:auto', expected one between nodes"),
