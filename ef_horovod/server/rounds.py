@@ -196,6 +196,8 @@ class ServedBucket:
         what = f"worker {worker} sent '{self.spec.name}'"
         if message.fingerprint != self._fingerprint:
             return f"{what} with another config's fingerprint, expected that of the handshake"
+        if worker not in self.senders:
+            return f"{what}, which is another worker's slice, expected one of {self.senders}"
         if message.worker != worker:
             return f"{what} in the name of worker {message.worker}, expected its own"
         if message.round < self.round:
