@@ -28,7 +28,6 @@ USUAL_METHODS = (
     "DoubleSqueeze(OneBit(), server_compressor=OneBit())",
 )
 _SAVING = 0.9  # a choice is recommended if it takes less than this part of a dense step
-_NODES_TO_SERVER = "hierarchical:server"
 _PLAIN = "Horovod, "  # prefix of rows without this library
 
 
@@ -65,8 +64,8 @@ class Question:
     def exchanges_of(self, method: Method) -> list[str]:
         """The exchanges to compare that a method can use."""
         per_node = self.network.workers_per_node
-        served = ["server", _NODES_TO_SERVER] if per_node > 1 and method.sliceable else ["server"]
-        possible = [*model.possible_exchanges(method, per_node), *served]
+        by_nodes = ["hierarchical:server"] if per_node > 1 and method.sliceable else []
+        possible = [*model.possible_exchanges(method, per_node), "server", *by_nodes]
         asked = self.exchanges or possible
         return [name for name in possible if name in asked or name.partition(":")[0] in asked]
 
