@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ef_horovod import Identity, Method, NoFeedback, simulate
+from ef_horovod import Identity, Method, NoFeedback
 from ef_horovod.testing.pairs import every_method, selection
 
 sys.path.append(str(Path(__file__).parents[2]))  # tests/, for sampling.py
@@ -87,6 +87,8 @@ def cases_by_nodes(which: str) -> list[tuple[Method, str]]:
 
 def simulated_by_nodes(method: Method, exchange: str, name: str) -> np.ndarray:
     """Where the steps lead on two nodes of two ranks."""
+    from ef_horovod import simulate  # ranks need none
+
     run = simulate(
         method,
         lambda rank, x, step: gradient(rank, step),
