@@ -105,5 +105,5 @@ def _require_equal(digests: Sequence[np.ndarray]) -> None:
         "check that the optimizer or the tape is wrapped "
         "(ef.DistributedOptimizer, ef.DistributedGradientTape) and that the first values were "
         "broadcast (ef.TrainingCallback or ef.broadcast_variables), or with "
-        "parameter servers come from one seed",
+        "parameter servers come from one seed; between local steps call optimizer.exchange() first",
     )

@@ -36,6 +36,7 @@ class UpdateEngine(Engine):
     ) -> None:
         super().__init__(named, options, transport)
         self.local_steps = local_steps
+        self._left_out = 0  # steps since the last exchange, by this rank alone
         self._more = 0  # steps in all exchanges so far, beyond one for each
         self._counted: list[ChannelStats] = []  # counters after the last exchange
         self._starts: dict[int, tf.Variable] = {}  # by id of a variable: its value after it
@@ -71,7 +72,8 @@ class UpdateEngine(Engine):
         def count(steps: Any, good: Any) -> np.bool_:
             channels = self._channels()
             for channel, before in zip(channels, self._counted, strict=True):
-                count_local_steps(channel.counters, before, int(steps))
+                count_local_steps(channel.counters, before, int(steps), self._left_out)
+            self._left_out = 0
             self._counted = [replace(channel.counters) for channel in channels]
             self._more += int(steps) - 1 if good else 0
             return np.bool_(good)
@@ -86,6 +88,7 @@ class UpdateEngine(Engine):
 
         def count() -> np.bool_:
             self.count_left_out()
+            self._left_out += 1
             return np.bool_(True)
 
         python_op(count, [], tf.bool)

@@ -24,7 +24,7 @@ from ef_horovod.tensorflow.wrapping import attach, handles_nan, rebuild, require
 from ef_horovod.training.choice import wants_server
 from ef_horovod.training.options import check_options
 from ef_horovod.training.policy import DensePolicy, small_or_vector
-from ef_horovod.training.updates import QUESTION, ask_all, refuse_for_updates
+from ef_horovod.training.updates import QUESTION, SINCE, ask_all, compare_since, refuse_for_updates
 from ef_horovod.transports.base import Transport
 
 
@@ -272,7 +272,8 @@ def _local_step(
 
 def _exchange(engine: UpdateEngine, part: Part, variables: list[Any]) -> tf.Tensor:
     """Ops that put the mean of all ranks' changes since the last exchange in their place."""
-    good = _average_change(part, variables, engine.starts(variables))
+    with tf.control_dependencies([_compare_since_op(engine)]):
+        good = _average_change(part, variables, engine.starts(variables))
     return engine.count_exchange(good)
 
 
@@ -315,6 +316,21 @@ def _ask_all_op(engine: Engine, good: tf.Tensor) -> tf.Tensor:
         return answer
 
     return question_op(engine.transport, QUESTION, start, [good], tf.float32)
+
+
+def _compare_since_op(engine: UpdateEngine) -> tf.Tensor:
+    """Ops that raise on all ranks unless all took equally many steps since the last exchange."""
+
+    def start(bridge: Transport, since: Any) -> Callable[[], bool]:
+        wait = compare_since(bridge, int(since))
+
+        def compare() -> bool:
+            wait()
+            return True
+
+        return compare
+
+    return question_op(engine.transport, SINCE, start, [engine.since.read_value()], tf.uint8)
 
 
 def _refuse_averages_of_weights(optimizer: Any) -> None:

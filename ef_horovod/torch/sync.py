@@ -17,8 +17,8 @@ _BY_BROADCAST = (
     "call hvd.broadcast_optimizer_state(optimizer, root_rank=0) and then "
     "hvd.broadcast_parameters(model.state_dict(), root_rank=0), state first, parameters last "
     "(Horovod takes a step on ranks without a state, and with weight decay that moves the "
-    "parameters), also after hvd.join(), in which ranks miss steps; and give all ranks the same "
-    "learning rate"
+    "parameters), also after hvd.join(), in which ranks miss steps; give all ranks the same "
+    "learning rate; and between local steps call optimizer.exchange() first"
 )
 _BY_TORCH = (
     "give all ranks the same first values by torch.manual_seed(seed) or "

@@ -16,7 +16,13 @@ from ef_horovod.torch.sync import SyncCheck
 from ef_horovod.training.buckets import Slot, plan_buckets
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.policy import DensePolicy, warn_of_surprises
-from ef_horovod.training.updates import ask_all, count_local_steps, local_part, require_exchanged
+from ef_horovod.training.updates import (
+    ask_all,
+    compare_since,
+    count_local_steps,
+    local_part,
+    require_exchanged,
+)
 from ef_horovod.transports.base import Transport
 
 Named = list[tuple[str, torch.Tensor]]
@@ -62,6 +68,7 @@ class UpdateEngine(StepDriver[Bucket]):
         self._options = f"updates, exchange={exchange!r}, seed={seed}, dense_steps={dense_steps}"
         self.local_steps = local_steps
         self.since = 0  # steps since the last exchange
+        self._left_out = 0  # of these, by this rank alone
         self._start: dict[torch.Tensor, torch.Tensor] = {}  # the parameters after it
         self._committed = 0  # steps in all exchanges so far
         self._compared = False
@@ -85,25 +92,27 @@ class UpdateEngine(StepDriver[Bucket]):
 
     @torch.no_grad()
     def average(
-        self, groups: Sequence[dict[str, Any]], step: Callable[[], Any]
+        self, groups: Sequence[dict[str, Any]], step: Callable[[], Any], *, overflow: bool = False
     ) -> tuple[bool, Any]:
         """Take a step. If an exchange is due, put the mean of all ranks' changes in its place.
 
         Args:
             groups: the optimizer's parameters, with this rank's gradients.
             step: changes the parameters.
+            overflow: whether a GradScaler found a gradient of this rank that was not finite.
 
         Returns:
             Whether the step was taken, and what `step` returned. It is left out if a gradient is
             not finite: on any rank if each step has an exchange, else on this rank.
         """
-        good = _are_finite(p.grad for group in groups for p in group["params"])
+        good = not overflow and _are_finite(p.grad for group in groups for p in group["params"])
         if self.local_steps == 1:
             good = ask_all(self.transport, good)()
         if not good:
             self.count_left_out()
             if self.local_steps == 1:
                 return False, None
+            self._left_out += 1
         if not self._start:
             self._start = {slot.parameter: slot.parameter.clone() for slot in self._slots()}
         stepped = _taken(groups, step, self._sparse_as_dense) if good else None
@@ -111,6 +120,7 @@ class UpdateEngine(StepDriver[Bucket]):
         due = self.since >= self.local_steps
         return (self.exchange() if due else True) and good, stepped
 
+    @torch.inference_mode(False)  # the state must not become that of an inference
     @torch.no_grad()
     def exchange(self) -> bool:
         """Put the mean of all ranks' changes since the last exchange in their place; collective.
@@ -118,6 +128,8 @@ class UpdateEngine(StepDriver[Bucket]):
         Returns:
             Whether all changes were finite. If not, the parameters are those of the last exchange.
         """
+        if self.local_steps > 1:
+            compare_since(self.transport, self.since)()
         before = [(channel.counters, replace(channel.counters)) for channel in self._channels()]
         for bucket in self.buckets:
             for slot in bucket.slots:
@@ -133,9 +145,9 @@ class UpdateEngine(StepDriver[Bucket]):
         for bucket in self.buckets:
             bucket.release()
         for counters, earlier in before:
-            count_local_steps(counters, earlier, self.since)
+            count_local_steps(counters, earlier, self.since, self._left_out)
         self._committed += self.since if directions is not None else 0
-        self.since, self._start = 0, {}
+        self.since, self._left_out, self._start = 0, 0, {}
         return directions is not None
 
     def _slots(self) -> Iterator[Slot]:
@@ -173,7 +185,7 @@ class UpdateEngine(StepDriver[Bucket]):
         local = local_part(state, shapes, self.local_steps)
         super().load_state_dict(state)
         self._committed = self.step if local.committed is None else local.committed
-        self.since = local.since
+        self.since, self._left_out = local.since, 0
         slots = list(self._slots()) if self.since else []
         self._start = {slot.parameter: local.start[slot.name].clone() for slot in slots}
 

@@ -180,7 +180,11 @@ class _Updating(_Wrapped):
         if call is not None:
             unscale(self, call)
         with _hooks_after(self) as run_hooks:
-            good, stepped = engine.average(self.param_groups, lambda: self._base.step(self))  # type: ignore[call-overload]
+            good, stepped = engine.average(
+                self.param_groups,
+                lambda: self._base.step(self),  # type: ignore[call-overload]
+                overflow=call is not None and call.found_inf,
+            )
         self.step_skipped = not good
         if good:
             run_hooks()
@@ -215,6 +219,7 @@ class _Updating(_Wrapped):
         nothing right after an exchange, and with a single rank.
         """
         if self._engine is not None and self._engine.since:
+            self._engine.begin()  # a loaded state may come before the first step
             self.step_skipped = not self._engine.exchange()
 
     def unwrap(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ef_horovod.arrays import Array
-from ef_horovod.errors import UnsupportedError
+from ef_horovod.errors import OutOfSyncError, UnsupportedError
 from ef_horovod.exchange.stats import ChannelStats
 from ef_horovod.methods.base import Method
 from ef_horovod.transports.base import Transport
@@ -67,6 +67,30 @@ def require_exchanged(what: str, since: int, local_steps: int) -> None:
         )
 
 
+def compare_since(transport: Transport, since: int) -> Callable[[], None]:
+    """Start to compare the ranks' local steps before an exchange; returns a function that waits.
+
+    Without it, an exchange of one rank would be taken for another one of the others.
+
+    Raises:
+        OutOfSyncError: by the function, on all ranks: they took different numbers of steps.
+    """
+    gathered = transport.allgather(SINCE, np.array([since], "<i8").view(np.uint8))
+
+    def wait() -> None:
+        everyones = [int(part.view("<i8")[0]) for part in gathered()]
+        other = next((r for r, steps in enumerate(everyones) if steps != everyones[0]), None)
+        if other is not None:
+            raise OutOfSyncError(
+                f"got an exchange after {everyones[0]} local steps on rank 0 and "
+                f"{everyones[other]} on rank {other}, expected equally many on all ranks; call "
+                "optimizer.exchange() on all ranks after the same step, and give all of them "
+                "equally many batches"
+            )
+
+    return wait
+
+
 class LocalPart(NamedTuple):
     """What a state says of local steps."""
 
@@ -105,17 +129,24 @@ def local_part(
     return found
 
 
-def count_local_steps(counters: ChannelStats, before: ChannelStats, steps: int) -> None:
-    """Count an exchange as the local steps that it stands for.
+def count_local_steps(
+    counters: ChannelStats, before: ChannelStats, since: int, left_out: int
+) -> None:
+    """Count an exchange as the local steps that it stands for, taken or dropped.
 
     Args:
         counters: after the exchange, which counted it as one step.
         before: the same before it.
-        steps: since the last exchange.
+        since: steps since the last exchange.
+        left_out: those of them that this rank left out, which are counted already.
     """
-    counters.steps += (counters.steps - before.steps) * (steps - 1)
+    more = since - left_out - 1
+    if counters.steps > before.steps:
+        counters.steps += more
+    else:
+        counters.skipped += more
     dense = counters.dense_bytes_out - before.dense_bytes_out
-    counters.dense_bytes_out += dense * (steps - 1)
+    counters.dense_bytes_out += dense * (since - 1)
 
 
-QUESTION = "updates.bad"  # name of the collective
+QUESTION, SINCE = "updates.bad", "updates.since"  # names of collectives

@@ -52,7 +52,7 @@ def test_a_nan_costs_its_rank_a_step_and_in_a_change_all_ranks_an_exchange(
     assert first["good"] == second["good"] == first["back"] == second["back"]
     assert first["dropped"]
     assert second["dropped"]
-    assert (first["counted"], second["counted"]) == (1, 3)
+    assert (first["counted"], second["counted"]) == (EVERY - 1, EVERY + 1)
     assert first["steps"] == second["steps"] == EVERY
 
 
@@ -60,6 +60,8 @@ def test_loss_scales_are_each_ranks_own(results: Results) -> None:
     first, second = (result["scaled"] for result in results)
     assert (first["scale"], second["scale"]) == (2.0**10, 2.0**9)
     assert first["end"] == second["end"]
+    assert first["skipped"] == [False] * EVERY
+    assert second["skipped"] == [False, False, True, False, False]
 
 
 def test_a_run_goes_on_between_two_exchanges(results: Results) -> None:
@@ -82,6 +84,9 @@ def test_what_cannot_work_is_refused(results: Results) -> None:
         facts = result["refusals"]
         assert facts["unwrap"].startswith("RuntimeError: got unwrap() after 1 of 5 local steps")
         assert "got the state for any number of ranks after 1 of 5 local steps" in facts["save"]
+        assert "expected one right after an exchange for local_steps=1" in facts["single"]
+        assert "after 1 local steps of 7 parameters, expected the names" in facts["other"]
+        assert "got an exchange after 1 local steps on rank 0 and 2 on rank 1" in facts["uneven"]
         assert facts["steps"].startswith("ValueError: CompressedUpdates got local_steps=0")
         assert facts["decay"].startswith("ValueError: ErrorFeedback got decay=0, expected a numb")
         assert "local_steps=2" in facts["unlike"]

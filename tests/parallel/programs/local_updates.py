@@ -81,7 +81,8 @@ def compressed():
             step(model, optimizer, next_batch())
             log.step(1.0)
         before = digest(model)
-        optimizer.exchange()
+        with torch.inference_mode():  # as in a validation
+            optimizer.exchange()
         total = optimizer.stats()[-1]
         log.close()
         end = digest(model)
@@ -119,15 +120,19 @@ def scaled():
     model, next_batch, last = build_model(), batches(hvd.rank()), hvd.rank() == hvd.size() - 1
     optimizer = updates(model)
     scaler = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=1000)
+    skipped = []
     for i in range(EVERY):
         inputs, labels = next_batch()
         optimizer.zero_grad()
         scaler.scale(cross_entropy(model(inputs), labels)).backward()
         if last and i == 2:
             model[0].weight.grad[0, 0] = torch.inf
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_value_(model.parameters(), 0.5)  # hides the infinity
         scaler.step(optimizer)
+        skipped.append(optimizer.step_skipped)
         scaler.update()
-    return {"scale": scaler.get_scale(), "end": digest(model)}
+    return {"scale": scaler.get_scale(), "end": digest(model), "skipped": skipped}
 
 
 def resumed():
@@ -160,7 +165,16 @@ def refusals():
     optimizer = updates(model)
     step(model, optimizer, next_batch())
     unlike = updates(build_model(), local_steps=2 + hvd.rank())
+    between = optimizer.compression_state_dict()
+    single, other = updates(build_model(), local_steps=1), updates(torch.nn.Linear(40, 60))
+    uneven_model = build_model()
+    uneven = updates(uneven_model)
+    for _ in range(1 + hvd.rank()):
+        step(uneven_model, uneven, next_batch())
     return {
+        "single": error_of(lambda: single.load_compression_state_dict(between)),
+        "other": error_of(lambda: other.load_compression_state_dict(between)),
+        "uneven": error_of(uneven.exchange),
         "unwrap": error_of(optimizer.unwrap),
         "save": error_of(lambda: ef.save(OUT / "between", optimizer)),
         "steps": make(local_steps=0),
