@@ -86,7 +86,7 @@ class ServerTransport(MPITransport):
         self._broken: EFHorovodError | None = None
         self._closed = False
         self._dismissed = False  # whether the server has confirmed this worker's end
-        self._hopeless = False  # whether servers do not respond at all
+        self._hopeless = False  # whether servers, or a worker they named, do not respond
         self._servers_leave = False  # whether the servers' processes end with the job
         self._watching = watch(communicator(comm), self.rank, limit)
         opened.append((communicator(comm), self))
@@ -320,7 +320,7 @@ class ServerTransport(MPITransport):
 
     def _at_exit(self) -> None:
         self.close(in_words(what_ends_this_process()))
-        if self._hopeless:  # MPI_Finalize would wait for servers that do not respond
+        if self._hopeless:  # MPI_Finalize would wait for those that do not respond
             self._all.Abort(1)
 
     def _wait(self, done: Callable[[], bool], missing: Callable[[], list[int]], what: str) -> None:
@@ -343,8 +343,7 @@ class ServerTransport(MPITransport):
         try:
             wait_until(look, limit, waited)
         except CollectiveTimeoutError as error:
-            if self._broken is None:  # otherwise a server has said so
-                self._broken, self._hopeless = error, True
+            self._broken, self._hopeless = self._broken or error, True
             raise
 
     def listen(self) -> None:
