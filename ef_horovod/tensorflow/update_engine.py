@@ -15,7 +15,6 @@ from ef_horovod.tensorflow.graphs import python_op, refuse_replicas, refuse_xla
 from ef_horovod.tensorflow.options import Options
 from ef_horovod.tensorflow.server_transport import GraphTransport
 from ef_horovod.tensorflow.variables import native
-from ef_horovod.training.buckets import Slot
 from ef_horovod.training.updates import count_local_steps, local_part, require_exchanged
 
 
@@ -139,9 +138,6 @@ class UpdateEngine(Engine):
     def _committed(self) -> int:
         """Steps in all exchanges so far."""
         return self._steps_done() + self._more
-
-    def _slots(self) -> list[Slot]:
-        return [slot for bucket in self.buckets for slot in bucket.slots]
 
     def _open(self) -> None:
         super()._open()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from ef_horovod.torch.buckets import Bucket
 from ef_horovod.torch.hooks import Owned
 from ef_horovod.torch.parameters import require_unchanged
 from ef_horovod.torch.sync import SyncCheck
-from ef_horovod.training.buckets import Slot, plan_buckets
+from ef_horovod.training.buckets import plan_buckets
 from ef_horovod.training.driver import StepDriver
 from ef_horovod.training.policy import DensePolicy, warn_of_surprises
 from ef_horovod.training.updates import (
@@ -85,8 +85,7 @@ class UpdateEngine(StepDriver[Bucket]):
             local = f"local_steps={self.local_steps} ({self.since} since an exchange)"
             self._compare([f"{self._options}, {local}"])
             self._compared = True
-        slots = [slot for bucket in self.buckets for slot in bucket.slots]
-        require_unchanged(self._frozen, [(slot.name, slot.parameter) for slot in slots])
+        require_unchanged(self._frozen, [(slot.name, slot.parameter) for slot in self._slots()])
         if not self.since:
             self._in_sync.check()
 
@@ -113,7 +112,7 @@ class UpdateEngine(StepDriver[Bucket]):
             if self.local_steps == 1:
                 return False, None
             self._left_out += 1
-        if not self._start:
+        if not self.since:
             self._start = {slot.parameter: slot.parameter.clone() for slot in self._slots()}
         stepped = _taken(groups, step, self._sparse_as_dense) if good else None
         self.since += 1
@@ -150,9 +149,6 @@ class UpdateEngine(StepDriver[Bucket]):
         self.since, self._left_out, self._start = 0, 0, {}
         return directions is not None
 
-    def _slots(self) -> Iterator[Slot]:
-        return (slot for bucket in self.buckets for slot in bucket.slots)
-
     def steps_taken(self) -> int:
         """Of the optimizer, those before a loaded state included."""
         return self._committed + self.since
@@ -163,9 +159,8 @@ class UpdateEngine(StepDriver[Bucket]):
 
     def state_dict(self) -> dict[str, Any]:
         """See `StepDriver.state_dict`; between exchanges with the parameters of the last one."""
-        start = {
-            slot.name: self._start[slot.parameter].clone() for slot in self._slots() if self._start
-        }
+        slots = self._slots() if self.since else []
+        start = {slot.name: self._start[slot.parameter].clone() for slot in slots}
         local = {"committed": self._committed, "since": self.since, "start": start}
         return super().state_dict() | {"local": local}
 
@@ -186,7 +181,7 @@ class UpdateEngine(StepDriver[Bucket]):
         super().load_state_dict(state)
         self._committed = self.step if local.committed is None else local.committed
         self.since, self._left_out = local.since, 0
-        slots = list(self._slots()) if self.since else []
+        slots = self._slots() if self.since else []
         self._start = {slot.parameter: local.start[slot.name].clone() for slot in slots}
 
 

@@ -17,7 +17,7 @@ from ef_horovod.exchange.config_check import require_same_config
 from ef_horovod.exchange.server import finish_rounds
 from ef_horovod.exchange.stats import ChannelStats, total_stats
 from ef_horovod.methods.base import Method
-from ef_horovod.training.buckets import describe, own_methods
+from ef_horovod.training.buckets import Slot, describe, own_methods
 from ef_horovod.training.entries import Filled
 from ef_horovod.training.merging import merge
 from ef_horovod.training.state import keeps_state, load_state, merged_facts, save_state
@@ -220,6 +220,9 @@ class StepDriver(Generic[B]):
         for channel in self._channels():
             channel.undo()
         self._set_step(self._steps_done() - 1)
+
+    def _slots(self) -> list[Slot]:
+        return [slot for bucket in self.buckets for slot in bucket.slots]
 
     def _channels(self, buckets: Sequence[B] | None = None) -> list[Channel]:
         return [bucket.channel for bucket in (self.buckets if buckets is None else buckets)]

@@ -70,6 +70,13 @@ def test_a_run_goes_on_between_two_exchanges(results: Results) -> None:
     assert first["steps"] == [3 * EVERY] * 3
 
 
+def test_a_step_that_raised_leaves_nothing_behind(results: Results) -> None:
+    for result in results:
+        facts = result["failed"]
+        assert facts["raised"].startswith("MemoryError")
+        assert facts["ends"][0] == facts["ends"][1] == results[0]["failed"]["ends"][0]
+
+
 def test_a_server_makes_the_same_steps(
     results: Results, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

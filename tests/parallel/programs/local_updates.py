@@ -157,6 +157,32 @@ def resumed():
     return ends | {"steps": [*steps, third.drivers[0].steps_taken()]}
 
 
+class FailsOnce(torch.optim.SGD):
+    failed = False
+
+    def step(self, closure=None):
+        if not FailsOnce.failed:
+            FailsOnce.failed = True
+            raise MemoryError("once")
+        return super().step(closure)
+
+
+def failed():
+    """After a step that raised, steps begin from the weights that were loaded since."""
+    ends = []
+    for raises in (True, False):
+        model, next_batch = build_model(), batches(hvd.rank())
+        kind = FailsOnce if raises else torch.optim.SGD
+        optimizer = updates(model, inner=kind(model.parameters(), 0.05), check_sync=False)
+        if raises:
+            raised = error_of(lambda o=optimizer, m=model: step(m, o, batches(hvd.rank())()))
+        model.load_state_dict(build_model(seed=9).state_dict())
+        for _ in range(EVERY):
+            step(model, optimizer, next_batch())
+        ends.append(digest(model))
+    return {"raised": raised, "ends": ends}
+
+
 def refusals():
     def make(**options):
         return error_of(lambda: updates(build_model(), **options))
@@ -185,7 +211,7 @@ def refusals():
 
 def main() -> None:
     hvd.init()
-    scenarios = (means, one_step, compressed, spoiled, scaled, resumed, refusals)
+    scenarios = (means, one_step, compressed, spoiled, scaled, resumed, failed, refusals)
     report(hvd.rank(), {scenario.__name__: scenario() for scenario in scenarios})
 
 
